@@ -1,0 +1,63 @@
+"""The three things a stage can be told to do, as frozen values; each is one line of mathematics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+At = Literal["stash", "replay", "mixed"]
+Part = Literal["both", "input", "weights"]
+Reduce = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """h_{k+1} = f_k(h_k; w_k): compute and pass on the activation of one (micro-)batch.
+
+    Pairing: on stage k > 0 it consumes the message that Forward(batch, train) on stage k - 1 produced.
+    Evaluation forwards (train=False) count their batches in a number space of their own.
+    """
+
+    batch: int
+    train: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """g_k += (dh_{k+1}/dw_k)^T d  and  delta_k = (dh_{k+1}/dh_k)^T d, with d the error of the batch under the loss of stage `loss`.
+
+    Pairing: for loss > k, d is `shrink` times the message that Backward(batch, loss) on stage k + 1 produced; for loss == k it
+    comes from the stage's own head, times the batch's weight (n_i / n for a part of a batch, else 1).
+    `at` says where the derivative is taken (00-common: stash, replay, mixed); `part` which of g_k and delta_k are computed.
+    """
+
+    batch: int
+    loss: int
+    at: At = "stash"
+    part: Part = "both"
+    shrink: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """w_k <- step(w_k, g_k), g_k <- 0. The only op that makes a version.
+
+    reduce="mean" divides g_k by the number of batches accumulated since the stage's last Update.
+    An Update of a stage that has accumulated nothing does not happen (00-common, warm-up): a plan leaves it out.
+    """
+
+    reduce: Reduce = "sum"
+
+
+Op: TypeAlias = Forward | Backward | Update
+
+
+def label(op: Op) -> str:
+    """The op as a chart writes it: F12, B7, E3 (an evaluation forward), U; parts of a Backward as b (input) and w (weights)."""
+    match op:
+        case Forward(batch, train):
+            return f"{'F' if train else 'E'}{batch}"
+        case Backward(batch, _, _, part):
+            return f"{dict(both='B', input='b', weights='w')[part]}{batch}"
+        case Update():
+            return "U"
