@@ -1,0 +1,46 @@
+"""The table of methods: a new method is one class and one row here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any
+
+from delock.errors import UsageError
+from delock.methods.adl import ADL
+from delock.methods.base import Method
+from delock.methods.delayed import DDG, FR
+from delock.methods.dsp import DSP
+from delock.methods.fdg import FDG
+from delock.methods.synchronous import BP, GPipe, OneFOneB
+
+METHODS: Mapping[str, type[Method]] = MappingProxyType(
+    {method.name: method for method in (BP, GPipe, OneFOneB, DDG, FR, FDG, ADL, DSP)}
+)
+
+
+def options(method: type[Method]) -> list[str]:
+    """Names of a method's options."""
+    return [field.name for field in fields(method)]  # type: ignore[arg-type]
+
+
+def make(name: str, **given: Any) -> Method:
+    """The method of that name with those options. Raises UsageError, with the nearest name, for a name or an option it does not know."""
+    if name not in METHODS:
+        raise UsageError(f"no method is called {name!r}{_nearest(name, list(METHODS))}; there are: {', '.join(METHODS)}")
+    known = options(METHODS[name])
+    for option in given:
+        if option not in known:
+            takes = f"its options are: {', '.join(known)}" if known else "it has no options"
+            raise UsageError(f"{name} has no option {option!r}{_nearest(option, known)}; {takes}")
+    return METHODS[name](**given)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+__all__ = ["ADL", "BP", "DDG", "DSP", "FDG", "FR", "METHODS", "GPipe", "Method", "OneFOneB", "make", "options"]

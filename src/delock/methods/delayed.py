@@ -1,0 +1,61 @@
+"""Methods that break the backward lock only: DDG and features replay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from delock.methods.base import Method
+from delock.ops import Backward, Forward, Op, Update
+
+
+@dataclass(frozen=True)
+class DDG(Method):
+    """Decoupled parallel backpropagation with delayed gradients: the error of a batch arrives K-1-k ticks late at stage k.
+
+        stage 0 |F0 F1 .. F2 .. B0.0 F3 .. B1.1         K = 3; cell = op, batch . version
+        stage 1 |   F0 F1 B0.0 F2 B1.1 ..
+        stage 2 |      F0 B0.0 F1 B1.1 F2 B2.2
+
+    Source: Huo, Gu, Yang, Huang, ICML 2018. Update: w_k^{t+1} = w_k^t - lr grad_k f(w^{t-d}; x_{t-d}), d = K-1-k.
+
+    symbol in the paper | here
+    d                   | K-1-k = D_k
+
+    Deviations: none. Staleness of the gradient: K-1-k updates; layer-wise K-1-k. Memory of stage k: K-k graphs, and as many
+    weight versions.
+    """
+
+    name: ClassVar[str] = "ddg"
+
+    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
+        yield Forward(t)
+        yield Backward(t - self.delay(k, K), loss=K - 1, at="stash")
+        yield Update()
+
+    def delay(self, k: int, K: int) -> int:
+        return K - 1 - k
+
+
+@dataclass(frozen=True)
+class FR(Method):
+    """Features replay: DDG's schedule, but a stage keeps only its inputs and recomputes at its current weights.
+
+    Source: Huo, Gu, Huang, NeurIPS 2018. Update: g_k = [df_k(h_k^{t-d}; w_k^t)/dw_k]^T delta_{k+1}, d = K-1-k.
+
+    symbol in the paper | here
+    d                   | K-1-k = D_k
+
+    Deviations: none. Staleness of the gradient: 0; layer-wise K-1-k. Memory of stage k: K-k inputs and one graph, no weight copy.
+    """
+
+    name: ClassVar[str] = "fr"
+
+    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
+        yield Forward(t)
+        yield Backward(t - self.delay(k, K), loss=K - 1, at="replay")
+        yield Update()
+
+    def delay(self, k: int, K: int) -> int:
+        return K - 1 - k

@@ -1,0 +1,73 @@
+"""DSP: layer-wise staleness with a free lag on every link, and features recomputed at the current weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from delock.errors import UsageError
+from delock.methods.base import Method
+from delock.ops import Backward, Forward, Op, Update
+
+Lags = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DSP(Method):
+    """Diversely stale parameters: activations stay p_k ticks, errors q_k ticks on the link between stage k and k + 1.
+
+    Source: Xu, Huo, Huang, CVPR 2020, arXiv 1909.02625. Update: w_k <- step(w_k, g), g = [df_k(h_k; w_k now)/dw_k]^T delta_{k+1},
+    h_k as it arrived, made by older weights of the stages below. Both optimizers of the analysis are torch.optim.SGD with momentum
+    (heavy ball) and nesterov=True.
+
+    symbol in the paper     | here
+    p_k                     | p: one lag per link, or one number for all
+    m_k = D_k               | sum over k <= j < K-1 of p_j + q_j
+    q_k = m_k - m_{k+1} - p_k | q: one lag per link, or one number for all
+
+    `DSP.from_paper(p, m)` takes the paper's DSP(p_0 .. p_{K-1}; m_0 .. m_{K-1}). Deviations: none.
+    Staleness of the gradient: 0; layer-wise D_k. Memory: (1 + D_k) |h_k| + (2 + p_k + q_k) |h_{k+1}|, one graph, one weight copy.
+    """
+
+    name: ClassVar[str] = "dsp"
+    p: Lags = 1
+    q: Lags = 1
+
+    def __post_init__(self) -> None:
+        for what, lags in (("p", self.p), ("q", self.q)):
+            if min(lags if isinstance(lags, tuple) else (lags,), default=1) < 1:
+                raise UsageError(f"dsp's lag {what} is {lags}, but every lag must be at least 1: a message takes a tick; lag 0 is fr")
+
+    @classmethod
+    def from_paper(cls, p: tuple[int, ...], m: tuple[int, ...]) -> DSP:
+        """DSP(p; m) as the paper writes it, one p and one m per stage. Raises UsageError when no lags q >= 1 give that m."""
+        if len(p) != len(m) or not p or p[-1] != 0 or m[-1] != 0:
+            raise UsageError(f"DSP({p}; {m}): p and m need one number per stage, and 0 for the last stage")
+        q = tuple(m[k] - m[k + 1] - p[k] for k in range(len(p) - 1))
+        if min(q, default=1) < 1:
+            raise UsageError(f"DSP({p}; {m}): m_k - m_(k+1) - p_k gives the error lags {q}, but every one must be at least 1: raise m")
+        return cls(p[:-1], q)
+
+    def fits(self, K: int) -> None:
+        for what, lags in (("p", self.p), ("q", self.q)):
+            if isinstance(lags, tuple) and len(lags) != K - 1:
+                raise UsageError(
+                    f"dsp got {len(lags)} lags {what} = {lags} for {K} stages: there are {K - 1} links, so give {K - 1}, or one for all"
+                )
+
+    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
+        b = t - self.offset(k, K)
+        yield Forward(b)
+        yield Backward(b - self.delay(k, K), loss=K - 1, at="replay")
+        yield Update()
+
+    def delay(self, k: int, K: int) -> int:
+        return sum(_lag(self.p, j) + _lag(self.q, j) for j in range(k, K - 1))
+
+    def offset(self, k: int, K: int) -> int:
+        return sum(_lag(self.p, j) for j in range(k))
+
+
+def _lag(lags: Lags, link: int) -> int:
+    return lags[link] if isinstance(lags, tuple) else lags

@@ -1,0 +1,52 @@
+"""FDG: fully decoupled learning with delayed gradients and gradient shrinking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from delock.methods.base import Method, Order, fraction, in_order, one_of
+from delock.ops import Backward, Forward, Op, Update
+
+
+@dataclass(frozen=True)
+class FDG(Method):
+    """Fully decoupled training with delayed gradients: activations and errors are both one tick under way.
+
+        stage 0 |F0.0 F1.0 F2.0 F3.0 F4.0 B0.0 F5.1 B1.1      K = 3; cell = op, batch . version
+        stage 1 |     F0.0 F1.0 F2.0 B0.0 F3.1 B1.1
+        stage 2 |          F0.0 B0.0 F1.1 B1.1
+
+    Source: Zhuang, Wang, Liu, Lin, arXiv 1906.09108, IEEE TNNLS 2021. Update: w_k^{t+1} = step(w_k^t, g), where
+    g = beta^(K-1-k) grad_k f(w^{t-D_k}; x_{b}), b = t - 2(K-1) + k; weight decay is not shrunk.
+
+    symbol in the paper | here
+    beta                | beta, the factor of every error received; 1 turns shrinking off
+    K-1-k (module lag)  | half of D_k
+
+    Options: at = "stash" (default, the equations) or "mixed" (what the released code computed); order = "forward-first" (default,
+    the figures) or "backward-first" (the released code). Deviations: none.
+    Staleness of the gradient: D_k = 2(K-1-k) updates forward-first; backward-first D_k - 1 for k < K-1, 0 for K-1. Layer-wise: D_k.
+    Memory of stage k: D_k + 1 graphs (backward-first D_k), with stash as many weight versions.
+    """
+
+    name: ClassVar[str] = "fdg"
+    beta: float = 1.0
+    at: Literal["stash", "mixed"] = "stash"
+    order: Order = "forward-first"
+
+    def __post_init__(self) -> None:
+        fraction("beta", self.beta)
+        one_of("at", self.at, ("stash", "mixed"))
+        one_of("order", self.order, ("forward-first", "backward-first"))
+
+    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
+        backward = Backward(t - 2 * (K - 1) + k, loss=K - 1, at=self.at, shrink=self.beta)
+        yield from in_order(self.order, k == K - 1, Forward(t - k), (backward, Update()))
+
+    def delay(self, k: int, K: int) -> int:
+        return 2 * (K - 1 - k)
+
+    def offset(self, k: int, K: int) -> int:
+        return k

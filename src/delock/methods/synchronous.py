@@ -1,0 +1,119 @@
+"""The synchronous baselines: backpropagation, GPipe and 1F1B compute the same gradient in a different order of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from delock.methods.base import Method, at_least
+from delock.ops import Backward, Forward, Op, Update
+
+
+@dataclass(frozen=True)
+class BP(Method):
+    """Backpropagation, one (micro-)batch at a time through all stages and back: naive model parallelism on K workers.
+
+    Source: Rumelhart, Hinton, Williams 1986. Update: w <- step(w, sum_j (n_j / n) grad L(x_j; w)) over the M parts x_j of a batch.
+
+    symbol in the paper | here
+    M (accumulation)    | accumulate
+
+    Deviations: none. Staleness: 0, layer-wise 0. Memory of stage k: one graph of one part.
+    """
+
+    name: ClassVar[str] = "bp"
+    synchronous: ClassVar[bool] = True
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        at_least("accumulate", self.accumulate, 1)
+
+    @property
+    def parts(self) -> int:
+        return self.accumulate
+
+    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
+        for b in range(t * self.parts, (t + 1) * self.parts):
+            yield Forward(b)
+            yield Backward(b, loss=K - 1)
+        yield Update()
+
+    def delay(self, k: int, K: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class GPipe(Method):
+    """GPipe: all M micro-batches forward, then all backward, one update.
+
+    Source: Huang et al., NeurIPS 2019. Update: that of BP with accumulate = M, bit for bit (backward in order 0 .. M-1).
+
+    symbol in the paper | here
+    M                   | micro_batches
+
+    Deviations: backward order (the paper runs it last to first), no recomputation. Staleness: 0, layer-wise 0.
+    Memory of stage k: M graphs of one micro-batch. Bubble: (K-1) / (M+K-1).
+    """
+
+    name: ClassVar[str] = "gpipe"
+    synchronous: ClassVar[bool] = True
+    micro_batches: int = 4
+
+    def __post_init__(self) -> None:
+        at_least("micro_batches", self.micro_batches, 1)
+
+    @property
+    def parts(self) -> int:
+        return self.micro_batches
+
+    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
+        part = range(t * self.parts, (t + 1) * self.parts)
+        yield from (Forward(b) for b in part)
+        yield from (Backward(b, loss=K - 1) for b in part)
+        yield Update()
+
+    def delay(self, k: int, K: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class OneFOneB(Method):
+    """1F1B (PipeDream-flush): min(M, K-1-k) warm-up forwards, then one forward, one backward in turn; one update.
+
+        stage 0 |F0 F1 F2 .. B0 F3 B1 .. B2 .. B3 U      K = 3, M = 4
+        stage 1 |   F0 F1 B0 F2 B1 F3 B2 .. B3 U
+        stage 2 |      F0 B0 F1 B1 F2 B2 F3 B3 U
+
+    Source: Narayanan et al., SOSP 2019 and ICML 2021. Update: that of BP with accumulate = M, bit for bit.
+
+    symbol in the paper | here
+    m                   | micro_batches
+
+    Deviations: none. Staleness: 0, layer-wise 0. Memory of stage k: min(M, K-k) graphs of one micro-batch.
+    Bubble: (K-1) / (M+K-1).
+    """
+
+    name: ClassVar[str] = "1f1b"
+    synchronous: ClassVar[bool] = True
+    micro_batches: int = 4
+
+    def __post_init__(self) -> None:
+        at_least("micro_batches", self.micro_batches, 1)
+
+    @property
+    def parts(self) -> int:
+        return self.micro_batches
+
+    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
+        first, M = t * self.parts, self.parts
+        warm = min(M, K - 1 - k)
+        yield from (Forward(first + j) for j in range(warm))
+        for j in range(M):
+            if warm + j < M:
+                yield Forward(first + warm + j)
+            yield Backward(first + j, loss=K - 1)
+        yield Update()
+
+    def delay(self, k: int, K: int) -> int:
+        return 0

@@ -1,0 +1,35 @@
+"""The one dependency rule: what an op waits for, and what it makes that others may wait for."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from delock.ops import Backward, Forward, Op, Update
+
+Name: TypeAlias = tuple[int, Op | tuple[int, int]]
+"""(stage, what it makes): a Forward by itself, an error as (batch, loss), whichever part of a Backward sends it."""
+
+
+def needs(k: int, op: Op) -> list[Name]:
+    """What op of stage k waits for: a Forward of the stage below, its own Forward and an error from above, which is named (batch, loss)
+    because any part of a Backward that sends will do.
+    """
+    match op:
+        case Forward():
+            return [(k - 1, op)] if k > 0 else []
+        case Backward(b, loss):
+            own: list[Name] = [(k, Forward(b))]
+            return [*own, (k + 1, (b, loss))] if loss > k else own
+        case Update():
+            return []
+
+
+def gives(k: int, op: Op) -> list[Name]:
+    """The names under which `needs` may ask for what op of stage k makes."""
+    match op:
+        case Forward():
+            return [(k, op)]
+        case Backward(b, loss, _, part):
+            return [(k, (b, loss))] if part != "weights" else []
+        case Update():
+            return []

@@ -1,0 +1,53 @@
+"""The values a plan is made of: a step, a stage's column of steps, and the length of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from delock.errors import DelockError
+from delock.ops import Op
+
+Keep = Literal["graph", "input", "nothing"]
+
+
+class PlanError(DelockError):
+    """A plan that cannot be executed: the message shows its chart, and what waits for what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An op in its place, with what only the rest of the plan can know about it."""
+
+    op: Op
+    tick: int
+    version: int  # Updates that the stage has made before it
+    keep: Keep = "nothing"  # Forward: what the Backwards of this batch will need
+    snapshot: bool = False  # Forward: a stashed Backward lies behind an Update, so the weights must be kept as well
+    last: bool = False  # Backward: nobody will ask for this batch's memory again
+    up: bool = False  # Forward: stage k + 1 is listening
+    down: bool = False  # Backward: stage k - 1 is listening
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How long a run is, in batches (of one update each for synchronous methods), and when it is evaluated.
+
+    With `every` > 0 the network is evaluated on `evaluation` batches after each `every` training batches, and at the end.
+    """
+
+    batches: int
+    every: int = 0
+    evaluation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """columns[k] is the program of stage k, or the window of it that lies in some range of ticks."""
+
+    columns: tuple[tuple[Step, ...], ...]
+
+    @property
+    def K(self) -> int:
+        """Number of stages."""
+        return len(self.columns)

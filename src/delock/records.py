@@ -1,0 +1,105 @@
+"""What a run reports, as plain values: what will run, steps, evaluations, a report per stage, the result. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StagePrediction:
+    """What the plan and the measured cost of its layers say about one stage before it runs."""
+
+    stage: int
+    layers: int  # atoms
+    parameters: int
+    forward: float  # seconds per (micro-)batch
+    backward: float  # seconds per (micro-)batch
+    staleness: float  # mean over a warm group of batches, in updates
+    layer_staleness: int  # D_k, in batches
+    idle: float  # share of the steady period
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The run is about to start: the prediction per stage, and the steady speed of the whole."""
+
+    method: str  # as the user would write it, "adl(accumulate=2)"
+    workers: str  # "processes", "inline", "torchrun"
+    batches: int  # in the whole run
+    epochs: float
+    cuts: tuple[int, ...]
+    stages: tuple[StagePrediction, ...]
+    samples_per_second: float  # predicted
+    messages: tuple[int, ...] = ()  # bytes of an activation on each link
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One training batch as the last stage saw it."""
+
+    step: int  # batches trained, this one included
+    epoch: float  # step / batches per epoch
+    loss: float
+    lr: float
+    samples: int  # samples trained since the start
+    seconds: float  # of training, since the start, evaluations left out
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """One evaluation of the whole test set; train_loss is the mean over the batches since the evaluation before."""
+
+    step: int
+    epoch: float
+    train_loss: float
+    test_loss: float
+    metrics: dict[str, float]  # test metrics by name, "accuracy" among them for classification; fractions, not per cent
+    seconds: float  # of training, since the start, evaluations left out
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What one stage did, measured."""
+
+    stage: int
+    parameters: int
+    updates: int  # the final version
+    forward: float  # seconds computing forwards
+    backward: float  # seconds computing backwards, replays included
+    update: float  # seconds in the optimizer
+    waiting: float  # seconds waiting for messages, warm-up and drain included
+    evaluation: float  # seconds of evaluation
+    seconds: float  # from the first op to the last
+    staleness: dict[int, int]  # histogram of gradient staleness: updates -> batches
+    layer_staleness: dict[int, int]  # histogram of layer-wise staleness: batches -> batches
+    peak_memory: int  # bytes: of the process on CPU (0 where it cannot be told), of the allocator on a GPU
+    memory_growth: int  # bytes: the peak above what the built stage held before the first batch
+
+    @property
+    def idle(self) -> float:
+        """Share of the training time that the stage waited or did nothing."""
+        time = self.seconds - self.evaluation
+        return max(0.0, 1 - (self.forward + self.backward + self.update) / time) if time > 0 else 0.0
+
+    @property
+    def mean_staleness(self) -> float:
+        """Mean gradient staleness in updates, warm-up included."""
+        count = sum(self.staleness.values())
+        return sum(updates * n for updates, n in self.staleness.items()) / count if count else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `fit` returns. The trained weights are in the model that was passed in."""
+
+    started: Started
+    losses: list[float]  # one per batch, as the last stage computed them for the gradient
+    evaluations: list[EvaluationRecord]
+    stages: list[StageReport]
+    seconds: float  # of training, evaluations left out
+    samples_per_second: float
+    samples: int
+
+
+Event = Started | StepRecord | EvaluationRecord
