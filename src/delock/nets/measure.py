@@ -1,0 +1,152 @@
+"""What each atom costs, measured, and the cuts that make the dearest stage as cheap as can be."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from delock.errors import UsageError
+from delock.nets.split import Atom
+
+Value: TypeAlias = Tensor | tuple[Tensor, ...]  # what goes from atom to atom
+
+
+@dataclass(frozen=True, slots=True)
+class AtomCost:
+    """Cost of one atom on one batch: seconds, bytes of its output (what a link carries if cut behind it), and number of parameters."""
+
+    forward_s: float
+    backward_s: float
+    out_bytes: int
+    params: int
+
+    @property
+    def total_s(self) -> float:
+        """Forward and backward: what `balance` is given."""
+        return self.forward_s + self.backward_s
+
+
+def measure(
+    atoms: Sequence[Atom],
+    inputs: Value,
+    targets: Any,
+    loss: Callable[[Any, Any], Tensor],
+    *,
+    repeats: int = 3,
+    device: torch.device | str = "cpu",
+) -> list[AtomCost]:
+    """Cost of each atom in training mode on one batch: median over `repeats`; the last atom's includes the loss.
+
+    inputs: a tensor or tuple of tensors, any dtype, as the model takes them; targets: any pytree of tensors, as the loss takes them.
+    Works on a copy of one atom at a time, so weights, statistics and the random state stay as they are and memory is that of one atom.
+    As in training, an atom's backward makes the gradient of its input only if something before it learns.
+    Raises UsageError if an atom or the loss does not take what it is given.
+    """
+    device = torch.device(device)
+    costs = []
+    value: Value = tree_map_only(Tensor, lambda x: x.to(device), inputs)
+    targets = tree_map_only(Tensor, lambda x: x.to(device), targets)
+    learns = (False,) * len(_tensors(value))  # per tensor: does it want a gradient
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+        for i, atom in enumerate(atoms):
+            last = i == len(atoms) - 1
+            module = copy.deepcopy(atom.module).to(device).train()
+            runs = []
+            for _ in range(repeats):
+                try:
+                    forward_s, backward_s, out = _run(module, value, learns, (lambda h: loss(h, targets)) if last else None, device)
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                    raise UsageError(_complaint(i, atom, value, last, error)) from error
+                runs.append((forward_s, backward_s))
+            forwards, backwards = zip(*runs, strict=True)
+            out_bytes = sum(x.numel() * x.element_size() for x in _tensors(out))
+            params = sum(p.numel() for p in module.parameters())
+            costs.append(AtomCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params))
+            learns = tuple(x.requires_grad for x in _tensors(out))
+            value = tree_map_only(Tensor, Tensor.detach, out)
+    return costs
+
+
+def balance(costs: Sequence[float], K: int, params: Sequence[int] | None = None) -> list[int]:
+    """Cuts into K stages of at least one atom whose largest stage cost is the smallest possible; exact, by dynamic programming.
+
+    Given the atoms' numbers of parameters, as few stages as possible are without any: that comes before the cost.
+    Among equals the sum of squared stage costs decides (evens out the other stages), then the earlier cut from the back.
+    Raises UsageError for K < 1 or K > len(costs).
+    """
+    n = len(costs)
+    if not 1 <= K <= n:
+        raise UsageError(f"cannot make {K} stages of {n} layers: use 1 to {n} stages")
+    prefix = np.array([0.0, *itertools.accumulate(costs)])
+    learned = np.array([0, *itertools.accumulate(1 if params is None else int(p > 0) for p in (params or costs))])
+    cost = prefix[None, :] - prefix[:, None]  # (n + 1, n + 1): [j, i] is the stage of atoms j .. i - 1
+    bare = np.where(np.tri(n + 1, dtype=bool), np.inf, (learned[None, :] == learned[:, None]).astype(float))
+    _, largest = _cheapest(cost, bare, K, np.maximum)
+    within = np.where(cost <= largest, bare, np.inf)
+    cuts, _ = _cheapest(cost**2, within, K, np.add)
+    return cuts
+
+
+def _cheapest(cost: np.ndarray[Any, Any], bare: np.ndarray[Any, Any], K: int, join: np.ufunc) -> tuple[list[int], float]:
+    """Cuts with the smallest (sum of `bare`, `join` of `cost`) over K stages, and that cost; an infinite `bare` forbids a stage."""
+    n = len(cost) - 1
+    count, value = bare[0], cost[0]  # best of one stage over atoms 0 .. i - 1, for every i
+    starts = []
+    for _ in range(K - 1):
+        counts = count[:, None] + bare  # [j, i]: the last stage is atoms j .. i - 1
+        count = counts.min(axis=0)
+        values = np.where(counts == count, join(value[:, None], cost), np.inf)
+        starts.append(values.argmin(axis=0))
+        value = values.min(axis=0)
+    cuts, end = [], n
+    for start in reversed(starts):
+        end = int(start[end])
+        cuts.append(end)
+    return cuts[::-1], float(value[n])
+
+
+def _run(
+    module: nn.Module, value: Value, learns: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device
+) -> tuple[float, float, Value]:
+    """Seconds of one forward and of one backward, and the output with its graph spent."""
+    leaves = [x.detach().requires_grad_(learn) for x, learn in zip(_tensors(value), learns, strict=True)]
+    given = [x.clone() for x in leaves]  # an atom may write on its input
+    wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
+    began = _now(device)
+    out = module(given[0] if isinstance(value, Tensor) else tuple(given))
+    ends = [x for x in _tensors(out if loss is None else loss(out)) if x.requires_grad]
+    forward_s = _now(device) - began
+    if not ends:
+        return forward_s, 0.0, out
+    errors = [torch.ones_like(x) for x in ends]
+    began = _now(device)
+    torch.autograd.grad(ends, wanted, errors, allow_unused=True)
+    return forward_s, _now(device) - began, out
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _tensors(value: Value) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else value
+
+
+def _complaint(i: int, atom: Atom, value: Value, last: bool, error: Exception) -> str:
+    shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in _tensors(value))
+    name = f"{i} ({atom.prefix})" if atom.prefix else f"{i}"
+    return f"layer {name}{', or the loss behind it,' if last else ''} does not take its input {shapes}: {error}"

@@ -1,0 +1,68 @@
+"""ResNets for small images, depth 6n + 2 (He et al., arXiv 1512.03385, section 4.2)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from delock.nets.split import Group
+
+
+class BasicBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)); (B, width_in, H, W) -> (B, width, ceil(H / stride), ceil(W / stride)).
+
+    The shortcut is the paper's option A: where the shape changes, every second pixel and zeros for the new channels, half of them
+    before the old ones and half after; it has no parameters.
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride, self.new = stride, width - width_in
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # in place: both ReLUs write on tensors made here, which no backward needs (batch norm keeps its input, a sum keeps nothing)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, width, H', W')
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x), inplace=True)
+
+    def shortcut(self, x: torch.Tensor) -> torch.Tensor:
+        if self.stride == 1 and self.new == 0:
+            return x
+        before = self.new // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new - before))
+
+
+def resnet(n: int, *, classes: int, in_channels: int) -> nn.Sequential:
+    """ResNet-(6n + 2): three groups of n blocks, 16, 32 and 64 channels wide. (B, in_channels, H, W) -> (B, classes)."""
+
+    def group(width_in: int, width: int, stride: int) -> Group:
+        return Group(BasicBlock(width_in, width, stride), *(BasicBlock(width, width, 1) for _ in range(n - 1)))
+
+    layers: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False),
+        "bn1": nn.BatchNorm2d(16),
+        "relu": nn.ReLU(),  # not in place: as an atom it may be the first of a stage, and would write on a received message
+        "layer1": group(16, 16, 1),
+        "layer2": group(16, 32, 2),
+        "layer3": group(32, 64, 2),
+        "avgpool": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(1),
+        "fc": nn.Linear(64, classes),
+    }
+    return he(nn.Sequential(OrderedDict(layers)))
+
+
+def he(model: nn.Sequential) -> nn.Sequential:
+    """He's normal initialization in place (arXiv 1502.01852): variance 2 / fan_out (convolutions), 2 / fan_in (linear); biases 0."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out" if isinstance(module, nn.Conv2d) else "fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
