@@ -1,0 +1,10 @@
+"""Data: loaders whose batches follow from (seed, epoch, sample), so that every method and number of stages gets the same."""
+
+from delock.data.augment import Augment
+from delock.data.images import Batches, Images, statistics
+from delock.data.load import NAMES, load
+from delock.data.loader import Data, Loader
+from delock.data.plain import as_loader
+from delock.data.synthetic import synthetic
+
+__all__ = ["NAMES", "Augment", "Batches", "Data", "Images", "Loader", "as_loader", "load", "statistics", "synthetic"]

@@ -1,0 +1,69 @@
+"""From image files to one uint8 tensor."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from delock.data.source import Progress
+from delock.errors import UsageError
+
+CHUNK = 64  # files per task of the pool: enough to hide what a task costs, few enough to show progress
+
+
+def decode(files: list[Path], image_size: int | None, on_progress: Progress | None = None) -> Tensor:
+    """(N, 3, S, S) uint8, RGB, in the order of `files`; S is `image_size`, else the size of the first image.
+
+    With an image_size, an image of another size is cut to a square about its centre and resized (bilinear, antialiased).
+    Raises UsageError for a file that is no readable image, and, without an image_size, for one that is not as large as the first or
+    not square.
+    """
+    size = image_size or _own_size(files[0])
+    pixels = np.empty((len(files), 3, size, size), np.uint8)
+
+    def fill(start: int) -> int:
+        stop = min(start + CHUNK, len(files))
+        for i in range(start, stop):
+            pixels[i] = _read(files[i], size, resize=image_size is not None, first=files[0]).transpose(2, 0, 1)
+        return stop
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: decoding leaves the interpreter's lock
+        try:
+            for done in pool.map(fill, range(0, len(files), CHUNK)):
+                if on_progress is not None:
+                    on_progress(done, len(files))
+        except BaseException:  # a broken image, or Ctrl-C: do not decode the rest first
+            pool.shutdown(cancel_futures=True)
+            raise
+    return torch.from_numpy(pixels)
+
+
+def _own_size(file: Path) -> int:
+    height, width, _ = _read(file, None, resize=False, first=file).shape
+    if height != width:
+        raise UsageError(f"{file} is {width} x {height}, not square: give --image-size to cut and resize all images")
+    return int(height)
+
+
+def _read(file: Path, size: int | None, *, resize: bool, first: Path) -> NDArray[np.uint8]:
+    """(H, W, 3)."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # what PIL's readers raise
+        raise UsageError(f"cannot read the image {file}: {error}. Repair or remove it") from error
+    if size is not None and image.size != (size, size):
+        if not resize:
+            raise UsageError(
+                f"{file} is {image.width} x {image.height}, but {first} is {size} x {size}: give --image-size to resize all images"
+            )
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)

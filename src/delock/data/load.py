@@ -1,0 +1,84 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delock.data.augment import standard
+from delock.data.cache import cache_dir
+from delock.data.digits import digits
+from delock.data.folder import folder
+from delock.data.hashing import permutation
+from delock.data.images import Batches, Images
+from delock.data.loader import Data
+from delock.data.source import Progress, Source
+from delock.data.synthetic import synthetic
+from delock.data.vision import KINDS, vision
+from delock.errors import UsageError
+from delock.keys import key
+
+NAMES = ("digits", *KINDS, "folder", "synthetic")
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    batch_size: int,
+    seed: int = 0,
+    download: bool = False,
+    augment: bool = True,
+    image_size: int | None = None,
+    limit: int | None = None,
+    test_batch_size: int | None = None,
+    on_progress: Progress | None = None,
+) -> Data:
+    """The data set `name` (one of NAMES) as a training and a test loader.
+
+    data_dir: where "folder" finds its images, and torchvision's sets their files (default: datasets in the cache directory).
+    seed: order and augmentation of the training images; never which images there are. The test loader has a fixed order.
+    image_size: "folder": resize to it; "synthetic": make them so large; the other sets have the size they have.
+    limit: train on so many images only, a fixed random choice (a smaller one is part of a larger one); statistics are of all.
+    on_progress(done, total): called while images are decoded.
+    Raises UsageError for an unknown name, data that is missing or unfit, and numbers out of range.
+    """
+    source = _source(name, Path(data_dir) if data_dir is not None else None, download, image_size, on_progress)
+    _, channels, size, _ = source.train.pixels.shape
+    train = Batches(
+        source.train,
+        batch_size,
+        source.stats,
+        seed=seed,
+        shuffle=True,
+        augment=standard(size, flip=source.flip) if augment else None,
+        samples=_choice(name, source.train, limit),
+    )
+    test = Batches(source.test, batch_size if test_batch_size is None else test_batch_size, source.stats)
+    return Data(train, test, source.classes, channels, size, name)
+
+
+def _source(name: str, data_dir: Path | None, download: bool, image_size: int | None, on_progress: Progress | None) -> Source:
+    if name == "folder":
+        if data_dir is None:
+            raise UsageError("data set folder needs --data-dir DIR, with DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg")
+        return folder(data_dir, image_size=image_size, on_progress=on_progress)
+    if name == "synthetic":
+        return synthetic(image_size=32 if image_size is None else image_size)
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, 1, 0.4)
+        raise UsageError(f"unknown data set {name!r}{f': did you mean {near[0]!r}?' if near else ''} (known: {', '.join(NAMES)})")
+    if image_size is not None:
+        raise UsageError(f"image size can be chosen for folder and synthetic only: the images of {name} are used as they are")
+    return digits() if name == "digits" else vision(name, data_dir or cache_dir() / "datasets", download=download)
+
+
+def _choice(name: str, images: Images, limit: int | None) -> NDArray[np.int64] | None:
+    if limit is None:
+        return None
+    if not 1 <= limit <= len(images):
+        raise UsageError(f"limit must lie between 1 and the {len(images)} training images of {name}, not {limit}")
+    return np.sort(permutation(key("limit"), len(images))[:limit])
