@@ -1,0 +1,100 @@
+"""From what was asked for to what will run: defaults that depend on other options are filled in, and what contradicts itself is refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from types import MappingProxyType
+
+from delock.config.options import EPOCHS, AlgorithmOptions, NetworkOptions, TrainConfig, TrainingOptions
+from delock.errors import UsageError
+from delock.methods import Method, make, options
+
+LEARNING_RATES = MappingProxyType({"sgd": 0.1, "adam": 0.001, "adamw": 0.001})
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The config with every default filled in that does not need the data or the model. Raises UsageError."""
+    _check(config)
+    return replace(
+        config,
+        algorithm=_algorithm(config.algorithm),
+        network=_network(config.network),
+        training=_training(config.training),
+    )
+
+
+def make_method(config: AlgorithmOptions) -> Method:
+    """The method that was asked for. Raises UsageError for one that does not exist, and an option that is not its own."""
+    given = {name: getattr(config, name) for name in AlgorithmOptions.__dataclass_fields__ if name != "method"}
+    lags = {name: value[0] for name in ("p", "q") if (value := given[name]) is not None and len(value) == 1}  # one for all links
+    return make(config.method, **{name: value for name, value in (given | lags).items() if value is not None})
+
+
+def _algorithm(config: AlgorithmOptions) -> AlgorithmOptions:
+    chosen = make_method(config)
+    values = {name: getattr(chosen, name) for name in options(type(chosen))}
+    lags = {name: (value,) for name in ("p", "q") if isinstance(value := values.get(name), int)}
+    return AlgorithmOptions(config.method, **(values | lags))
+
+
+def _network(config: NetworkOptions) -> NetworkOptions:
+    if config.cuts is None:
+        return replace(config, stages=2 if config.stages is None else config.stages)
+    stages = len(config.cuts) + 1
+    if config.stages not in (None, stages):
+        raise UsageError(f"{len(config.cuts)} cuts make {stages} stages, not {config.stages}: give --cuts or --stages")
+    return replace(config, stages=stages)
+
+
+def _training(config: TrainingOptions) -> TrainingOptions:
+    if config.epochs is not None and config.steps is not None:
+        raise UsageError("the length of the run is given twice: use --epochs or --steps")
+    if config.optimizer != "sgd" and (config.momentum is not None or config.nesterov):
+        raise UsageError(f"momentum and nesterov are options of sgd, and the optimizer is {config.optimizer}")
+    if config.milestones and config.schedule != "steps":
+        raise UsageError(f"milestones belong to the schedule steps, and the schedule is {config.schedule}")
+    if config.schedule == "steps" and not config.milestones:
+        raise UsageError("the schedule steps needs --milestones: the epochs at which the learning rate falls")
+    momentum = 0.9 if config.optimizer == "sgd" and config.momentum is None else config.momentum
+    if config.nesterov and not momentum:
+        raise UsageError("nesterov needs a momentum above 0")
+    return replace(
+        config,
+        epochs=EPOCHS if config.epochs is None and config.steps is None else config.epochs,
+        lr=LEARNING_RATES[config.optimizer] if config.lr is None else config.lr,
+        momentum=momentum,
+    )
+
+
+def _check(config: TrainConfig) -> None:
+    """Refuse numbers out of range, by the names the user gave them."""
+    network, data, training, machine = config.network, config.dataset, config.training, config.machine
+    least = {
+        "stages": (network.stages, 1),
+        "batch-size": (data.batch_size, 1),
+        "test-batch-size": (data.test_batch_size, 1),
+        "limit": (data.limit, 1),
+        "image-size": (data.image_size, 1),
+        "epochs": (training.epochs, 1),
+        "steps": (training.steps, 1),
+        "eval-every": (training.eval_every, 1),
+        "lr": (training.lr, 0),
+        "momentum": (training.momentum, 0),
+        "weight-decay": (training.weight_decay, 0),
+        "warmup": (training.warmup, 0),
+        "gamma": (training.gamma, 0),
+        "seed": (training.seed, 0),
+        "threads": (machine.threads, 1),
+        "patience": (machine.patience, 0),
+        "log-every": (config.output.log_every, 1),
+    }
+    for name, (value, bound) in least.items():
+        if value is not None and not bound <= value < float("inf"):
+            raise UsageError(f"{name} is {value}, but it must be at least {bound}")
+    if not 0 <= network.dropout < 1:
+        raise UsageError(f"dropout is {network.dropout}, but it must lie in [0, 1)")
+    if not 0 <= machine.port <= 65535:
+        raise UsageError(f"port is {machine.port}, but it must lie in 0 .. 65535")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", machine.device):
+        raise UsageError(f"device is {machine.device!r}, but it must be cpu, cuda or cuda:N")

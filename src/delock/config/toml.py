@@ -1,0 +1,38 @@
+"""Options in a TOML file, under their flat names."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from delock.errors import UsageError
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The keys and values of a TOML file. Raises UsageError where there is none, or it is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a TOML file: {error}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read the config file {path}: {error.strerror}") from None
+
+
+def write(values: Mapping[str, Any], comment: str) -> str:
+    """A TOML document of flat options: text, paths, numbers, booleans and tuples of them."""
+    return f"# {comment}\n" + "".join(f"{name} = {_text(value)}\n" for name, value in values.items())
+
+
+def _text(value: Any) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str() | Path():
+            return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's but for DEL
+        case tuple():
+            return f"[{', '.join(map(_text, value))}]"
+        case _:
+            return repr(value)

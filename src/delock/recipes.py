@@ -1,0 +1,102 @@
+"""From options to an optimizer and a course of the learning rate: small picklable values that every stage calls for itself."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from delock.config import TrainConfig
+from delock.methods import Method
+
+Params: TypeAlias = Iterable[Any]  # parameters or parameter groups, as torch.optim takes them
+
+
+@dataclass(frozen=True, slots=True)
+class SGD:
+    """w <- w - lr m, m <- momentum m + g + weight_decay w; Nesterov's form steps along g + momentum m."""
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+    def __call__(self, params: Params) -> Optimizer:
+        return torch.optim.SGD(params, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """Adam, its weight decay added to the gradient."""
+
+    lr: float
+    weight_decay: float = 0.0
+
+    def __call__(self, params: Params) -> Optimizer:
+        return torch.optim.Adam(params, self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """Adam, its weight decay apart from the gradient."""
+
+    lr: float
+    weight_decay: float = 0.0
+
+    def __call__(self, params: Params) -> Optimizer:
+        return torch.optim.AdamW(params, self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The learning rate of update n = 0, 1, ... of a stage: a factor of the optimizer's own; (n + 1) / warmup in a warm-up.
+
+    shape: "constant"; "cosine", from 1 after the warm-up to 0 after `updates`; "steps", times `gamma` at each of the `milestones`.
+    updates, warmup and milestones count the stage's own updates, so that all stages use the same rate for the same batch.
+    """
+
+    shape: str
+    updates: int
+    warmup: int = 0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+
+    def __call__(self, optimizer: Optimizer) -> LambdaLR:
+        return LambdaLR(optimizer, self.factor)
+
+    def factor(self, n: int) -> float:
+        """The factor at update n."""
+        if n < self.warmup:
+            return (n + 1) / self.warmup
+        if self.shape == "cosine":
+            done = (n - self.warmup) / max(1, self.updates - self.warmup)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        if self.shape == "steps":
+            return self.gamma ** bisect_right(self.milestones, n)
+        return 1.0
+
+
+def recipe(config: TrainConfig, method: Method, epoch: int, batches: int) -> tuple[Callable[[Params], Optimizer], Schedule]:
+    """Optimizer and schedule of a resolved config, for a run of `batches` with `epoch` batches per epoch."""
+    options = config.training
+    assert options.lr is not None  # resolve has seen to it
+    optimizer: Callable[[Params], Optimizer]
+    match options.optimizer:
+        case "sgd":
+            optimizer = SGD(options.lr, options.momentum or 0.0, options.weight_decay, options.nesterov)
+        case "adam":
+            optimizer = Adam(options.lr, options.weight_decay)
+        case "adamw":
+            optimizer = AdamW(options.lr, options.weight_decay)
+
+    def updates(count: float) -> int:
+        return math.ceil(count / method.batches_per_update)
+
+    milestones = tuple(sorted(updates(at * epoch) for at in options.milestones))
+    return optimizer, Schedule(options.schedule, updates(batches), updates(options.warmup), milestones, options.gamma)

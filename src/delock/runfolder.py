@@ -1,0 +1,118 @@
+"""The folder of a run: what goes into which file, made at the moment the run starts, and nothing of an earlier run written over."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from delock.errors import UsageError
+from delock.records import EvaluationRecord, StepRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, METRICS, SUMMARY, MODEL, BOARD = "config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "tensorboard"
+OURS = (CONFIG, METRICS, SUMMARY, MODEL, "compare.json", "compare.md", "compare.png", "compare.svg")
+
+
+class RunFolder:
+    """A folder that does not exist before `open`. Without `out` it is runs/<date-time>-<name>, with a number where that is taken.
+
+    Raises UsageError where `out` is a file, or is not empty and `overwrite` is not given.
+    """
+
+    def __init__(self, out: Path | None, name: str, *, overwrite: bool = False) -> None:
+        self.path = out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
+        self._chosen = out is not None
+        self._metrics: IO[str] | None = None
+        if out is not None and out.exists():
+            if not out.is_dir():
+                raise UsageError(f"the run folder {out} is a file: give another --out")
+            if any(out.iterdir()) and not overwrite:
+                raise UsageError(f"the run folder {out} exists: give another --out, or --overwrite to replace the run in it")
+
+    def open(self) -> None:
+        """Make the folder; with `overwrite`, take an earlier run's files out of it, and no others."""
+        try:
+            if self._chosen:
+                self.path.mkdir(parents=True, exist_ok=True)
+                _clear(self.path)
+            else:
+                self.path = _new(self.path)
+        except OSError as error:
+            raise UsageError(f"cannot make the run folder {self.path}: {error.strerror}") from None
+
+    def write(self, name: str, text: str) -> None:
+        """One of the folder's text files."""
+        (self.path / name).write_text(text, encoding="utf-8")
+
+    def add(self, record: StepRecord | EvaluationRecord) -> None:
+        """A line of metrics.jsonl, on disk at once: what was recorded outlives the run."""
+        if self._metrics is None:
+            self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
+        self._metrics.write(dumps(line(record)) + "\n")
+        self._metrics.flush()
+
+    def save_model(self, state: Mapping[str, Tensor]) -> None:
+        """The weights under their names in the unsplit model."""
+        from safetensors.torch import save_file  # here: it loads torch
+
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, self.path / MODEL)
+
+    def close(self) -> None:
+        """Close metrics.jsonl."""
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def line(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
+    """A record as a flat mapping; test metrics are called test_accuracy and the like."""
+    values = {name: getattr(record, name) for name in type(record).__dataclass_fields__}
+    metrics = {f"test_{name}": value for name, value in values.pop("metrics", {}).items()}
+    return {"event": "step" if isinstance(record, StepRecord) else "evaluation", **values, **metrics}
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no infinity and no NaN: they become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case _:
+            return value
+
+
+def _new(path: Path) -> Path:
+    """Make a folder that was not there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in range(1, 1000):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            continue
+        return candidate
+    raise UsageError(f"there are too many run folders called {path}: give another --out")
+
+
+def _clear(path: Path) -> None:
+    """Take the files of a run, and of the runs of a comparison in it, out of a folder."""
+    for name in OURS:
+        (path / name).unlink(missing_ok=True)
+    shutil.rmtree(path / BOARD, ignore_errors=True)
+    for inner in [config.parent for config in path.glob(f"*/{CONFIG}")]:
+        _clear(inner)
+        if not any(inner.iterdir()):
+            inner.rmdir()
