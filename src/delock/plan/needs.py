@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from delock.ops import Backward, Forward, Op, Update
+from delock.ops import Backward, Forward, Op, Update, label
 
 Name: TypeAlias = tuple[int, Op | tuple[int, int]]
 """(stage, what it makes): a Forward by itself, an error as (batch, loss), whichever part of a Backward sends it."""
@@ -33,3 +33,8 @@ def gives(k: int, op: Op) -> list[Name]:
             return [(k, (b, loss))] if part != "weights" else []
         case Update():
             return []
+
+
+def named(what: Op | tuple[int, int]) -> str:
+    """The second half of a Name as an error shows it."""
+    return f"B{what[0]} of the loss of stage {what[1]}" if isinstance(what, tuple) else label(what)

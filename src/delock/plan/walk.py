@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from delock.ops import Backward, Op, Update, label
 from delock.plan.chart import chart
-from delock.plan.needs import Name, gives, needs
+from delock.plan.needs import Name, gives, named, needs
 from delock.plan.steps import Plan, PlanError, Step
 
 
@@ -39,12 +39,8 @@ def _stuck(plan: Plan, at: Sequence[int], waiting: Sequence[int], missing: set[N
         op = plan.columns[k][at[k]].op
         for stage, what in needs(k, op):
             if (stage, what) in missing:
-                lines.append(f"  stage {k}: {label(op)} waits for {_named(what)} on stage {stage}")
+                lines.append(f"  stage {k}: {label(op)} waits for {named(what)} on stage {stage}")
     return "this plan cannot go on:\n" + "\n".join(lines) + "\n" + chart(plan)
-
-
-def _named(what: Op | tuple[int, int]) -> str:
-    return f"B{what[0]} of the loss of stage {what[1]}" if isinstance(what, tuple) else label(what)
 
 
 def check(plan: Plan) -> None:
@@ -66,7 +62,7 @@ def check(plan: Plan) -> None:
             seen.add(op)
             for stage, what in needs(k, op):
                 if (stage, what) not in made:
-                    raise PlanError(f"stage {k}: {label(op)} waits for {_named(what)} on stage {stage}, which never comes\n{chart(plan)}")
+                    raise PlanError(f"stage {k}: {label(op)} waits for {named(what)} on stage {stage}, which never comes\n{chart(plan)}")
             pending = pending or (isinstance(op, Backward) and op.part != "input")
         if pending:
             raise PlanError(f"stage {k} ends with a gradient that no Update applies\n{chart(plan)}")

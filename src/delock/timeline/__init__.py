@@ -1,0 +1,30 @@
+"""Time as a pass over a plan: predicted and measured timelines, staleness, memory in flight. No torch."""
+
+from delock.timeline.costs import Costs, Slowdown
+from delock.timeline.measures import idle, messages, period, steady, throughput
+from delock.timeline.predict import Prediction, StageForecast, capacities, predict
+from delock.timeline.simulate import simulate
+from delock.timeline.spans import Span, Timeline
+from delock.timeline.staleness import InFlight, gradient_staleness, in_flight, layer_staleness, warm_mean
+
+__all__ = [
+    "Costs",
+    "InFlight",
+    "Prediction",
+    "Slowdown",
+    "Span",
+    "StageForecast",
+    "Timeline",
+    "capacities",
+    "gradient_staleness",
+    "idle",
+    "in_flight",
+    "layer_staleness",
+    "messages",
+    "period",
+    "predict",
+    "simulate",
+    "steady",
+    "throughput",
+    "warm_mean",
+]

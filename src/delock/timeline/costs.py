@@ -1,0 +1,91 @@
+"""What an op costs, on which link, and which stage has a slow tick: the numbers that turn a plan into a timeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from delock.errors import UsageError
+from delock.keys import key
+from delock.ops import Backward, Forward, Op
+
+
+@dataclass(frozen=True, slots=True)
+class Slowdown:
+    """Stragglers: in a slow tick all ops of a stage take 1 + `factor` times as long.
+
+    Every stage is slow with `probability` in every tick; with a `victim`, only that stage is, in the ticks so drawn. The draws are a
+    function of (seed, tick, stage), so that a run can repeat what a prediction assumed. Raises UsageError for numbers out of range.
+    """
+
+    factor: float  # s of the DSP paper
+    probability: float = 1.0
+    victim: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.factor < 0 or not 0 <= self.probability <= 1:
+            raise UsageError(f"a slow-down by {self.factor} with probability {self.probability}: it must be >= 0, and in [0, 1]")
+
+    def extra(self, tick: int, stage: int) -> float:
+        """By which part of its cost the stage is slower in this tick: 0 or `factor`."""
+        if self.victim not in (None, stage):
+            return 0.0
+        return self.factor if key("slow", self.seed, tick, stage) < self.probability * 2**63 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds (or any unit) per op: one number per stage for work, one per link for delays; link k joins stages k and k + 1.
+
+    An empty tuple means: `replay` as `forward`, `update`, `up` and `down` 0, `capacity` unlimited. A barrier makes every stage wait for
+    all others after each tick (lock-step). Raises UsageError when the numbers do not fit each other.
+    """
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    replay: tuple[float, ...] = ()
+    update: tuple[float, ...] = ()
+    up: tuple[float, ...] = ()  # delay of an activation k -> k + 1
+    down: tuple[float, ...] = ()  # delay of an error k + 1 -> k
+    capacity: tuple[int, ...] = ()  # messages that a link holds, in each direction
+    barrier: bool = False
+    slow: Slowdown | None = None
+
+    def __post_init__(self) -> None:
+        K = len(self.forward)
+        given = [(name, getattr(self, name)) for name in ("forward", "backward", "replay", "update", "up", "down", "capacity")]
+        for name, numbers in given:
+            due = K - 1 if name in ("up", "down", "capacity") else K
+            if len(numbers) != due and (numbers or name == "backward"):
+                raise UsageError(f"the cost {name} has {len(numbers)} numbers for {K} stages: it needs {due}")
+            if min(numbers, default=1) < (name == "capacity"):
+                raise UsageError(f"the cost {name} is {numbers}, but it must be at least {int(name == 'capacity')} everywhere")
+        if not sum(self.forward) + sum(self.backward) > 0:
+            raise UsageError("no stage costs anything: give at least one a forward or a backward")
+
+    @classmethod
+    def unit(cls, K: int) -> Costs:
+        """Forward 1, backward 2, replay 1 on every stage, nothing else costs: the usual rule of thumb."""
+        return cls(forward=(1.0,) * K, backward=(2.0,) * K)
+
+    @property
+    def K(self) -> int:
+        """Number of stages."""
+        return len(self.forward)
+
+    def work(self, k: int, op: Op, tick: int, replayed: bool) -> tuple[float, float]:
+        """Seconds of op on stage k: of the part that needs no error from above (the recomputation), and of the rest."""
+        scale = 1.0 + (self.slow.extra(tick, k) if self.slow else 0.0)
+        match op:
+            case Forward():
+                return 0.0, scale * self.forward[k]
+            case Backward(part=part):
+                half = 1.0 if part == "both" else 0.5  # the two products of a layer's backward cost about the same
+                return scale * (self.replay or self.forward)[k] * replayed, scale * half * self.backward[k]
+            case _:
+                return 0.0, scale * self.update[k] if self.update else 0.0
+
+    def delay(self, link: int, up: bool) -> float:
+        """Seconds that a message is on its way."""
+        delays = self.up if up else self.down
+        return delays[link] if delays else 0.0

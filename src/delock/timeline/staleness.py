@@ -1,0 +1,98 @@
+"""The two stalenesses of every batch, and what is in flight, read off a plan or off what an engine did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from delock.ops import Backward, Forward, Op, Update
+from delock.plan import Plan, Step
+
+
+class Placed(Protocol):
+    """An op with its version and tick: a Step of a plan, or a Span of a timeline."""
+
+    @property
+    def op(self) -> Op: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def tick(self) -> int: ...
+
+
+def gradient_staleness(column: Iterable[Placed]) -> dict[int, int]:
+    """Per batch: the version that the Update found which applied its gradient, minus the version of the weights it was taken at.
+
+    Stash and mixed count from the Forward, replay from the Backward itself: there it is 0, and layer-wise staleness tells more.
+    Batches whose Forward or Update lies outside the column are left out.
+    """
+    taken: dict[int, int] = {}
+    pending: list[int] = []
+    found: dict[int, int] = {}
+    for placed in column:
+        match placed.op:
+            case Forward(b, True):
+                taken[b] = placed.version
+            case Backward(b, at=at, part=part):
+                if at == "replay":
+                    taken[b] = placed.version
+                if part != "input" and b in taken:
+                    pending.append(b)
+            case Update():
+                found.update((b, placed.version - taken.pop(b)) for b in dict.fromkeys(pending))
+                pending.clear()
+    return found
+
+
+def layer_staleness(column: Iterable[Placed]) -> dict[int, int]:
+    """Per batch: ticks, and so batches, between its Forward and its last Backward (D_k). Batches without both are left out."""
+    forward: dict[int, int] = {}
+    found: dict[int, int] = {}
+    for placed in column:
+        match placed.op:
+            case Forward(b, True):
+                forward[b] = placed.tick
+            case Backward(b) if b in forward:
+                found[b] = placed.tick - forward[b]
+    return found
+
+
+def warm_mean(staleness: dict[int, int], group: int) -> float:
+    """Mean staleness of a warm group of `group` batches (one Update's): the last complete one; 0 when there is none."""
+    last = len(staleness) // group * group
+    return sum(staleness[b] for b in range(last - group, last)) / group if last else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """The most that a stage holds at one time."""
+
+    graphs: int  # live graphs, the one of a recomputation included
+    inputs: int  # inputs stored without a graph
+    versions: int  # versions of the stage's weights, the current one included
+
+
+def in_flight(plan: Plan) -> tuple[InFlight, ...]:
+    """What each stage of a whole plan has to hold, from what its steps keep."""
+    return tuple(map(_holds, plan.columns))
+
+
+def _holds(column: Iterable[Step]) -> InFlight:
+    graphs: set[int] = set()
+    inputs: set[int] = set()
+    snapshots: dict[int, int] = {}
+    peaks = [(0, 0, 1)]
+    for step in column:
+        op = step.op
+        if isinstance(op, Forward) and step.keep != "nothing":
+            (graphs if step.keep == "graph" else inputs).add(op.batch)
+            if step.snapshot:
+                snapshots[op.batch] = step.version
+        recomputed = isinstance(op, Backward) and op.batch in inputs
+        peaks.append((len(graphs) + recomputed, len(inputs), len({step.version, *snapshots.values()})))
+        if isinstance(op, Backward) and step.last:
+            graphs.discard(op.batch)
+            inputs.discard(op.batch)
+            snapshots.pop(op.batch, None)
+    return InFlight(*(max(peak) for peak in zip(*peaks, strict=True)))
