@@ -1,1 +1,39 @@
-# Delock
+"""Delock: train one deep network on several workers depth-wise, without the locks of backpropagation."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from delock.errors import DelockError, StageFailed, UsageError
+from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, GPipe, Method, OneFOneB
+
+if TYPE_CHECKING:
+    from delock.fit import fit as fit
+    from delock.records import Result as Result
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ADL",
+    "BP",
+    "DDG",
+    "DSP",
+    "FDG",
+    "FR",
+    "METHODS",
+    "DelockError",
+    "GPipe",
+    "Method",
+    "OneFOneB",
+    "StageFailed",
+    "UsageError",
+    "fit",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`delock.fit` loads torch when it is first used, `import delock` does not."""
+    if name == "fit":
+        return importlib.import_module("delock.fit").fit
+    raise AttributeError(f"module 'delock' has no attribute {name!r}")

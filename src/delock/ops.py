@@ -58,6 +58,6 @@ def label(op: Op) -> str:
         case Forward(batch, train):
             return f"{'F' if train else 'E'}{batch}"
         case Backward(batch, _, _, part):
-            return f"{dict(both='B', input='b', weights='w')[part]}{batch}"
+            return {"both": "B", "input": "b", "weights": "w"}[part] + str(batch)
         case Update():
             return "U"

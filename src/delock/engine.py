@@ -1,0 +1,204 @@
+"""Walking a plan: what an op asks of the stage and the links, for all stages in this process or for one stage of many processes."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from delock.errors import DelockError, StageFailed, UsageError
+from delock.links import Link, Message
+from delock.ops import Backward, Forward, Update, label
+from delock.plan import Plan, Step, walk
+from delock.stage import Stage
+from delock.timeline.spans import Span
+
+
+class NonFinite(UsageError):
+    """A loss became infinite or NaN; says at which batch and stage."""
+
+
+class Progress(Protocol):
+    """Where a rank notes what it does, for whoever watches it."""
+
+    def at(self, op: str, batch: str = "") -> None:
+        """An op begins."""
+
+
+class Log:
+    """What one stage did: time by kind, staleness as it happened, losses, and the spans themselves if `spans` is given."""
+
+    def __init__(self, *, spans: list[Span] | None = None) -> None:
+        self.spans = spans
+        self.seconds = dict.fromkeys(("forward", "backward", "update", "waiting", "evaluation"), 0.0)
+        self.staleness: Counter[int] = Counter()
+        self.layer_staleness: Counter[int] = Counter()
+        self.first: float | None = None
+        self.last = 0.0
+
+    def op(self, k: int, step: Step, start: float, end: float, waited: float) -> None:
+        """One op took place from `start` to `end`, `waited` of it spent on messages (seconds)."""
+        self.first = start if self.first is None else self.first
+        self.last = end
+        kind = _kind(step)
+        self.seconds[kind] += end - start - (0.0 if kind == "evaluation" else waited)
+        self.seconds["waiting"] += 0.0 if kind == "evaluation" else waited
+        if self.spans is not None:
+            self.spans.append(Span(k, step.op, start + waited, end, step.version, step.tick, waited))
+
+    def stale(self, updates: int, batches: int) -> None:
+        """A batch's last Backward was done: its gradient is `updates` old, its forward `batches` ago."""
+        self.staleness[updates] += 1
+        self.layer_staleness[batches] += 1
+
+
+def _kind(step: Step) -> str:
+    match step.op:
+        case Forward(train=train):
+            return "forward" if train else "evaluation"
+        case Backward():
+            return "backward"
+        case Update():
+            return "update"
+
+
+class Engine:
+    """One stage at work: executes its steps in order over a link.
+
+    `feed` answers stage 0's Forwards. `on_loss(step, loss, stage, samples)` is called where a loss is computed, and
+    `on_output(step, outputs with labels)` by the last stage for every evaluation batch. Between windows `state()` holds all there is.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        link: Link,
+        *,
+        feed: Callable[[Forward], Message] | None = None,
+        log: Log | None = None,
+        progress: Progress | None = None,
+        on_loss: Callable[[Step, float, Stage, int], None] | None = None,
+        on_output: Callable[[Step, Message], None] | None = None,
+    ) -> None:
+        self.stage, self.link, self.feed, self.progress = stage, link, feed, progress
+        self.log = log or Log()
+        self.on_loss, self.on_output = on_loss, on_output
+        self.waited = 0.0
+        self.in_flight: Counter[int] = Counter()  # messages sent by a neighbour in windows so far, and not yet received
+
+    def run(self, plan: Plan) -> None:
+        """Execute this stage's column of a plan (or of a window of one)."""
+        for step in plan.columns[self.stage.k]:
+            self.execute(step)
+        self.settle(plan)
+
+    def execute(self, step: Step) -> None:
+        """Do one step: wait for what it needs, compute, send what it gives."""
+        if self.progress:
+            self.progress.at(label(step.op), f"tick {step.tick}")
+        start, self.waited = perf_counter(), 0.0
+        match step.op:
+            case Forward() as op:
+                self._forward(step, op)
+            case Backward() as op:
+                self._backward(step, op)
+            case Update() as op:
+                self.stage.update(op)
+        self.log.op(self.stage.k, step, start, perf_counter(), self.waited)
+
+    def _forward(self, step: Step, op: Forward) -> None:
+        k, kind = self.stage.k, "h" if op.train else "e"
+        if k == 0:
+            assert self.feed is not None
+            message = self.feed(op)
+        else:
+            message = self._receive(k - 1, (kind, op.batch, 0))
+        result = self.stage.forward(step, message)
+        if step.up:
+            self._send(k + 1, (kind, op.batch, 0), result)
+        elif not op.train and self.on_output:
+            self.on_output(step, result)
+
+    def _backward(self, step: Step, op: Backward) -> None:
+        k = self.stage.k
+        self.stage.prepare(step)  # a replay runs while the error is under way
+        memory = self.stage.memory[op.batch]
+        error = self._receive(k + 1, ("d", op.batch, op.loss)) if op.loss > k else None
+        delta, loss = self.stage.backward(step, error)
+        if step.down:
+            assert delta is not None
+            self._send(k - 1, ("d", op.batch, op.loss), delta)
+        if step.last:
+            self.log.stale(self.stage.version - memory.taken, step.tick - memory.step.tick)
+        if loss is not None:
+            self._judge(step, op, loss, memory.message.samples)
+
+    def _judge(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFinite(
+                f"the loss of batch {op.batch} became {value} at stage {self.stage.k}, after {self.stage.version} updates; "
+                "lower the learning rate, warm it up, or shrink the gradients (beta)"
+            )
+        if self.on_loss:
+            self.on_loss(step, value, self.stage, samples)
+
+    def _receive(self, source: int, name: tuple[str, int, int]) -> Message:
+        asked = perf_counter()
+        message = self.link.receive(source, name)
+        self.waited += perf_counter() - asked
+        return message
+
+    def _send(self, to: int, name: tuple[str, int, int], message: Message) -> None:
+        self.link.send(to, name, message)
+
+    # ---- saving what is in flight --------------------------------------------------------------------------------------------------
+
+    def settle(self, plan: Plan) -> None:
+        """Count what the neighbours sent in this window and what was received from them: the difference is under way."""
+        k = self.stage.k
+        for source in (k - 1, k + 1):
+            if 0 <= source < plan.K:
+                sent = sum(step.up if source < k else step.down for step in plan.columns[source])
+                self.in_flight[source] += sent - sum(_receives(k, step, source) for step in plan.columns[k])
+
+    def state(self) -> dict[str, Any]:
+        """The stage and the messages under way to it, between two windows. Every stage of the run has to be asked at the same tick."""
+        under_way = {source: self.link.pull(source, count) for source, count in self.in_flight.items()}
+        return {"stage": self.stage.state(), "under_way": under_way}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`, before the first window."""
+        self.stage.load(state["stage"])
+        for source, messages in state["under_way"].items():
+            self.in_flight[source] = len(messages)
+            self.link.push(source, messages)
+
+
+def _receives(k: int, step: Step, source: int) -> bool:
+    match step.op:
+        case Forward():
+            return source == k - 1
+        case Backward(loss=loss):
+            return source == k + 1 and loss > k
+        case Update():
+            return False
+
+
+def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
+    """Execute a plan, or a window of one, over all stages in this process. Raises StageFailed when a stage raises."""
+    for k, step in walk(plan):
+        try:
+            engines[k].execute(step)
+        except DelockError:
+            raise
+        except Exception as error:
+            trace = "".join(traceback.format_exception(error))
+            raise StageFailed(f"stage {k} failed in {label(step.op)} (tick {step.tick}): {error}\n\n{trace}") from error
+    for engine in engines:
+        engine.settle(plan)

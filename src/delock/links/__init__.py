@@ -1,0 +1,29 @@
+"""Links deliver named messages in order, between the stages of one process or of many; they never decide."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from delock.links.message import Message, Name
+
+
+class Link(Protocol):
+    """One stage's end of the links to its neighbours."""
+
+    def send(self, to: int, name: Name, message: Message) -> None:
+        """Hand a message over; returns before it has arrived."""
+
+    def receive(self, source: int, name: Name) -> Message:
+        """The next message from that neighbour, which must be the one of that name. Raises LinkError when it is another."""
+
+    def pull(self, source: int, count: int) -> list[tuple[Name, Message]]:
+        """The next `count` messages from that neighbour, without consuming them: what is under way, for a checkpoint."""
+
+    def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
+        """Put messages of a checkpoint back in front of what is to come from that neighbour."""
+
+    def close(self) -> None:
+        """Let what was sent arrive, and end the connection."""
+
+
+__all__ = ["Link", "Message", "Name"]

@@ -1,0 +1,170 @@
+"""The link between processes over torch.distributed point-to-point (gloo): receives are posted ahead, sends go on in the background.
+
+gloo's rules (measured; see docs/restrictions.md) shape this file: nothing moves before the receiver has posted a buffer, a message
+longer than the buffer aborts the process, a shorter one fills its beginning, and a buffer in flight must be left alone. So a message
+travels in frames that never exceed the buffer posted for them, and both sides know each buffer's size without a word:
+
+    frame i            posted with FIRST bytes            for i < depth
+    frame i + depth    posted when frame i is consumed,   as large as the largest message begun so far
+
+The first message of a size needs a few frames, every later one fits in one, and its tensors are views of the received buffer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from delock.links.errors import expect
+from delock.links.message import Message, Name, length_of, pack, unpack
+
+FIRST = 4096  # bytes of the first buffers: room for a header, little waste
+
+
+class FrameSizes:
+    """The sizes of the receive buffers, as both ends compute them from the messages that pass."""
+
+    def __init__(self, depth: int) -> None:
+        self.sizes = deque([FIRST] * depth)
+        self.largest = FIRST
+
+    def next(self, message_length: int) -> tuple[int, int]:
+        """Size of the next frame's buffer, and of the buffer that replaces it; `message_length` is that of the frame's message."""
+        self.largest = max(self.largest, message_length)
+        self.sizes.append(self.largest)
+        return self.sizes.popleft(), self.largest
+
+
+class Sender:
+    """Sends messages to one peer in order; at most `depth` frames are on their way before it waits (back-pressure)."""
+
+    def __init__(self, peer: int, depth: int) -> None:
+        self.peer, self.depth = peer, depth
+        self.frames = FrameSizes(depth)
+        self.pending: deque[tuple[Any, Tensor]] = deque()  # the Work must live, and its buffer must not change, until wait()
+
+    def send(self, packed: Tensor) -> None:
+        """Start sending one packed message."""
+        start, length = 0, len(packed)
+        while start < length:
+            size, _ = self.frames.next(length)
+            self._post(packed[start : start + size])
+            start += size
+
+    def _post(self, frame: Tensor) -> None:
+        while len(self.pending) >= self.depth:
+            self.pending.popleft()[0].wait()
+        self.pending.append((dist.isend(frame, self.peer), frame))
+
+    def close(self) -> None:
+        """Fill the peer's posted buffers with farewells, and let everything arrive."""
+        for _ in range(self.depth):
+            self._post(torch.zeros(1, dtype=torch.uint8))
+        while self.pending:
+            self.pending.popleft()[0].wait()
+
+
+class Receiver:
+    """Receives messages from one peer in order, with `depth` buffers posted ahead. A buffer is never used twice: views of it live on."""
+
+    def __init__(self, peer: int, depth: int) -> None:
+        self.peer = peer
+        self.frames = FrameSizes(depth)
+        self.posted: deque[tuple[Any, Tensor]] = deque()
+        for _ in range(depth):
+            self._post(FIRST)
+
+    def _post(self, size: int) -> None:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        self.posted.append((dist.irecv(buffer, self.peer), buffer))
+
+    def _frame(self, length: int | None) -> tuple[Tensor, int]:
+        work, buffer = self.posted.popleft()
+        work.wait()
+        length = length_of(buffer) if length is None else length
+        _, replacement = self.frames.next(length)
+        self._post(replacement)
+        return buffer, length
+
+    def receive(self) -> Tensor:
+        """The next packed message."""
+        buffer, length = self._frame(None)
+        if length <= len(buffer):
+            return buffer[:length]
+        parts = [buffer]
+        missing = length - len(buffer)
+        while missing > 0:
+            buffer, _ = self._frame(length)
+            parts.append(buffer[:missing])
+            missing -= len(parts[-1])
+        return torch.cat(parts)
+
+    def close(self) -> None:
+        """Take the peer's farewells."""
+        while self.posted:
+            self.posted.popleft()[0].wait()
+
+
+class Watch(Protocol):
+    """Who wants to know that a link blocks (a rank's progress record). A wait that raises is left standing."""
+
+    def wait_for(self, peer: int) -> None:
+        """The link waits for that peer, for a message or for a free buffer."""
+
+    def go_on(self) -> None:
+        """It waits no longer."""
+
+
+class DistributedLink:
+    """Rank k's link to ranks k - 1 and k + 1 over the default process group.
+
+    `depth`: frames per direction that may wait at each end, by peer. `device`: where received tensors go.
+    """
+
+    def __init__(self, depth: dict[int, int], device: torch.device, watch: Watch) -> None:
+        self.device, self.watch = device, watch
+        self.senders = {peer: Sender(peer, n) for peer, n in depth.items()}
+        self.receivers = {peer: Receiver(peer, n) for peer, n in depth.items()}
+        self.ahead: dict[int, deque[tuple[Name, Message]]] = {peer: deque() for peer in depth}
+
+    def send(self, to: int, name: Name, message: Message) -> None:
+        """See Link."""
+        packed = pack(name, message)
+        self.watch.wait_for(to)
+        self.senders[to].send(packed)
+        self.watch.go_on()
+
+    def receive(self, source: int, name: Name) -> Message:
+        """See Link."""
+        got, message = self.ahead[source].popleft() if self.ahead[source] else self._next(source)
+        expect(got, name, source)
+        return message
+
+    def pull(self, source: int, count: int) -> list[tuple[Name, Message]]:
+        """See Link."""
+        while len(self.ahead[source]) < count:
+            self.ahead[source].append(self._next(source))
+        return list(self.ahead[source])[:count]
+
+    def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
+        """See Link."""
+        self.ahead[source].extendleft(reversed(messages))
+
+    def _next(self, source: int) -> tuple[Name, Message]:
+        self.watch.wait_for(source)
+        packed = self.receivers[source].receive()
+        self.watch.go_on()
+        return unpack(packed, self.device)
+
+    def close(self) -> None:
+        """See Link."""
+        for peer, sender in self.senders.items():
+            self.watch.wait_for(peer)
+            sender.close()
+        for peer, receiver in self.receivers.items():
+            self.watch.wait_for(peer)
+            receiver.close()

@@ -1,0 +1,43 @@
+"""How much memory this process or device has used at its peak."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")  # Linux
+CLEAR = Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device) -> int:
+    """Forget the peak so far; returns the bytes held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")  # resets the high-water mark
+    return _status("VmRSS") or _highest()
+
+
+def peak(device: torch.device) -> int:
+    """Bytes held at the peak since `reset_peak`: resident memory on the CPU, the allocator's on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM") or _highest()
+
+
+def _status(field: str) -> int:
+    if not STATUS.exists():
+        return 0
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
+    return int(lines.get(field, "0 kB").split()[0]) * 1024
+
+
+def _highest() -> int:
+    """The highest resident size ever, where the kernel cannot forget it: bytes on macOS, kilobytes elsewhere."""
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest if sys.platform == "darwin" else highest * 1024

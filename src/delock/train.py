@@ -1,0 +1,215 @@
+"""Training as one stage lives it: windows of the plan, what the last stage reports, and the stage's own account at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from delock import memory
+from delock.data.loader import Loader
+from delock.engine import Engine, Log, run_here
+from delock.feed import Feed
+from delock.links import Link, Message
+from delock.links.distributed import DistributedLink, Watch
+from delock.links.mailbox import Mailbox
+from delock.methods import Method
+from delock.ops import Backward, Forward
+from delock.plan import Course, Step, windows
+from delock.records import EvaluationRecord, Event, StageReport, StepRecord
+from delock.stage import Loss, OptimizerFactory, ScheduleFactory, Stage
+from delock.timeline.spans import Span
+
+Metric = Callable[[Any, Any], Any]
+
+
+@dataclass
+class Job:
+    """Everything that stage k needs for a run; travels to its process. The loaders go to stage 0 only, loss and metrics are used by the last."""
+
+    k: int
+    K: int
+    module: nn.Module
+    names: Mapping[str, str]  # the stage's own parameter names -> names in the unsplit model
+    method: Method
+    course: Course
+    per_epoch: int  # batches
+    optimizer: OptimizerFactory
+    schedule: ScheduleFactory | None
+    loss: Loss
+    metrics: Mapping[str, Metric]
+    seed: int
+    train: Loader | None = None
+    test: Loader | None = None
+    log_every: int = 10
+    window: int = 256
+    trace: bool = False
+
+
+@dataclass
+class StageResult:
+    """What a stage brings home: its weights under its own names, its account, and from the last stage the history."""
+
+    state: dict[str, Tensor]
+    report: StageReport
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    samples: int = 0
+    seconds: float = 0.0
+    spans: list[Span] = field(default_factory=list)
+    optimizer: dict[str, Any] | None = None
+
+
+class RankLike(Protocol):
+    """What a launched worker offers (launch.Rank)."""
+
+    device: torch.device
+    emit: Callable[[object], None]
+    progress: Any
+
+
+class Tracker:
+    """The last stage's history: turns losses and outputs into records as they come."""
+
+    def __init__(self, job: Job, log: Log, emit: Callable[[Event], None]) -> None:
+        self.job, self.log, self.emit = job, log, emit
+        self.losses: list[float] = []
+        self.evaluations: list[EvaluationRecord] = []
+        self.samples = 0
+        self.batch_loss = 0.0
+        self.since = 0  # losses already averaged into a record
+        self.sums: dict[str, float] = {}
+        self.judged = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, evaluations left out."""
+        begun = self.log.first
+        return 0.0 if begun is None else time.perf_counter() - begun - self.log.seconds["evaluation"]
+
+    def loss(self, step: Step, value: float, stage: Stage, samples: int) -> None:
+        """A (micro-)batch's loss; a batch is complete with its last part."""
+        op = step.op
+        assert isinstance(op, Backward)
+        self.batch_loss += value
+        self.samples += samples
+        if (op.batch + 1) % self.job.method.parts:
+            return
+        self.losses.append(self.batch_loss)
+        self.batch_loss = 0.0
+        done = len(self.losses)
+        if done % self.job.log_every == 0 or done == self.job.course.batches:
+            self.emit(StepRecord(done, done / self.job.per_epoch, self.losses[-1], stage.lr, self.samples, self.seconds))
+        if not self.job.course.every and (done % self.job.per_epoch == 0 or done == self.job.course.batches):
+            self._record(float("nan"), {})
+
+    def output(self, step: Step, result: Message) -> None:
+        """An evaluation batch's outputs."""
+        op = step.op
+        assert isinstance(op, Forward)
+        measures = {"": self.job.loss, **self.job.metrics}
+        for name, measure in measures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(measure(result.values, result.targets)) * result.samples
+        self.judged += result.samples
+        if (op.batch + 1) % self.job.course.evaluation == 0:
+            means = {name: total / self.judged for name, total in self.sums.items()}
+            self._record(means.pop(""), means)
+            self.sums, self.judged = {}, 0
+
+    def _record(self, test_loss: float, metrics: dict[str, float]) -> None:
+        new = self.losses[self.since :]
+        self.since = done = len(self.losses)
+        train_loss = sum(new) / len(new) if new else float("nan")
+        record = EvaluationRecord(done, done / self.job.per_epoch, train_loss, test_loss, metrics, self.seconds, self.samples)
+        self.evaluations.append(record)
+        self.emit(record)
+
+
+class Worker:
+    """One stage of a run, ready to execute windows of its plan."""
+
+    def __init__(self, job: Job, link: Link, device: torch.device, emit: Callable[[Event], None], progress: Any = None) -> None:
+        self.job, self.device = job, device
+        last = job.k == job.K - 1
+        self.stage = Stage(
+            job.module,
+            job.k,
+            job.K,
+            optimizer=job.optimizer,
+            schedule=job.schedule,
+            loss=job.loss,
+            names=job.names,
+            seed=job.seed,
+            device=device,
+            mixed=getattr(job.method, "at", None) == "mixed",
+        )
+        self.log = Log(spans=[] if job.trace else None)
+        self.tracker = Tracker(job, self.log, emit)
+        self.engine = Engine(
+            self.stage,
+            link,
+            feed=Feed(job.train, job.test, job.method.parts, device) if job.train is not None else None,
+            log=self.log,
+            progress=progress,
+            on_loss=self.tracker.loss if last else None,
+            on_output=self.tracker.output if last else None,
+        )
+        self.held = memory.reset_peak(device)
+
+    def result(self, *, alone: bool) -> StageResult:
+        """The account of a finished run; `alone`: no other stage shares this process' memory."""
+        log, tracker = self.log, self.tracker
+        peak = memory.peak(self.device) if alone else 0
+        report = StageReport(
+            stage=self.job.k,
+            parameters=sum(p.numel() for p in self.stage.module.parameters()),
+            updates=self.stage.version,
+            **log.seconds,
+            seconds=log.last - (log.first or log.last),
+            staleness=dict(sorted(log.staleness.items())),
+            layer_staleness=dict(sorted(log.layer_staleness.items())),
+            peak_memory=peak,
+            memory_growth=max(0, peak - self.held) if alone else 0,
+        )
+        state = {name: value.detach().cpu() for name, value in self.stage.module.state_dict().items()}
+        seconds = report.seconds - report.evaluation
+        optimizer = self.stage.optimizer.state_dict() if self.stage.optimizer else None
+        spans = log.spans or []
+        return StageResult(state, report, tracker.losses, tracker.evaluations, tracker.samples, seconds, spans, optimizer)
+
+
+def run_rank(rank: RankLike, job: Job) -> StageResult:
+    """Train stage job.k in this process; the other stages are the other ranks of the default process group."""
+    depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
+    watch: Watch = rank.progress
+    link = DistributedLink(depth, rank.device, watch)
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    for plan in windows(job.method, job.K, job.course, job.window):
+        worker.engine.run(plan)
+    result = worker.result(alone=True)
+    link.close()
+    return result
+
+
+def run_inline(jobs: Sequence[Job], device: torch.device, emit: Callable[[Event], None], threads: int | None = None) -> list[StageResult]:
+    """Train all stages in this process. torch's random state and thread count are as before afterwards.
+
+    Raises StageFailed, with stage, op and the original traceback, when a stage raises.
+    """
+    box = Mailbox()
+    before = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            if threads:
+                torch.set_num_threads(threads)
+            workers = [Worker(job, box.end(job.k), device, emit) for job in jobs]
+            for plan in windows(jobs[0].method, len(jobs), jobs[0].course, jobs[0].window):
+                run_here(plan, [worker.engine for worker in workers])
+            return [worker.result(alone=len(jobs) == 1) for worker in workers]
+        finally:
+            torch.set_num_threads(before)
+

@@ -1,0 +1,119 @@
+"""What the tests of whole runs share: jobs for a tiny workload, and running them in one process or in many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from workloads import WORK, Samples, sgd, warm_up
+
+from delock.launch.processes import run_processes
+from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method, OneFOneB
+from delock.plan import Course
+from delock.stage import OptimizerFactory
+from delock.train import Job, StageResult, run_inline, run_rank
+
+CPU = torch.device("cpu")
+ORDERS = ("forward-first", "backward-first")
+
+
+def every_method(K: int) -> list[Method]:
+    """Each method with each of its derivatives, orders, reduces and lags."""
+    p, q = (2, 1, 3, 1)[: K - 1], (1, 2, 1, 1)[: K - 1]
+    return [
+        BP(),
+        BP(accumulate=3),
+        GPipe(micro_batches=3),
+        OneFOneB(micro_batches=3),
+        DDG(),
+        FR(),
+        *(FDG(beta=0.5, at=at, order=order) for at in ("stash", "mixed") for order in ORDERS),  # type: ignore[arg-type]
+        *(
+            ADL(accumulate=2, reduce=reduce, at=at, order=order)  # type: ignore[arg-type]
+            for reduce in ("mean", "sum")
+            for at in ("stash", "mixed")
+            for order in ORDERS
+        ),
+        DSP(),
+        DSP(p=p, q=q),
+    ]
+
+
+def jobs(
+    work: str,
+    K: int,
+    method: Method,
+    *,
+    samples: int = 22,
+    batch: int = 8,
+    epochs: int = 2,
+    dtype: torch.dtype = torch.float32,
+    optimizer: OptimizerFactory = sgd,
+    schedule: Any = warm_up,
+    evaluate: bool = True,
+    window: int = 256,
+    trace: bool = False,
+) -> list[Job]:
+    """A Job per stage on one of the workloads; `samples` leaves an uneven last batch, the test set has one too."""
+    net, kind, loss = WORK[work]
+    train, test = Samples(kind, samples, batch, dtype), Samples(kind, 11, 4, dtype, seed=1)
+    course = Course(len(train) * epochs, len(train) if evaluate else 0, len(test) if evaluate else 0)
+    return [
+        Job(
+            k=k,
+            K=K,
+            module=module,
+            names={},
+            method=method,
+            course=course,
+            per_epoch=len(train),
+            optimizer=optimizer,  # type: ignore[arg-type]
+            schedule=schedule,
+            loss=loss,
+            metrics={},
+            seed=7,
+            train=train if k == 0 else None,
+            test=test if k == 0 else None,
+            log_every=1,
+            window=window,
+            trace=trace,
+        )
+        for k, module in enumerate(net(K, dtype))
+    ]
+
+
+def inline(made: list[Job]) -> list[StageResult]:
+    """All stages in this process, with one thread."""
+    return run_inline(made, CPU, lambda event: None, threads=1)
+
+
+def in_processes(made: list[Job]) -> list[StageResult]:
+    """A process per stage, with one thread each."""
+    return run_processes(run_rank, made, threads=1, pin=False, patience=60)
+
+
+def assert_equal(a: list[StageResult], b: list[StageResult]) -> None:
+    """Weights, buffers, optimizer state, losses and evaluations are the same to the last bit."""
+    for one, other in zip(a, b, strict=True):
+        same_tree(one.state, other.state)
+        same_tree(one.optimizer, other.optimizer)
+        assert one.losses == other.losses
+        assert [(e.step, e.test_loss) for e in one.evaluations] == [(e.step, e.test_loss) for e in other.evaluations]
+        assert one.report.staleness == other.report.staleness
+        assert one.report.layer_staleness == other.report.layer_staleness
+
+
+def same_tree(a: Any, b: Any) -> None:
+    """Two trees of dicts, lists and tensors are equal; tensors by torch.equal."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for name in a:
+            same_tree(a[name], b[name])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same_tree(x, y)
+    else:
+        assert a == b

@@ -1,0 +1,145 @@
+"""Every method against its oracle, the paper's equation as running code: the engine computes what is written."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+from harness import inline, jobs
+from oracles import OracleRun, delays_of
+from workloads import WORK, batches, sgd, warm_up
+
+from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method, OneFOneB
+from delock.train import StageResult
+
+N = 30  # batches of 5 samples and a last one of 3: ten epochs of 13 samples
+SAMPLES, BATCH, EPOCHS = 13, 5, 10
+
+
+def run(method: Method, K: int, work: str, dtype: torch.dtype = torch.float64) -> list[StageResult]:
+    return inline(jobs(work, K, method, samples=SAMPLES, batch=BATCH, epochs=EPOCHS, dtype=dtype, evaluate=False))
+
+
+def oracle(method: Method, K: int, work: str, dtype: torch.dtype = torch.float64, **options: object) -> OracleRun:
+    net, kind, loss = WORK[work]
+    made = batches(SAMPLES, BATCH, EPOCHS, kind, dtype)
+    assert len(made) == N
+    compute = oracles.backprop if method.synchronous else oracles.delayed
+    return compute(net(K, dtype), made, loss=loss, make_optimizer=sgd, make_schedule=warm_up, seed=7, **options)  # type: ignore[operator]
+
+
+def assert_close(got: list[StageResult], want: OracleRun) -> None:
+    """To 1e-10 of each tensor's largest entry."""
+    assert oracles.gap([stage.state for stage in got], want.states) <= 1e-10
+    momenta = [[entry["momentum_buffer"] for entry in stage.optimizer["state"].values()] for stage in got if stage.optimizer]
+    wanted = [[entry["momentum_buffer"] for entry in state["state"].values()] for state in want.optimizer_states if state]
+    assert oracles.gap(momenta, wanted) <= 1e-10
+    assert oracles.gap(torch.tensor(got[-1].losses, dtype=torch.float64), torch.stack(want.losses).double()) <= 1e-10
+
+
+def lags(method: Method, K: int) -> dict[str, object]:
+    """The oracle's options for a delayed method, from the papers' lags and not from the method's own formulas."""
+    links = K - 1
+    p, q = {
+        "ddg": ([0] * links, [1] * links),
+        "fr": ([0] * links, [1] * links),
+        "fdg": ([1] * links, [1] * links),
+        "adl": ([1] * links, [1] * links),
+        "dsp": ([2, 1, 3, 1][:links], [1, 2, 1, 1][:links]),
+    }[method.name]
+    options: dict[str, object] = {"delays": delays_of(p, q), "at": getattr(method, "at", "replay" if method.name in ("fr", "dsp") else "stash")}
+    options |= {"backward_first": getattr(method, "order", "") == "backward-first", "shrink": getattr(method, "beta", 1.0)}
+    return options | {"M": method.batches_per_update, "reduce": getattr(method, "reduce", "mean")}
+
+
+DELAYED = [
+    (work, K, method)
+    for work in ("conv", "tuple")
+    for K in range(1, 6)
+    for method in (
+        DDG(),
+        FR(),
+        *(FDG(beta=b, at=at, order=order) for b in (1.0, 0.5) for at in ("stash", "mixed") for order in ("forward-first", "backward-first")),
+        *(
+            ADL(accumulate=M, reduce=reduce, order=order, at=at)
+            for M in (1, 2, 3)
+            for reduce in ("mean", "sum")
+            for order, at in (("forward-first", "stash"), ("backward-first", "stash"), ("forward-first", "mixed"))
+        ),
+        DSP(p=(2, 1, 3, 1)[: K - 1], q=(1, 2, 1, 1)[: K - 1]),
+    )
+]
+
+
+@pytest.mark.parametrize(("work", "K", "method"), DELAYED, ids=lambda value: str(value))
+def test_delayed(work: str, K: int, method: Method) -> None:
+    assert_close(run(method, K, work), oracle(method, K, work, **lags(method, K)))
+
+
+@pytest.mark.parametrize("work", ["conv", "tuple"])
+@pytest.mark.parametrize("K", range(1, 6))
+@pytest.mark.parametrize("method", [BP(), BP(2), BP(3), GPipe(1), GPipe(3), OneFOneB(2), OneFOneB(3), OneFOneB(4)], ids=str)
+def test_synchronous(work: str, K: int, method: Method) -> None:
+    assert_close(run(method, K, work), oracle(method, K, work, accumulate=method.parts))
+
+
+@pytest.mark.parametrize("work", ["conv", "tuple"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("K", "method"),
+    [*((K, BP()) for K in range(1, 6)), *((1, m) for m in (DDG(), FR(), FDG(), FDG(order="backward-first"), ADL(1), DSP()))],
+    ids=str,
+)
+def test_plain_training_bit_for_bit(work: str, dtype: torch.dtype, K: int, method: Method) -> None:
+    """BP with any K, and every method with K = 1."""
+    got, want = run(method, K, work, dtype), oracle(BP(), K, work, dtype, accumulate=1)
+    for stage, state in zip(got, want.states, strict=True):
+        assert all(torch.equal(stage.state[name], state[name]) for name in state)
+    assert got[-1].losses == [loss.item() for loss in want.losses]
+
+
+@pytest.mark.parametrize("work", ["conv", "tuple"])
+@pytest.mark.parametrize("K", [2, 3, 4])
+@pytest.mark.parametrize("backward_first", [True, False])
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_mixed_is_what_the_released_code_computed(work: str, K: int, backward_first: bool, beta: float) -> None:
+    """A hand-written loop keeps graphs in a deque while the optimizer writes in place: equal bit for bit."""
+    net, kind, loss = WORK[work]
+    dtype = torch.float32
+    want = oracles.mixed_deque(
+        net(K, dtype),
+        batches(SAMPLES, BATCH, EPOCHS, kind, dtype),
+        loss=loss,
+        make_optimizer=sgd,
+        make_schedule=warm_up,
+        delays=[2 * (K - 1 - k) for k in range(K)],
+        backward_first=backward_first,
+        shrink=beta,
+        seed=7,
+    )
+    method = FDG(beta=beta, at="mixed", order="backward-first" if backward_first else "forward-first")
+    got = run(method, K, work, dtype)
+    for stage, state in zip(got, want.states, strict=True):
+        assert all(torch.equal(stage.state[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("K", [2, 4])
+def test_adl_with_one_batch_is_fdg(K: int) -> None:
+    for reduce in ("mean", "sum"):
+        got, want = run(ADL(accumulate=1, reduce=reduce), K, "conv"), run(FDG(), K, "conv")  # type: ignore[arg-type]
+        for a, b in zip(got, want, strict=True):
+            assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+
+
+@pytest.mark.parametrize("s", [0.0, 1.0], ids=["heavy ball", "nesterov"])
+def test_dsp_with_the_papers_unified_optimizer(s: float) -> None:
+    net, kind, loss = WORK["conv"]
+    made = batches(SAMPLES, BATCH, EPOCHS, kind, torch.float64)
+    p, m = (1, 1, 0), (4, 2, 0)
+    want = oracles.dsp_unified(net(3, torch.float64), made, loss=loss, p=p, m=m, lr=0.02, momentum=0.9, s=s, weight_decay=5e-3, seed=7)
+    work = jobs("conv", 3, DSP.from_paper(p, m), samples=SAMPLES, batch=BATCH, epochs=EPOCHS, dtype=torch.float64, evaluate=False)
+    for job in work:
+        job.schedule = None
+        job.optimizer = lambda named: sgd([w for _, w in named], nesterov=s == 1.0)
+    got = inline(work)
+    assert oracles.gap([stage.state for stage in got], want.states) <= 1e-10
