@@ -100,3 +100,8 @@ def recipe(config: TrainConfig, method: Method, epoch: int, batches: int) -> tup
 
     milestones = tuple(sorted(updates(at * epoch) for at in options.milestones))
     return optimizer, Schedule(options.schedule, updates(batches), updates(options.warmup), milestones, options.gamma)
+
+
+def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    """Share of the rows of (B, classes) whose largest entry is at their (B,) label."""
+    return float((outputs.argmax(1) == targets).double().mean())

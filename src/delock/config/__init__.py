@@ -1,7 +1,8 @@
 """What a run is told, as typed values with the same names on the command line and in a TOML file. No torch."""
 
+from delock.config import toml
 from delock.config.flat import build, flat, override, table
-from delock.config.options import CompareConfig, TrainConfig
+from delock.config.options import CompareConfig, DatasetOptions, TrainConfig
 from delock.config.resolve import make_method, resolve
 
-__all__ = ["CompareConfig", "TrainConfig", "build", "flat", "make_method", "override", "resolve", "table"]
+__all__ = ["CompareConfig", "DatasetOptions", "TrainConfig", "build", "flat", "make_method", "override", "resolve", "table", "toml"]

@@ -13,13 +13,16 @@ from delock.methods import Method, make, options
 LEARNING_RATES = MappingProxyType({"sgd": 0.1, "adam": 0.001, "adamw": 0.001})
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
-    """The config with every default filled in that does not need the data or the model. Raises UsageError."""
+def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
+    """The config with every default filled in that does not need the data or the model; torchrun's ranks are a stage each.
+
+    Raises UsageError for what contradicts itself or is out of range.
+    """
     _check(config)
     return replace(
         config,
         algorithm=_algorithm(config.algorithm),
-        network=_network(config.network),
+        network=_network(config.network, ranks or 2),
         training=_training(config.training),
     )
 
@@ -38,9 +41,9 @@ def _algorithm(config: AlgorithmOptions) -> AlgorithmOptions:
     return AlgorithmOptions(config.method, **(values | lags))
 
 
-def _network(config: NetworkOptions) -> NetworkOptions:
+def _network(config: NetworkOptions, usual: int) -> NetworkOptions:
     if config.cuts is None:
-        return replace(config, stages=2 if config.stages is None else config.stages)
+        return replace(config, stages=usual if config.stages is None else config.stages)
     stages = len(config.cuts) + 1
     if config.stages not in (None, stages):
         raise UsageError(f"{len(config.cuts)} cuts make {stages} stages, not {config.stages}: give --cuts or --stages")

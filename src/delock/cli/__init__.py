@@ -1,0 +1,69 @@
+"""The command line: finds the command, and turns what goes wrong into one clear message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import version
+from types import MappingProxyType
+
+from delock.errors import DelockError, UsageError
+
+COMMANDS = MappingProxyType(
+    {
+        "train": "train a network with one method",
+        "compare": "train it with several methods, and lay the results side by side",
+        "plan": "show what a method does, without training",
+    }
+)
+USAGE, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(help_text())
+            return 0
+        if words[0] == "--version":
+            print(f"delock {version('delock')}")
+            return 0
+        if words[0] not in COMMANDS:
+            near = get_close_matches(words[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise UsageError(f"delock has no command {words[0]!r}; {hint}")
+        code: int = import_module(f"delock.cli.{words[0]}").run(words[1:])
+        return code
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except DelockError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as leave:  # the parser, after --help or a wrong value; a rank of torchrun, after its failure
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+
+
+def help_text() -> str:
+    """What `delock` says about itself."""
+    commands = "\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items())
+    return f"""usage: delock COMMAND [OPTIONS]
+
+Train one deep network on several workers depth-wise, without the locks of backpropagation.
+
+commands:
+{commands}
+
+delock COMMAND --help shows the options of a command; --version the version.
+
+examples:
+  delock train
+  delock train --method adl --accumulate 2 --stages 4 --data folder --data-dir DIR
+  delock compare --methods bp,ddg,fdg,adl --epochs 5
+  delock plan --method fdg --stages 3"""

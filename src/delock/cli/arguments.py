@@ -1,0 +1,46 @@
+"""The words behind a command as a config: options of the command line over those of a file over the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from delock.config import build, flat, override, table, toml
+
+C = TypeVar("C")
+
+FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+
+
+def parse(config: type[C], words: Sequence[str], command: str, description: str) -> C:
+    """The config that the words ask for. Raises UsageError for a file that does not fit.
+
+    --help and words that are no options leave by SystemExit, with code 0 and 2, as the parser has it.
+    """
+    path = _file(words)
+    values = {key.replace("-", "_"): value for key, value in toml.read(path).items()} if path else {}
+    default = build(config, values, str(path))
+    asked = tyro.cli(config, args=list(words), prog=f"delock {command}", description=description, default=default, config=FLAT)
+    if not path:
+        return asked
+    given = _names(words, table(config))
+    return build(config, override(values, {name: value for name, value in flat(asked).items() if name in given}), str(path))
+
+
+def _file(words: Sequence[str]) -> Path | None:
+    """The value of --config, which must be known before the words are parsed: the file gives the defaults."""
+    for word, after in zip(words, [*words[1:], ""], strict=False):
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config="))
+        if word == "--config" and after:
+            return Path(after)
+    return None
+
+
+def _names(words: Sequence[str], known: Iterable[str]) -> set[str]:
+    """The options that the words name: --batch-size 8, --batch_size=8, --no-augment."""
+    names = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return {name for name in known if name in names or f"no_{name}" in names}

@@ -1,0 +1,176 @@
+"""One run from a config to a full run folder: what `train` does once and `compare` once per row."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from delock.cli.board import Board
+from delock.cli.screen import Screen
+from delock.config import TrainConfig, flat, make_method, toml
+from delock.records import EvaluationRecord, Event, Started, StepRecord
+from delock.report import Story, opening, prediction_table, summary
+from delock.runfolder import CONFIG, SUMMARY, RunFolder, dumps
+
+if TYPE_CHECKING:
+    from delock.data import Data
+
+NOT_REPEATED = ("out", "overwrite", "config")  # config.toml says how to repeat a run, not where an earlier one was kept
+
+
+def ranks() -> int | None:
+    """Number of ranks that torchrun gives; None without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+
+
+def chief() -> bool:
+    """Whether this process speaks and writes: under torchrun rank 0 alone does."""
+    return ranks() is None or os.environ["RANK"] == "0"
+
+
+def warm_up(config: TrainConfig) -> None:
+    """Let the server of the stages' processes load torch while this process does the same."""
+    if config.machine.workers == "processes" and ranks() is None:
+        from delock.launch.context import context
+
+        context(("delock.train",))
+
+
+def load_data(config: TrainConfig, screen: Screen) -> Data:
+    """The data set of a config."""
+    options = config.dataset
+    screen.phase(f"loading {options.data}")
+    from delock.data import load  # here: it loads torch
+
+    data = load(
+        options.data,
+        data_dir=options.data_dir,
+        batch_size=options.batch_size,
+        seed=config.training.seed,
+        download=options.download,
+        augment=options.augment,
+        image_size=options.image_size,
+        limit=options.limit,
+        test_batch_size=options.test_batch_size,
+        on_progress=screen.progress,
+    )
+    screen.end()
+    return data
+
+
+class Session:
+    """The record of one run: what is told goes to the screen and into the folder, and `end` writes the summary."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, screen: Screen) -> None:
+        self.story = Story(config)
+        self.folder, self.screen = folder, screen
+        self.board: Board | None = None
+
+    def hear(self, event: Event) -> None:
+        """An event of `fit`."""
+        self.story.hear(event)
+        match event:
+            case Started():
+                self._open(event)
+                return
+            case StepRecord():
+                self.screen.step(event, self.story.batches)
+            case EvaluationRecord():
+                self.screen.evaluation(event)
+        self.folder.add(event)
+        if self.board:
+            self.board.add(event)
+
+    def _open(self, started: Started) -> None:
+        """The run starts: only now there is a folder, so that bad input leaves none."""
+        config = self.story.config
+        self.folder.open()
+        values = {name: value for name, value in flat(config).items() if name not in NOT_REPEATED}
+        self.folder.write(CONFIG, toml.write(values, "delock train --config FILE repeats this run"))
+        self.board = Board(self.folder.path) if config.output.tensorboard else None
+        self.screen.end()
+        self.screen.line(opening(config, started))
+        self.screen.table(*prediction_table(started))
+        self.screen.phase("training", started.batches)
+
+    def end(self) -> dict[str, Any]:
+        """Close everything; the summary, which is in the folder if the run has started."""
+        self.screen.end()
+        self.folder.close()
+        if self.board:
+            self.board.close()
+        told = summary(self.story)
+        if self.story.started:
+            self.folder.write(SUMMARY, dumps(told, indent=2) + "\n")
+        return told
+
+
+def train(config: TrainConfig, data: Data, folder: RunFolder, screen: Screen) -> Story:
+    """Train as a resolved config says.
+
+    The folder gets its files as they come, and a summary however the run ends; errors and KeyboardInterrupt go on to the caller.
+    """
+    from delock.nets import build
+
+    network = config.network
+    model = build(
+        network.model,
+        classes=data.classes,
+        in_channels=data.channels,
+        image_size=data.image_size,
+        dropout=network.dropout,
+        seed=config.training.seed,
+    )
+    session = Session(config, folder, screen)
+    story = session.story
+    screen.phase("measuring the layers")
+    try:
+        story.result = _fit(config, data, model, session)
+        if story.result:
+            folder.save_model(model.state_dict())
+        story.status = "finished"
+    except KeyboardInterrupt:
+        story.status = "interrupted"
+        raise
+    except BaseException as error:
+        story.status, story.error = "failed", str(error)
+        raise
+    finally:
+        session.end()
+    return story
+
+
+def _fit(config: TrainConfig, data: Data, model: Any, session: Session) -> Any:
+    from torch.nn.functional import cross_entropy
+
+    from delock.fit import fit
+    from delock.recipes import accuracy, recipe
+
+    training, machine = config.training, config.machine
+    method = make_method(config.algorithm)
+    epoch = len(data.train)
+    optimizer, schedule = recipe(config, method, epoch, training.steps or epoch * (training.epochs or 0))
+    return fit(
+        model,
+        data.train,
+        data.test,
+        loss=cross_entropy,
+        method=method,
+        optimizer=optimizer,
+        schedule=schedule,
+        stages=config.network.stages,
+        cuts=config.network.cuts,
+        epochs=training.epochs,
+        steps=training.steps,
+        eval_every=training.eval_every,
+        metrics={"accuracy": accuracy},
+        seed=training.seed,
+        workers=machine.workers,
+        device=machine.device,
+        threads=machine.threads,
+        pin=machine.pin,
+        port=machine.port,
+        patience=machine.patience,
+        log_every=config.output.log_every,
+        on_event=session.hear,
+    )

@@ -1,0 +1,46 @@
+"""`delock train`: one run, watched, and kept in a run folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from delock.cli.arguments import parse
+from delock.cli.session import chief, load_data, ranks, train, warm_up
+from delock.config import TrainConfig, resolve
+from delock.report import closing, stage_table
+from delock.runfolder import RunFolder
+
+ABOUT = """Train a network on several workers, one stage each.
+
+examples:
+  delock train
+  delock train --method adl --accumulate 2 --stages 4 --epochs 10
+  delock train --data folder --data-dir DIR --model resnet20 --batch-size 128 --warmup 390
+  delock train --config runs/RUN/config.toml --seed 1
+  torchrun --nproc-per-node 2 -m delock train"""
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, train, show; returns the exit code."""
+    config = resolve(parse(TrainConfig, words, "train", ABOUT), ranks())
+    name = f"{config.algorithm.method}-{config.network.model.replace('/', '-')}"
+    # rank 0 alone looks at the folder: to the others it may be there already because rank 0 has made it
+    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite or not chief())
+    warm_up(config)
+    from delock.cli.screen import Screen  # here: rich is not needed where words are wrong
+
+    screen = Screen(quiet=not chief())
+    try:
+        story = train(config, load_data(config, screen), folder, screen)
+    except BaseException as error:
+        screen.end()
+        if folder.path.exists() and chief():
+            how = "interrupted" if isinstance(error, KeyboardInterrupt) else "the run has failed"
+            print(f"{how}; what was recorded is in {folder.path}", file=sys.stderr)
+        raise
+    if story.result:
+        screen.table(*stage_table(story.result.stages))
+        screen.line(closing(story))
+        screen.line(f"run folder: {folder.path}")
+    return 0

@@ -1,0 +1,253 @@
+"""A run, and several side by side, as plain values and tables: summary.json, compare.json, compare.md."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any, Literal
+
+from delock.config import TrainConfig, make_method
+from delock.methods import METHODS, options
+from delock.records import EvaluationRecord, Event, Result, StageReport, Started, StepRecord
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+Cells = list[str]
+
+
+@dataclass
+class Story:
+    """What a run has told so far: enough for a summary, however it ends."""
+
+    config: TrainConfig
+    status: Status = "running"
+    started: Started | None = None
+    step: StepRecord | None = None
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    result: Result | None = None
+    error: str | None = None
+
+    @property
+    def batches(self) -> int:
+        """Batches in the whole run, 0 before it has started."""
+        return self.started.batches if self.started else 0
+
+    def hear(self, event: Event) -> None:
+        """Take note of one event."""
+        match event:
+            case Started():
+                self.started = event
+                self.config = settled(self.config, event.cuts)
+            case StepRecord():
+                self.step = event
+            case EvaluationRecord():
+                self.evaluations.append(event)
+
+
+def settled(config: TrainConfig, cuts: tuple[int, ...]) -> TrainConfig:
+    """The config with the cuts that are used."""
+    return replace(config, network=replace(config.network, cuts=cuts, stages=len(cuts) + 1))
+
+
+def title(config: TrainConfig) -> str:
+    """The method as one would write it, options at their defaults left out: adl(accumulate=4)."""
+    own, default = make_method(config.algorithm), METHODS[config.algorithm.method]()
+    changed = [f"{name}={getattr(own, name)}" for name in options(type(own)) if getattr(own, name) != getattr(default, name)]
+    return config.algorithm.method + (f"({', '.join(changed)})" if changed else "")
+
+
+def opening(config: TrainConfig, started: Started) -> str:
+    """One line on what will run."""
+    K = len(started.stages)
+    where = {"processes": f"in {K} processes" if K > 1 else "in a process", "inline": "in this process", "torchrun": "on torchrun's ranks"}
+    stages = f"{K} stages {where[started.workers]}" if K > 1 else f"uncut {where[started.workers]}"
+    length = f"{started.epochs:g} epochs ({started.batches} batches of {config.dataset.batch_size})"
+    speed = f"predicted {started.samples_per_second:,.0f} samples/s"
+    return f"{title(config)}: {config.network.model} on {config.dataset.data}, {stages}, {length}, {speed}"
+
+
+def closing(story: Story) -> str:
+    """One line on what has come out."""
+    told = summary(story)
+    metrics = [f"test {name} {accuracy_or_number(name, value)}" for name, value in story.evaluations[-1].metrics.items()]
+    speed = f"{told['seconds']:.1f} s of training, {told['samples_per_second']:,.0f} samples/s"
+    return ", ".join([*metrics, f"train loss {told['train_loss']:.4f}", speed])
+
+
+def summary(story: Story) -> dict[str, Any]:
+    """The content of summary.json: final figures as far as the run has come, then what they depend on."""
+    config, result = story.config, story.result
+    last, step = story.evaluations[-1] if story.evaluations else None, story.step
+    method = make_method(config.algorithm)
+    metrics = {f"test_{name}": value for name, value in last.metrics.items()} if last else {}
+    seconds, samples = (result.seconds, result.samples) if result else (step.seconds, step.samples) if step else (0.0, 0)
+    return {
+        "status": story.status,
+        **({"error": story.error} if story.error else {}),
+        **metrics,
+        "test_loss": last.test_loss if last else None,
+        "train_loss": last.train_loss if last else step.loss if step else None,
+        "epochs": step.epoch if step else 0.0,
+        "steps": step.step if step else 0,
+        "samples": samples,
+        "seconds": seconds,
+        "samples_per_second": samples / seconds if seconds > 0 else 0.0,
+        "predicted_samples_per_second": story.started.samples_per_second if story.started else None,
+        "method": config.algorithm.method,
+        "options": {name: getattr(method, name) for name in options(type(method))},
+        "model": config.network.model,
+        "data": config.dataset.data,
+        "seed": config.training.seed,
+        "workers": story.started.workers if story.started else config.machine.workers,
+        "cuts": config.network.cuts,
+        "stages": [stage(report) for report in result.stages] if result else [],
+        "versions": {"delock": version("delock"), "torch": version("torch"), "python": platform.python_version()},
+    }
+
+
+def stage(report: StageReport) -> dict[str, Any]:
+    """One stage's part of a summary; staleness is the mean in updates, the histograms count batches."""
+    return {
+        "stage": report.stage,
+        "parameters": report.parameters,
+        "updates": report.updates,
+        "staleness": report.mean_staleness,
+        "layer_staleness": _mean(report.layer_staleness),
+        "staleness_histogram": _histogram(report.staleness),
+        "layer_staleness_histogram": _histogram(report.layer_staleness),
+        "idle": report.idle,
+        "forward_seconds": report.forward,
+        "backward_seconds": report.backward,
+        "update_seconds": report.update,
+        "waiting_seconds": report.waiting,
+        "peak_memory": report.peak_memory,
+        "memory_growth": report.memory_growth,
+    }
+
+
+def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
+    """Head and rows of what is known of every stage before the run."""
+    head = ["stage", "layers", "parameters", "forward", "backward", "staleness", "layer-wise", "idle"]
+    return head, [
+        [
+            str(s.stage),
+            str(s.layers),
+            f"{s.parameters:,}",
+            milliseconds(s.forward),
+            milliseconds(s.backward),
+            f"{s.staleness:.2f}",
+            str(s.layer_staleness),
+            percent(s.idle),
+        ]
+        for s in started.stages
+    ]
+
+
+def stage_table(reports: Sequence[StageReport]) -> tuple[Cells, list[Cells]]:
+    """Head and rows of what every stage did."""
+    head = ["stage", "updates", "idle", "staleness", "layer-wise", "peak memory"]
+    rows = [
+        [str(r.stage), str(r.updates), percent(r.idle), f"{r.mean_staleness:.2f}", f"{_mean(r.layer_staleness):.2f}", memory(r.peak_memory)]
+        for r in reports
+    ]
+    return head, rows
+
+
+def compared(summaries: Mapping[str, Mapping[str, Any]], plain: str | None, bp: str | None) -> list[dict[str, Any]]:
+    """The rows of a comparison, by name: summaries with means over their stages, and speed-ups over the rows `plain` and `bp`."""
+    rows = []
+    for name, one in summaries.items():
+        stages = one["stages"]
+        rows.append(
+            {
+                "name": name,
+                "speedup_over_bp": _ratio(one, summaries.get(bp or "")),
+                "speedup_over_plain": _ratio(one, summaries.get(plain or "")),
+                "staleness": _average(stages, "staleness"),
+                "layer_staleness": _average(stages, "layer_staleness"),
+                "idle": _average(stages, "idle"),
+                "peak_memory": max((s["peak_memory"] for s in stages), default=None),
+                "summary": one,
+            }
+        )
+    return rows
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], K: int) -> tuple[Cells, list[Cells]]:
+    """Head and rows of a comparison; what is not known is a dash."""
+    head = ["method", "test accuracy", "train loss", "samples/s", f"over bp, K = {K}", "over plain", "staleness", "layer-wise", "idle"]
+    body = []
+    for row in rows:
+        one = row["summary"]
+        finished = one["status"] == "finished"
+        cells = [
+            row["name"] if finished else f"{row['name']} ({one['status']})",
+            _cell(one.get("test_accuracy"), percent1),
+            _cell(one["train_loss"], "{:.3f}".format),
+            _cell(one["samples_per_second"] or None, "{:.0f}".format),
+            _cell(row["speedup_over_bp"], "{:.2f}".format),
+            _cell(row["speedup_over_plain"], "{:.2f}".format),
+            _cell(row["staleness"], "{:.2f}".format),
+            _cell(row["layer_staleness"], "{:.2f}".format),
+            _cell(row["idle"], percent),
+            _cell(row["peak_memory"], memory),
+        ]
+        body.append(cells)
+    return [*head, "peak memory"], body
+
+
+def markdown(head: Cells, rows: Sequence[Cells]) -> str:
+    """A table as GitHub shows it: the first column to the left, numbers to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n" for cells in lines)
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds."""
+    return f"{1000 * seconds:.1f} ms"
+
+
+def percent(share: float) -> str:
+    """A share in whole per cent."""
+    return f"{100 * share:.0f} %"
+
+
+def percent1(share: float) -> str:
+    """A share in per cent with one decimal, for accuracies."""
+    return f"{100 * share:.1f} %"
+
+
+def accuracy_or_number(name: str, value: float) -> str:
+    """A metric: an accuracy in per cent with two decimals, another one as a number."""
+    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4g}"
+
+
+def memory(count: int) -> str:
+    """Bytes as MB; a dash where the system did not tell."""
+    return f"{count / 1e6:.0f} MB" if count else "-"
+
+
+def _cell(value: Any, text: Any) -> str:
+    return "-" if value is None else str(text(value))
+
+
+def _ratio(one: Mapping[str, Any], base: Mapping[str, Any] | None) -> float | None:
+    """How many times as fast; None unless both have finished."""
+    if base is None or one["status"] != "finished" or base["status"] != "finished" or not base["samples_per_second"]:
+        return None
+    return float(one["samples_per_second"] / base["samples_per_second"])
+
+
+def _average(stages: Sequence[Mapping[str, Any]], what: str) -> float | None:
+    return sum(s[what] for s in stages) / len(stages) if stages else None
+
+
+def _mean(histogram: Mapping[int, int]) -> float:
+    count = sum(histogram.values())
+    return sum(value * n for value, n in histogram.items()) / count if count else 0.0
+
+
+def _histogram(counts: Mapping[int, int]) -> dict[str, int]:
+    """With JSON's keys, which are text."""
+    return {str(value): counts[value] for value in sorted(counts)}
