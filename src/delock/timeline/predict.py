@@ -43,7 +43,7 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
     timeline = simulate(plan, costs if costs.capacity else replace(costs, capacity=capacities(method, K)))
     rate = throughput(timeline)
     locked = BP(accumulate=method.parts)
-    base = throughput(simulate(unroll(locked, K, batches if costs.slow else 4), costs))  # BP repeats from its second batch on
+    base = throughput(simulate(unroll(locked, K, batches if costs.slow else 8), costs))  # BP repeats from its second batch on
     forecasts = [
         StageForecast(
             staleness=warm_mean(gradient_staleness(column), method.batches_per_update),
@@ -63,4 +63,4 @@ def capacities(method: Method, K: int) -> tuple[int, ...]:
 
 def _enough(method: Method, K: int) -> int:
     """Batches after which the steady stretch is long and warm, and the last complete group of an Update as well."""
-    return 2 * method.span(K) + max(3, 36 // method.parts) + 2 * method.batches_per_update
+    return 2 * method.span(K) + max(6, 36 // method.parts) + 2 * method.batches_per_update

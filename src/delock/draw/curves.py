@@ -1,0 +1,77 @@
+"""How runs learn: loss and test metric, against epochs and against seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from delock.draw.figure import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new, save, style
+from delock.errors import UsageError
+from delock.records import EvaluationRecord, StepRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = (BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE, SKY, GREY)
+LINES = ("-", "--", ":", "-.")
+MARKERS = "osD^vPX*"
+
+
+class Run(NamedTuple):
+    """One line of the picture."""
+
+    label: str
+    evaluations: Sequence[EvaluationRecord]
+    steps: Sequence[StepRecord] = ()
+
+
+def curves(runs: Sequence[Run | tuple[str, Sequence[EvaluationRecord], Sequence[StepRecord]]], stem: str | Path) -> list[Path]:
+    """Draw training loss (above; running mean) and test accuracy (below; test loss when no run has an accuracy) of several runs.
+
+    Left against epochs, right against seconds of training. Writes STEM.png and STEM.svg and returns their paths. Raises UsageError when
+    no run has a record.
+    """
+    told = [Run(*run) for run in runs]
+    if not any(run.evaluations or run.steps for run in told):
+        raise UsageError("there is no record to draw in these runs")
+    accurate = any("accuracy" in record.metrics for run in told for record in run.evaluations)
+    with style():
+        figure = new(9.0, 6.0)
+        grid = figure.subplots(2, 2, sharex="col", sharey="row")
+        for i, run in enumerate(told):
+            look = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)], "label": run.label}
+            _loss(grid[0], run, look)
+            _metric(grid[1], run, accurate, look | {"marker": MARKERS[i % len(MARKERS)], "markersize": 4})
+        grid[0, 0].set_ylabel("training loss")
+        grid[1, 0].set_ylabel("test accuracy (%)" if accurate else "test loss")
+        grid[1, 0].set_xlabel("epochs")
+        grid[1, 1].set_xlabel("seconds of training")
+        for axes in grid.flat:
+            axes.grid(True, color="#DDDDDD", linewidth=0.6)
+        handles, labels = grid[1, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)))
+        return save(figure, stem)
+
+
+def _loss(row: Sequence[Axes], run: Run, look: dict[str, Any]) -> None:
+    """A running mean over steps, or what evaluations noted where there are no steps."""
+    records: Sequence[StepRecord | EvaluationRecord] = run.steps or run.evaluations
+    if run.steps:
+        losses = smooth([step.loss for step in run.steps])
+    else:
+        losses = [record.train_loss for record in run.evaluations]
+    row[0].plot([record.epoch for record in records], losses, **look, linewidth=1.3)
+    row[1].plot([record.seconds for record in records], losses, **look, linewidth=1.3)
+
+
+def _metric(row: Sequence[Axes], run: Run, accurate: bool, look: dict[str, Any]) -> None:
+    values = [100 * record.metrics.get("accuracy", float("nan")) if accurate else record.test_loss for record in run.evaluations]
+    row[0].plot([record.epoch for record in run.evaluations], values, **look)
+    row[1].plot([record.seconds for record in run.evaluations], values, **look)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Mean of each value and those before it, over a twentieth of them all, so that lines do not hide each other."""
+    width = max(1, len(values) // 20)
+    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
