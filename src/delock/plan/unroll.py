@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +15,7 @@ from delock.plan.steps import Course, Keep, Plan, Step
 def unroll(method: Method, K: int, course: Course | int) -> Plan:
     """The whole plan of a short run. `course` may be a number of batches without evaluation."""
     course = Course(course) if isinstance(course, int) else course
-    return next(windows(method, K, course, size=course.batches + method.span(K) + 1))
+    return next(windows(method, K, course, size=sys.maxsize))
 
 
 def windows(method: Method, K: int, course: Course, size: int = 256) -> Iterator[Plan]:
