@@ -84,7 +84,7 @@ def _kinds(column: Iterable[Span]) -> Iterable[tuple[Span, Kind]]:
     """Every span with its kind. A Backward did recompute if Updates came between its Forward and itself; else its graph was kept."""
     taken: dict[int, int] = {}
     for span in column:
-        if isinstance(span.op, Forward):
+        if isinstance(span.op, Forward) and span.op.train:
             taken[span.op.batch] = span.version
         yield span, _kind(span.op, fresh=isinstance(span.op, Backward) and taken.get(span.op.batch) == span.version)
 

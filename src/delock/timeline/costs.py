@@ -38,7 +38,7 @@ class Costs:
     """Seconds (or any unit) per op: one number per stage for work, one per link for delays; link k joins stages k and k + 1.
 
     An empty tuple means: `replay` as `forward`, `update`, `up` and `down` 0, `capacity` unlimited. A barrier makes every stage wait for
-    all others after each tick (lock-step). Raises UsageError when the numbers do not fit each other.
+    all others after each tick (lock-step; for plans without evaluation). Raises UsageError when the numbers do not fit each other.
     """
 
     forward: tuple[float, ...]
