@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
-from delock.config import TrainConfig, make_method
+from delock.config import AlgorithmOptions, TrainConfig, make_method
 from delock.methods import METHODS, options
 from delock.records import EvaluationRecord, Event, Result, StageReport, Started, StepRecord
 
@@ -23,7 +23,7 @@ class Story:
     config: TrainConfig
     status: Status = "running"
     started: Started | None = None
-    step: StepRecord | None = None
+    steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     result: Result | None = None
     error: str | None = None
@@ -40,7 +40,7 @@ class Story:
                 self.started = event
                 self.config = settled(self.config, event.cuts)
             case StepRecord():
-                self.step = event
+                self.steps.append(event)
             case EvaluationRecord():
                 self.evaluations.append(event)
 
@@ -50,11 +50,11 @@ def settled(config: TrainConfig, cuts: tuple[int, ...]) -> TrainConfig:
     return replace(config, network=replace(config.network, cuts=cuts, stages=len(cuts) + 1))
 
 
-def title(config: TrainConfig) -> str:
+def title(config: AlgorithmOptions) -> str:
     """The method as one would write it, options at their defaults left out: adl(accumulate=4)."""
-    own, default = make_method(config.algorithm), METHODS[config.algorithm.method]()
+    own, default = make_method(config), METHODS[config.method]()
     changed = [f"{name}={getattr(own, name)}" for name in options(type(own)) if getattr(own, name) != getattr(default, name)]
-    return config.algorithm.method + (f"({', '.join(changed)})" if changed else "")
+    return config.method + (f"({', '.join(changed)})" if changed else "")
 
 
 def opening(config: TrainConfig, started: Started) -> str:
@@ -64,7 +64,7 @@ def opening(config: TrainConfig, started: Started) -> str:
     stages = f"{K} stages {where[started.workers]}" if K > 1 else f"uncut {where[started.workers]}"
     length = f"{started.epochs:g} epochs ({started.batches} batches of {config.dataset.batch_size})"
     speed = f"predicted {started.samples_per_second:,.0f} samples/s"
-    return f"{title(config)}: {config.network.model} on {config.dataset.data}, {stages}, {length}, {speed}"
+    return f"{title(config.algorithm)}: {config.network.model} on {config.dataset.data}, {stages}, {length}, {speed}"
 
 
 def closing(story: Story) -> str:
@@ -78,7 +78,8 @@ def closing(story: Story) -> str:
 def summary(story: Story) -> dict[str, Any]:
     """The content of summary.json: final figures as far as the run has come, then what they depend on."""
     config, result = story.config, story.result
-    last, step = story.evaluations[-1] if story.evaluations else None, story.step
+    last = story.evaluations[-1] if story.evaluations else None
+    step = story.steps[-1] if story.steps else None
     method = make_method(config.algorithm)
     metrics = {f"test_{name}": value for name, value in last.metrics.items()} if last else {}
     seconds, samples = (result.seconds, result.samples) if result else (step.seconds, step.samples) if step else (0.0, 0)
@@ -154,24 +155,23 @@ def stage_table(reports: Sequence[StageReport]) -> tuple[Cells, list[Cells]]:
     return head, rows
 
 
-def compared(summaries: Mapping[str, Mapping[str, Any]], plain: str | None, bp: str | None) -> list[dict[str, Any]]:
-    """The rows of a comparison, by name: summaries with means over their stages, and speed-ups over the rows `plain` and `bp`."""
-    rows = []
-    for name, one in summaries.items():
-        stages = one["stages"]
-        rows.append(
-            {
-                "name": name,
-                "speedup_over_bp": _ratio(one, summaries.get(bp or "")),
-                "speedup_over_plain": _ratio(one, summaries.get(plain or "")),
-                "staleness": _average(stages, "staleness"),
-                "layer_staleness": _average(stages, "layer_staleness"),
-                "idle": _average(stages, "idle"),
-                "peak_memory": max((s["peak_memory"] for s in stages), default=None),
-                "summary": one,
-            }
-        )
-    return rows
+def compared(stories: Mapping[str, Story], plain: str) -> list[dict[str, Any]]:
+    """The rows of a comparison: summaries, means over their stages, and speed-ups over the row `plain` and the first other one of bp."""
+    summaries = {name: summary(story) for name, story in stories.items()}
+    bp = next((one for name, one in summaries.items() if one["method"] == "bp" and name != plain), None)
+    return [
+        {
+            "name": name,
+            "speedup_over_bp": _ratio(one, bp),
+            "speedup_over_plain": _ratio(one, summaries.get(plain)),
+            "staleness": _average(one["stages"], "staleness"),
+            "layer_staleness": _average(one["stages"], "layer_staleness"),
+            "idle": _average(one["stages"], "idle"),
+            "peak_memory": max((stage["peak_memory"] for stage in one["stages"]), default=None),
+            "summary": one,
+        }
+        for name, one in summaries.items()
+    ]
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], K: int) -> tuple[Cells, list[Cells]]:

@@ -29,6 +29,8 @@ class RunFolder:
     def __init__(self, out: Path | None, name: str, *, overwrite: bool = False) -> None:
         self.path = out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
         self._chosen = out is not None
+        self._inside: RunFolder | None = None
+        self.opened = False
         self._metrics: IO[str] | None = None
         if out is not None and out.exists():
             if not out.is_dir():
@@ -36,8 +38,20 @@ class RunFolder:
             if any(out.iterdir()) and not overwrite:
                 raise UsageError(f"the run folder {out} exists: give another --out, or --overwrite to replace the run in it")
 
+    def inner(self, name: str) -> RunFolder:
+        """The folder of one of several runs in here; opening it opens this one first."""
+        folder = RunFolder(self.path / name, name, overwrite=True)
+        folder._inside = self
+        return folder
+
     def open(self) -> None:
-        """Make the folder; with `overwrite`, take an earlier run's files out of it, and no others."""
+        """Make the folder, if that is not done; with `overwrite`, take an earlier run's files out of it, and no others."""
+        if self.opened:
+            return
+        if self._inside:
+            self._inside.open()
+            self.path = self._inside.path / self.path.name
+        self.opened = True
         try:
             if self._chosen:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -60,9 +74,10 @@ class RunFolder:
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """The weights under their names in the unsplit model."""
-        from safetensors.torch import save_file  # here: it loads torch
+        from safetensors.torch import save  # here: it loads torch
 
-        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, self.path / MODEL)
+        whole = save({name: value.detach().cpu().contiguous() for name, value in state.items()})
+        (self.path / MODEL).write_bytes(whole)  # save_file would make a file that only its owner may read
 
     def close(self) -> None:
         """Close metrics.jsonl."""

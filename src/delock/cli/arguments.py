@@ -20,7 +20,7 @@ def parse(config: type[C], words: Sequence[str], command: str, description: str)
 
     --help and words that are no options leave by SystemExit, with code 0 and 2, as the parser has it.
     """
-    path = _file(words)
+    path = _file(words) if "config" in table(config) else None
     values = {key.replace("-", "_"): value for key, value in toml.read(path).items()} if path else {}
     default = build(config, values, str(path))
     asked = tyro.cli(config, args=list(words), prog=f"delock {command}", description=description, default=default, config=FLAT)

@@ -27,7 +27,7 @@ class Screen:
         self._what = ""
         self._told = time.monotonic()
 
-    def line(self, text: str) -> None:
+    def line(self, text: str = "") -> None:
         """A line of text."""
         self.console.print(text, soft_wrap=True)
         self._told = time.monotonic()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from delock.cli.board import Board
 from delock.cli.screen import Screen
 from delock.config import TrainConfig, flat, make_method, toml
-from delock.records import EvaluationRecord, Event, Started, StepRecord
+from delock.records import EvaluationRecord, Event, Result, Started, StepRecord
 from delock.report import Story, opening, prediction_table, summary
 from delock.runfolder import CONFIG, SUMMARY, RunFolder, dumps
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from delock.data import Data
 
 NOT_REPEATED = ("out", "overwrite", "config")  # config.toml says how to repeat a run, not where an earlier one was kept
@@ -61,9 +63,8 @@ def load_data(config: TrainConfig, screen: Screen) -> Data:
 class Session:
     """The record of one run: what is told goes to the screen and into the folder, and `end` writes the summary."""
 
-    def __init__(self, config: TrainConfig, folder: RunFolder, screen: Screen) -> None:
-        self.story = Story(config)
-        self.folder, self.screen = folder, screen
+    def __init__(self, story: Story, folder: RunFolder, screen: Screen) -> None:
+        self.story, self.folder, self.screen = story, folder, screen
         self.board: Board | None = None
 
     def hear(self, event: Event) -> None:
@@ -93,39 +94,26 @@ class Session:
         self.screen.table(*prediction_table(started))
         self.screen.phase("training", started.batches)
 
-    def end(self) -> dict[str, Any]:
-        """Close everything; the summary, which is in the folder if the run has started."""
+    def end(self) -> None:
+        """Close everything; a run that has started gets its summary."""
         self.screen.end()
         self.folder.close()
         if self.board:
             self.board.close()
-        told = summary(self.story)
         if self.story.started:
-            self.folder.write(SUMMARY, dumps(told, indent=2) + "\n")
-        return told
+            self.folder.write(SUMMARY, dumps(summary(self.story), indent=2) + "\n")
 
 
-def train(config: TrainConfig, data: Data, folder: RunFolder, screen: Screen) -> Story:
-    """Train as a resolved config says.
+def train(story: Story, data: Data, folder: RunFolder, screen: Screen) -> None:
+    """Train as the story's resolved config says, and let the story tell how it goes.
 
     The folder gets its files as they come, and a summary however the run ends; errors and KeyboardInterrupt go on to the caller.
     """
-    from delock.nets import build
-
-    network = config.network
-    model = build(
-        network.model,
-        classes=data.classes,
-        in_channels=data.channels,
-        image_size=data.image_size,
-        dropout=network.dropout,
-        seed=config.training.seed,
-    )
-    session = Session(config, folder, screen)
-    story = session.story
-    screen.phase("measuring the layers")
+    session = Session(story, folder, screen)
     try:
-        story.result = _fit(config, data, model, session)
+        model = _build(story.config, data)
+        screen.phase("measuring the layers")
+        story.result = _fit(story.config, data, model, session)
         if story.result:
             folder.save_model(model.state_dict())
         story.status = "finished"
@@ -137,10 +125,31 @@ def train(config: TrainConfig, data: Data, folder: RunFolder, screen: Screen) ->
         raise
     finally:
         session.end()
-    return story
 
 
-def _fit(config: TrainConfig, data: Data, model: Any, session: Session) -> Any:
+def check_network(config: TrainConfig, data: Data) -> None:
+    """Raise UsageError where the model does not exist, or cannot be cut as a resolved config says."""
+    from delock.nets import atoms, resolve_cuts
+
+    network = config.network
+    resolve_cuts(atoms(_build(config, data)), network.cuts if network.cuts is not None else range(1, network.stages or 1))
+
+
+def _build(config: TrainConfig, data: Data) -> nn.Module:
+    from delock.nets import build
+
+    network = config.network
+    return build(
+        network.model,
+        classes=data.classes,
+        in_channels=data.channels,
+        image_size=data.image_size,
+        dropout=network.dropout,
+        seed=config.training.seed,
+    )
+
+
+def _fit(config: TrainConfig, data: Data, model: nn.Module, session: Session) -> Result | None:
     from torch.nn.functional import cross_entropy
 
     from delock.fit import fit

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from delock.cli.arguments import parse
 from delock.cli.session import chief, load_data, ranks, train, warm_up
 from delock.config import TrainConfig, resolve
-from delock.report import closing, stage_table
+from delock.report import Story, closing, stage_table
 from delock.runfolder import RunFolder
 
 ABOUT = """Train a network on several workers, one stage each.
@@ -31,11 +31,12 @@ def run(words: Sequence[str]) -> int:
     from delock.cli.screen import Screen  # here: rich is not needed where words are wrong
 
     screen = Screen(quiet=not chief())
+    story = Story(config)
     try:
-        story = train(config, load_data(config, screen), folder, screen)
+        train(story, load_data(config, screen), folder, screen)
     except BaseException as error:
         screen.end()
-        if folder.path.exists() and chief():
+        if folder.opened:
             how = "interrupted" if isinstance(error, KeyboardInterrupt) else "the run has failed"
             print(f"{how}; what was recorded is in {folder.path}", file=sys.stderr)
         raise

@@ -2,7 +2,20 @@
 
 from delock.config import toml
 from delock.config.flat import build, flat, override, table
-from delock.config.options import CompareConfig, DatasetOptions, TrainConfig
+from delock.config.options import AlgorithmOptions, CompareConfig, DatasetOptions, TrainConfig, shown
 from delock.config.resolve import make_method, resolve
 
-__all__ = ["CompareConfig", "DatasetOptions", "TrainConfig", "build", "flat", "make_method", "override", "resolve", "table", "toml"]
+__all__ = [
+    "AlgorithmOptions",
+    "CompareConfig",
+    "DatasetOptions",
+    "TrainConfig",
+    "build",
+    "flat",
+    "make_method",
+    "override",
+    "resolve",
+    "shown",
+    "table",
+    "toml",
+]

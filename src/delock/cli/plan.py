@@ -1,0 +1,219 @@
+"""`delock plan`: what a method does on K stages, in text, numbers or a picture; nothing is trained, and torch stays out unless measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from shutil import get_terminal_size
+from typing import Annotated, Any
+
+from delock.cli.arguments import parse
+from delock.cli.profile import Profile, measure_model
+from delock.config import AlgorithmOptions, make_method, shown
+from delock.errors import UsageError
+from delock.methods import Method, options
+from delock.plan import chart, unroll
+from delock.report import Cells, milliseconds, percent, title
+from delock.runfolder import dumps
+from delock.timeline import Costs, Prediction, capacities, predict, simulate
+
+ABOUT = """Show what a method does: its schedule, staleness, memory in flight and speed. Nothing is trained.
+
+examples:
+  delock plan
+  delock plan --method adl --accumulate 2 --stages 4
+  delock plan --method dsp --p 2 1 --q 1 3 --stages 3 --link-delay 0.5
+  delock plan --method ddg --stages 4 --picture ddg.svg
+  delock plan --method fdg --stages 2 --profile resnet20 --data synthetic --batch-size 128"""
+
+
+CELL = 7  # columns of a cell in most charts
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How many stages, and what to show."""
+
+    stages: int = 2
+    """Number of stages."""
+    slots: Annotated[int | None, shown("what fits")] = None
+    """Time slots in the chart."""
+    picture: Annotated[Path | None, shown("none")] = None
+    """Draw the schedule on the clock, as PNG and as SVG."""
+    json: bool = False
+    """Print everything as JSON instead."""
+
+
+@dataclass(frozen=True)
+class CostOptions:
+    """What an op costs, in any unit. Where a batch is done in parts, a part costs its share."""
+
+    forward: float = 1.0
+    """A forward of a batch on one stage."""
+    backward: float = 2.0
+    """A backward of a batch on one stage."""
+    replay: float = 1.0
+    """A recomputation of a batch on one stage."""
+    link_delay: float = 0.0
+    """A message on its way to the next stage; with --profile in seconds."""
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Costs measured instead, in seconds, on one batch."""
+
+    profile: Annotated[str | None, shown("none")] = None
+    """Model whose layers are measured, and cut so that the stages' times are even."""
+    data: str = "digits"
+    """Data set that the batch is taken from; synthetic needs none."""
+    data_dir: Annotated[Path | None, shown("the cache")] = None
+    """Where the images lie."""
+    image_size: Annotated[int | None, shown("as they are")] = None
+    """folder, synthetic: side of the images in pixels."""
+    batch_size: int = 64
+    """Images in the batch."""
+    threads: int = 1
+    """Threads while measuring."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `delock plan` is told."""
+
+    algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
+    costs: CostOptions = field(default_factory=CostOptions)
+    profile: ProfileOptions = field(default_factory=ProfileOptions)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that is known of a method on K stages: on the dataflow clock, where an op starts as soon as it can, and in lock-step."""
+
+    config: PlanConfig
+    method: Method
+    costs: Costs
+    profile: Profile | None
+    chart: str
+    dataflow: Prediction
+    lockstep: Prediction
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, plan, show; returns the exit code."""
+    config = parse(PlanConfig, words, "plan", ABOUT)
+    answer = find(config)
+    files = draw(answer, config.plan.picture) if config.plan.picture else []
+    if config.plan.json:
+        print(dumps(as_values(answer), indent=2))
+    else:
+        show(answer, files)
+    return 0
+
+
+def find(config: PlanConfig) -> Answer:
+    """Unroll, measure if asked to, and time on both clocks. Raises UsageError for what does not fit."""
+    method, K, asked = make_method(config.algorithm), config.plan.stages, config.profile
+    slots = config.plan.slots if config.plan.slots is not None else max(8, (get_terminal_size((180, 24)).columns - 12) // CELL)
+    if slots < 1:
+        raise UsageError(f"slots is {slots}, but it must be at least 1")
+    picture = chart(unroll(method, K, slots), slots)
+    measured = None
+    if asked.profile:
+        measured = measure_model(
+            asked.profile,
+            K,
+            data=asked.data,
+            data_dir=asked.data_dir,
+            image_size=asked.image_size,
+            batch_size=asked.batch_size,
+            threads=asked.threads,
+        )
+    costs = cost_model(config.costs, method, K, measured)
+    clocks = [predict(method, K, clock) for clock in (costs, replace(costs, barrier=True))]
+    return Answer(config, method, costs, measured, picture, *clocks)
+
+
+def cost_model(options: CostOptions, method: Method, K: int, measured: Profile | None) -> Costs:
+    """Costs of one op. A method that does a batch in parts has ops that are so much cheaper."""
+    share = 1 / method.parts
+    forward, backward = (measured.forward, measured.backward) if measured else ((options.forward,) * K, (options.backward,) * K)
+    replay = forward if measured else (options.replay,) * K
+    return Costs(
+        forward=tuple(share * cost for cost in forward),
+        backward=tuple(share * cost for cost in backward),
+        replay=tuple(share * cost for cost in replay),
+        up=(options.link_delay,) * (K - 1),
+        down=(options.link_delay,) * (K - 1),
+    )
+
+
+def draw(answer: Answer, stem: Path) -> list[Path]:
+    """The schedule from its start into the steady state, on both clocks."""
+    from delock.draw import gantt
+
+    method, K = answer.method, answer.costs.K
+    plan = unroll(method, K, method.span(K) + max(2, 12 // method.parts))
+    costs = replace(answer.costs, capacity=capacities(method, K))
+    clocks = {"dataflow": simulate(plan, costs), "lock-step": simulate(plan, replace(costs, barrier=True))}
+    return gantt(clocks, stem, unit="seconds" if answer.profile else "time units")
+
+
+def as_values(answer: Answer) -> dict[str, Any]:
+    """The answer for --json; times in the unit of the costs, seconds with a profile."""
+    method, speed = answer.method, answer.dataflow
+    return {
+        "method": method.name,
+        "options": {name: getattr(method, name) for name in options(type(method))},
+        "K": answer.costs.K,
+        "chart": answer.chart.splitlines(),
+        "stages": [
+            {"stage": k, **{name: value for name, value in asdict(stage).items() if name != "held"}, **asdict(stage.held)}
+            for k, stage in enumerate(speed.stages)
+        ],
+        "messages": [{"activations": up, "errors": down} for up, down in speed.messages],
+        "seconds_per_batch" if answer.profile else "time_per_batch": speed.period,
+        "speedup_over_bp": {"dataflow": speed.speedup, "lockstep": answer.lockstep.speedup},
+        "samples_per_second": answer.profile.samples / speed.period if answer.profile else None,
+        "profile": asdict(answer.profile) if answer.profile else None,
+    }
+
+
+def show(answer: Answer, files: Sequence[Path]) -> None:
+    """The answer as text."""
+    from delock.cli.screen import Screen  # here: JSON does without rich
+
+    screen, K, speed, costs = Screen(), answer.costs.K, answer.dataflow, answer.config.costs
+    screen.line(f"{title(answer.config.algorithm)}, K = {K}; a cell is op, batch . version of the weights; F forward, B backward\n")
+    screen.line(f"{answer.chart}\n")
+    screen.table(*stage_rows(speed))
+    if measured := answer.profile:
+        screen.line(f"\n{measured.model}, cuts {' '.join(map(str, measured.cuts)) or 'none'}, a batch of {measured.samples}:")
+        screen.table(*profile_rows(measured))
+        screen.line(f"\npredicted: {milliseconds(speed.period)} per batch, {measured.samples / speed.period:,.0f} samples/s")
+    unit = "costs as measured" if answer.profile else f"forward {costs.forward:g}, backward {costs.backward:g}, replay {costs.replay:g}"
+    screen.line(f"\nthroughput over bp in {K} stages, {unit}, link delay {costs.link_delay:g}:")
+    screen.line(f"  {speed.speedup:.2f} with dataflow (an op starts as soon as it can), {answer.lockstep.speedup:.2f} in lock-step")
+    if files:
+        screen.line(f"picture: {' '.join(map(str, files))}")
+
+
+def stage_rows(speed: Prediction) -> tuple[Cells, list[Cells]]:
+    """Head and rows of what every stage has to live with, and to hold."""
+    head = ["stage", "gradient staleness (updates)", "layer-wise (batches)", "graphs", "stored inputs", "weight versions", "idle"]
+    return head, [
+        [f"{k}", f"{s.staleness:.2f}", *map(str, (s.layer_staleness, s.held.graphs, s.held.inputs, s.held.versions)), percent(s.idle)]
+        for k, s in enumerate(speed.stages)
+    ]
+
+
+def profile_rows(measured: Profile) -> tuple[Cells, list[Cells]]:
+    """Head and rows of what was measured."""
+    head = ["stage", "layers", "parameters", "forward", "backward", "sends up"]
+    sends = [*(f"{size / 1e6:.2f} MB" for size in measured.messages), "-"]
+    columns = zip(measured.layers, measured.parameters, measured.forward, measured.backward, sends, strict=True)
+    return head, [
+        [f"{k}", f"{layers}", f"{parameters:,}", milliseconds(forward), milliseconds(backward), sent]
+        for k, (layers, parameters, forward, backward, sent) in enumerate(columns)
+    ]

@@ -1,0 +1,96 @@
+"""The rows of a comparison: `adl:accumulate=2:lr=0.2` is a method, options of its own, and training options that it has for itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any, get_args, get_origin
+
+from delock.config import CompareConfig, TrainConfig, build, flat, make_method, override, resolve, table
+from delock.config.options import ComparisonOptions
+from delock.errors import UsageError
+
+PLAIN = "plain"
+SHARED = ("method", "epochs", "steps", "eval_every", "seed")  # what makes rows comparable is not a row's own
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a comparison: what it is called, and its config."""
+
+    name: str
+    config: TrainConfig
+
+    @property
+    def folder(self) -> str:
+        """The name as a folder's."""
+        return re.sub(r"[^\w.+=-]+", "-", self.name)
+
+
+def rows(config: CompareConfig) -> list[Row]:
+    """The runs that were asked for, plain PyTorch first.
+
+    Raises UsageError for a method or an option that does not exist, does not fit, or comes twice.
+    """
+    common = {name: value for name, value in flat(config).items() if name not in ComparisonOptions.__dataclass_fields__}
+    words = [word for item in config.comparison.methods for word in re.split(r"[,\s]+", item) if word]
+    if not words:
+        raise UsageError("there is nothing to compare: give --methods bp,fdg or more")
+    for word in words:
+        if words.count(word) > 1 or word == PLAIN:
+            raise UsageError(f"the row {word} comes twice" if word != PLAIN else "the row plain comes by itself; --no-plain leaves it out")
+    found = [Row(word, _config(word, common)) for word in words]
+    if config.comparison.plain:
+        K = found[0].config.network.stages
+        workers = config.machine.workers
+        threads = config.machine.threads * (K or 1 if workers == "processes" else 1)
+        plain = override(common, {"method": "bp", "stages": 1, "threads": threads})
+        found.insert(0, Row(PLAIN, resolve(build(TrainConfig, plain, PLAIN))))
+    return found
+
+
+def cut_alike(row: Row, cuts: tuple[int, ...]) -> Row:
+    """The row with its cuts settled, if it has stages to cut."""
+    return replace(row, config=replace(row.config, network=replace(row.config.network, cuts=cuts))) if row.name != PLAIN else row
+
+
+def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
+    name, *settings = word.split(":")
+    given: dict[str, Any] = {"method": name}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"{word}: {setting!r} is not a setting; write key=value, as in adl:accumulate=2")
+        given[key.replace("-", "_")] = _value(word, key.replace("-", "_"), value)
+    config = resolve(build(TrainConfig, override(common, given), word))
+    make_method(config.algorithm).fits(config.network.stages or 1)
+    return config
+
+
+def _value(word: str, key: str, text: str) -> Any:
+    """A setting's text as a value for its option, a list joined by +. What does not fit stays text, and `build` refuses it."""
+    own = {name: option for name, option in table(TrainConfig).items() if option.group in ("algorithm", "training")}
+    free = {name: option for name, option in own.items() if name not in SHARED}
+    if key not in free:
+        near = get_close_matches(key, free, n=1)
+        why = "is the same for all rows" if key in table(TrainConfig) else "does not exist"
+        raise UsageError(f"{word}: the option {key!r} {why}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    kind = free[key].kind
+    kinds = [one for one in (kind, *get_args(kind)) if one is not type(None)]
+    if any(get_origin(one) is tuple for one in kinds):
+        return [_number(part) for part in text.split("+")]
+    if bool in kinds:
+        return {"true": True, "false": False}.get(text, text)
+    return _number(text)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
