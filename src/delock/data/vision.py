@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -22,12 +23,14 @@ class Kind:
     flip: bool
 
 
-KINDS = {
-    "cifar10": Kind("CIFAR10", "cifar-10-batches-py", 10, flip=True),
-    "cifar100": Kind("CIFAR100", "cifar-100-python", 100, flip=True),
-    "mnist": Kind("MNIST", "MNIST/raw", 10, flip=False),
-    "fashion-mnist": Kind("FashionMNIST", "FashionMNIST/raw", 10, flip=True),
-}
+KINDS = MappingProxyType(
+    {
+        "cifar10": Kind("CIFAR10", "cifar-10-batches-py", 10, flip=True),
+        "cifar100": Kind("CIFAR100", "cifar-100-python", 100, flip=True),
+        "mnist": Kind("MNIST", "MNIST/raw", 10, flip=False),
+        "fashion-mnist": Kind("FashionMNIST", "FashionMNIST/raw", 10, flip=True),
+    }
+)
 
 
 def vision(name: str, directory: Path, *, download: bool = False) -> Source:
