@@ -1,0 +1,381 @@
+"""The command line: what is refused and how, what a run leaves behind, what a comparison and a plan say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from delock.cli import main
+from delock.cli.rows import rows
+from delock.config import CompareConfig, build, flat
+from delock.errors import StageFailed, UsageError
+from delock.methods import METHODS
+from delock.nets import build as build_model
+from delock.records import EvaluationRecord, Started, StepRecord
+from delock.runfolder import RunFolder, dumps, line
+
+SMALL = ["--model", "mlp", "--workers", "inline", "--limit", "128", "--batch-size", "32", "--test-batch-size", "512", "--no-pin"]
+PRINT_MODULES = """
+import sys; from delock.cli import main
+code = main({})
+print([module for module in ("torch", "rich") if module in sys.modules])
+sys.exit(code)
+"""
+
+
+def alone(*words: str, modules: bool = False) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own; with `modules`, its last line says which heavy modules it has loaded."""
+    start = ["-c", PRINT_MODULES.format(list(words))] if modules else ["-m", "delock", *words]
+    return subprocess.run([sys.executable, *start], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+# -- what is said without a run
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in ("train", "compare", "plan"))
+    assert "examples:" in out
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "plan"])
+def test_every_command_shows_its_options_and_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "examples:" in out
+    assert f"  delock {command}" in out
+    assert "None" not in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("delock ")
+
+
+def test_nothing_heavy_is_loaded_for_help_and_plans() -> None:
+    assert alone(modules=True).stdout.splitlines()[-1] == "[]"
+    told = alone("plan", "--json", modules=True)
+    assert told.returncode == 0
+    assert told.stdout.splitlines()[-1] == "[]"
+    assert alone("plan", "--method", "dsp", modules=True).stdout.splitlines()[-1] == "['rich']"
+
+
+# -- bad input: one line, exit code 2, nothing written
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], ["'trian'", "'train'"]),
+        (["train", "--method", "fgd"], ["'fgd'", "'fdg'"]),
+        (["train", "--method", "ddg", "--beta", "0.5"], ["ddg", "'beta'"]),
+        (["train", "--method", "fdg", "--beta", "1.5"], ["beta is 1.5"]),
+        (["train", "--data", "folder"], ["--data-dir"]),
+        (["train", "--data", "folder", "--data-dir", "nowhere"], ["nowhere"]),
+        (["train", "--data", "digit", *SMALL], ["'digit'", "'digits'"]),
+        (["train", *SMALL, "--model", "resnet21"], ["'resnet21'", "resnet20"]),
+        (["train", *SMALL, "--stages", "99"], ["99", "5"]),
+        (["train", *SMALL, "--cuts", "3", "1"], ["out of order"]),
+        (["train", *SMALL, "--cuts", "hiden2"], ["'hiden2'", "'hidden2'"]),
+        (["train", *SMALL, "--model", "cnn", "--batch-size", "1"], ["BatchNorm"]),
+        (["train", "--config", "none.toml"], ["none.toml"]),
+        (["compare", "--methods", "bp,fgd"], ["'fgd'", "'fdg'"]),
+        (["compare", "--methods", "bp:lr"], ["'lr'", "key=value"]),
+        (["compare", *SMALL, "--methods", "bp", "--stages", "99"], ["99"]),
+        (["plan", "--method", "dsp", "--p", "1", "2"], ["2 lags", "1 link"]),
+        (["plan", "--stages", "0"], ["0 stages"]),
+        (["plan", "--profile", "resnet21"], ["'resnet21'"]),
+    ],
+)
+def test_bad_input_is_one_line(here: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: list[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    assert all(word in error for word in expected), error
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["train", "--acumulate", "2"], "--accumulate"), (["train", "--lr", "fast"], "fast"), (["train", "--at", "stsh"], "stash")],
+)
+def test_words_that_are_no_options(here: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:
+    assert main(words) == 2
+    assert expected in capsys.readouterr().err
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(("text", "expected"), [("epohcs = 3", "'epochs'"), ("epochs = 'three'", "a whole number"), ("epochs", "TOML")])
+def test_a_wrong_file_is_one_line(here: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str) -> None:
+    (here / "c.toml").write_text(text)
+    for words in (["--config", "c.toml"], ["--config=c.toml"]):
+        assert main(["train", *words]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "c.toml" in error
+        assert expected in error
+        assert "\n" not in error
+    assert [path.name for path in here.iterdir()] == ["c.toml"]
+
+
+# -- the run folder
+
+
+def test_a_run_leaves_all_its_files_and_can_be_repeated(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--method", "adl", "--accumulate", "3", "--stages", "3", "--epochs", "2", "--log-every", "3", "--lr", "0.05", "--warmup", "3"]
+    assert main(["train", *SMALL, *words, "--out", "a"]) == 0
+    out = capsys.readouterr().out
+    assert "adl(accumulate=3): mlp on digits, 3 stages" in out
+    assert "run folder: a" in out
+    assert {path.name for path in Path("a").iterdir()} == {"config.toml", "metrics.jsonl", "summary.json", "model.safetensors"}
+
+    told = read(Path("a/summary.json"))
+    assert told["status"] == "finished"
+    assert (told["method"], told["options"]["accumulate"], told["seed"], told["steps"], told["epochs"]) == ("adl", 3, 0, 8, 2.0)
+    assert 0 <= told["test_accuracy"] <= 1
+    assert told["samples"] == 256
+    assert told["samples_per_second"] == pytest.approx(told["samples"] / told["seconds"])
+    assert [stage["updates"] for stage in told["stages"]] == [3, 3, 3]
+    assert told["stages"][0]["layer_staleness"] == 4
+    assert set(told["versions"]) == {"delock", "torch", "python"}
+
+    lines = [json.loads(text) for text in Path("a/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in lines if record["event"] == "step"] == [3, 6, 8]
+    assert [record["step"] for record in lines if record["event"] == "evaluation"] == [4, 8]
+    assert lines[-1]["test_accuracy"] == told["test_accuracy"]
+
+    config = tomllib.loads(Path("a/config.toml").read_text())
+    assert len(config["cuts"]) == 2
+    assert "out" not in config
+
+    weights = load_file("a/model.safetensors")
+    assert set(weights) == set(build_model("mlp", classes=10, in_channels=1, image_size=8).state_dict())
+
+    assert main(["train", "--config", "a/config.toml", "--out", "b"]) == 0
+    again = load_file("b/model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert Path("b/config.toml").read_text() == Path("a/config.toml").read_text()
+
+
+def test_the_command_line_wins_over_the_file(here: Path) -> None:
+    (here / "c.toml").write_text('method = "fdg"\nbeta = 0.5\nepochs = 50\nbatch-size = 16\nmodel = "mlp"\nworkers = "inline"\n')
+    assert main(["train", "--config=c.toml", "--method", "bp", "--steps", "2", "--batch_size=8", "--no-augment", "--out", "a"]) == 0
+    config = tomllib.loads(Path("a/config.toml").read_text())
+    assert (config["method"], config["steps"], config["batch_size"], config["augment"]) == ("bp", 2, 8, False)
+    assert {"beta", "epochs"}.isdisjoint(config)
+
+
+def test_an_earlier_run_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["train", *SMALL, "--steps", "1", "--out", "a"]
+    assert main(run) == 0
+    before = {path: path.read_bytes() for path in Path("a").iterdir()}
+    capsys.readouterr()
+    assert main(run) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*run, "--overwrite", "--stages", "99"]) == 2
+    assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
+    (here / "a" / "notes.txt").write_text("mine")
+    assert main([*run, "--overwrite", "--seed", "1"]) == 0
+    assert read(Path("a/summary.json"))["seed"] == 1
+    assert Path("a/notes.txt").read_text() == "mine"
+    (here / "file").write_text("")
+    assert main([*run[:-1], "file"]) == 2
+
+
+def test_without_out_every_run_has_a_folder_of_its_own(here: Path) -> None:
+    folders = [RunFolder(None, "fdg-mlp") for _ in range(3)]
+    for folder in folders:
+        folder.path = Path("runs/now-fdg-mlp")
+        folder.open()
+    assert [folder.path.name for folder in folders] == ["now-fdg-mlp", "now-fdg-mlp-2", "now-fdg-mlp-3"]
+    assert RunFolder(None, "x").path.parts[0] == "runs"
+
+
+def test_tensorboard_gets_event_files(here: Path) -> None:
+    assert main(["train", *SMALL, "--steps", "2", "--out", "a", "--tensorboard"]) == 0
+    assert list(Path("a/tensorboard").glob("events*"))
+
+
+def test_records_as_lines() -> None:
+    step = StepRecord(3, 1.5, float("inf"), 0.1, 96, 2.0)
+    assert json.loads(dumps(line(step)))["loss"] is None
+    evaluation = EvaluationRecord(3, 1.5, 0.5, 0.4, {"accuracy": 0.9}, 2.0, 96)
+    assert line(evaluation)["test_accuracy"] == 0.9
+
+
+# -- runs that end early
+
+STARTED = Started("fdg", "inline", 8, 2.0, (2,), (), 100.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "status"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (StageFailed("stage 1 failed at B3\n\nTraceback ..."), 1, "failed"),
+        (UsageError("the loss is nan at batch 3"), 2, "failed"),
+    ],
+)
+def test_what_was_recorded_is_kept(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, status: str
+) -> None:
+    def fit(*_: Any, on_event: Any, **__: Any) -> None:
+        on_event(STARTED)
+        on_event(StepRecord(3, 0.75, 1.25, 0.1, 96, 2.0))
+        raise error
+
+    monkeypatch.setattr("delock.fit.fit", fit)
+    assert main(["train", *SMALL, "--out", "a"]) == code
+    told = read(Path("a/summary.json"))
+    assert (told["status"], told["steps"], told["train_loss"], told["samples_per_second"]) == (status, 3, 1.25, 48.0)
+    assert len(Path("a/metrics.jsonl").read_text().splitlines()) == 1
+    heard = capsys.readouterr().err
+    assert "a" in heard
+    assert str(error) in heard
+
+
+def test_ctrl_c_ends_processes_and_keeps_the_record(here: Path) -> None:
+    words = ["train", "--model", "mlp", "--limit", "128", "--batch-size", "32", "--epochs", "100000", "--log-every", "1", "--out", "a"]
+    with subprocess.Popen([sys.executable, "-m", "delock", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if text.startswith("epoch"):
+                break
+        os.kill(process.pid, signal.SIGINT)
+        _, heard = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in heard
+    assert read(Path("a/summary.json"))["status"] == "interrupted"
+    assert Path("a/metrics.jsonl").read_text().endswith("}\n")
+
+
+# -- compare
+
+
+def names(*methods: str, **options: Any) -> list[str]:
+    return [row.name for row in rows(build(CompareConfig, {"methods": list(methods), **options}, "test"))]
+
+
+def test_rows_are_methods_with_options_of_their_own() -> None:
+    assert names("bp,ddg, fr", "fdg") == ["plain", "bp", "ddg", "fr", "fdg"]
+    assert names("bp", plain=False) == ["bp"]
+    words = ["adl:accumulate=4:lr=0.4:nesterov=true:schedule=steps:milestones=1+2.5", "dsp:p=2+1+3:q=2", "fdg:beta=0.5:at=mixed"]
+    found = rows(build(CompareConfig, {"methods": words, "stages": 4, "threads": 2, "epochs": 3, "lr": 0.1}, "test"))
+    plain, adl, dsp, fdg = [flat(row.config) for row in found]
+    assert (plain["method"], plain["stages"], plain["threads"], plain["lr"]) == ("bp", 1, 8, 0.1)
+    assert (adl["accumulate"], adl["lr"], adl["nesterov"], adl["milestones"]) == (4, 0.4, True, (1.0, 2.5))
+    assert (dsp["p"], dsp["q"], dsp["lr"]) == ((2, 1, 3), (2,), 0.1)
+    assert (fdg["beta"], fdg["at"]) == (0.5, "mixed")
+    assert {row.config.training.epochs for row in found} == {3}
+    assert len({row.folder for row in found}) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("fdg:bta=1", "'beta'"),
+        ("fdg:beta=x", "beta is 'x'"),
+        ("bp:beta=0.5", "bp has no option 'beta'"),
+        ("fdg:epochs=3", "is the same for all rows"),
+        ("fdg:batch-size=3", "is the same for all rows"),
+        ("fdg:lr=0.1:optimizer=adm", "'adam'"),
+        ("dsp:p=1+2", "links"),
+        ("bp,bp", "twice"),
+        ("plain", "--no-plain"),
+        (",", "nothing to compare"),
+    ],
+)
+def test_rows_that_are_refused(words: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        names(words, stages=2)
+
+
+def test_a_comparison_has_a_table_a_file_and_figures(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--methods", "bp,fdg:beta=0.5,bp:accumulate=64", "--epochs", "1", "--model", "cnn", "--limit", "64"]
+    assert main(["compare", *SMALL, *words, "--out", "c"]) == 1  # the last row would put single samples in front of BatchNorm
+    heard = capsys.readouterr()
+    assert "error: bp:accumulate=64: " in heard.err
+    assert "BatchNorm" in heard.err
+    told = read(Path("c/compare.json"))
+    assert [row["name"] for row in told["rows"]] == ["plain", "bp", "fdg:beta=0.5", "bp:accumulate=64"]
+    plain, bp, fdg, failed = told["rows"]
+    assert failed["summary"]["status"] == "failed"
+    assert plain["summary"]["test_accuracy"] == bp["summary"]["test_accuracy"]
+    assert (plain["speedup_over_plain"], bp["speedup_over_bp"]) == (1.0, 1.0)
+    assert fdg["speedup_over_bp"] == pytest.approx(fdg["summary"]["samples_per_second"] / bp["summary"]["samples_per_second"])
+    assert bp["summary"]["cuts"] == fdg["summary"]["cuts"] == told["cuts"]
+    assert plain["summary"]["cuts"] == []
+    assert {path.name for path in Path("c").iterdir()} == {
+        *("compare.json", "compare.md", "compare.png", "compare.svg"),
+        *("plain", "bp", "fdg-beta=0.5"),
+    }
+    table = Path("c/compare.md").read_text().splitlines()
+    assert len(table) == 6
+    assert table[0].startswith("| method | test accuracy |")
+    assert len({text.count("|") for text in table}) == 1
+    assert "fdg:beta=0.5" in heard.out
+    assert main(["train", "--config", "c/fdg-beta=0.5/config.toml", "--out", "again"]) == 0
+    once, again = load_file("c/fdg-beta=0.5/model.safetensors"), load_file("again/model.safetensors")
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_a_comparison_in_place_of_another(here: Path) -> None:
+    run = ["compare", *SMALL, "--steps", "1", "--out", "c"]
+    assert main([*run, "--methods", "bp,ddg", "--no-plain"]) == 0
+    assert main([*run, "--methods", "fdg", "--no-plain"]) == 2
+    assert main([*run, "--methods", "fdg", "--no-plain", "--overwrite"]) == 0
+    assert {path.name for path in Path("c").iterdir() if path.is_dir()} == {"fdg"}
+
+
+# -- plan
+
+
+def test_a_plan_shows_chart_staleness_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--method", "adl", "--accumulate", "2", "--stages", "3", "--slots", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "stage 0 |F0.0 F1.0 F2.0 F3.0 F4.0 B0.0 F5.0 B1.0 F6.1 B2.1" in out
+    assert "throughput over bp in 3 stages" in out
+    assert "3.00 with dataflow" in out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_as_json(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--method", method, "--stages", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    expected = {"ddg": [2, 1, 0], "fr": [2, 1, 0], "fdg": [4, 2, 0], "adl": [4, 2, 0], "dsp": [4, 2, 0]}.get(method, [0, 0, 0])
+    assert [stage["layer_staleness"] for stage in told["stages"]] == expected
+    assert len(told["chart"]) == 3
+    assert told["speedup_over_bp"]["dataflow"] > 0.99
+
+
+def test_a_plan_from_measured_costs_with_a_picture(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--profile", "mlp", "--data", "synthetic", "--image-size", "8", "--batch-size", "8"]
+    assert main(["plan", *words, "--stages", "2", "--picture", "p.svg", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["profile"]["cuts"]) == 1
+    assert sum(told["profile"]["layers"]) == 5
+    assert told["samples_per_second"] == pytest.approx(8 / told["seconds_per_batch"])
+    assert {path.name for path in here.iterdir()} == {"p.png", "p.svg"}
