@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from delock.cli import INTERRUPTED
 from delock.cli.arguments import parse
 from delock.cli.rows import PLAIN, Row, cut_alike, rows
 from delock.cli.session import check_network, load_data, ranks, train, warm_up
@@ -46,7 +47,7 @@ def run(words: Sequence[str]) -> int:
         code = int(any(story.status != "finished" for story in stories.values()))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     if folder.opened:
         _close(config, folder, screen, stories)
     return code

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from delock.cli.board import Board
 from delock.cli.screen import Screen
 from delock.config import TrainConfig, flat, make_method, toml
+from delock.errors import UsageError
 from delock.records import EvaluationRecord, Event, Result, Started, StepRecord
 from delock.report import Story, opening, prediction_table, summary
 from delock.runfolder import CONFIG, SUMMARY, RunFolder, dumps
@@ -72,35 +73,36 @@ class Session:
         self.story.hear(event)
         match event:
             case Started():
-                self._open(event)
+                self.screen.end()
+                self.screen.line(opening(self.story.config, event))
+                self.screen.table(*prediction_table(event))
+                self.screen.phase("training", event.batches)
                 return
             case StepRecord():
                 self.screen.step(event, self.story.batches)
             case EvaluationRecord():
                 self.screen.evaluation(event)
+        self.open()
         self.folder.add(event)
         if self.board:
             self.board.add(event)
 
-    def _open(self, started: Started) -> None:
-        """The run starts: only now there is a folder, so that bad input leaves none."""
-        config = self.story.config
-        self.folder.open()
-        values = {name: value for name, value in flat(config).items() if name not in NOT_REPEATED}
-        self.folder.write(CONFIG, toml.write(values, "delock train --config FILE repeats this run"))
-        self.board = Board(self.folder.path) if config.output.tensorboard else None
-        self.screen.end()
-        self.screen.line(opening(config, started))
-        self.screen.table(*prediction_table(started))
-        self.screen.phase("training", started.batches)
+    def open(self) -> None:
+        """Make the folder, once there is something to keep: bad input leaves none behind, and an earlier run as it was."""
+        if not self.folder.opened:
+            self.folder.open()
+            config = self.story.config
+            values = {name: value for name, value in flat(config).items() if name not in NOT_REPEATED}
+            self.folder.write(CONFIG, toml.write(values, "delock train --config FILE repeats this run"))
+            self.board = Board(self.folder.path) if config.output.tensorboard else None
 
     def end(self) -> None:
-        """Close everything; a run that has started gets its summary."""
+        """Close everything; a folder gets its summary."""
         self.screen.end()
         self.folder.close()
         if self.board:
             self.board.close()
-        if self.story.started:
+        if self.folder.opened:
             self.folder.write(SUMMARY, dumps(summary(self.story), indent=2) + "\n")
 
 
@@ -117,11 +119,11 @@ def train(story: Story, data: Data, folder: RunFolder, screen: Screen) -> None:
         if story.result:
             folder.save_model(model.state_dict())
         story.status = "finished"
-    except KeyboardInterrupt:
-        story.status = "interrupted"
-        raise
     except BaseException as error:
-        story.status, story.error = "failed", str(error)
+        story.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        story.error = str(error) or None
+        if story.started and not isinstance(error, UsageError):
+            session.open()
         raise
     finally:
         session.end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from delock.cli import INTERRUPTED
 from delock.cli.arguments import parse
 from delock.cli.session import chief, load_data, ranks, train, warm_up
 from delock.config import TrainConfig, resolve
@@ -36,9 +37,12 @@ def run(words: Sequence[str]) -> int:
         train(story, load_data(config, screen), folder, screen)
     except BaseException as error:
         screen.end()
+        interrupted = isinstance(error, KeyboardInterrupt)
         if folder.opened:
-            how = "interrupted" if isinstance(error, KeyboardInterrupt) else "the run has failed"
+            how = "interrupted" if interrupted else "the run has failed"
             print(f"{how}; what was recorded is in {folder.path}", file=sys.stderr)
+        if folder.opened and interrupted:
+            return INTERRUPTED
         raise
     if story.result:
         screen.table(*stage_table(story.result.stages))
