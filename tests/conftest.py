@@ -1,0 +1,24 @@
+"""What holds for every test: one thread, as in a stage, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The same number of threads everywhere: sums are taken in the same order, and two cores are enough."""
+    torch.set_num_threads(1)
+    yield
+    assert torch.get_num_threads() == 1, "the test left another number of threads behind"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Torch's random state and process group are the caller's."""
+    yield
+    assert not dist.is_initialized(), "the test left a process group open"

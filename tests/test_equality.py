@@ -1,0 +1,81 @@
+"""One process and K processes, one window size and another, an interrupted run and a whole one: the same bits."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from harness import CPU, assert_equal, every_method, in_processes, inline, jobs, same_tree
+
+from delock.engine import run_here
+from delock.links.mailbox import Mailbox
+from delock.methods import ADL, BP, DDG, DSP, FDG, FR, Method, OneFOneB
+from delock.plan import windows
+from delock.train import Worker
+
+
+@pytest.mark.parametrize("work", ["conv", "tuple"])
+@pytest.mark.parametrize(("K", "method"), [(K, m) for K in (1, 2, 3, 4) for m in every_method(K)], ids=str)
+def test_processes_equal_one_process(work: str, K: int, method: Method) -> None:
+    assert_equal(in_processes(jobs(work, K, method)), inline(jobs(work, K, method)))
+
+
+@pytest.mark.parametrize("method", every_method(4), ids=str)
+def test_any_window_gives_the_same_run(method: Method) -> None:
+    whole = inline(jobs("conv", 4, method))
+    for window in (1, 2, 5):
+        assert_equal(inline(jobs("conv", 4, method, window=window)), whole)
+
+
+def test_windows_in_processes() -> None:
+    method = ADL(accumulate=3, order="backward-first")
+    assert_equal(in_processes(jobs("tuple", 3, method, window=2)), inline(jobs("tuple", 3, method)))
+
+
+@pytest.mark.parametrize("work", ["conv", "tuple"])
+@pytest.mark.parametrize(
+    "method",
+    [BP(2), OneFOneB(3), DDG(), FR(), FDG(beta=0.5), FDG(at="mixed", order="backward-first"), FDG(at="mixed"), ADL(3), DSP(p=2, q=1)],
+    ids=str,
+)
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(work: str, method: Method, stop: int) -> None:
+    """Stop after `stop` windows of two ticks, carry the pickled state to new stages, go on: graphs, links and optimizers are as before."""
+    whole = _Run(work, method)
+    for plan in whole.plans:
+        run_here(plan, whole.engines)
+
+    first, second = _Run(work, method), _Run(work, method)
+    for plan in first.plans[:stop]:
+        run_here(plan, first.engines)
+    saved = pickle.dumps([engine.state() for engine in first.engines])
+    for engine, state in zip(second.engines, pickle.loads(saved), strict=True):
+        engine.load(state)
+    for plan in second.plans[stop:]:
+        run_here(plan, second.engines)
+
+    for a, b in zip(second.engines, whole.engines, strict=True):
+        same_tree(a.stage.module.state_dict(), b.stage.module.state_dict())
+        assert a.stage.optimizer
+        assert b.stage.optimizer
+        same_tree(a.stage.optimizer.state_dict(), b.stage.optimizer.state_dict())
+    joined = first.losses + second.losses
+    assert joined == whole.losses
+
+
+class _Run:
+    """A run over three stages in windows of two ticks, held by its parts."""
+
+    def __init__(self, work: str, method: Method) -> None:
+        made = jobs(work, 3, method)
+        box = Mailbox()
+        self.workers = [Worker(job, box.end(job.k), CPU, lambda event: None) for job in made]
+        self.engines = [worker.engine for worker in self.workers]
+        for engine in self.engines:
+            engine.stage.resumable = True
+        self.plans: list[Any] = list(windows(method, 3, made[0].course, 2))
+
+    @property
+    def losses(self) -> list[float]:
+        return self.workers[-1].tracker.losses
