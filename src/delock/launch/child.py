@@ -1,0 +1,114 @@
+"""A rank's process from its first line to its last."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import signal
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from delock.launch.failure import Failure, raised
+from delock.launch.parcel import unpack
+from delock.launch.progress import Progress
+from delock.launch.rank import Rank, device_of
+from delock.launch.tune import settle
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process must know to become a rank. `stacks`: the file for its Python stack, on demand and on a fatal signal."""
+
+    rank: int
+    world: int
+    port: int
+    device: str
+    backend: str
+    timeout: float
+    threads: int
+    cores: set[int] | None
+    stacks: str
+    environ: Mapping[str, str]
+
+
+class Report:
+    """The rank's way to its parent. Messages are (kind, body), kind one of "event", "result", "failure"; whole and in order."""
+
+    def __init__(self, up: Connection) -> None:
+        self._up, self._lock = up, threading.Lock()
+
+    def send(self, kind: str, body: object) -> None:
+        message = pickle.dumps((kind, body), protocol=pickle.HIGHEST_PROTOCOL)
+        with self._lock:
+            self._up.send_bytes(message)
+
+    def emit(self, event: object) -> None:
+        self.send("event", event)
+
+
+def main(job: Job, memory: Any, down: Connection, up: Connection) -> None:
+    """Run one target. `memory`: the shared bytes of the rank's Progress; `down` brings the parcel, then the leave to go."""
+    _prepare(job)
+    report, progress = Report(up), Progress(memoryview(memory).cast("B"))
+    progress.born()
+    try:
+        target, payload = unpack(down.recv_bytes())
+        settle(job.threads, job.cores)
+        device = device_of(job.device, job.rank)
+        _open_group(job)
+        report.send("result", target(Rank(job.rank, job.world, device, report.emit, progress), payload))
+    except BaseException as error:
+        _tell(report, raised(job.rank, error, progress.read()))
+        threading.Event().wait()  # for the parent to end this process: leaving would raise an error in every peer
+    down.recv_bytes()  # peers may still need this one's connections; all leave together
+    dist.destroy_process_group()
+
+
+def _prepare(job: Job) -> None:
+    """Signals, environment, and the two things that must work whatever the target does: dying with the parent, showing the stack."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.environ.clear()  # the fork server still has the environment of the day it was started
+    os.environ.update(job.environ)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    stacks = open(job.stacks, "a")  # noqa: SIM115  open as long as the process lives
+    faulthandler.enable(stacks)
+    faulthandler.register(signal.SIGUSR1, stacks)
+
+
+def die_with_parent() -> None:
+    """End this process when the one that asked for it is gone, even by SIGKILL; its OS parent is the fork server, which tells nothing."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _loopback() -> str:
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+
+
+def _open_group(job: Job) -> None:
+    limit = timedelta(seconds=job.timeout)
+    store = TCPStore(HOST, job.port, is_master=False, timeout=limit)
+    dist.init_process_group(job.backend, store=store, rank=job.rank, world_size=job.world, timeout=limit)
+
+
+def _tell(report: Report, failure: Failure) -> None:
+    try:
+        report.send("failure", failure)
+    except OSError:
+        os._exit(1)  # no parent to tell

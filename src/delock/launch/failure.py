@@ -1,0 +1,78 @@
+"""A rank's end before its time: what is known of it, which of several came first, and how it is told."""
+
+from __future__ import annotations
+
+import re
+import signal
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from delock.errors import StageFailed, UsageError
+from delock.launch.progress import Position
+
+# What gloo, NCCL and the store say when the other end is gone.
+_LOST_PEER = re.compile(r"gloo|nccl|tcpstore|connection .*(closed|reset|refused)|broken pipe", re.IGNORECASE)
+_DIED, _RAISED, _ECHO = range(3)  # the likelier cause comes first
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Picklable. `echo`: looks like the consequence of another rank's failure. `usage`: bad input, told without a traceback."""
+
+    rank: int
+    where: str
+    what: str
+    details: str = ""
+    usage: bool = False
+    severity: int = _RAISED
+
+    @property
+    def echo(self) -> bool:
+        return self.severity == _ECHO
+
+    def error(self) -> StageFailed | UsageError:
+        """The exception to raise in the user's process."""
+        if self.usage:
+            return UsageError(self.what)
+        return StageFailed(str(self))
+
+    def __str__(self) -> str:
+        told = f"stage {self.rank} {self.what if self.severity == _DIED else 'failed'} {self.where}"
+        if self.severity != _DIED:
+            told += f": {self.what}"
+        return told + (f"\n\n{self.details.strip()}" if self.details else "")
+
+
+def raised(rank: int, error: BaseException, at: Position) -> Failure:
+    """A failure by exception. An echo is a RuntimeError met while waiting for a peer, or one that talks of a lost connection."""
+    what = "".join(traceback.format_exception_only(error)).strip()
+    usage = isinstance(error, UsageError)
+    chain = _chain(error)
+    lost = any(isinstance(one, RuntimeError | OSError) and (at.waits_for is not None or _LOST_PEER.search(str(one))) for one in chain)
+    trace = "".join(traceback.format_exception(error))
+    return Failure(rank, str(at), str(error) if usage else what, trace, usage, _ECHO if lost and not usage else _RAISED)
+
+
+def died(rank: int, exit_code: int, at: Position, stack: str) -> Failure:
+    """A process that ended without a word; a negative exit code is a signal's number, as multiprocessing has it."""
+    if exit_code >= 0:
+        how = f"ended with exit code {exit_code}" + ("" if at.born else " while importing the program (its own words are above)")
+    else:
+        name = signal.Signals(-exit_code).name
+        hint = " (the system does so when memory runs out)" if name == "SIGKILL" else ""
+        how = f"was killed by {name}{hint}"
+    return Failure(rank, str(at), how, stack, severity=_DIED)
+
+
+def first(failures: Sequence[Failure]) -> Failure:
+    """The one that caused the others: a death, else the first exception that is no echo, else the first."""
+    return min(failures, key=lambda failure: failure.severity)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain

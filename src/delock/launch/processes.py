@@ -1,0 +1,240 @@
+"""One process per rank on this host: start them, pass on what they say, and leave none behind, however it ends."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess, current_process
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from delock.errors import StageFailed, UsageError
+from delock.launch.child import HOST, Job, main
+from delock.launch.context import RankContext, context
+from delock.launch.failure import Failure, died, first
+from delock.launch.parcel import pack
+from delock.launch.progress import Progress
+from delock.launch.rank import TIMEOUT, Rank, backend_for
+from delock.launch.tune import share_cores
+from delock.launch.watch import POLL, Watch, own_frames
+
+P = TypeVar("P")
+R = TypeVar("R")
+OnEvent: TypeAlias = Callable[[int, object], None]
+
+_GRACE = 0.2  # seconds after a failure in which the death that caused it may still be noticed
+_GRACE_ECHO = 1.0  # the same when all failures look like echoes of one yet unheard
+_LEAVE, _TERM, _KILL = 5.0, 1.0, 3.0  # seconds a process has to go by itself, after SIGTERM, after SIGKILL
+_NO_GUARD = 78  # exit code of a rank that found itself training again while importing the user's script
+
+
+def run_processes(
+    target: Callable[[Rank, P], R],
+    payloads: Sequence[P],
+    *,
+    threads: int = 1,
+    pin: bool = True,
+    port: int = 0,
+    device: str = "cpu",
+    backend: str | None = None,
+    patience: float = 60.0,
+    timeout: float = TIMEOUT,
+    on_event: OnEvent | None = None,
+) -> list[R]:
+    """Run target(rank, payloads[rank]) in one process per payload, joined by a process group; return the results in rank order.
+
+    target, payloads and results are pickled by value; `on_event(rank, event)` is called here, for every event a rank emits.
+    Each process computes with `threads` threads, bound to cores of its own if `pin` and there are enough (CPU only; data loading
+    workers that a rank starts share its cores). `port` of the rendezvous on 127.0.0.1, 0 for any free one. device "cuda" gives
+    rank r GPU r. A run in which no rank has made a move for `patience` seconds is ended (0: never); `timeout`, in seconds, is the
+    process group's. When this returns or raises, no process is left.
+
+    Raises UsageError for what cannot be pickled, a taken port, a missing device, or when the target raised one; StageFailed when a
+    rank raised, died or hung. KeyboardInterrupt ends all ranks and goes on.
+    """
+    if getattr(current_process(), "_inheriting", False):
+        os._exit(_NO_GUARD)  # a script without guard runs again in the rank that imports it; the parent explains
+    if not payloads:
+        return []
+    world = len(payloads)
+    group = backend_for(device, backend, world)
+    parcels = [pack(target, payload, rank) for rank, payload in enumerate(payloads)]
+    cores = share_cores(world, threads) if pin and device == "cpu" else [None] * world
+    own = [target.__module__] if target.__module__.startswith("delock.") else []
+    ranks = context(own)
+    with tempfile.TemporaryDirectory(prefix="delock-") as folder, _store(port) as bound:
+        jobs = [
+            Job(rank, world, bound, device, group, timeout, threads, cores[rank], f"{folder}/{rank}", dict(os.environ))
+            for rank in range(world)
+        ]
+        team = _Team(ranks, jobs, patience)
+        try:
+            team.start(parcels)
+            return team.follow(on_event)
+        finally:
+            team.stop()
+
+
+@contextmanager
+def _store(port: int) -> Iterator[int]:
+    """Host the rendezvous on the loopback interface alone; yields the port."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"port {port} cannot be used ({error}); give another one, or 0 for any free port") from error
+        listener.listen(128)
+        bound = int(listener.getsockname()[1])
+        store = TCPStore(HOST, bound, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    try:
+        yield bound
+    finally:
+        del store  # closes the port
+
+
+class _Team:
+    """The processes of one run."""
+
+    def __init__(self, ranks: RankContext, jobs: Sequence[Job], patience: float) -> None:
+        self._ranks, self._jobs = ranks, jobs
+        self._memory = [ranks.RawArray("c", Progress.SIZE) for _ in jobs]
+        self._records = [Progress(memoryview(memory).cast("B")) for memory in self._memory]
+        self._watch = Watch(self._records, patience)
+        self._processes: list[BaseProcess] = []
+        self._downs: list[Connection] = []
+        self._ups: dict[Connection, int] = {}
+        self._results: dict[int, Any] = {}
+        self._failures: list[Failure] = []
+        self._sender: threading.Thread | None = None
+
+    def start(self, parcels: Sequence[bytes]) -> None:
+        for job, memory in zip(self._jobs, self._memory, strict=True):
+            theirs, down = self._ranks.Pipe(duplex=False)
+            up, ours = self._ranks.Pipe(duplex=False)
+            process = self._ranks.Process(target=main, args=(job, memory, theirs, ours), name=f"delock-stage-{job.rank}")
+            self._processes.append(process)
+            self._downs.append(down)
+            self._ups[up] = job.rank
+            process.start()
+            theirs.close()
+            ours.close()
+        # In a thread: a rank reads its parcel only when it has imported the user's program.
+        self._sender = threading.Thread(target=_send_all, args=(self._downs, parcels), daemon=True)
+        self._sender.start()
+
+    def follow(self, on_event: OnEvent | None) -> list[Any]:
+        """Until every rank has its result: pass on events, notice failures and hangs."""
+        world = len(self._jobs)
+        sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
+        over = float("inf")
+        while len(self._results) < world and time.monotonic() < over:
+            for ready in connection.wait([*self._ups, *sentinels], min(POLL, max(0.0, over - time.monotonic()))):
+                self._watch.moved()
+                if isinstance(ready, Connection):
+                    self._hear(ready, on_event)
+                elif isinstance(ready, int):
+                    self._bury(sentinels.pop(ready), on_event)
+            if self._failures:
+                grace = _GRACE_ECHO if all(failure.echo for failure in self._failures) else _GRACE
+                over = min(over, time.monotonic() + grace)
+            else:
+                self._check()
+        if self._failures:
+            raise first(self._failures).error()
+        self._release()
+        return [self._results[rank] for rank in range(world)]
+
+    def _hear(self, up: Connection, on_event: OnEvent | None) -> None:
+        rank = self._ups[up]
+        try:
+            kind, body = pickle.loads(up.recv_bytes())
+        except (EOFError, OSError):
+            del self._ups[up]
+            up.close()
+            return
+        if kind == "event":
+            if on_event is not None:
+                on_event(rank, body)
+        elif kind == "result":
+            self._results[rank] = body
+        else:
+            self._failures.append(body)
+
+    def _bury(self, rank: int, on_event: OnEvent | None) -> None:
+        """A process has ended; what it said before still counts."""
+        for up in [up for up, of in self._ups.items() if of == rank]:
+            while up in self._ups and up.poll():
+                self._hear(up, on_event)
+        process, at = self._processes[rank], self._records[rank].read()
+        process.join()
+        code = process.exitcode if process.exitcode is not None else 255
+        if rank in self._results or any(failure.rank == rank for failure in self._failures):
+            return
+        if code == _NO_GUARD and not at.born:
+            raise UsageError(
+                "the script that trains is run again by every stage's process, up to its definitions: "
+                'put the call under `if __name__ == "__main__":`, or use workers="inline"'
+            )
+        self._failures.append(died(rank, code, at, own_frames(Path(self._jobs[rank].stacks).read_text()) if at.born else ""))
+
+    def _check(self) -> None:
+        pids = {rank: p.pid for rank, p in enumerate(self._processes) if rank not in self._results and p.pid is not None}
+        culprits = self._watch.look(pids)
+        if culprits:
+            raise StageFailed(self._watch.tell(culprits, pids, {job.rank: Path(job.stacks) for job in self._jobs}))
+
+    def _release(self) -> None:
+        for down in self._downs:
+            _send(down, b"")
+        self._join(_LEAVE)
+
+    def stop(self) -> None:
+        """End whatever still runs, quickly. Closes everything."""
+        try:
+            self._end(BaseProcess.terminate, _TERM)
+        finally:  # also after a second Ctrl-C: this program cannot exit before its processes have
+            self._end(BaseProcess.kill, _KILL)
+        if self._sender is not None:
+            self._sender.join(_KILL)
+        for pipe in [*self._downs, *self._ups]:
+            pipe.close()
+        for process in self._started():
+            if not process.is_alive():
+                process.close()
+
+    def _end(self, how: Callable[[BaseProcess], None], seconds: float) -> None:
+        for process in self._started():
+            if process.is_alive():
+                how(process)
+        self._join(seconds)
+
+    def _join(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for process in self._started():
+            process.join(max(0.0, deadline - time.monotonic()))
+
+    def _started(self) -> list[BaseProcess]:
+        return [process for process in self._processes if process.pid is not None]
+
+
+def _send_all(downs: Sequence[Connection], parcels: Sequence[bytes]) -> None:
+    for down, parcel in zip(downs, parcels, strict=True):
+        _send(down, parcel)
+
+
+def _send(down: Connection, message: bytes) -> None:
+    try:
+        down.send_bytes(message)
+    except OSError:
+        return  # the rank is gone; its sentinel tells

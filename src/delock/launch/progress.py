@@ -1,0 +1,81 @@
+"""What a rank is doing, in a few bytes of shared memory: written by the rank at every op, read by whoever watches it."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Buffer: TypeAlias = "bytearray | memoryview"
+
+_RECORD = struct.Struct("=Qii32s96s")  # moves, state, peer, op, batch
+_HEAD = struct.Struct("=Qii")
+_UNBORN, _SETUP, _COMPUTES, _WAITS = range(4)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank was when it was looked at. `moves` grows with everything the rank does; `waits_for` is a peer's rank or None."""
+
+    moves: int
+    born: bool
+    begun: bool
+    waits_for: int | None
+    op: str
+    batch: str
+
+    def __str__(self) -> str:
+        """For a sentence: 'in F12 (epoch 1, batch 3)', 'before its first op'."""
+        if not self.begun:
+            return "before its first op"
+        return f"in {self.op}" + (f" ({self.batch})" if self.batch else "")
+
+
+class Progress:
+    """One rank's record. Writing costs about half a microsecond and no system call, so it is done for every op.
+
+    A reader in another process may catch a record half written; nobody acts on one before it has stood still for a long time.
+    """
+
+    SIZE = _RECORD.size
+
+    def __init__(self, memory: Buffer | None = None) -> None:
+        """`memory`: SIZE bytes, shared with the watcher; without it the record is this process' own."""
+        self._memory: Buffer = bytearray(self.SIZE) if memory is None else memory
+        self._moves = 0
+
+    def born(self) -> None:
+        """The rank's own code runs: from now on it sets itself up, for as long as that takes."""
+        self._head(_SETUP, -1)
+
+    def at(self, op: str, batch: str = "") -> None:
+        """An op begins, e.g. at("F12", "epoch 1, batch 3"); 32 and 96 bytes are kept. The watch over the rank begins with the first."""
+        self._moves += 1
+        _RECORD.pack_into(self._memory, 0, self._moves, _COMPUTES, -1, op.encode(), batch.encode())
+
+    def wait_for(self, peer: int) -> None:
+        """The op waits for a message from or to rank `peer`. Left standing if that raises: it may be an echo."""
+        self._head(_WAITS, peer)
+
+    def go_on(self) -> None:
+        """The wait is over, the op computes."""
+        self._head(_COMPUTES, -1)
+
+    def read(self) -> Position:
+        """The record as it stands; also for the watcher, on the same memory in another process."""
+        moves, state, peer, op, batch = _RECORD.unpack_from(self._memory)
+        waits_for = peer if state == _WAITS else None
+        return Position(moves, state != _UNBORN, state in (_COMPUTES, _WAITS), waits_for, _text(op), _text(batch))
+
+    @property
+    def moves(self) -> int:
+        """How often the record was written."""
+        return int(_HEAD.unpack_from(self._memory)[0])
+
+    def _head(self, state: int, peer: int) -> None:
+        self._moves += 1
+        _HEAD.pack_into(self._memory, 0, self._moves, state, peer)
+
+
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode(errors="ignore")

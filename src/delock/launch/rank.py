@@ -1,0 +1,64 @@
+"""What a target is handed in every worker: who it is, where it computes, and how it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from delock.errors import UsageError
+from delock.launch.progress import Progress
+
+TIMEOUT = 30 * 60.0  # seconds; a wait that expires closes a gloo pair for good, so it must never do so in a healthy run
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One worker. The default process group of torch.distributed is open while the target runs, and closed afterwards.
+
+    `emit(event)`: hand a picklable value to the parent's on_event(rank, event); a rank's events arrive in order.
+    `progress`: write to it at every op; a failure is reported, and a hang noticed, by what stands there.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    emit: Callable[[object], None]
+    progress: Progress
+
+
+def device_of(device: str, local_rank: int) -> torch.device:
+    """"cuda" is GPU number `local_rank`; everything else is what it says. Makes a GPU the current one, as NCCL wants it."""
+    asked = torch.device(device)
+    if asked.type != "cuda":
+        return asked
+    own = asked if asked.index is not None else torch.device("cuda", local_rank)
+    torch.cuda.set_device(own)
+    return own
+
+
+def backend_for(device: str, backend: str | None, local_world: int) -> str:
+    """The process group's backend: `backend` itself, or gloo, with NCCL beside it for CUDA (labels and headers stay on the CPU).
+
+    Raises UsageError, before anything is started, where `device` is not there for each of `local_world` ranks on this host.
+    """
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"there is no device {device!r}; write cpu or cuda") from error
+    if asked.type != "cuda":
+        return backend or "gloo"
+    backend = backend or "cpu:gloo,cuda:nccl"
+    there = torch.cuda.device_count()
+    if there == 0:
+        raise UsageError(f'device "{device}": torch sees no GPU here; use device "cpu"')
+    if asked.index is not None and asked.index >= there:
+        raise UsageError(f'device "{device}": the GPUs here are numbered 0 to {there - 1}')
+    offered = there if asked.index is None else 1
+    if "nccl" in backend and local_world > offered:
+        raise UsageError(
+            f'device "{device}" offers {offered} GPU(s) to {local_world} processes, and each needs its own; '
+            f'use fewer stages, or workers="inline", which runs all stages on one GPU'
+        )
+    return backend

@@ -1,0 +1,163 @@
+"""The ranks that torchrun gives: every one of them runs the same program; rank 0 hears the events and has the results."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeAlias, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from delock.errors import StageFailed
+from delock.launch.failure import raised
+from delock.launch.progress import Progress
+from delock.launch.rank import TIMEOUT, Rank, backend_for, device_of
+from delock.launch.tune import settle
+
+P = TypeVar("P")
+R = TypeVar("R")
+OnEvent: TypeAlias = Callable[[int, object], None]
+
+_POLL = 0.05  # seconds between two looks for events
+_DRAIN = 30.0  # seconds for the last events to arrive after the results
+_GRACE = 1.0  # seconds in which an echo waits for the failure that caused it
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or anything that sets the same variables, started this process."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def run_torchrun(
+    target: Callable[[Rank, P], R],
+    payload_of: Callable[[int], P],
+    *,
+    device: str = "cpu",
+    backend: str | None = None,
+    threads: int = 1,
+    timeout: float = TIMEOUT,
+    on_event: OnEvent | None = None,
+) -> list[R] | None:
+    """Run target(rank, payload_of(rank)) here, as the rank torchrun says; the results of all in rank order on rank 0, None elsewhere.
+
+    `on_event(rank, event)` is called on rank 0 alone, for the events of all ranks, from one thread at a time. device "cuda" is the
+    GPU numbered LOCAL_RANK. Results and events must be picklable.
+
+    A rank whose target raises prints stage, op and traceback to stderr and exits: with 2 for a UsageError, else with 1; torchrun then
+    stops the others. An exception of `on_event` is raised on rank 0.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    group, limit = backend_for(device, backend, int(os.environ.get("LOCAL_WORLD_SIZE", world))), timedelta(seconds=timeout)
+    settle(threads, None)
+    progress, where = Progress(), device_of(device, int(os.environ.get("LOCAL_RANK", rank)))
+    store, _, _ = next(rendezvous("env://", rank, world, timeout=limit))
+    store.set_timeout(limit)
+    # Runs of one program need keys of their own: a group would read the addresses of the one before. All ranks count alike.
+    space = f"delock/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{store.add(f'delock/runs/{rank}', 1)}"
+    dist.init_process_group(group, store=PrefixStore(space, store), rank=rank, world_size=world, timeout=limit)
+    post = _Post(rank, world, space, limit, on_event)
+    try:
+        result = target(Rank(rank, world, where, post.emit, progress), payload_of(rank))
+        results = _gather(rank, world, (result, post.emitted))
+        if results is not None:
+            post.close([emitted for _, emitted in results])
+        dist.barrier()  # rank 0 may host the store: the others leave when it has heard them
+    except Exception as error:
+        sys.exit(_tell(rank, error, progress, post))
+    dist.destroy_process_group()
+    return None if results is None else [result for result, _ in results]
+
+
+def _gather(rank: int, world: int, own: tuple[R, int]) -> list[tuple[R, int]] | None:
+    parts: list[tuple[R, int]] | None = [own] * world if rank == 0 else None
+    dist.gather_object(own, parts)
+    return parts
+
+
+def _tell(rank: int, error: BaseException, progress: Progress, post: _Post) -> int:
+    """Print the failure, unless it is the echo of another rank's; returns the exit code."""
+    failure = raised(rank, error, progress.read())
+    culprit = post.claim(rank, _GRACE if failure.echo else 0.0)
+    if culprit == rank or not (failure.echo or failure.usage):
+        print(f"error: {failure.error()}", file=sys.stderr, flush=True)
+    elif failure.echo:
+        print(f"stage {rank} stops {failure.where}, because stage {culprit} has failed", file=sys.stderr, flush=True)
+    return 2 if failure.usage else 1
+
+
+class _Post:
+    """Events on their way to rank 0, through the store of the rendezvous and a connection to it that no other call holds up."""
+
+    def __init__(self, rank: int, world: int, space: str, limit: timedelta, on_event: OnEvent | None) -> None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = PrefixStore(f"{space}/post", TCPStore(host, port, is_master=False, timeout=limit))
+        self._rank, self._on_event = rank, on_event
+        self._lock = threading.Lock()  # one on_event at a time
+        self._read, self._expected = [0] * world, [-1] * world
+        self._error: Exception | None = None
+        self.emitted = 0
+        self._reader = threading.Thread(target=self._follow, daemon=True)
+        if rank == 0:
+            self._reader.start()
+
+    def emit(self, event: object) -> None:
+        self.emitted += 1
+        if self._rank == 0:
+            self._hear(0, event)
+            self._raise()
+        else:
+            message = pickle.dumps(event, protocol=pickle.HIGHEST_PROTOCOL)
+            self._store.set(f"{self._rank}/{self.emitted}", message)  # type: ignore[arg-type]  # takes bytes
+
+    def close(self, emitted: Sequence[int]) -> None:
+        """On rank 0: return when all events have been heard, `emitted` by each rank; raises what on_event raised."""
+        self._expected = list(emitted)
+        self._reader.join(_DRAIN)
+        self._raise()
+        if self._reader.is_alive():
+            raise StageFailed(f"the stages' last messages did not arrive within {_DRAIN:g} s")
+
+    def claim(self, rank: int, seconds: float) -> int:
+        """Say that `rank` has failed, unless another one says so first or within `seconds`; returns the one that was first."""
+        deadline = time.monotonic() + seconds
+        try:
+            while not self._store.check(["failed"]) and time.monotonic() < deadline:
+                time.sleep(_POLL)
+            return int(self._store.compare_set("failed", "", str(rank)))
+        except RuntimeError:
+            return rank  # the store is gone
+
+    def _follow(self) -> None:
+        """The reader, on rank 0: other ranks' events in the order of each, until all expected ones are there."""
+        try:
+            while self._read[1:] != self._expected[1:]:
+                if not sum([self._take(rank) for rank in range(1, len(self._read))]):
+                    time.sleep(_POLL)
+        except Exception as error:
+            self._error = error  # raised on rank 0's own thread
+
+    def _take(self, rank: int) -> bool:
+        key = f"{rank}/{self._read[rank] + 1}"
+        if not self._store.check([key]):
+            return False
+        event = pickle.loads(self._store.get(key))
+        self._store.delete_key(key)
+        self._read[rank] += 1
+        self._hear(rank, event)
+        return True
+
+    def _hear(self, rank: int, event: object) -> None:
+        if self._on_event is not None:
+            with self._lock:
+                self._on_event(rank, event)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
