@@ -62,7 +62,7 @@ def opening(config: TrainConfig, started: Started) -> str:
     K = len(started.stages)
     where = {"processes": f"in {K} processes" if K > 1 else "in a process", "inline": "in this process", "torchrun": "on torchrun's ranks"}
     stages = f"{K} stages {where[started.workers]}" if K > 1 else f"uncut {where[started.workers]}"
-    epochs = f"{started.epochs:g} epoch" + ("s" if started.epochs != 1 else "")
+    epochs = f"{started.epochs:.4g} epoch" + ("s" if started.epochs != 1 else "")
     length = f"{epochs} ({started.batches} batches of {config.dataset.batch_size})"
     speed = f"predicted {started.samples_per_second:,.0f} samples/s"
     return f"{title(config.algorithm)}: {config.network.model} on {config.dataset.data}, {stages}, {length}, {speed}"

@@ -68,7 +68,7 @@ class Screen:
         """The test set was gone through."""
         metrics = "".join(f"  test {name} {accuracy_or_number(name, value)}" for name, value in record.metrics.items())
         losses = f"train loss {record.train_loss:.4f}  test loss {record.test_loss:.4f}"
-        self.line(f"epoch {record.epoch:g}  {losses}{metrics}  {rate(record)}")
+        self.line(f"epoch {record.epoch:.4g}  {losses}{metrics}  {rate(record)}")
 
     def end(self) -> None:
         """The phase is over."""
