@@ -331,7 +331,7 @@ def test_a_script_without_guard_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(PROGRAM.parent)!r})\n"
-        "from test_launch import greet, run_processes\nrun_processes(greet, [1, 2])\n"
+        "from test_launch import greet, run_processes\nfrom delock.launch.context import context\ncontext()\nrun_processes(greet, [1, 2])\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import current_process
 from typing import TypeAlias
 
 RankContext: TypeAlias = ForkServerContext | SpawnContext
@@ -28,11 +29,18 @@ def context(preload: Sequence[str] = ()) -> RankContext:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     ranks = multiprocessing.get_context("forkserver")
+    if importing_main():
+        return ranks
     ranks.set_forkserver_preload([*PRELOAD, *preload])
     resource_tracker.ensure_running()  # first: starting it from below would unblock SIGINT again
     with _interrupts_blocked():
         forkserver.ensure_running()
     return ranks
+
+
+def importing_main() -> bool:
+    """Whether this is a rank about to be born, which imports the user's program and may start nothing on the way."""
+    return getattr(current_process(), "_inheriting", False)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import connection
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess, current_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from delock.errors import StageFailed, UsageError
 from delock.launch.child import HOST, Job, main
-from delock.launch.context import RankContext, context
+from delock.launch.context import RankContext, context, importing_main
 from delock.launch.failure import Failure, died, first
 from delock.launch.parcel import pack
 from delock.launch.progress import Progress
@@ -62,7 +62,7 @@ def run_processes(
     Raises UsageError for what cannot be pickled, a taken port, a missing device, or when the target raised one; StageFailed when a
     rank raised, died or hung. KeyboardInterrupt ends all ranks and goes on.
     """
-    if getattr(current_process(), "_inheriting", False):
+    if importing_main():
         os._exit(_NO_GUARD)  # a script without guard runs again in the rank that imports it; the parent explains
     if not payloads:
         return []
