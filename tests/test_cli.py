@@ -260,7 +260,7 @@ def test_what_was_recorded_is_kept(
         on_event(StepRecord(3, 0.75, 1.25, 0.1, 96, 2.0))
         raise error
 
-    monkeypatch.setattr("delock.fit.fit", fit)
+    monkeypatch.setattr("delock.fitting.fit", fit)
     assert main(["train", *SMALL, "--out", "a"]) == code
     told = read(Path("a/summary.json"))
     assert (told["status"], told["steps"], told["train_loss"], told["samples_per_second"]) == (status, 3, 1.25, 48.0)

@@ -19,7 +19,7 @@ FLOORS = (
     ("plan", "methods", "stage"),
     ("engine", "timeline", "config"),
     ("train", "report", "draw", "runfolder", "recipes"),
-    ("launch", "fit"),
+    ("launch", "fitting"),
     ("cli", "__main__"),
 )
 LIGHT = ("delock", "delock.ops", "delock.plan", "delock.methods", "delock.timeline", "delock.draw", "delock.cli")
@@ -177,11 +177,11 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
 
 def test_the_laws_can_be_broken() -> None:
     """Each finder on a small offender."""
-    loading = "import a\nfrom delock.fit import fit\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import b.c\n"
+    loading = "import a\nfrom delock.fitting import fit\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import b.c\n"
     tree = ast.parse(loading + "X = {}\nY: list[int] = []\nZ = (1,)\n__all__ = []")
-    assert list(imports(tree)) == ["a", "delock.fit.fit", "b.c"]
+    assert list(imports(tree)) == ["a", "delock.fitting.fit", "b.c"]
     assert [assigned(node)[0] for node in tree.body if (value := assigned(node)[1]) and mutable(value)] == ["X", "Y", "__all__"]
-    assert (floor("fit"), floor("ops"), unit(PACKAGE / "plan" / "walk.py"), unit(PACKAGE / "cli.py")) == (5, 1, "plan", "cli")
+    assert (floor("fitting"), floor("ops"), unit(PACKAGE / "plan" / "walk.py"), unit(PACKAGE / "cli.py")) == (5, 1, "plan", "cli")
     for line in ("cd /ho" + "me/me/delock", "see https://py" + "pi.org/project/x", "pip install --index-" + "url x"):
         assert suspect().search(line)
     for line in ("$HOME/x", "runs/home/x", "https://example.org/work/x", "pip install uv"):

@@ -9,7 +9,7 @@ from delock.errors import DelockError, StageFailed, UsageError
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, GPipe, Method, OneFOneB
 
 if TYPE_CHECKING:
-    from delock.fit import fit as fit
+    from delock.fitting import fit as fit
     from delock.records import Result as Result
 
 __version__ = "0.1.0"
@@ -35,5 +35,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`delock.fit` loads torch when it is first used, `import delock` does not."""
     if name == "fit":
-        return importlib.import_module("delock.fit").fit
+        return importlib.import_module("delock.fitting").fit
     raise AttributeError(f"module 'delock' has no attribute {name!r}")

@@ -67,9 +67,17 @@ class StageResult:
 class RankLike(Protocol):
     """What a launched worker offers (launch.Rank)."""
 
-    device: torch.device
-    emit: Callable[[object], None]
-    progress: Any
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def emit(self) -> Callable[[object], None]:
+        """Hands an event to the reporter."""
+
+    @property
+    def progress(self) -> Any:
+        """Its record for the watchdog."""
 
 
 class Tracker:

@@ -154,7 +154,7 @@ def _build(config: TrainConfig, data: Data) -> nn.Module:
 def _fit(config: TrainConfig, data: Data, model: nn.Module, session: Session) -> Result | None:
     from torch.nn.functional import cross_entropy
 
-    from delock.fit import fit
+    from delock.fitting import fit
     from delock.recipes import accuracy, recipe
 
     training, machine = config.training, config.machine
