@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from workloads import WORK, Samples, sgd, warm_up
 
 from delock.launch.processes import run_processes
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method, OneFOneB
 from delock.plan import Course
 from delock.stage import OptimizerFactory
 from delock.train import Job, StageResult, run_inline, run_rank
+
+from workloads import WORK, Samples, sgd, warm_up
 
 CPU = torch.device("cpu")
 ORDERS = ("forward-first", "backward-first")

@@ -6,13 +6,14 @@ import pickle
 from typing import Any
 
 import pytest
-from harness import CPU, assert_equal, every_method, in_processes, inline, jobs, same_tree
 
 from delock.engine import run_here
 from delock.links.mailbox import Mailbox
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, Method, OneFOneB
 from delock.plan import windows
 from delock.train import Worker
+
+from harness import CPU, assert_equal, every_method, in_processes, inline, jobs, same_tree
 
 
 @pytest.mark.parametrize("work", ["conv", "tuple"])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import oracles
 import pytest
 import torch
-from harness import inline, jobs
-from oracles import OracleRun, delays_of
-from workloads import WORK, batches, sgd, warm_up
 
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method, OneFOneB
 from delock.train import StageResult
+
+import oracles
+from harness import ORDERS, inline, jobs
+from oracles import OracleRun, delays_of
+from workloads import WORK, batches, sgd, warm_up
 
 N = 30  # batches of 5 samples and a last one of 3: ten epochs of 13 samples
 SAMPLES, BATCH, EPOCHS = 13, 5, 10
@@ -47,7 +48,8 @@ def lags(method: Method, K: int) -> dict[str, object]:
         "adl": ([1] * links, [1] * links),
         "dsp": ([2, 1, 3, 1][:links], [1, 2, 1, 1][:links]),
     }[method.name]
-    options: dict[str, object] = {"delays": delays_of(p, q), "at": getattr(method, "at", "replay" if method.name in ("fr", "dsp") else "stash")}
+    options: dict[str, object] = {"delays": delays_of(p, q)}
+    options |= {"at": getattr(method, "at", "replay" if method.name in ("fr", "dsp") else "stash")}
     options |= {"backward_first": getattr(method, "order", "") == "backward-first", "shrink": getattr(method, "beta", 1.0)}
     return options | {"M": method.batches_per_update, "reduce": getattr(method, "reduce", "mean")}
 
@@ -59,7 +61,7 @@ DELAYED = [
     for method in (
         DDG(),
         FR(),
-        *(FDG(beta=b, at=at, order=order) for b in (1.0, 0.5) for at in ("stash", "mixed") for order in ("forward-first", "backward-first")),
+        *(FDG(beta=beta, at=at, order=order) for beta in (1.0, 0.5) for at in ("stash", "mixed") for order in ORDERS),
         *(
             ADL(accumulate=M, reduce=reduce, order=order, at=at)
             for M in (1, 2, 3)

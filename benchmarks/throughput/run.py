@@ -1,6 +1,6 @@
 """Samples per second on the same work: plain PyTorch beside two stages in two processes, interleaved rounds in one run.
 
-    python benchmarks/throughput/run.py $DELOCK_DATA/cifar10-jpeg --rounds 5 --out benchmarks/throughput
+    python benchmarks/throughput/run.py $DELOCK_DATA --rounds 5 --out benchmarks/throughput
 
 Every contender trains ResNet-20 on the same augmented batches with SGD; the rate is taken between batch WARM and the end.
 """

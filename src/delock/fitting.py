@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -189,7 +190,7 @@ class Setup:
     def bounds(self) -> list[tuple[int, int]]:
         """First atom, and the one after the last, of each stage."""
         edges = [0, *self.cuts, len(self.parts)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(itertools.pairwise(edges))
 
     def jobs(self, spec: _Spec) -> list[Job]:
         """A Job per stage; only the first gets the data."""
@@ -244,7 +245,7 @@ def prepare(spec: _Spec, cuts: Sequence[int | str] | None) -> Setup:
     course = spec.course()
     parts = atoms(spec.model)
     K = _number_of_stages(spec, cuts, len(parts))
-    if K > len(parts):
+    if len(parts) < K:
         raise UsageError(f"cannot cut a network of {len(parts)} layers into {K} stages: use at most {len(parts)}")
     check(unroll(spec.method, K, 2 * spec.method.batches_per_update + 2))
     _refuse_single_samples(spec)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from delock import memory
@@ -15,6 +16,7 @@ from delock.data.loader import Loader
 from delock.engine import Engine, Log, run_here
 from delock.feed import Feed
 from delock.links import Link, Message
+from delock.links.courier import Courier
 from delock.links.distributed import DistributedLink, Watch
 from delock.links.mailbox import Mailbox
 from delock.methods import Method
@@ -29,7 +31,7 @@ Metric = Callable[[Any, Any], Any]
 
 @dataclass
 class Job:
-    """Everything that stage k needs for a run; travels to its process. The loaders go to stage 0 only, loss and metrics are used by the last."""
+    """Everything that stage k needs for a run; travels to its process. Only stage 0 gets the loaders; the last uses loss and metrics."""
 
     k: int
     K: int
@@ -194,7 +196,8 @@ def run_rank(rank: RankLike, job: Job) -> StageResult:
     """Train stage job.k in this process; the other stages are the other ranks of the default process group."""
     depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
     watch: Watch = rank.progress
-    link = DistributedLink(depth, rank.device, watch)
+    courier = Courier(depth, rank.device, "nccl") if rank.device.type == "cuda" and "nccl" in dist.get_backend_config() else None
+    link = DistributedLink(depth, rank.device, watch, courier)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     for plan in windows(job.method, job.K, job.course, job.window):
         worker.engine.run(plan)

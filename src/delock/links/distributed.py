@@ -13,12 +13,14 @@ The first message of a size needs a few frames, every later one fits in one, and
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from delock.links.courier import Courier
 from delock.links.errors import expect
 from delock.links.message import Message, Name, length_of, pack, unpack
 
@@ -122,20 +124,23 @@ class Watch(Protocol):
 class DistributedLink:
     """Rank k's link to ranks k - 1 and k + 1 over the default process group.
 
-    `depth`: frames per direction that may wait at each end, by peer. `device`: where received tensors go.
+    `depth`: frames per direction that may wait at each end, by peer. `device`: where received tensors go. `courier`: carries the
+    tensors that stay on a GPU; without it they go through the CPU.
     """
 
-    def __init__(self, depth: dict[int, int], device: torch.device, watch: Watch) -> None:
-        self.device, self.watch = device, watch
+    def __init__(self, depth: dict[int, int], device: torch.device, watch: Watch, courier: Courier | None = None) -> None:
+        self.device, self.watch, self.courier = device, watch, courier
         self.senders = {peer: Sender(peer, n) for peer, n in depth.items()}
         self.receivers = {peer: Receiver(peer, n) for peer, n in depth.items()}
         self.ahead: dict[int, deque[tuple[Name, Message]]] = {peer: deque() for peer in depth}
 
     def send(self, to: int, name: Name, message: Message) -> None:
         """See Link."""
-        packed = pack(name, message)
+        packed, apart = pack(name, message, self.courier.takes) if self.courier else pack(name, message)
         self.watch.wait_for(to)
         self.senders[to].send(packed)
+        if self.courier:
+            self.courier.send(to, apart)
         self.watch.go_on()
 
     def receive(self, source: int, name: Name) -> Message:
@@ -157,8 +162,10 @@ class DistributedLink:
     def _next(self, source: int) -> tuple[Name, Message]:
         self.watch.wait_for(source)
         packed = self.receivers[source].receive()
+        fetch = partial(self.courier.fetch, source) if self.courier else None
+        named = unpack(packed, self.device, fetch)
         self.watch.go_on()
-        return unpack(packed, self.device)
+        return named
 
     def close(self) -> None:
         """See Link."""
@@ -168,3 +175,5 @@ class DistributedLink:
         for peer, receiver in self.receivers.items():
             self.watch.wait_for(peer)
             receiver.close()
+        if self.courier:
+            self.courier.close()

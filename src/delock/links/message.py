@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -80,19 +81,29 @@ def _settle(leaf: Tensor) -> Tensor:
 PREFIX = struct.Struct("<qcqqdqq")  # length of all, kind, batch, loss, weight, samples, length of the JSON text
 ALIGN = 64  # bytes: a cache line, and what vector loads like
 
+Meta: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...], bool]
+"""A tensor in the header: dtype, shape, strides, and whether it travels apart from the bytes."""
 
-def pack(name: Name, message: Message) -> Tensor:
-    """The message as one uint8 tensor on the CPU; dense tensors keep their strides (channels_last stays so)."""
+
+def pack(name: Name, message: Message, apart: Callable[[Tensor], bool] = lambda leaf: False) -> tuple[Tensor, list[Tensor]]:
+    """The message as one uint8 tensor on the CPU, and the tensors for which `apart` holds, which the caller sends by another way.
+
+    Dense tensors keep their strides (channels_last stays so), others become contiguous.
+    """
     leaves: list[Tensor] = []
     tree = flatten((message.values, message.targets), leaves)
-    metas = tuple((str(leaf.dtype)[6:], tuple(leaf.shape), _strides(leaf)) for leaf in leaves)
+    metas = tuple((str(leaf.dtype)[6:], tuple(leaf.shape), _strides(leaf), apart(leaf)) for leaf in leaves)
     text, offsets, length = _layout(json.dumps(tree, separators=(",", ":")), metas)
     packed = torch.empty(length, dtype=torch.uint8)
     head = PREFIX.pack(length, name[0].encode(), name[1], name[2], message.weight, message.samples, len(text)) + text
     packed[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-    for leaf, (_, shape, strides), offset in zip(leaves, metas, offsets, strict=True):
-        _view(packed, offset, leaf.dtype, shape, strides).copy_(leaf.detach())
-    return packed
+    others = []
+    for leaf, (_, shape, strides, elsewhere), offset in zip(leaves, metas, offsets, strict=True):
+        if elsewhere:
+            others.append(_line(leaf.detach() if _strides(leaf) == leaf.stride() else _settle(leaf.detach())))
+        else:
+            _view(packed, offset, leaf.dtype, shape, strides).copy_(leaf.detach())
+    return packed, others
 
 
 def length_of(start: Tensor) -> int:
@@ -100,17 +111,27 @@ def length_of(start: Tensor) -> int:
     return int(PREFIX.unpack(bytes(start[: PREFIX.size].numpy()))[0])
 
 
-def unpack(packed: Tensor, device: torch.device) -> tuple[Name, Message]:
-    """Name and message on that device; on the CPU the tensors are views of `packed`."""
+def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]], None] | None = None) -> tuple[Name, Message]:
+    """Name and message on that device; on the CPU the tensors are views of `packed`. `fetch` fills tensors that travelled apart."""
     _, kind, batch, loss, weight, count, chars = PREFIX.unpack(bytes(packed[: PREFIX.size].numpy()))
     tree, metas, offsets = _read_layout(bytes(packed[PREFIX.size : PREFIX.size + chars].numpy()))
-    packed = packed.to(device)
+    if not all(apart for *_, apart in metas):
+        packed = packed.to(device)
     leaves = [
-        _view(packed, offset, getattr(torch, dtype), shape, strides)
-        for (dtype, shape, strides), offset in zip(metas, offsets, strict=True)
+        torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device=device)
+        if apart
+        else _view(packed, offset, getattr(torch, dtype), shape, strides)
+        for (dtype, shape, strides, apart), offset in zip(metas, offsets, strict=True)
     ]
+    if fetch:
+        fetch([_line(leaf) for leaf, (*_, apart) in zip(leaves, metas, strict=True) if apart])
     values, targets = unflatten(tree, leaves)
     return (kind.decode(), batch, loss), Message(values, targets, weight, count)
+
+
+def _line(leaf: Tensor) -> Tensor:
+    """A dense tensor's memory as one row."""
+    return leaf.as_strided((leaf.numel(),), (1,))
 
 
 def _strides(leaf: Tensor) -> tuple[int, ...]:
@@ -127,20 +148,20 @@ def _strides(leaf: Tensor) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)  # a run has a handful of layouts, and each travels thousands of times
-def _layout(tree: str, metas: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]) -> tuple[bytes, tuple[int, ...], int]:
+def _layout(tree: str, metas: tuple[Meta, ...]) -> tuple[bytes, tuple[int, ...], int]:
     text = json.dumps([json.loads(tree), metas], separators=(",", ":")).encode()
     end = PREFIX.size + len(text)
     offsets = []
-    for dtype, shape, _ in metas:
+    for dtype, shape, _, apart in metas:
         offsets.append(-(-end // ALIGN) * ALIGN)
-        end = offsets[-1] + torch.Size(shape).numel() * getattr(torch, dtype).itemsize
+        end = offsets[-1] + (0 if apart else torch.Size(shape).numel() * getattr(torch, dtype).itemsize)
     return text, tuple(offsets), end
 
 
 @lru_cache(maxsize=256)
-def _read_layout(text: bytes) -> tuple[Any, tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...], tuple[int, ...]]:
+def _read_layout(text: bytes) -> tuple[Any, tuple[Meta, ...], tuple[int, ...]]:
     tree, listed = json.loads(text)
-    metas = tuple((dtype, tuple(shape), tuple(strides)) for dtype, shape, strides in listed)
+    metas = tuple((dtype, tuple(shape), tuple(strides), apart) for dtype, shape, strides, apart in listed)
     return tree, metas, _layout(json.dumps(tree, separators=(",", ":")), metas)[1]
 
 

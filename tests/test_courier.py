@@ -1,0 +1,79 @@
+"""Tensors that travel apart from their header, as they do between GPUs; here over gloo where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from delock.launch.processes import run_processes
+from delock.launch.rank import Rank
+from delock.links import Message
+from delock.links.courier import Courier
+from delock.links.distributed import DistributedLink
+from delock.methods import ADL, DSP, FDG
+from delock.plan import windows
+from delock.train import Job, StageResult, Worker, run_rank
+
+from harness import assert_equal, inline, jobs
+
+
+class Everything(Courier):
+    """Carries tensors of the CPU too."""
+
+    def takes(self, leaf: Tensor) -> bool:
+        return leaf.numel() > 0
+
+
+def talk(rank: Rank, _: None) -> list[Tensor]:
+    """Rank 0 sends activations of several shapes up, rank 1 answers with errors of them."""
+    other = 1 - rank.rank
+    link = DistributedLink({other: 2}, rank.device, rank.progress, Everything({other: 2}, rank.device, "gloo"))
+    got = []
+    for b, shape in enumerate([(4, 3, 8, 8), (1, 3, 8, 8), (0, 5), (64, 3, 8, 8)]):
+        h = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+        if len(shape) == 4:
+            h = h.to(memory_format=torch.channels_last)
+        if rank.rank == 0:
+            link.send(1, ("h", b, 0), Message((h, h.long()), {"y": torch.arange(b), "note": "x"}, 0.5, b))
+            got.append(link.receive(1, ("d", b, 1)).values[0])
+        else:
+            message = link.receive(0, ("h", b, 0))
+            assert message.values[0].stride() == h.stride()
+            assert message.targets["note"] == "x"
+            link.send(0, ("d", b, 1), Message((message.values[0] + message.values[1],)))
+    link.close()
+    return got
+
+
+def test_tensors_apart_from_their_header() -> None:
+    for answer in run_processes(talk, [None, None], pin=False, patience=30)[0]:
+        h = torch.arange(answer.numel(), dtype=torch.float32).reshape(answer.shape)
+        assert torch.equal(answer, 2 * h)
+
+
+def train_with_courier(rank: Rank, job: Job) -> StageResult:
+    """run_rank, with every tensor apart."""
+    depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
+    link = DistributedLink(depth, rank.device, rank.progress, Everything(depth, rank.device, "gloo"))
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    for plan in windows(job.method, job.K, job.course):
+        worker.engine.run(plan)
+    result = worker.result(alone=True)
+    link.close()
+    return result
+
+
+@pytest.mark.parametrize("method", [FDG(), ADL(3), DSP(p=(2, 1), q=(1, 2))], ids=str)
+def test_training_with_tensors_apart(method: FDG) -> None:
+    got = run_processes(train_with_courier, jobs("tuple", 3, method), pin=False, patience=30)
+    assert_equal(got, inline(jobs("tuple", 3, method)))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_nccl() -> None:
+    got = run_processes(run_rank, jobs("conv", 2, FDG()), device="cuda", patience=60)
+    want = inline(jobs("conv", 2, FDG()))
+    for a, b in zip(got, want, strict=True):
+        for name in b.state:
+            torch.testing.assert_close(a.state[name], b.state[name], rtol=1e-3, atol=1e-4)
