@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from delock.keys import key
+
 from oracles import OracleRun, UnifiedSGD, backprop, delayed, delays_of, dsp_unified, gap, mixed_deque
 from workloads import WORK, Samples, batches, class_loss, mlp, sgd, warm_up, weighted_loss
 
