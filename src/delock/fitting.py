@@ -28,6 +28,7 @@ from delock.timeline.predict import predict
 from delock.train import Job, Metric, StageResult, run_inline, run_rank
 
 Workers = Literal["processes", "inline"]
+SLOW = 20  # an op on a machine that others use too may take so many times what it took when it was measured
 
 
 def fit(
@@ -73,7 +74,7 @@ def fit(
     workers     "processes" on this host, one per stage with `threads` threads each, or "inline", all stages in this process with
                 `threads` threads in all; under torchrun its ranks are used, and only rank 0 gets the Result, the others None
     device      "cpu", "cuda" (stage k on GPU k; inline: all stages on one), "cuda:1"
-    patience    seconds without any progress after which a hung run is ended; 0: never
+    patience    seconds without any progress after which a hung run is ended (more where one op is measured to take long); 0: never
     on_event    called with Started, StepRecord (every `log_every` batches) and EvaluationRecord as they come
 
     Raises UsageError for bad input, NonFinite (a UsageError) for a loss that is no number, StageFailed when a stage raises, dies or hangs.
@@ -126,7 +127,7 @@ def fit(
             pin=pin,
             port=port,
             device=device,
-            patience=patience,
+            patience=setup.patience(patience),
             on_event=lambda rank, event: tell(event),  # type: ignore[arg-type]
         )
     else:
@@ -186,6 +187,11 @@ class Setup:
     def K(self) -> int:
         """Number of stages."""
         return len(self.cuts) + 1
+
+    def patience(self, asked: float) -> float:
+        """Seconds to wait for a sign of life: what was asked for, but never less than an op of this network may well take."""
+        slowest = max(sum(cost.total_s for cost in self.costs[a:b]) for a, b in self.bounds())
+        return max(asked, SLOW * slowest) if asked > 0 else 0.0
 
     def bounds(self) -> list[tuple[int, int]]:
         """First atom, and the one after the last, of each stage."""

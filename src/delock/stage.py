@@ -239,7 +239,10 @@ class Stage:
     # ---- saving what is in flight --------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything the stage needs to go on elsewhere, graphs as their inputs and weights. With at="mixed" needs resumable=True."""
+        """Everything the stage needs to go on elsewhere, graphs as their inputs and weights; save or copy it before the stage goes on.
+
+        Raises UsageError for at="mixed" without resumable=True: the weights that its graphs were built with are gone.
+        """
         if self.mixed and not self.resumable and self.memory:
             raise UsageError('a stage with at="mixed" can be saved in the middle of a run only when it was built with resumable=True')
         return {
