@@ -26,6 +26,8 @@ def windows(method: Method, K: int, course: Course, size: int = 256) -> Iterator
     """
     if K < 1:
         raise UsageError(f"a network cannot be cut into {K} stages; the least is 1")
+    if course.batches < 1:
+        raise UsageError(f"a run of {course.batches} batches has no plan; the least is 1")
     method.fits(K)
     ticks = course.batches + method.span(K)
     columns = [_Column(method, k, K, course) for k in range(K)]
