@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.prune import BasePruningMethod
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -75,6 +76,7 @@ class Stage:
         self.grads: list[Tensor | None] = [None] * len(self.weights)
         self.memory: dict[int, Memory] = {}
         self.snapshot: Weights | None = None  # of the current version, shared by all graphs that need it
+        self.own: frozenset[int] | None = None  # addresses of weights and buffers; None: not asked for yet
         self.clones_inputs: bool | None = None  # whether the module writes to its input; None: not seen yet
 
     # ---- Forward -------------------------------------------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ class Stage:
             self.memory[op.batch] = Memory(step, message, self.version)
             return message
         if not op.train:
-            return replace(message, values=self._evaluate(message.values))
+            return replace(message, values=self._sent(self._evaluate(message.values)))
         memory = Memory(step, message, self.version)
         if step.keep == "graph":
             memory.weights = self._snapshot() if step.snapshot else None
@@ -101,7 +103,15 @@ class Stage:
                 outputs = self.module(self._enter(message.values, ()))
         if step.keep != "nothing":
             self.memory[op.batch] = memory
-        return replace(message, values=_detached(outputs))
+        return replace(message, values=self._sent(outputs))
+
+    def _sent(self, outputs: Tree) -> Tree:
+        """Outputs cut off from any graph. One that lies in a weight or buffer is copied: an Update would change it under way."""
+        if self.own is None:
+            self.own = frozenset(map(_address, (*self.module.parameters(), *self.module.buffers())))
+        own = self.own
+        sent = tuple(t.detach().clone() if _address(t) in own else t.detach() for t in _tensors(outputs))
+        return sent[0] if isinstance(outputs, Tensor) else sent
 
     def _evaluate(self, values: Tree) -> Tree:
         self.module.eval()
@@ -128,7 +138,7 @@ class Stage:
         """The module's argument: the leaves in place of the floating inputs, cloned where the module's first op writes in place."""
         clone = self.clones_inputs is not False
         source = iter(leaves)
-        enter = [next(source) if leaves and t.is_floating_point() else t for t in _tensors(values)]
+        enter = [next(source) if leaves and _is_floating(t) else t for t in _tensors(values)]
         enter = [t.clone() if clone else t for t in enter]
         if self.clones_inputs is None and hasattr(Tensor, "_version"):  # without that counter every call clones
             self._watch(enter)
@@ -146,7 +156,8 @@ class Stage:
 
     def _seed(self, batch: int) -> None:
         if self.device.type == "cuda":
-            torch.cuda.manual_seed(key(self.seed, self.k, batch))
+            with torch.cuda.device(self.device):  # manual_seed means the current GPU
+                torch.cuda.manual_seed(key(self.seed, self.k, batch))
         else:
             torch.default_generator.manual_seed(key(self.seed, self.k, batch))
 
@@ -182,12 +193,13 @@ class Stage:
         grads: tuple[Tensor | None, ...] = (None,) * len(wanted + weights)
         if roots and wanted + weights:
             grads = torch.autograd.grad(roots, wanted + weights, seeds, retain_graph=not step.last, allow_unused=True)
-        self._accumulate(grads[len(wanted) :])
+        passed_on = grads[: len(wanted)]
+        self._accumulate(grads[len(wanted) :], passed_on)
         if step.last:
             del self.memory[op.batch]
         if not step.down:
             return None, loss
-        deltas = tuple(torch.zeros_like(h) if d is None else d for d, h in zip(grads, memory.leaves, strict=False))
+        deltas = tuple(torch.zeros_like(h) if d is None else d for d, h in zip(passed_on, memory.leaves, strict=True))
         return Message(deltas), loss
 
     def _roots(self, op: Backward, memory: Memory, error: Message | None) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
@@ -195,6 +207,8 @@ class Stage:
         if op.loss == self.k:
             with torch.enable_grad():
                 loss = self._loss(memory)
+            if not loss.requires_grad and any(h.requires_grad for h in _floating(memory.outputs)):
+                raise UsageError("the loss cannot be differentiated: compute it from the outputs by torch's own functions")
             return loss.detach(), [loss] if loss.requires_grad else [], [None]
         assert error is not None
         pairs = [(h, d) for h, d in zip(_floating(memory.outputs), error.values, strict=True) if h.requires_grad]
@@ -209,9 +223,24 @@ class Stage:
             raise UsageError(f"the loss must be one number for a batch, but loss(outputs, targets) returned {shape}; take its mean")
         return loss if memory.message.weight == 1 else loss * memory.message.weight
 
-    def _accumulate(self, grads: tuple[Tensor | None, ...]) -> None:
-        # Out of place: autograd may hand out one tensor as the gradient of two parameters.
-        self.grads = [new if old is None else old if new is None else old + new for old, new in zip(self.grads, grads, strict=True)]
+    def _accumulate(self, grads: tuple[Tensor | None, ...], passed_on: tuple[Tensor | None, ...]) -> None:
+        """g_k += grads, in memory that is g_k's own and laid out as the weights are.
+
+        Autograd hands out one tensor as the gradient of two parameters, or as delta_k too (y = x + a + b), and optimizers write to
+        gradients (foreach Nesterov, clipping); it picks strides as it likes (channels_last), and fused optimizers do not look at them.
+        """
+        taken = {_address(d) for d in passed_on if d is not None}
+        for i, (weight, new) in enumerate(zip(self.weights.values(), grads, strict=True)):
+            old = self.grads[i]
+            if new is None:
+                continue
+            if old is not None:
+                self.grads[i] = old + new
+                continue
+            if new.layout == torch.strided and (new.stride() != weight.stride() or _address(new) in taken):
+                new = torch.empty_like(weight).copy_(new)
+            taken.add(_address(new))
+            self.grads[i] = new
         self.count += 1
 
     # ---- Update --------------------------------------------------------------------------------------------------------------------
@@ -299,11 +328,13 @@ class Stage:
 def refuse_derived_weights(module: nn.Module) -> None:
     """at="mixed" needs graphs that refer to the weights themselves; a parametrized module's graph refers to a derived copy."""
     for name, child in module.named_modules():
-        old_style = any(type(hook).__name__ in _REPARAMETRIZING for hook in child._forward_pre_hooks.values())
+        hooks = child._forward_pre_hooks.values()
+        old_style = any(type(hook).__name__ in _REPARAMETRIZING or isinstance(hook, BasePruningMethod) for hook in hooks)
         if old_style or nn.utils.parametrize.is_parametrized(child):
             raise UsageError(
-                f'at="mixed" cannot be computed for {name or "the module"}: weight_norm, spectral_norm and other parametrizations make a '
-                'copy of the weights that the graph keeps, so the result would silently be at="stash"; use at="stash"'
+                f'at="mixed" cannot be computed for {name or "the module"}: weight_norm, spectral_norm, pruning and other '
+                'parametrizations make a copy of the weights that the graph keeps, so the result would silently be at="stash"; '
+                'use at="stash"'
             )
 
 
@@ -315,8 +346,13 @@ def _tensors(values: Tree) -> tuple[Tensor, ...]:
 
 
 def _floating(values: Tree) -> list[Tensor]:
-    return [t for t in _tensors(values) if t.is_floating_point()]
+    """The tensors that may have a gradient; complex ones are floating too."""
+    return [t for t in _tensors(values) if _is_floating(t)]
 
 
-def _detached(values: Tree) -> Tree:
-    return values.detach() if isinstance(values, Tensor) else tuple(t.detach() for t in values)
+def _is_floating(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
