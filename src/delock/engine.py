@@ -41,15 +41,15 @@ class Log:
         self.first: float | None = None
         self.last = 0.0
 
-    def op(self, k: int, step: Step, start: float, end: float, waited: float) -> None:
-        """One op took place from `start` to `end`, `waited` of it spent on messages (seconds)."""
+    def op(self, k: int, step: Step, version: int, start: float, end: float, waited: float) -> None:
+        """One op took place at a version of the weights from `start` to `end`, `waited` of it spent on messages (seconds)."""
         self.first = start if self.first is None else self.first
         self.last = end
         kind = _kind(step)
         self.seconds[kind] += end - start - (0.0 if kind == "evaluation" else waited)
         self.seconds["waiting"] += 0.0 if kind == "evaluation" else waited
         if self.spans is not None:
-            self.spans.append(Span(k, step.op, start + waited, end, step.version, step.tick, waited))
+            self.spans.append(Span(k, step.op, start + waited, end, version, step.tick, waited))
 
     def stale(self, updates: int, batches: int) -> None:
         """A batch's last Backward was done: its gradient is `updates` old, its forward `batches` ago."""
@@ -71,7 +71,8 @@ class Engine:
     """One stage at work: executes its steps in order over a link.
 
     `feed` answers stage 0's Forwards. `on_loss(step, loss, stage, samples)` is called where a loss is computed, and
-    `on_output(step, outputs with labels)` by the last stage for every evaluation batch. Between windows `state()` holds all there is.
+    `on_output(step, outputs with labels)` by the last stage for every evaluation batch. `parts`: micro-batches per batch, for error
+    messages. Between windows `state()` holds all there is.
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class Engine:
         feed: Callable[[Forward], Message] | None = None,
         log: Log | None = None,
         progress: Progress | None = None,
+        parts: int = 1,
         on_loss: Callable[[Step, float, Stage, int], None] | None = None,
         on_output: Callable[[Step, Message], None] | None = None,
     ) -> None:
-        self.stage, self.link, self.feed, self.progress = stage, link, feed, progress
+        self.stage, self.link, self.feed, self.progress, self.parts = stage, link, feed, progress, parts
         self.log = log or Log()
         self.on_loss, self.on_output = on_loss, on_output
         self.waited = 0.0
@@ -101,7 +103,7 @@ class Engine:
         """Do one step: wait for what it needs, compute, send what it gives."""
         if self.progress:
             self.progress.at(label(step.op), f"tick {step.tick}")
-        start, self.waited = perf_counter(), 0.0
+        version, start, self.waited = self.stage.version, perf_counter(), 0.0
         match step.op:
             case Forward() as op:
                 self._forward(step, op)
@@ -109,7 +111,7 @@ class Engine:
                 self._backward(step, op)
             case Update() as op:
                 self.stage.update(op)
-        self.log.op(self.stage.k, step, start, perf_counter(), self.waited)
+        self.log.op(self.stage.k, step, version, start, perf_counter(), self.waited)
 
     def _forward(self, step: Step, op: Forward) -> None:
         k, kind = self.stage.k, "h" if op.train else "e"
@@ -141,8 +143,10 @@ class Engine:
     def _judge(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
         value = loss.item()
         if not math.isfinite(value):
+            batch, part = divmod(op.batch, self.parts)
+            which = f"batch {batch} (micro-batch {part})" if self.parts > 1 else f"batch {batch}"
             raise NonFinite(
-                f"the loss of batch {op.batch} became {value} at stage {self.stage.k}, after {self.stage.version} updates; "
+                f"the loss of {which} became {value} at stage {self.stage.k}, after {self.stage.version} updates; "
                 "lower the learning rate, warm it up, or shrink the gradients (beta)"
             )
         if self.on_loss:
@@ -199,6 +203,7 @@ def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
             raise
         except Exception as error:
             trace = "".join(traceback.format_exception(error))
-            raise StageFailed(f"stage {k} failed in {label(step.op)} (tick {step.tick}): {error}\n\n{trace}") from error
+            what = "".join(traceback.format_exception_only(error)).strip()
+            raise StageFailed(f"stage {k} failed in {label(step.op)} (tick {step.tick}): {what}\n\n{trace}") from error
     for engine in engines:
         engine.settle(plan)

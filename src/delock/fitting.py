@@ -15,7 +15,7 @@ from delock.data.plain import as_loader
 from delock.errors import UsageError
 from delock.feed import samples
 from delock.launch.processes import run_processes
-from delock.launch.rank import Rank
+from delock.launch.rank import Rank, backend_for
 from delock.launch.torchrun import run_torchrun, under_torchrun
 from delock.methods import Method, make
 from delock.nets.measure import AtomCost, balance, measure
@@ -70,7 +70,7 @@ def fit(
     stages      K; by default 2, the length of a list of modules, or torchrun's number of ranks; cuts: index or name of the first part of
                 each stage but the first; by default such that the dearest stage, measured forward and backward, is as cheap as can be
     epochs, steps   how long, in epochs or in batches of `train` (one of them); eval_every: batches between evaluations (default: an epoch)
-    seed        of dropout; `train` has its own
+    seed        of dropout, and of the order and transforms of data that has no seed of its own, such as a DataLoader
     workers     "processes" on this host, one per stage with `threads` threads each, or "inline", all stages in this process with
                 `threads` threads in all; under torchrun its ranks are used, and only rank 0 gets the Result, the others None
     device      "cpu", "cuda" (stage k on GPU k; inline: all stages on one), "cuda:1"
@@ -79,6 +79,9 @@ def fit(
 
     Raises UsageError for bad input, NonFinite (a UsageError) for a loss that is no number, StageFailed when a stage raises, dies or hangs.
     """
+    if workers not in ("processes", "inline"):
+        raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
+    backend_for(device, None, 1)  # refuses a device that is not there
     spec = _Spec(
         model=model,
         train=as_loader(train, seed),
@@ -119,7 +122,7 @@ def fit(
     tell(started_here)
     if spec.workers == "inline":
         results = run_inline(setup.jobs(spec), torch.device(device), tell, threads)
-    elif spec.workers == "processes":
+    else:
         results = run_processes(
             run_rank,
             setup.jobs(spec),
@@ -130,8 +133,6 @@ def fit(
             patience=setup.patience(patience),
             on_event=lambda rank, event: tell(event),  # type: ignore[arg-type]
         )
-    else:
-        raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
     return _result(spec, setup, started_here, results)
 
 
@@ -318,12 +319,13 @@ def _result(spec: _Spec, setup: Setup, started: Started, results: list[StageResu
     for module, result in zip(setup.modules, results, strict=True):
         module.load_state_dict(result.state)
     last = results[-1]
+    seconds = max(result.seconds for result in results)  # the lower stages are the last to be done
     return Result(
         started=started,
         losses=last.losses,
         evaluations=last.evaluations,
         stages=[result.report for result in results],
-        seconds=last.seconds,
-        samples_per_second=last.samples / last.seconds if last.seconds > 0 else 0.0,
+        seconds=seconds,
+        samples_per_second=last.samples / seconds if seconds > 0 else 0.0,
         samples=last.samples,
     )

@@ -86,7 +86,7 @@ class Tracker:
     """The last stage's history: turns losses and outputs into records as they come."""
 
     def __init__(self, job: Job, log: Log, emit: Callable[[Event], None]) -> None:
-        self.job, self.log, self.emit = job, log, emit
+        self.job, self.logs, self.emit = job, [log], emit  # logs: those of all stages that take turns in this process
         self.losses: list[float] = []
         self.evaluations: list[EvaluationRecord] = []
         self.samples = 0
@@ -94,12 +94,18 @@ class Tracker:
         self.since = 0  # losses already averaged into a record
         self.sums: dict[str, float] = {}
         self.judged = 0
+        self.paused = 0.0  # seconds of training when the evaluation in progress began
+
+    def seconds(self, until: float | None = None) -> float:
+        """Seconds of training until then, by default now, evaluations left out."""
+        now = time.perf_counter() if until is None else until
+        begun = min((log.first for log in self.logs if log.first is not None), default=now)
+        return now - begun - sum(log.seconds["evaluation"] for log in self.logs)
 
     @property
-    def seconds(self) -> float:
-        """Seconds of training so far, evaluations left out."""
-        begun = self.log.first
-        return 0.0 if begun is None else time.perf_counter() - begun - self.log.seconds["evaluation"]
+    def last(self) -> float:
+        """When the latest op was done, on the clock of the logs."""
+        return max(log.last for log in self.logs)
 
     def loss(self, step: Step, value: float, stage: Stage, samples: int) -> None:
         """A (micro-)batch's loss; a batch is complete with its last part."""
@@ -113,28 +119,30 @@ class Tracker:
         self.batch_loss = 0.0
         done = len(self.losses)
         if done % self.job.log_every == 0 or done == self.job.course.batches:
-            self.emit(StepRecord(done, done / self.job.per_epoch, self.losses[-1], stage.lr, self.samples, self.seconds))
+            self.emit(StepRecord(done, done / self.job.per_epoch, self.losses[-1], stage.lr, self.samples, self.seconds()))
         if not self.job.course.every and (done % self.job.per_epoch == 0 or done == self.job.course.batches):
-            self._record(float("nan"), {})
+            self._record(float("nan"), {}, self.seconds())
 
     def output(self, step: Step, result: Message) -> None:
         """An evaluation batch's outputs."""
         op = step.op
         assert isinstance(op, Forward)
+        if not self.judged:
+            self.paused = self.seconds(until=self.last)
         measures = {"": self.job.loss, **self.job.metrics}
         for name, measure in measures.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(measure(result.values, result.targets)) * result.samples
         self.judged += result.samples
         if (op.batch + 1) % self.job.course.evaluation == 0:
             means = {name: total / self.judged for name, total in self.sums.items()}
-            self._record(means.pop(""), means)
+            self._record(means.pop(""), means, self.paused)
             self.sums, self.judged = {}, 0
 
-    def _record(self, test_loss: float, metrics: dict[str, float]) -> None:
+    def _record(self, test_loss: float, metrics: dict[str, float], seconds: float) -> None:
         new = self.losses[self.since :]
         self.since = done = len(self.losses)
         train_loss = sum(new) / len(new) if new else float("nan")
-        record = EvaluationRecord(done, done / self.job.per_epoch, train_loss, test_loss, metrics, self.seconds, self.samples)
+        record = EvaluationRecord(done, done / self.job.per_epoch, train_loss, test_loss, metrics, seconds, self.samples)
         self.evaluations.append(record)
         self.emit(record)
 
@@ -165,6 +173,7 @@ class Worker:
             feed=Feed(job.train, job.test, job.method.parts, device) if job.train is not None else None,
             log=self.log,
             progress=progress,
+            parts=job.method.parts,
             on_loss=self.tracker.loss if last else None,
             on_output=self.tracker.output if last else None,
         )
@@ -186,7 +195,7 @@ class Worker:
             memory_growth=max(0, peak - self.held) if alone else 0,
         )
         state = {name: value.detach().cpu() for name, value in self.stage.module.state_dict().items()}
-        seconds = report.seconds - report.evaluation
+        seconds = tracker.seconds(until=tracker.last)
         optimizer = self.stage.optimizer.state_dict() if self.stage.optimizer else None
         spans = log.spans or []
         return StageResult(state, report, tracker.losses, tracker.evaluations, tracker.samples, seconds, spans, optimizer)
@@ -218,6 +227,8 @@ def run_inline(jobs: Sequence[Job], device: torch.device, emit: Callable[[Event]
             if threads:
                 torch.set_num_threads(threads)
             workers = [Worker(job, box.end(job.k), device, emit) for job in jobs]
+            for worker in workers:
+                worker.tracker.logs = [other.log for other in workers]
             for plan in windows(jobs[0].method, len(jobs), jobs[0].course, jobs[0].window):
                 run_here(plan, [worker.engine for worker in workers])
             return [worker.result(alone=len(jobs) == 1) for worker in workers]
