@@ -1,0 +1,126 @@
+"""The documentation tells the truth: its charts and numbers are what the code says, its code runs, its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+
+import pytest
+
+from delock.cli import main
+from delock.methods import ADL, METHODS, options
+from delock.plan import unroll
+from delock.timeline import in_flight
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+def plan(words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    """What `delock plan WORDS --json` prints."""
+    assert main(["plan", *words.split(), "--json"]) == 0
+    found: dict[str, object] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def section(page: str, heading: str) -> str:
+    """The text below a heading of the second level."""
+    [text] = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+    return str(text)
+
+
+def table(text: str, first: str) -> list[list[str]]:
+    """Rows of the table whose head begins with `first`."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if line.startswith(f"| {first} |"):
+            break
+    next(lines)
+    return [cells(line) for line in _until_blank(lines)]
+
+
+def _until_blank(lines: Iterator[str]) -> Iterator[str]:
+    for line in lines:
+        if not line:
+            return
+        yield line
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+
+
+CHARTS = re.findall(r"```text\n\$ delock plan (.*)\n([^`]*)```", METHODS_PAGE)
+
+
+@pytest.mark.parametrize(("words", "drawn"), CHARTS, ids=[words for words, _ in CHARTS])
+def test_charts(words: str, drawn: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert drawn.splitlines() == plan(words, capsys)["chart"]
+
+
+def test_stalenesses_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = table(METHODS_PAGE, "`delock plan --method`")
+    assert {row[0].split()[0] for row in rows} == set(METHODS)
+    for words, *told in rows:
+        stages = plan(f"--stages 3 --method {words}", capsys)["stages"]
+        assert isinstance(stages, list)
+        names = ("staleness", "layer_staleness", "graphs", "inputs", "versions")
+        assert told == [", ".join(f"{stage[name]:g}" for stage in stages) for name in names], words
+
+
+def test_times_and_speeds(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = table(METHODS_PAGE, "`delock plan --stages 4 --method`")
+    assert {row[0].split()[0] for row in rows} == set(METHODS)
+    for words, *told in rows:
+        near, far = (plan(f"--stages 4 --method {words} --link-delay {delay}", capsys) for delay in (0, 1))
+        speedup = near["speedup_over_bp"]
+        assert isinstance(speedup, dict)
+        found = (near["time_per_batch"], far["time_per_batch"], speedup["dataflow"], speedup["lockstep"])
+        assert told == [f"{value:.2f}" for value in found], words
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_row_and_section(name: str) -> None:
+    assert f"[`{name}`](#{name})" in [row[0] if row[0].endswith(")") else "" for row in _overview()]
+    text = section(METHODS_PAGE, name)
+    for fact in ("$ delock plan --method " + name, "Options: ", "Memory", "Deviations: ", "Source: "):
+        assert fact in text
+    for option in options(METHODS[name]):
+        assert f"`{option}`" in text
+
+
+def _overview() -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in METHODS_PAGE.splitlines() if line.startswith("| [`")]
+
+
+@pytest.mark.parametrize("K", range(1, 7))
+@pytest.mark.parametrize("M", range(1, 5))
+@pytest.mark.parametrize("order", ["forward-first", "backward-first"])
+def test_the_formula_for_what_adl_holds(K: int, M: int, order: str) -> None:
+    held = in_flight(unroll(ADL(M, order=order), K, 40))  # type: ignore[arg-type]
+    for k in range(K):
+        late = 2 * (K - 1 - k) - (order == "backward-first" and k < K - 1)
+        assert (held[k].graphs, held[k].versions) == (late + 1, ceil(late / M) + 1)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def anchors(text: str) -> set[str]:
+    """The names by which a page's headings can be linked to, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
