@@ -102,7 +102,7 @@ class Engine:
     def execute(self, step: Step) -> None:
         """Do one step: wait for what it needs, compute, send what it gives."""
         if self.progress:
-            self.progress.at(label(step.op), f"tick {step.tick}")
+            self.progress.at(label(step.op), explained(step, self.parts))
         version, start, self.waited = self.stage.version, perf_counter(), 0.0
         match step.op:
             case Forward() as op:
@@ -144,9 +144,10 @@ class Engine:
         value = loss.item()
         if not math.isfinite(value):
             batch, part = divmod(op.batch, self.parts)
+            updates = f"{self.stage.version} update{'s' if self.stage.version != 1 else ''}"
             which = f"batch {batch} (micro-batch {part})" if self.parts > 1 else f"batch {batch}"
             raise NonFinite(
-                f"the loss of {which} became {value} at stage {self.stage.k}, after {self.stage.version} updates; "
+                f"the loss of {which} became {value} at stage {self.stage.k}, after {updates}; "
                 "lower the learning rate, warm it up, or shrink the gradients (beta)"
             )
         if self.on_loss:
@@ -184,6 +185,18 @@ class Engine:
             self.link.push(source, messages)
 
 
+def explained(step: Step, parts: int) -> str:
+    """An op in words, for errors: "backward of batch 3, tick 5"; `parts`: micro-batches per batch."""
+    match step.op:
+        case Forward(batch, train) if not train:
+            what = f"evaluation, batch {batch}"
+        case Forward(batch) | Backward(batch):
+            what = f"{_kind(step)} of {f'micro-batch {batch}, batch {batch // parts}' if parts > 1 else f'batch {batch}'}"
+        case Update():
+            what = "update"
+    return f"{what}, tick {step.tick}"
+
+
 def _receives(k: int, step: Step, source: int) -> bool:
     match step.op:
         case Forward():
@@ -204,6 +217,6 @@ def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
         except Exception as error:
             trace = "".join(traceback.format_exception(error))
             what = "".join(traceback.format_exception_only(error)).strip()
-            raise StageFailed(f"stage {k} failed in {label(step.op)} (tick {step.tick}): {what}\n\n{trace}") from error
+            raise StageFailed(f"stage {k} failed in {label(step.op)} ({explained(step, engines[k].parts)}): {what}\n\n{trace}") from error
     for engine in engines:
         engine.settle(plan)

@@ -252,10 +252,7 @@ def prepare(spec: _Spec, cuts: Sequence[int | str] | None) -> Setup:
     course = spec.course()
     parts = atoms(spec.model)
     K = _number_of_stages(spec, cuts, len(parts))
-    if len(parts) < K:
-        raise UsageError(f"cannot cut a network of {len(parts)} layers into {K} stages: use at most {len(parts)}")
-    check(unroll(spec.method, K, 2 * spec.method.batches_per_update + 2))
-    _refuse_single_samples(spec)
+    refuse_unfit(parts, K, cuts, spec.method, spec.train.sizes())
     inputs, targets = next(iter(spec.train.epoch(0)))
     costs = _measure(spec, parts, inputs, targets)
     if cuts is None:
@@ -283,17 +280,25 @@ def _number_of_stages(spec: _Spec, cuts: Sequence[int | str] | None, layers: int
     return layers if isinstance(spec.model, list | tuple | nn.ModuleList) else 2
 
 
-def _refuse_single_samples(spec: _Spec) -> None:
+def refuse_unfit(parts: list[Atom], K: int, cuts: Sequence[int | str] | None, method: Method, sizes: list[int] | None) -> None:
+    """Raise UsageError where network, cuts, method and the sizes of the batches (where known) do not go together: nothing is computed."""
+    if len(parts) < K:
+        raise UsageError(f"cannot cut a network of {len(parts)} layers into {K} stages: use at most {len(parts)}")
+    if cuts is not None:
+        resolve_cuts(parts, cuts)
+    check(unroll(method, K, 2 * method.batches_per_update + 2))
+    if sizes is not None and has_batch_norm(nn.ModuleList(atom.module for atom in parts)):
+        _refuse_single_samples(sizes, method.parts)
+
+
+def _refuse_single_samples(sizes: list[int], parts: int) -> None:
     """BatchNorm has no variance over one sample; torch would stop in the middle of an epoch."""
-    whole = nn.ModuleList(atom.module for atom in atoms(spec.model))
-    sizes = spec.train.sizes()
-    if sizes is None or not has_batch_norm(whole):
-        return
     for n in sorted(set(sizes)):
-        if 1 in (len(part) for part in torch.empty(n, device="meta").tensor_split(spec.method.parts)):
-            split = f", split into {spec.method.parts} micro-batches" if spec.method.parts > 1 else ""
+        if 1 in (len(part) for part in torch.empty(n, device="meta").tensor_split(parts)):
+            count = f"{n} samples" if n > 1 else "one sample"
+            split = f", split into {parts} micro-batches," if parts > 1 else ""
             raise UsageError(
-                f"a batch of {n} samples{split} would put a single sample in front of BatchNorm, which needs at least two: "
+                f"a batch of {count}{split} would put a single sample in front of BatchNorm, which needs at least two: "
                 "use another batch size, fewer micro-batches, or a number of samples that leaves no such rest"
             )
 

@@ -53,7 +53,8 @@ class DSP(Method):
         for what, lags in (("p", self.p), ("q", self.q)):
             if isinstance(lags, tuple) and len(lags) != K - 1:
                 raise UsageError(
-                    f"dsp got {len(lags)} lags {what} = {lags} for {K} stages: there are {K - 1} links, so give {K - 1}, or one for all"
+                    f"dsp got {len(lags)} lags {what} = {lags} for {K} stages: "
+                    + (f"there are {K - 1} links, so give {K - 1}, or one for all" if K > 2 else f"there is {K - 1 or 'no'} link")
                 )
 
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
