@@ -1,0 +1,52 @@
+"""Text as tokens and back: the characters that occur in it, or the 256 bytes of UTF-8."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from delock.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """Token i is characters[i], in order of their code points; None: token i is byte i of UTF-8. A string is all there is to save."""
+
+    characters: str | None
+
+    def __post_init__(self) -> None:
+        if self.characters is not None and (not self.characters or list(self.characters) != sorted(set(self.characters))):
+            raise UsageError("an alphabet needs at least one character, and all of them sorted, each once: ''.join(sorted(set(text)))")
+
+    def __len__(self) -> int:
+        return 256 if self.characters is None else len(self.characters)
+
+    def encode(self, text: str) -> Tensor:
+        """The tokens of a text, (N,) int64. Raises UsageError for a character that is not in the alphabet."""
+        if self.characters is None:
+            return torch.tensor(list(text.encode("utf-8", "surrogatepass")), dtype=torch.int64)
+        codes, known = _code_points(text), _code_points(self.characters)
+        tokens = np.minimum(np.searchsorted(known, codes), len(known) - 1)  # past the end: any token, the check below finds it
+        strange = np.flatnonzero(known[tokens] != codes)
+        if len(strange):
+            raise UsageError(
+                f"the character {text[strange[0]]!r} does not occur in the training text, so the model has no token for it: "
+                "leave it out, or train by bytes (level byte)"
+            )
+        return torch.from_numpy(tokens)
+
+    def decode(self, tokens: Tensor | Sequence[int]) -> str:
+        """The text of tokens (N,). Bytes that are no UTF-8 become U+FFFD: a model may well put such bytes together."""
+        numbers = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        if self.characters is None:
+            return bytes(numbers).decode("utf-8", "replace")
+        return "".join(self.characters[i] for i in numbers)
+
+
+def _code_points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
