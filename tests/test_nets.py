@@ -30,7 +30,8 @@ from delock.nets import (
 )
 
 OURS = [name for name in MODELS if not name.startswith("torchvision/")]
-SMALL = [name for name in OURS if name not in ("resnet110", "resnet1202", "wrn-28-10")]
+LARGE = ("resnet110", "resnet1202", "resnet34-cifar", "wrn-28-10", "vgg19", "dgl-cnn6")
+SMALL = [name for name in OURS if name not in LARGE]
 
 
 @pytest.fixture(autouse=True)
@@ -87,12 +88,29 @@ def test_number_of_parameters_is_the_papers(name, millions, digits_of_paper):
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, digits_of_paper) == millions
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # counted by hand: convolutions without bias, two numbers per channel of a batch norm, linear with bias
+        ("resnet18-cifar", 11_173_962),
+        ("resnet34-cifar", 21_282_122),
+        ("vgg11", 9_228_362),
+        ("vgg19", 20_035_018),
+        ("dgl-cnn6", 9 * (3 * 128 + 128**2 * (1 + 2 + 4 + 8 + 16)) + 4 * 896 + 2 * 2048 * (2048 + 1 + 2) + 2049 * 10),
+    ],
+)
+def test_number_of_parameters_of_the_networks_with_heads_at_several_resolutions(name, parameters):
+    more = {} if name.startswith("resnet") else {"image_size": 32}
+    with torch.device("meta"):
+        model = MODELS[name](classes=10, in_channels=3, **more)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32)])
 @pytest.mark.parametrize("name", [*SMALL, "torchvision/resnet18"])
 def test_every_model_takes_digits_and_cifar_and_every_parameter_learns(name, channels, size):
     model = build(name, classes=7, in_channels=channels, image_size=size)
-    out = model(torch.randn(2, channels, size, size))
-    assert out.shape == (2, 7)
+    out = model(torch.randn(4, channels, size, size))  # of two samples a batch norm on 1 x 1 pixels makes 1 and -1, whatever they are
+    assert out.shape == (4, 7)
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
@@ -123,6 +141,41 @@ def test_option_a_shortcut_is_the_image_between_zeros():
     assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
     assert out[:, :8].abs().sum() == out[:, 24:].abs().sum() == 0
     assert torch.equal(digits("resnet8").layer1[0].shortcut(x), x)
+
+
+def test_resnet18_is_torchvisions_but_for_the_stem():
+    from torchvision.models import resnet18
+
+    ours = build("resnet18-cifar", classes=10, in_channels=3, image_size=32)
+    with torch.device("meta"):
+        theirs = resnet18(num_classes=10)
+        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    state = copy.deepcopy(ours.state_dict())
+    assert list(theirs.state_dict()) == list(state)
+    theirs.load_state_dict(state, assign=True)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_the_pools_of_the_plain_networks_halve_the_image_where_the_width_changes():
+    def sides(name, size):
+        h, seen = torch.randn(4, 3, size, size), []
+        for atom in atoms(build(name, classes=10, in_channels=3, image_size=size)):
+            h = atom.module(h)
+            if atom.prefix.startswith("conv"):
+                seen.append(tuple(h.shape[1:3]))
+        return seen
+
+    assert sides("dgl-cnn6-quarter", 32) == [(32, 32), (32, 32), (64, 16), (64, 16), (128, 8), (128, 8)]
+    assert sides("dgl-cnn6-quarter", 3) == [(32, 3), (32, 3), (64, 1), (64, 1), (128, 1), (128, 1)]
+    assert sides("vgg11", 32) == [(64, 32), (128, 16), (256, 8), (256, 8), (512, 4), (512, 4), (512, 2), (512, 2)]
+    assert [side for _, side in sides("vgg11", 28)] == [28, 14, 7, 7, 3, 3, 1, 1]  # and no pool is left over for one pixel
+
+
+def test_the_cuts_of_the_buffer_study_give_one_convolution_to_each_stage():
+    found = atoms(digits("dgl-cnn6-quarter"))
+    parts = stages(found, ["conv2", "pool1", "conv4", "pool2", "conv6"])
+    assert [sum(isinstance(m, nn.Conv2d) for m in part.modules()) for part in parts] == [1] * 6
 
 
 @pytest.mark.parametrize("name", ["wrn-16-4", "cnn", "mlp"])
@@ -168,6 +221,10 @@ def test_torchvision_is_imported_only_when_asked_for():
 
 def test_atoms_of_our_networks_are_stem_blocks_and_head():
     assert prefixes(digits("resnet8")) == ["conv1", "bn1", "relu", "layer1.0", "layer2.0", "layer3.0", "avgpool", "flatten", "fc"]
+    blocks = [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert prefixes(digits("resnet18-cifar")) == ["conv1", "bn1", "relu", *blocks, "avgpool", "flatten", "fc"]
+    convs = ["conv1_1", "pool1", "conv2_1", "pool2", "conv3_1", "conv3_2", "pool3", "conv4_1", "conv4_2", "conv5_1", "conv5_2"]
+    assert prefixes(digits("vgg11")) == [*convs, "avgpool", "flatten", "fc"]  # 8 pixels are pooled three times
     assert prefixes(digits("mlp")) == ["flatten", "hidden1", "hidden2", "hidden3", "fc"]
 
 

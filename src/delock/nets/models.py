@@ -13,7 +13,9 @@ from torch import nn
 
 from delock.errors import UsageError
 from delock.nets.resnet import resnet
+from delock.nets.resnet18 import resnet18
 from delock.nets.simple import cnn, mlp
+from delock.nets.vgg import dgl_cnn6, vgg
 from delock.nets.wrn import wrn
 
 TORCHVISION = (
@@ -36,8 +38,14 @@ def _torchvision(name: str, *, classes: int, in_channels: int) -> nn.Module:
 MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
         **{f"resnet{6 * n + 2}": partial(resnet, n) for n in (1, 3, 5, 7, 9, 18, 200)},
+        "resnet18-cifar": partial(resnet18, 2, 2, 2, 2),
+        "resnet34-cifar": partial(resnet18, 3, 4, 6, 3),
         "wrn-16-4": partial(wrn, 16, 4),
         "wrn-28-10": partial(wrn, 28, 10),
+        "vgg11": partial(vgg, 1, 1, 2, 2, 2),
+        "vgg19": partial(vgg, 2, 2, 4, 4, 4),
+        "dgl-cnn6": partial(dgl_cnn6, 128),
+        "dgl-cnn6-quarter": partial(dgl_cnn6, 32),
         "cnn": cnn,
         "mlp": mlp,
         **{f"torchvision/{name}": partial(_torchvision, name) for name in TORCHVISION},
