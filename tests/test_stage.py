@@ -22,7 +22,7 @@ from delock.links.message import Message
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method
 from delock.ops import Backward, Forward, Update
 from delock.plan import Step
-from delock.stage import Stage
+from delock.stage import Stage, saving
 from delock.timeline import in_flight
 
 import oracles
@@ -95,7 +95,7 @@ def test_inputs_are_cloned_only_where_they_must_be(method: Method) -> None:
     clean, dirty = nn.Sequential(Probe(), nn.Linear(4, 4)), nn.Sequential(Probe(), nn.ReLU(inplace=True), nn.Linear(4, 4))
     data = vectors(4)
     chain = Chain([clean, dirty], method, data).run()
-    assert [s.clones_inputs for s in chain.stages] == [False, True]
+    assert [s.body.clones_inputs for s in chain.stages] == [False, True]
     seen = chain.stages[0].module[0].seen
     assert set(seen[1:]) <= {x.data_ptr() for x, _ in data}, "a copy was made without need"  # the first forward finds out
 
@@ -194,8 +194,8 @@ def test_nothing_is_left_when_a_run_ends_and_graphs_go_with_their_last_use(metho
             case Backward(b) if step.last and (k, b) in graphs:
                 assert graphs[k, b]() is None, f"stage {k} still holds the graph of batch {b}"
     assert not any(s.memory for s in chain.stages)
-    assert not any(g is not None for s in chain.stages for g in s.grads)
-    assert not any(p.grad is not None for s in chain.stages for p in s.trained)
+    assert not any(g is not None for s in chain.stages for g in s.learner.grads)
+    assert not any(p.grad is not None for s in chain.stages for p in s.learner.weights)
     assert not any(chain.box.queues.values())
     assert all(graph() is None for graph in graphs.values())
 
@@ -206,7 +206,7 @@ def test_a_saved_mixed_stage_must_have_been_built_for_it() -> None:
         if k == 0 and step.op == Forward(1):
             break
     with pytest.raises(UsageError, match="resumable=True"):
-        chain.stages[0].state()
+        saving.state(chain.stages[0])
 
 
 def test_a_state_holds_each_version_of_the_weights_once() -> None:
@@ -217,7 +217,7 @@ def test_a_state_holds_each_version_of_the_weights_once() -> None:
             break
     first = chain.stages[0]
     second = stage(copy.deepcopy(first.module), 0, 3)
-    second.load(pickle.loads(pickle.dumps(first.state())))
+    saving.load(second, pickle.loads(pickle.dumps(saving.state(first))))
     assert {b: m.taken for b, m in second.memory.items()} == {b: m.taken for b, m in first.memory.items()}
     assert holds(second) == holds(first)
     assert holds(first)[2] > 1
@@ -524,7 +524,7 @@ def test_an_error_holds_one_tensor_per_floating_input() -> None:
     assert torch.equal(mask, sent.values[0])
     assert torch.equal(skip, torch.zeros(3, 4))
     assert lower.backward(Step(Backward(0, 1), 0, 0, last=True), error) == (None, None)
-    assert torch.allclose(lower.grads[0], h.T @ x)
+    assert torch.allclose(lower.learner.grads[0], h.T @ x)
 
 
 def test_integers_alone_between_stages() -> None:

@@ -15,7 +15,7 @@ from delock.errors import DelockError, StageFailed, UsageError
 from delock.links import Link, Message
 from delock.ops import Backward, Forward, Update, label
 from delock.plan import Plan, Step, walk
-from delock.stage import Stage
+from delock.stage import Stage, saving
 from delock.timeline.spans import Span
 
 
@@ -175,11 +175,11 @@ class Engine:
     def state(self) -> dict[str, Any]:
         """The stage and the messages under way to it, between two windows. Every stage of the run has to be asked at the same tick."""
         under_way = {source: self.link.pull(source, count) for source, count in self.in_flight.items()}
-        return {"stage": self.stage.state(), "under_way": under_way}
+        return {"stage": saving.state(self.stage), "under_way": under_way}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state()`, before the first window."""
-        self.stage.load(state["stage"])
+        saving.load(self.stage, state["stage"])
         for source, messages in state["under_way"].items():
             self.in_flight[source] = len(messages)
             self.link.push(source, messages)

@@ -1,0 +1,86 @@
+"""Some weights with their gradients, optimizer and schedule: what an Update does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from delock.ops import Reduce
+from delock.stage.values import address
+
+OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
+ScheduleFactory = Callable[[Optimizer], LRScheduler]
+
+
+class Learner:
+    """The weights of a stage. `behind_graphs`: the optimizer writes to them unseen by autograd, under live graphs (at="mixed")."""
+
+    def __init__(
+        self, named: Sequence[tuple[str, Tensor]], optimizer: OptimizerFactory, schedule: ScheduleFactory | None, behind_graphs: bool
+    ) -> None:
+        # An alias made through .data shares the storage but not the version counter by which autograd would notice.
+        self.weights: list[Any] = [nn.Parameter(w.data) if behind_graphs else w for _, w in named]
+        names = [name for name, _ in named]
+        self.optimizer = optimizer(list(zip(names, self.weights, strict=True))) if named else None
+        self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
+        self.grads: list[Tensor | None] = [None] * len(named)
+        self.count = 0  # Backwards accumulated since the last Update
+        self.version = 0  # Updates made
+
+    def add(self, grads: Sequence[Tensor | None], first: int = 0, passed_on: Sequence[Tensor | None] = ()) -> None:
+        """g += grads, for the weights from number `first` on, in memory that is g's own and laid out as the weights are.
+
+        Autograd hands out one tensor as the gradient of two parameters, or as an error that is `passed_on` (y = x + a + b), and
+        optimizers write to gradients (foreach Nesterov, clipping); it picks strides as it likes (channels_last), and fused optimizers
+        do not look at them.
+        """
+        taken = {address(d) for d in passed_on if d is not None}
+        for i, new in enumerate(grads, first):
+            old = self.grads[i]
+            if new is None:
+                continue
+            if old is not None:
+                self.grads[i] = old + new
+                continue
+            weight = self.weights[i]
+            if new.layout == torch.strided and (new.stride() != weight.stride() or address(new) in taken):
+                new = torch.empty_like(weight).copy_(new)
+            taken.add(address(new))
+            self.grads[i] = new
+
+    def update(self, reduce: Reduce) -> None:
+        """w <- step(w, g), g <- 0, and one step of the schedule: the rate is a function of the stage's own update count."""
+        for w, g in zip(self.weights, self.grads, strict=True):
+            w.grad = g / self.count if g is not None and reduce == "mean" and self.count > 1 else g
+        if self.optimizer:
+            self.optimizer.step()
+        if self.schedule:
+            self.schedule.step()
+        for w in self.weights:
+            w.grad = None
+        self.grads = [None] * len(self.grads)
+        self.count = 0
+        self.version += 1
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the weights."""
+        return {
+            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "schedule": self.schedule.state_dict() if self.schedule else None,
+            "version": self.version,
+            "count": self.count,
+            "grads": self.grads,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from `state()` of an equal learner."""
+        if self.optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule:
+            self.schedule.load_state_dict(state["schedule"])
+        self.version, self.count, self.grads = state["version"], state["count"], list(state["grads"])
