@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import delock
 from delock.cli import main
 from delock.methods import ADL, METHODS, options
 from delock.plan import unroll
@@ -87,7 +93,7 @@ def test_times_and_speeds(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_method_has_its_row_and_section(name: str) -> None:
     assert f"[`{name}`](#{name})" in [row[0] if row[0].endswith(")") else "" for row in _overview()]
     text = section(METHODS_PAGE, name)
-    for fact in ("$ delock plan --method " + name, "Options: ", "Memory", "Deviations: ", "Source: "):
+    for fact in ("$ delock plan --method " + name, "**Options:**", "**Memory", "**Deviations:**", "**Source:**"):
         assert fact in text
     for option in options(METHODS[name]):
         assert f"`{option}`" in text
@@ -105,6 +111,53 @@ def test_the_formula_for_what_adl_holds(K: int, M: int, order: str) -> None:
     for k in range(K):
         late = 2 * (K - 1 - k) - (order == "backward-first" and k < K - 1)
         assert (held[k].graphs, held[k].versions) == (late + 1, ceil(late / M) + 1)
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_first_program(tmp_path: Path) -> None:
+    """As a reader would run it: two processes, it learns, and the weights are on disk."""
+    program = tmp_path / "train.py"
+    program.write_text(blocks()[0])
+    done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    accuracy = re.search(r"accuracy (\d\.\d+)", done.stdout)
+    assert accuracy
+    assert float(accuracy[1]) > 0.85
+    assert torch.load(tmp_path / "model.pt").keys() == {f"{i}.{name}" for i in range(0, 9, 2) for name in ("weight", "bias")}
+
+
+def test_the_other_pieces_of_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other in the first program's module, in one process and with a few batches only."""
+    fit, runs = delock.fit, []
+
+    def short(*args: Any, **options: Any) -> Any:
+        steps = min(options.pop("steps", 4), 4)
+        options.pop("epochs", None)
+        runs.append(fit(*args, **options, steps=steps, workers="inline"))
+        return runs[-1]
+
+    monkeypatch.setattr(delock, "fit", short, raising=False)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "train"}
+    with torch.random.fork_rng(devices=[]):
+        for block in blocks():
+            exec(compile(block, "api.md", "exec", dont_inherit=True), names)
+    assert len(runs) == sum("delock.fit(" in block for block in blocks()[1:])
+
+
+def test_refusals_are_quoted() -> None:
+    """Every quoted beginning of an error in restrictions.md is in the code."""
+    written = []
+    for path in (ROOT / "src").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        written += [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    page = (ROOT / "docs" / "restrictions.md").read_text(encoding="utf-8")
+    quotes = [quote for row in table(page, "what | the error begins or says") for quote in row[1].replace("`", "").split(", ")]
+    assert len(quotes) > 25
+    assert [quote for quote in quotes if not any(quote in text for text in written)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
