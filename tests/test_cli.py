@@ -104,7 +104,7 @@ def test_nothing_heavy_is_loaded_for_help_and_plans() -> None:
         (["compare", "--methods", "bp:lr"], ["'lr'", "key=value"]),
         (["compare", *SMALL, "--methods", "bp", "--stages", "99"], ["99"]),
         (["plan", "--method", "dsp", "--p", "1", "2"], ["2 lags", "1 link"]),
-        (["plan", "--stages", "0"], ["0 stages"]),
+        (["plan", "--stages", "0"], ["stages is 0"]),
         (["plan", "--profile", "resnet21"], ["'resnet21'"]),
     ],
 )
@@ -119,11 +119,29 @@ def test_bad_input_is_one_line(here: Path, capsys: pytest.CaptureFixture[str], w
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(["train", "--acumulate", "2"], "--accumulate"), (["train", "--lr", "fast"], "fast"), (["train", "--at", "stsh"], "stash")],
+    [
+        (["train", "--acumulate", "2"], "there is no option --acumulate: did you mean --accumulate?"),
+        (["train", "--no-pinn"], "there is no option --no-pinn: did you mean --no-pin?"),
+        (["train", "--xyz"], "there is no option --xyz; delock train --help lists them"),
+        (["train", "-e", "3"], "there is no option -e"),
+        (["train", "fdg"], "'fdg' belongs to no option"),
+        (["train", "--lr", "fast"], "--lr is 'fast', but it must be a number"),
+        (["train", "--lr=fast"], "--lr is 'fast', but it must be a number"),
+        (["train", "--stages", "1.5"], "--stages is '1.5', but it must be a whole number"),
+        (["train", "--at", "stsh"], "--at is 'stsh', but it must be one of 'stash', 'replay', 'mixed'"),
+        (["train", "--lr"], "--lr needs one value (a number), but was given none"),
+        (["train", "--epochs", "3", "4"], "--epochs needs one value (a whole number), but was given 3 4"),
+        (["train", "--milestones", "1", "two"], "--milestones is 'two', but it must be a list, each entry a number"),
+        (["train", "--nesterov=true"], "--nesterov takes no value, but was given true"),
+        (["compare", "--method", "bp"], "there is no option --method: did you mean --methods?"),
+        (["plan", "--slots", "many"], "--slots is 'many', but it must be a whole number"),
+    ],
 )
 def test_words_that_are_no_options(here: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:
     assert main(words) == 2
-    assert expected in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {expected}")
+    assert error.count("\n") == 1
     assert not list(here.iterdir())
 
 

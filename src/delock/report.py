@@ -13,7 +13,9 @@ from delock.methods import METHODS, options
 from delock.records import EvaluationRecord, Event, Result, StageReport, Started, StepRecord
 
 Status = Literal["running", "finished", "interrupted", "failed"]
-Cells = list[str]
+Cells = list[str]  # a head may be of two lines
+SHOWN = 5  # stages in a row of a comparison
+STALENESS, LAYERWISE, IDLE = "staleness\n(updates)", "layer-wise\n(batches)", "idle"
 
 
 @dataclass
@@ -60,12 +62,12 @@ def title(config: AlgorithmOptions) -> str:
 def opening(config: TrainConfig, started: Started) -> str:
     """One line on what will run."""
     K = len(started.stages)
-    where = {"processes": f"in {K} processes" if K > 1 else "in a process", "inline": "in this process", "torchrun": "on torchrun's ranks"}
+    processes = f"in {K} processes" if K > 1 else "in one process"
+    where = {"processes": processes, "inline": "in this process", "torchrun": "on torchrun's ranks"}
     stages = f"{K} stages {where[started.workers]}" if K > 1 else f"uncut {where[started.workers]}"
     epochs = f"{started.epochs:.4g} epoch" + ("s" if started.epochs != 1 else "")
     length = f"{epochs} ({started.batches} batches of {config.dataset.batch_size})"
-    speed = f"predicted {started.samples_per_second:,.0f} samples/s"
-    return f"{title(config.algorithm)}: {config.network.model} on {config.dataset.data}, {stages}, {length}, {speed}"
+    return f"{title(config.algorithm)}: {config.network.model} on {config.dataset.data}, {stages}, {length}"
 
 
 def closing(story: Story) -> str:
@@ -130,7 +132,7 @@ def stage(report: StageReport) -> dict[str, Any]:
 
 def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
     """Head and rows of what is known of every stage before the run."""
-    head = ["stage", "layers", "parameters", "forward", "backward", "staleness", "layer-wise", "idle"]
+    head = ["stage", "layers", "parameters", "forward", "backward", STALENESS, LAYERWISE, IDLE]
     return head, [
         [
             str(s.stage),
@@ -148,16 +150,16 @@ def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
 
 def stage_table(reports: Sequence[StageReport]) -> tuple[Cells, list[Cells]]:
     """Head and rows of what every stage did."""
-    head = ["stage", "updates", "idle", "staleness", "layer-wise", "peak memory"]
+    head = ["stage", "updates", IDLE, STALENESS, LAYERWISE, "peak memory"]
     rows = [
-        [str(r.stage), str(r.updates), percent(r.idle), f"{r.mean_staleness:.2f}", f"{_mean(r.layer_staleness):.2f}", memory(r.peak_memory)]
+        [str(r.stage), str(r.updates), percent(r.idle), f"{r.mean_staleness:.2f}", f"{_mean(r.layer_staleness):g}", memory(r.peak_memory)]
         for r in reports
     ]
     return head, rows
 
 
 def compared(stories: Mapping[str, Story], plain: str) -> list[dict[str, Any]]:
-    """The rows of a comparison: summaries, means over their stages, and speed-ups over the row `plain` and the first other one of bp."""
+    """The rows of a comparison: summaries, what their stages show, and speed-ups over the row `plain` and the first other one of bp."""
     summaries = {name: summary(story) for name, story in stories.items()}
     bp = next((one for name, one in summaries.items() if one["method"] == "bp" and name != plain), None)
     return [
@@ -165,8 +167,8 @@ def compared(stories: Mapping[str, Story], plain: str) -> list[dict[str, Any]]:
             "name": name,
             "speedup_over_bp": _ratio(one, bp),
             "speedup_over_plain": _ratio(one, summaries.get(plain)),
-            "staleness": _average(one["stages"], "staleness"),
-            "layer_staleness": _average(one["stages"], "layer_staleness"),
+            "staleness": [stage["staleness"] for stage in one["stages"]],
+            "layer_staleness": [stage["layer_staleness"] for stage in one["stages"]],
             "idle": _average(one["stages"], "idle"),
             "peak_memory": max((stage["peak_memory"] for stage in one["stages"]), default=None),
             "summary": one,
@@ -176,8 +178,9 @@ def compared(stories: Mapping[str, Story], plain: str) -> list[dict[str, Any]]:
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], K: int) -> tuple[Cells, list[Cells]]:
-    """Head and rows of a comparison; what is not known is a dash."""
-    head = ["method", "test accuracy", "train loss", "samples/s", f"over bp, K = {K}", "over plain", "staleness", "layer-wise", "idle"]
+    """Head and rows of a comparison; what is not known is a dash. Staleness is a mean per stage, idle one over the stages."""
+    speeds = ["samples\n/s", f"over bp,\nK = {K}", "over\nplain"]
+    head = ["method", "test\naccuracy", "train\nloss", *speeds, STALENESS, LAYERWISE, IDLE, "peak\nmemory"]
     body = []
     for row in rows:
         one = row["summary"]
@@ -189,19 +192,24 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], K: int) -> tuple[Cells, 
             _cell(one["samples_per_second"] or None, "{:.0f}".format),
             _cell(row["speedup_over_bp"], "{:.2f}".format),
             _cell(row["speedup_over_plain"], "{:.2f}".format),
-            _cell(row["staleness"], "{:.2f}".format),
-            _cell(row["layer_staleness"], "{:.2f}".format),
+            per_stage([f"{mean:.1f}" for mean in row["staleness"]]),
+            per_stage([f"{mean:g}" for mean in row["layer_staleness"]]),
             _cell(row["idle"], percent),
             _cell(row["peak_memory"], memory),
         ]
         body.append(cells)
-    return [*head, "peak memory"], body
+    return head, body
 
 
 def markdown(head: Cells, rows: Sequence[Cells]) -> str:
     """A table as GitHub shows it: the first column to the left, numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    lines = [[name.replace("\n", " ") for name in head], ["---", *["---:"] * (len(head) - 1)], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n" for cells in lines)
+
+
+def per_stage(cells: Sequence[str]) -> str:
+    """What there is of each stage, of many stages the first two and the last: 6.0/4.0/2.0/0.0; a dash for nothing."""
+    return "/".join(cells if len(cells) <= SHOWN else [*cells[:2], "..", cells[-1]]) or "-"
 
 
 def milliseconds(seconds: float) -> str:

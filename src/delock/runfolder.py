@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from datetime import datetime
@@ -23,7 +24,7 @@ OURS = (CONFIG, METRICS, SUMMARY, MODEL, "compare.json", "compare.md", "compare.
 class RunFolder:
     """A folder that does not exist before `open`. Without `out` it is runs/<date-time>-<name>, with a number where that is taken.
 
-    Raises UsageError where `out` is a file, or is not empty and `overwrite` is not given.
+    Raises UsageError where no folder can be made there, where `out` is a file, and where it is not empty and `overwrite` is not given.
     """
 
     def __init__(self, out: Path | None, name: str, *, overwrite: bool = False) -> None:
@@ -32,11 +33,12 @@ class RunFolder:
         self._inside: RunFolder | None = None
         self.opened = False
         self._metrics: IO[str] | None = None
-        if out is not None and out.exists():
-            if not out.is_dir():
-                raise UsageError(f"the run folder {out} is a file: give another --out")
-            if any(out.iterdir()) and not overwrite:
+        try:
+            _refuse(self.path)
+            if out is not None and out.exists() and any(out.iterdir()) and not overwrite:
                 raise UsageError(f"the run folder {out} exists: give another --out, or --overwrite to replace the run in it")
+        except OSError as error:
+            raise UsageError(f"cannot use the run folder {self.path}: {error.strerror}; give another --out") from None
 
     def inner(self, name: str) -> RunFolder:
         """The folder of one of several runs in here; opening it opens this one first."""
@@ -51,7 +53,6 @@ class RunFolder:
         if self._inside:
             self._inside.open()
             self.path = self._inside.path / self.path.name
-        self.opened = True
         try:
             if self._chosen:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -59,11 +60,12 @@ class RunFolder:
             else:
                 self.path = _new(self.path)
         except OSError as error:
-            raise UsageError(f"cannot make the run folder {self.path}: {error.strerror}") from None
+            raise UsageError(f"cannot make the run folder {self.path}: {error.strerror}; give another --out") from None
+        self.opened = True
 
     def write(self, name: str, text: str) -> None:
         """One of the folder's text files."""
-        (self.path / name).write_text(text, encoding="utf-8")
+        self._replace(name, text.encode())
 
     def add(self, record: StepRecord | EvaluationRecord) -> None:
         """A line of metrics.jsonl, on disk at once: what was recorded outlives the run."""
@@ -77,7 +79,16 @@ class RunFolder:
         from safetensors.torch import save  # here: it loads torch
 
         whole = save({name: value.detach().cpu().contiguous() for name, value in state.items()})
-        (self.path / MODEL).write_bytes(whole)  # save_file would make a file that only its owner may read
+        self._replace(MODEL, whole)  # save_file would make a file that only its owner may read
+
+    def _replace(self, name: str, content: bytes) -> None:
+        """Write a file such that, whatever comes between, nobody finds half of it."""
+        part = self.path / f".{name}.part"
+        try:
+            part.write_bytes(content)
+            part.replace(self.path / name)
+        finally:
+            part.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close metrics.jsonl."""
@@ -107,6 +118,16 @@ def _finite(value: Any) -> Any:
             return [_finite(item) for item in value]
         case _:
             return value
+
+
+def _refuse(path: Path) -> None:
+    """Raise UsageError where a folder cannot be, or cannot be made: before hours of work rather than after."""
+    place = next((place for place in (path, *path.parents) if place.exists()), None)
+    if place is not None and not place.is_dir():
+        where = "it" if place == path else place
+        raise UsageError(f"cannot use the run folder {path}: {where} is a file; give another --out")
+    if place is None or not os.access(place, os.W_OK):
+        raise UsageError(f"cannot use the run folder {path}: {place or 'the place'} may not be written to; give another --out")
 
 
 def _new(path: Path) -> Path:

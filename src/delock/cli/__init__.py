@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import version
 from types import MappingProxyType
 
+from delock import __version__
+from delock.cli.interrupts import interruptible
+from delock.cli.ranks import chief
 from delock.errors import DelockError, UsageError
 
 COMMANDS = MappingProxyType(
@@ -23,35 +25,51 @@ USAGE, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+
+    A note on an error (add_note) says where something was kept; it is told with the error.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if not words or words[0] in ("-h", "--help"):
-            print(help_text())
-            return 0
-        if words[0] == "--version":
-            print(f"delock {version('delock')}")
-            return 0
-        if words[0] not in COMMANDS:
-            near = get_close_matches(words[0], COMMANDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
-            raise UsageError(f"delock has no command {words[0]!r}; {hint}")
-        code: int = import_module(f"delock.cli.{words[0]}").run(words[1:])
-        return code
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
-    except DelockError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # `delock plan | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except SystemExit as leave:  # the parser, after --help or a wrong value; a rank of torchrun, after its failure
-        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    with interruptible(whole_program=argv is None):
+        try:
+            return _command(words)
+        except UsageError as error:
+            _say(f"error: {' '.join(str(error).split())}", error, "; ")
+            return USAGE
+        except DelockError as error:
+            _say(f"error: {error}", error, "\n")
+            return FAILED
+        except KeyboardInterrupt as error:
+            if chief():
+                _say("interrupted", error, "; ")
+            return getattr(error, "code", INTERRUPTED)
+        except BrokenPipeError:  # `delock plan | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        except OSError as error:  # a full disk, a folder that may not be written
+            _say(f"error: {error}", error, "; ")
+            return FAILED
+        except SystemExit as leave:  # the parser, after --help; a rank of torchrun, after its failure
+            return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+
+
+def _command(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if words[0] == "--version":
+        print(f"delock {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        near = get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise UsageError(f"delock has no command {words[0]!r}: {hint}")
+    code: int = import_module(f"delock.cli.{words[0]}").run(words[1:])
+    return code
+
+
+def _say(text: str, error: BaseException, joint: str) -> None:
+    print(joint.join([text, *getattr(error, "__notes__", ())]), file=sys.stderr)
 
 
 def help_text() -> str:
@@ -59,7 +77,8 @@ def help_text() -> str:
     commands = "\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items())
     return f"""usage: delock COMMAND [OPTIONS]
 
-Train one deep network on several workers depth-wise, without the locks of backpropagation.
+Train one deep network on several workers depth-wise, without the locks of
+backpropagation.
 
 commands:
 {commands}
@@ -68,6 +87,6 @@ delock COMMAND --help shows the options of a command; --version the version.
 
 examples:
   delock train
-  delock train --method adl --accumulate 2 --stages 4 --data folder --data-dir DIR
+  delock train --method adl --accumulate 4 --stages 4 --model cnn
   delock compare --methods bp,ddg,fdg,adl --epochs 5
   delock plan --method fdg --stages 3"""

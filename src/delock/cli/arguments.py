@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
+from delock.cli.complaint import complaint
 from delock.config import build, flat, override, table, toml
+from delock.errors import UsageError
 
 C = TypeVar("C")
 
@@ -16,14 +20,19 @@ FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
 
 
 def parse(config: type[C], words: Sequence[str], command: str, description: str) -> C:
-    """The config that the words ask for. Raises UsageError for a file that does not fit.
-
-    --help and words that are no options leave by SystemExit, with code 0 and 2, as the parser has it.
-    """
+    """The config that the words ask for. Raises UsageError for words and a file that do not fit; --help leaves by SystemExit."""
     path = _file(words) if "config" in table(config) else None
     values = {key.replace("-", "_"): value for key, value in toml.read(path).items()} if path else {}
+    if "config" in values:
+        raise UsageError(f"{path}: a config file cannot name another one; take the line `config` out")
     default = build(config, values, str(path))
-    asked = tyro.cli(config, args=list(words), prog=f"delock {command}", description=description, default=default, config=FLAT)
+    try:
+        with redirect_stderr(StringIO()):  # its errors are boxes of many lines; ours is one line
+            asked = tyro.cli(config, args=list(words), prog=f"delock {command}", description=description, default=default, config=FLAT)
+    except SystemExit as leave:
+        if leave.code:
+            raise UsageError(complaint(words, table(config), command)) from None
+        raise
     if not path:
         return asked
     given = _names(words, table(config))

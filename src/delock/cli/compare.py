@@ -6,26 +6,27 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from delock.cli import INTERRUPTED
 from delock.cli.arguments import parse
+from delock.cli.ranks import ranks
 from delock.cli.rows import PLAIN, Row, cut_alike, rows
-from delock.cli.session import check_network, load_data, ranks, train, warm_up
+from delock.cli.session import load_data, refuse, train, warm_up
 from delock.config import CompareConfig, flat
 from delock.errors import DelockError, UsageError
-from delock.report import Story, compared, comparison_table, markdown
+from delock.records import Started
+from delock.report import IDLE, LAYERWISE, Cells, Story, compared, comparison_table, markdown
 from delock.runfolder import RunFolder, dumps
 
 if TYPE_CHECKING:
     from delock.cli.screen import Screen
     from delock.data import Data
 
-ABOUT = """Train a network with several methods, one after another, and lay the results side by side.
+ABOUT = """Train a network with several methods, and lay the results side by side.
 
 examples:
   delock compare
-  delock compare --methods bp,ddg,fr,fdg,fdg:beta=0.5,adl:accumulate=2:lr=0.2,dsp --epochs 5
+  delock compare --methods bp,fdg:beta=0.5,adl:accumulate=2:lr=0.2 --epochs 5
   delock compare --methods bp dsp:p=2+1+3:q=1+1+1 --stages 4 --no-plain
-  delock compare --data folder --data-dir DIR --model resnet20 --batch-size 128 --epochs 3 --warmup 390"""
+  delock compare --data folder --data-dir DIR --model resnet20 --warmup 390"""
 
 
 def run(words: Sequence[str]) -> int:
@@ -40,21 +41,27 @@ def run(words: Sequence[str]) -> int:
 
     screen = Screen()
     data = load_data(todo[0].config, screen)
-    check_network(todo[-1].config, data)
+    for row in todo:
+        refuse(row.config, data)
     stories: dict[str, Story] = {}
     try:
-        _train(todo, data, folder, screen, stories)
-        code = int(any(story.status != "finished" for story in stories.values()))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    if folder.opened:
-        _close(config, folder, screen, stories)
-    return code
+        _train(config, todo, data, folder, screen, stories)
+    except BaseException as error:
+        screen.end()
+        if folder.opened:
+            _keep(config, folder, stories)
+            error.add_note(f"what was recorded is in {folder.path}")
+        raise
+    screen.line()
+    screen.table(*_table(stories), spare=(IDLE, LAYERWISE))
+    screen.line(f"run folder: {folder.path}")
+    return int(any(story.status != "finished" for story in stories.values()))
 
 
-def _train(todo: Sequence[Row], data: Data, folder: RunFolder, screen: Screen, stories: dict[str, Story]) -> None:
-    """Train every row into its own folder. A row that fails is told, and the others go on."""
+def _train(
+    config: CompareConfig, todo: Sequence[Row], data: Data, folder: RunFolder, screen: Screen, stories: dict[str, Story]
+) -> None:
+    """Train every row into its own folder. A row that fails is told, and the others go on; bad input with nothing kept yet ends it all."""
     cuts: tuple[int, ...] | None = None
     for i, row in enumerate(todo):
         row = cut_alike(row, cuts) if cuts is not None else row
@@ -63,24 +70,38 @@ def _train(todo: Sequence[Row], data: Data, folder: RunFolder, screen: Screen, s
         try:
             train(story, data, folder.inner(row.folder), screen)
         except DelockError as error:
+            if isinstance(error, UsageError) and not story.started and not folder.opened:
+                raise
             print(f"error: {row.name}: {error}", file=sys.stderr)
         if cuts is None and story.started and row.name != PLAIN:
             cuts = story.started.cuts  # measured once: the rows differ in the method alone
+        if folder.opened:
+            _keep(config, folder, stories)
+            _draw(folder, stories)
 
 
-def _close(config: CompareConfig, folder: RunFolder, screen: Screen, stories: dict[str, Story]) -> None:
+def _keep(config: CompareConfig, folder: RunFolder, stories: dict[str, Story]) -> None:
+    """What is known so far, as a file and as a table: after every row, so that no end of this program can take it away."""
+    any_cut = _any_cut(stories)
+    options = {name: str(value) if name in ("data_dir", "out", "config") else value for name, value in flat(config).items()}
+    told = {"config": options, "cuts": any_cut.cuts if any_cut else None, "rows": compared(stories, PLAIN)}
+    folder.write("compare.json", dumps(told, indent=2) + "\n")
+    folder.write("compare.md", markdown(*_table(stories)))
+
+
+def _draw(folder: RunFolder, stories: dict[str, Story]) -> None:
     from delock.draw import Run, curves
 
-    told = compared(stories, PLAIN)
-    any_cut = next((story.started for name, story in stories.items() if name != PLAIN and story.started), None)
-    K = len(any_cut.stages) if any_cut else 1
-    head, body = comparison_table(told, K)
-    options = {name: str(value) if name in ("data_dir", "out", "config") else value for name, value in flat(config).items()}
-    folder.write("compare.json", dumps({"config": options, "cuts": any_cut.cuts if any_cut else None, "rows": told}, indent=2) + "\n")
-    folder.write("compare.md", markdown(head, body))
     runs = [Run(name, story.evaluations, story.steps) for name, story in stories.items() if story.steps]
     if runs:
         curves(runs, folder.path / "compare")
-    screen.line()
-    screen.table(head, body)
-    screen.line(f"run folder: {folder.path}")
+
+
+def _table(stories: dict[str, Story]) -> tuple[Cells, list[Cells]]:
+    any_cut = _any_cut(stories)
+    return comparison_table(compared(stories, PLAIN), len(any_cut.stages) if any_cut else 1)
+
+
+def _any_cut(stories: dict[str, Story]) -> Started | None:
+    """A run that was cut as all but the plain one are."""
+    return next((story.started for name, story in stories.items() if name != PLAIN and story.started), None)

@@ -10,22 +10,22 @@ from typing import Annotated, Any
 
 from delock.cli.arguments import parse
 from delock.cli.profile import Profile, measure_model
-from delock.config import AlgorithmOptions, make_method, shown
+from delock.config import AlgorithmOptions, make_method, refuse_below, shown
 from delock.errors import UsageError
 from delock.methods import Method, options
 from delock.plan import chart, unroll
-from delock.report import Cells, milliseconds, percent, title
+from delock.report import IDLE, LAYERWISE, STALENESS, Cells, milliseconds, percent, title
 from delock.runfolder import dumps
 from delock.timeline import Costs, Prediction, capacities, predict, simulate
 
-ABOUT = """Show what a method does: its schedule, staleness, memory in flight and speed. Nothing is trained.
+ABOUT = """Show a method's schedule, staleness, memory and speed; nothing is trained.
 
 examples:
   delock plan
   delock plan --method adl --accumulate 2 --stages 4
   delock plan --method dsp --p 2 1 --q 1 3 --stages 3 --link-delay 0.5
   delock plan --method ddg --stages 4 --picture ddg.svg
-  delock plan --method fdg --stages 2 --profile resnet20 --data synthetic --batch-size 128"""
+  delock plan --method fdg --profile resnet20 --data synthetic"""
 
 
 CELL = 7  # columns of a cell in most charts
@@ -115,9 +115,8 @@ def run(words: Sequence[str]) -> int:
 def find(config: PlanConfig) -> Answer:
     """Unroll, measure if asked to, and time on both clocks. Raises UsageError for what does not fit."""
     method, K, asked = make_method(config.algorithm), config.plan.stages, config.profile
+    _check(config)
     slots = config.plan.slots if config.plan.slots is not None else max(8, (get_terminal_size((180, 24)).columns - 12) // CELL)
-    if slots < 1:
-        raise UsageError(f"slots is {slots}, but it must be at least 1")
     picture = chart(unroll(method, K, slots), slots)
     measured = None
     if asked.profile:
@@ -133,6 +132,14 @@ def find(config: PlanConfig) -> Answer:
     costs = cost_model(config.costs, method, K, measured)
     clocks = [predict(method, K, clock) for clock in (costs, replace(costs, barrier=True))]
     return Answer(config, method, costs, measured, picture, *clocks)
+
+
+def _check(config: PlanConfig) -> None:
+    costs = {name.replace("_", "-"): (value, 0.0) for name, value in asdict(config.costs).items()}
+    rest = {"slots": (config.plan.slots, 1), "batch-size": (config.profile.batch_size, 1), "threads": (config.profile.threads, 1)}
+    refuse_below({"stages": (config.plan.stages, 1), **costs, **rest})
+    if (picture := config.plan.picture) and not picture.parent.is_dir():
+        raise UsageError(f"cannot draw {picture}: there is no folder {picture.parent}; make it first")
 
 
 def cost_model(options: CostOptions, method: Method, K: int, measured: Profile | None) -> Costs:
@@ -201,7 +208,7 @@ def show(answer: Answer, files: Sequence[Path]) -> None:
 
 def stage_rows(speed: Prediction) -> tuple[Cells, list[Cells]]:
     """Head and rows of what every stage has to live with, and to hold."""
-    head = ["stage", "gradient staleness (updates)", "layer-wise (batches)", "graphs", "stored inputs", "weight versions", "idle"]
+    head = ["stage", STALENESS, LAYERWISE, "graphs", "stored\ninputs", "weight\nversions", IDLE]
     return head, [
         [f"{k}", f"{s.staleness:.2f}", *map(str, (s.layer_staleness, s.held.graphs, s.held.inputs, s.held.versions)), percent(s.idle)]
         for k, s in enumerate(speed.stages)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
-from delock.config import CompareConfig, TrainConfig, build, flat, make_method, override, resolve, table
+from delock.config import CompareConfig, TrainConfig, build, flat, override, resolve, table
 from delock.config.options import ComparisonOptions
 from delock.errors import UsageError
 
@@ -64,9 +64,7 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
         if not equals:
             raise UsageError(f"{word}: {setting!r} is not a setting; write key=value, as in adl:accumulate=2")
         given[key.replace("-", "_")] = _value(word, key.replace("-", "_"), value)
-    config = resolve(build(TrainConfig, override(common, given), word))
-    make_method(config.algorithm).fits(config.network.stages or 1)
-    return config
+    return resolve(build(TrainConfig, override(common, given), word))
 
 
 def _value(word: str, key: str, text: str) -> Any:

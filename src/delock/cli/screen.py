@@ -32,11 +32,15 @@ class Screen:
         self.console.print(text, soft_wrap=True)
         self._told = time.monotonic()
 
-    def table(self, head: Cells, rows: Sequence[Cells]) -> None:
-        """A table; all columns but the first to the right."""
+    def table(self, head: Cells, rows: Sequence[Cells], spare: Sequence[str] = ()) -> None:
+        """A table; all columns but the first to the right. In a narrow terminal the `spare` columns go, then the first one is folded."""
+        for name in spare:
+            if _width(head, rows) > self.console.width:
+                kept = [i for i, other in enumerate(head) if other != name]
+                head, rows = [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
         table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for i, name in enumerate(head):
-            table.add_column(name, justify="right" if i else "left")
+            table.add_column(name, justify="right" if i else "left", vertical="bottom", no_wrap=i > 0, overflow="fold")
         for row in rows:
             table.add_row(*row)
         self.console.print(table)
@@ -75,6 +79,12 @@ class Screen:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _width(head: Cells, rows: Sequence[Cells]) -> int:
+    """Columns of the terminal that a table takes: two between its own."""
+    longest = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(head, *rows, strict=True)]
+    return sum(longest) + 2 * (len(head) - 1)
 
 
 def rate(record: StepRecord | EvaluationRecord) -> str:

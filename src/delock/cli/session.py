@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from delock.cli.board import Board
+from delock.cli.ranks import ranks
 from delock.cli.screen import Screen
 from delock.config import TrainConfig, flat, make_method, toml
 from delock.errors import UsageError
@@ -19,16 +19,6 @@ if TYPE_CHECKING:
     from delock.data import Data
 
 NOT_REPEATED = ("out", "overwrite", "config")  # config.toml says how to repeat a run, not where an earlier one was kept
-
-
-def ranks() -> int | None:
-    """Number of ranks that torchrun gives; None without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
-
-
-def chief() -> bool:
-    """Whether this process speaks and writes: under torchrun rank 0 alone does."""
-    return ranks() is None or os.environ["RANK"] == "0"
 
 
 def warm_up(config: TrainConfig) -> None:
@@ -75,6 +65,7 @@ class Session:
             case Started():
                 self.screen.end()
                 self.screen.line(opening(self.story.config, event))
+                self.screen.line(f"predicted: {event.samples_per_second:,.0f} samples/s; per stage:")
                 self.screen.table(*prediction_table(event))
                 self.screen.phase("training", event.batches)
                 return
@@ -129,12 +120,16 @@ def train(story: Story, data: Data, folder: RunFolder, screen: Screen) -> None:
         session.end()
 
 
-def check_network(config: TrainConfig, data: Data) -> None:
-    """Raise UsageError where the model does not exist, or cannot be cut as a resolved config says."""
-    from delock.nets import atoms, resolve_cuts
+def refuse(config: TrainConfig, data: Data) -> None:
+    """Raise UsageError where a resolved config asks for what cannot be trained: no such model or device, too few layers, a batch of one."""
+    from delock.fitting import refuse_unfit
+    from delock.launch.rank import backend_for
+    from delock.nets import atoms
 
-    network = config.network
-    resolve_cuts(atoms(_build(config, data)), network.cuts if network.cuts is not None else range(1, network.stages or 1))
+    network, machine = config.network, config.machine
+    K = network.stages or 1
+    backend_for(machine.device, None, K if machine.workers == "processes" else 1)
+    refuse_unfit(atoms(_build(config, data)), K, network.cuts, make_method(config.algorithm), data.train.sizes())
 
 
 def _build(config: TrainConfig, data: Data) -> nn.Module:

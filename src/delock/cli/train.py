@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from delock.cli import INTERRUPTED
 from delock.cli.arguments import parse
-from delock.cli.session import chief, load_data, ranks, train, warm_up
+from delock.cli.ranks import chief, ranks
+from delock.cli.session import load_data, train, warm_up
 from delock.config import TrainConfig, resolve
 from delock.report import Story, closing, stage_table
 from delock.runfolder import RunFolder
@@ -16,8 +15,8 @@ ABOUT = """Train a network on several workers, one stage each.
 
 examples:
   delock train
-  delock train --method adl --accumulate 2 --stages 4 --epochs 10
-  delock train --data folder --data-dir DIR --model resnet20 --batch-size 128 --warmup 390
+  delock train --method adl --accumulate 4 --stages 4 --epochs 10
+  delock train --data folder --data-dir DIR --model resnet20 --batch-size 128
   delock train --config runs/RUN/config.toml --seed 1
   torchrun --nproc-per-node 2 -m delock train"""
 
@@ -37,14 +36,11 @@ def run(words: Sequence[str]) -> int:
         train(story, load_data(config, screen), folder, screen)
     except BaseException as error:
         screen.end()
-        interrupted = isinstance(error, KeyboardInterrupt)
         if folder.opened:
-            how = "interrupted" if interrupted else "the run has failed"
-            print(f"{how}; what was recorded is in {folder.path}", file=sys.stderr)
-        if folder.opened and interrupted:
-            return INTERRUPTED
+            error.add_note(f"what was recorded is in {folder.path}")
         raise
     if story.result:
+        screen.line("\nmeasured, per stage:")
         screen.table(*stage_table(story.result.stages))
         screen.line(closing(story))
         screen.line(f"run folder: {folder.path}")

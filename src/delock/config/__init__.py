@@ -3,7 +3,7 @@
 from delock.config import toml
 from delock.config.flat import build, flat, override, table
 from delock.config.options import AlgorithmOptions, CompareConfig, DatasetOptions, TrainConfig, shown
-from delock.config.resolve import make_method, resolve
+from delock.config.resolve import make_method, refuse_below, resolve
 
 __all__ = [
     "AlgorithmOptions",
@@ -14,6 +14,7 @@ __all__ = [
     "flat",
     "make_method",
     "override",
+    "refuse_below",
     "resolve",
     "shown",
     "table",

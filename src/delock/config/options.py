@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 
-def shown(default: str) -> Any:
-    """The default that --help shows for an option whose value is worked out later."""
-    return arg(help_behavior_hint=f"(default: {default})")
+def shown(default: str, values: str | None = None) -> Any:
+    """The default that --help shows for an option whose value is worked out later, and what it shows for a list of values."""
+    return arg(help_behavior_hint=f"(default: {default})", metavar=values)
 
 
 OWN = shown("the method's own")
+LAGS = shown("the method's own", "TICKS ...")
 EPOCHS = 20  # digits is past 97 % test accuracy with time to spare
 
 
@@ -34,9 +35,9 @@ class AlgorithmOptions:
     """fdg, adl: order of work inside a tick."""
     reduce: Annotated[Literal["sum", "mean"] | None, OWN] = None
     """adl: what becomes of accumulated gradients."""
-    p: Annotated[tuple[int, ...] | None, OWN] = None
+    p: Annotated[tuple[int, ...] | None, LAGS] = None
     """dsp: lag of activations in ticks, one per link or one for all."""
-    q: Annotated[tuple[int, ...] | None, OWN] = None
+    q: Annotated[tuple[int, ...] | None, LAGS] = None
     """dsp: lag of errors in ticks, one per link or one for all."""
     micro_batches: Annotated[int | None, OWN] = None
     """gpipe, 1f1b: parts in which a batch is done."""
@@ -52,7 +53,7 @@ class NetworkOptions:
     """Dropout rate, for models that have dropout."""
     stages: Annotated[int | None, shown("2")] = None
     """Number of stages; the cuts make their measured times even."""
-    cuts: Annotated[tuple[int | str, ...] | None, shown("even times")] = None
+    cuts: Annotated[tuple[int | str, ...] | None, shown("even times", "LAYER ...")] = None
     """Where stages 1, 2, ... begin, in place of --stages: numbers (5 9) or names (layer2 layer3.1) of layers."""
 
 
@@ -102,7 +103,7 @@ class TrainingOptions:
     """Course of the learning rate after the warm-up."""
     warmup: int = 0
     """Batches in which the learning rate rises to --lr."""
-    milestones: tuple[float, ...] = ()
+    milestones: Annotated[tuple[float, ...], shown("none", "EPOCH ...")] = ()
     """steps: epochs at which the learning rate is multiplied by --gamma."""
     gamma: float = 0.1
     """steps: the factor of a milestone."""
@@ -160,8 +161,8 @@ class TrainConfig:
 class ComparisonOptions:
     """The rows of the table."""
 
-    methods: tuple[str, ...] = ("bp", "ddg", "fr", "fdg", "adl", "dsp")
-    """Methods with options of their own and training options, as in: bp,fdg:beta=0.5,adl:accumulate=2:lr=0.2,dsp:p=2+1+3."""
+    methods: Annotated[tuple[str, ...], shown("bp,ddg,fr,fdg,adl,dsp", "METHOD,... ...")] = ("bp", "ddg", "fr", "fdg", "adl", "dsp")
+    """Methods, with settings of their own after colons: adl:accumulate=2:lr=0.2, dsp:p=2+1+3."""
     plain: bool = True
     """Plain PyTorch first: the uncut network in one process with as many threads."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -19,12 +20,12 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     Raises UsageError for what contradicts itself or is out of range.
     """
     _check(config)
-    return replace(
-        config,
-        algorithm=_algorithm(config.algorithm),
-        network=_network(config.network, ranks or 2),
-        training=_training(config.training),
-    )
+    method, network = make_method(config.algorithm), _network(config.network, ranks or 2)
+    method.fits(network.stages or 1)
+    if method.parts > config.dataset.batch_size:
+        images = f"batch-size is {config.dataset.batch_size}"
+        raise UsageError(f"{method.name} splits every batch into {method.parts} parts, but {images}: use fewer parts, or larger batches")
+    return replace(config, algorithm=_algorithm(config.algorithm, method), network=network, training=_training(config.training))
 
 
 def make_method(config: AlgorithmOptions) -> Method:
@@ -34,8 +35,7 @@ def make_method(config: AlgorithmOptions) -> Method:
     return make(config.method, **{name: value for name, value in (given | lags).items() if value is not None})
 
 
-def _algorithm(config: AlgorithmOptions) -> AlgorithmOptions:
-    chosen = make_method(config)
+def _algorithm(config: AlgorithmOptions, chosen: Method) -> AlgorithmOptions:
     values = {name: getattr(chosen, name) for name in options(type(chosen))}
     lags = {name: (value,) for name in ("p", "q") if isinstance(value := values.get(name), int)}
     return AlgorithmOptions(config.method, **(values | lags))
@@ -70,10 +70,17 @@ def _training(config: TrainingOptions) -> TrainingOptions:
     )
 
 
+def refuse_below(bounds: Mapping[str, tuple[float | None, float]]) -> None:
+    """Raise UsageError where a value (name: value, least) is too small, infinite or no number; None is not given."""
+    for name, (value, least) in bounds.items():
+        if value is not None and not least <= value < float("inf"):
+            raise UsageError(f"{name} is {value:g}, but it must be at least {least:g}")
+
+
 def _check(config: TrainConfig) -> None:
     """Refuse numbers out of range, by the names the user gave them."""
     network, data, training, machine = config.network, config.dataset, config.training, config.machine
-    least = {
+    bounds: dict[str, tuple[float | None, float]] = {
         "stages": (network.stages, 1),
         "batch-size": (data.batch_size, 1),
         "test-batch-size": (data.test_batch_size, 1),
@@ -92,9 +99,9 @@ def _check(config: TrainConfig) -> None:
         "patience": (machine.patience, 0),
         "log-every": (config.output.log_every, 1),
     }
-    for name, (value, bound) in least.items():
-        if value is not None and not bound <= value < float("inf"):
-            raise UsageError(f"{name} is {value}, but it must be at least {bound}")
+    refuse_below(bounds)
+    if any(not 0 <= at < float("inf") for at in training.milestones):
+        raise UsageError(f"milestones are {' '.join(f'{at:g}' for at in training.milestones)}, but every one must be at least 0")
     if not 0 <= network.dropout < 1:
         raise UsageError(f"dropout is {network.dropout}, but it must lie in [0, 1)")
     if not 0 <= machine.port <= 65535:

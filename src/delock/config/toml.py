@@ -12,13 +12,17 @@ from delock.errors import UsageError
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys and values of a TOML file. Raises UsageError where there is none, or it is not TOML."""
+    """The keys and values of a TOML file. Raises UsageError where there is none, or it is not TOML, or has tables."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not a TOML file: {error}") from None
     except OSError as error:
         raise UsageError(f"cannot read the config file {path}: {error.strerror}") from None
+    for name, value in values.items():
+        if isinstance(value, dict):
+            raise UsageError(f"{path}: [{name}] begins a table, but all options stand at the top level: take that line out")
+    return values
 
 
 def write(values: Mapping[str, Any], comment: str) -> str:

@@ -1,0 +1,52 @@
+"""Ctrl-C, SIGTERM and a closed terminal: each ends the command in order, once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from delock.cli.ranks import chief
+
+SETTLE = 5.0  # seconds that an orderly end may take
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to end; `code` is the exit code that says so."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number  # as shells have it
+
+
+@contextmanager
+def interruptible(*, whole_program: bool) -> Iterator[None]:
+    """Within, SIGINT, SIGTERM and SIGHUP raise Interrupted; one more in the next SETTLE seconds is taken for the same wish.
+
+    For ending takes a moment - processes leave, the summary is written - which an impatient second Ctrl-C must not cut short.
+    If this is the `whole_program`, the handlers outlive a signal, so that the interpreter's own end is not cut short either.
+    A rank of torchrun other than the first dies of SIGTERM as ever: it has nothing to write, and may wait in C++ for a peer.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python's signals are the main thread's
+        yield
+        return
+    asked: list[float] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not asked or now - asked[-1] > SETTLE:
+            asked.append(now)
+            raise Interrupted(number)
+
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if chief() else (signal.SIGINT,)
+    usual = (signal.SIG_DFL, signal.default_int_handler)  # else somebody has decided otherwise: nohup, a debugger
+    before = {number: signal.signal(number, ask) for number in wanted if signal.getsignal(number) in usual}
+    try:
+        yield
+    finally:
+        if not (asked and whole_program):
+            for number, handler in before.items():
+                signal.signal(number, handler)
