@@ -143,9 +143,8 @@ class Engine:
     def _judge(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
         value = loss.item()
         if not math.isfinite(value):
-            batch, part = divmod(op.batch, self.parts)
             updates = f"{self.stage.version} update{'s' if self.stage.version != 1 else ''}"
-            which = f"batch {batch} (micro-batch {part})" if self.parts > 1 else f"batch {batch}"
+            which = f"batch {op.batch // self.parts}" + (f" (micro-batch {op.batch})" if self.parts > 1 else "")
             raise NonFinite(
                 f"the loss of {which} became {value} at stage {self.stage.k}, after {updates}; "
                 "lower the learning rate, warm it up, or shrink the gradients (beta)"
