@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from delock.launch.processes import run_processes
-from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method, OneFOneB
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Method, OneFOneB
 from delock.plan import Course
 from delock.stage import OptimizerFactory
 from delock.train import Job, StageResult, run_inline, run_rank
 
+from oracles_local import tiny_heads
 from workloads import WORK, Samples, sgd, warm_up
 
 CPU = torch.device("cpu")
@@ -37,6 +38,7 @@ def every_method(K: int) -> list[Method]:
         ),
         DSP(),
         DSP(p=p, q=q),
+        DGL(),
     ]
 
 
@@ -59,6 +61,8 @@ def jobs(
     net, kind, loss = WORK[work]
     train, test = Samples(kind, samples, batch, dtype), Samples(kind, 11, 4, dtype, seed=1)
     course = Course(len(train) * epochs, len(train) if evaluate else 0, len(test) if evaluate else 0)
+    stages = net(K, dtype)
+    heads = dict(zip(method.headed(K), tiny_heads(stages, next(iter(train.epoch(0)))[0], dtype), strict=bool(method.headed(K))))
     return [
         Job(
             k=k,
@@ -75,11 +79,12 @@ def jobs(
             seed=7,
             train=train if k == 0 else None,
             test=test if k == 0 else None,
+            head=heads.get(k),
             log_every=1,
             window=window,
             trace=trace,
         )
-        for k, module in enumerate(net(K, dtype))
+        for k, module in enumerate(stages)
     ]
 
 
@@ -97,6 +102,7 @@ def assert_equal(a: list[StageResult], b: list[StageResult]) -> None:
     """Weights, buffers, optimizer state, losses and evaluations are the same to the last bit."""
     for one, other in zip(a, b, strict=True):
         same_tree(one.state, other.state)
+        same_tree(one.head, other.head)
         same_tree(one.optimizer, other.optimizer)
         assert one.losses == other.losses
         assert [(e.step, e.test_loss) for e in one.evaluations] == [(e.step, e.test_loss) for e in other.evaluations]

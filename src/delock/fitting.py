@@ -14,10 +14,12 @@ from delock.data.loader import Loader
 from delock.data.plain import as_loader
 from delock.errors import UsageError
 from delock.feed import samples
+from delock.keys import key
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank, backend_for
 from delock.launch.torchrun import run_torchrun, under_torchrun
 from delock.methods import Method, make
+from delock.nets.heads import build_head, choose
 from delock.nets.measure import AtomCost, balance, measure
 from delock.nets.split import Atom, StageModule, atoms, has_batch_norm, resolve_cuts, stages
 from delock.plan import Course, check, unroll
@@ -46,6 +48,7 @@ def fit(
     steps: int | None = None,
     eval_every: int | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    heads: str | Sequence[nn.Module] | None = None,
     seed: int = 0,
     workers: Workers = "processes",
     device: str = "cpu",
@@ -70,6 +73,9 @@ def fit(
     stages      K; by default 2, the length of a list of modules, or torchrun's number of ranks; cuts: index or name of the first part of
                 each stage but the first; by default such that the dearest stage, measured forward and backward, is as cheap as can be
     epochs, steps   how long, in epochs or in batches of `train` (one of them); eval_every: batches between evaluations (default: an epoch)
+    heads       for methods with local losses: the auxiliary head of every stage but the last, as modules (stage output -> what `loss`
+                takes) or by a name of delock.nets.heads; by default chosen from the shape of the stage's output. Given modules are
+                trained in place
     seed        of dropout, and of the order and transforms of data that has no seed of its own, such as a DataLoader
     workers     "processes" on this host, one per stage with `threads` threads each, or "inline", all stages in this process with
                 `threads` threads in all; under torchrun its ranks are used, and only rank 0 gets the Result, the others None
@@ -96,6 +102,7 @@ def fit(
         steps=steps,
         eval_every=eval_every,
         metrics=metrics or {},
+        heads=heads,
         seed=seed,
         device=device,
         threads=threads,
@@ -153,6 +160,7 @@ class _Spec:
     steps: int | None
     eval_every: int | None
     metrics: Mapping[str, Metric]
+    heads: str | Sequence[nn.Module] | None
     seed: int
     device: str
     threads: int
@@ -183,6 +191,7 @@ class Setup:
     costs: list[AtomCost]
     rows: int  # samples in the batch that was measured
     modules: list[StageModule] = field(default_factory=list)
+    heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
 
     @property
     def K(self) -> int:
@@ -217,6 +226,7 @@ class Setup:
                 seed=spec.seed,
                 train=spec.train if k == 0 else None,
                 test=spec.test if k == 0 else None,
+                head=self.heads.get(k),
                 log_every=spec.log_every,
                 trace=spec.trace,
             )
@@ -258,7 +268,28 @@ def prepare(spec: _Spec, cuts: Sequence[int | str] | None) -> Setup:
     if cuts is None:
         cuts = balance([cost.total_s for cost in costs], K, [cost.params for cost in costs])
     found = tuple(resolve_cuts(parts, cuts))
-    return Setup(course, parts, found, costs, samples(inputs), stages(parts, found))
+    heads = _heads(spec, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
+    return Setup(course, parts, found, costs, samples(inputs), stages(parts, found), heads)
+
+
+def _heads(spec: _Spec, K: int, shapes: Sequence[tuple[int, ...]], logits: tuple[int, ...]) -> dict[int, nn.Module]:
+    """The auxiliary heads of the stages that the method gives one. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
+    wanted = spec.method.headed(K)
+    given = spec.heads
+    if given is not None and not wanted and K > 1:
+        raise UsageError(f"{spec.method.name} has no local losses, so it takes no heads")
+    if given is not None and not isinstance(given, str):
+        if len(given) != len(wanted):
+            raise UsageError(f"{spec.method.name} in {K} stages needs {len(wanted)} auxiliary heads, but {len(given)} were given")
+        return dict(zip(wanted, given, strict=True))
+    return {k: _head(spec, k, shapes[k], logits) for k in wanted}
+
+
+def _head(spec: _Spec, k: int, shape: tuple[int, ...], logits: tuple[int, ...]) -> nn.Module:
+    if not shape or not logits:
+        raise UsageError(f"the output of stage {k} or of the network is a tuple, for which no head is known: give heads=[...] as modules")
+    assert spec.heads is None or isinstance(spec.heads, str)
+    return build_head(spec.heads or choose(shape), shape, logits[-1], seed=key(spec.seed, "head", k))
 
 
 def _measure(spec: _Spec, parts: list[Atom], inputs: Any, targets: Any) -> list[AtomCost]:
@@ -323,6 +354,8 @@ def _torchrun_rank(rank: Rank, spec: _Spec) -> StageResult:
 def _result(spec: _Spec, setup: Setup, started: Started, results: list[StageResult]) -> Result:
     for module, result in zip(setup.modules, results, strict=True):
         module.load_state_dict(result.state)
+    for k, head in setup.heads.items():
+        head.load_state_dict(results[k].head)
     last = results[-1]
     seconds = max(result.seconds for result in results)  # the lower stages are the last to be done
     return Result(

@@ -47,6 +47,7 @@ class Job:
     seed: int
     train: Loader | None = None
     test: Loader | None = None
+    head: nn.Module | None = None  # auxiliary, of a stage with a loss of its own
     log_every: int = 10
     window: int = 256
     trace: bool = False
@@ -57,6 +58,7 @@ class StageResult:
     """What a stage brings home: its weights under its own names, its account, and from the last stage the history."""
 
     state: dict[str, Tensor]
+    head: dict[str, Tensor]  # of its auxiliary head, empty where it has none
     report: StageReport
     losses: list[float] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
@@ -160,6 +162,7 @@ class Worker:
             optimizer=job.optimizer,
             schedule=job.schedule,
             loss=job.loss,
+            head=job.head,
             names=job.names,
             seed=job.seed,
             device=device,
@@ -194,11 +197,15 @@ class Worker:
             peak_memory=peak,
             memory_growth=max(0, peak - self.held) if alone else 0,
         )
-        state = {name: value.detach().cpu() for name, value in self.stage.module.state_dict().items()}
+        head = self.stage.head.module.state_dict() if self.stage.head else {}
         seconds = tracker.seconds(until=tracker.last)
         optimizer = self.stage.optimizer.state_dict() if self.stage.optimizer else None
         spans = log.spans or []
-        return StageResult(state, report, tracker.losses, tracker.evaluations, tracker.samples, seconds, spans, optimizer)
+        return StageResult(_home(self.stage.module.state_dict()), _home(head), report, tracker.losses, tracker.evaluations, tracker.samples, seconds, spans, optimizer)
+
+
+def _home(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in state.items()}
 
 
 def run_rank(rank: RankLike, job: Job) -> StageResult:

@@ -12,12 +12,13 @@ from delock.errors import UsageError
 from delock.methods.adl import ADL
 from delock.methods.base import Method
 from delock.methods.delayed import DDG, FR
+from delock.methods.dgl import DGL
 from delock.methods.dsp import DSP
 from delock.methods.fdg import FDG
 from delock.methods.synchronous import BP, GPipe, OneFOneB
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {method.name: method for method in (BP, GPipe, OneFOneB, DDG, FR, FDG, ADL, DSP)}
+    {method.name: method for method in (BP, GPipe, OneFOneB, DDG, FR, FDG, ADL, DSP, DGL)}
 )
 
 
@@ -43,4 +44,4 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-__all__ = ["ADL", "BP", "DDG", "DSP", "FDG", "FR", "METHODS", "GPipe", "Method", "OneFOneB", "make", "options"]
+__all__ = ["ADL", "BP", "DDG", "DGL", "DSP", "FDG", "FR", "METHODS", "GPipe", "Method", "OneFOneB", "make", "options"]

@@ -46,6 +46,10 @@ class Method(ABC):
         """off_k: ticks between a batch's Forward on stage 0 and on stage k."""
         return 0
 
+    def headed(self, K: int) -> range:
+        """The stages below the last that have a loss, and so an auxiliary head, of their own."""
+        return range(0)
+
     def span(self, K: int) -> int:
         """Ticks between the first Forward of a batch anywhere and the Update that applies the last of its gradients."""
         return max(self.offset(k, K) + self.delay(k, K) for k in range(K)) + self.batches_per_update - 1

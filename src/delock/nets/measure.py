@@ -23,12 +23,16 @@ Value: TypeAlias = Tensor | tuple[Tensor, ...]  # what goes from atom to atom
 
 @dataclass(frozen=True, slots=True)
 class AtomCost:
-    """Cost of one atom on one batch: seconds, bytes of its output (what a link carries if cut behind it), and number of parameters."""
+    """Cost of one atom on one batch: seconds, bytes of its output (what a link carries if cut behind it), and number of parameters.
+
+    `shape` is that of its output for one sample, without the batch; empty for a tuple of tensors.
+    """
 
     forward_s: float
     backward_s: float
     out_bytes: int
     params: int
+    shape: tuple[int, ...] = ()
 
     @property
     def total_s(self) -> float:
@@ -73,7 +77,8 @@ def measure(
             forwards, backwards = zip(*runs, strict=True)
             out_bytes = sum(x.numel() * x.element_size() for x in _tensors(out))
             params = sum(p.numel() for p in module.parameters())
-            costs.append(AtomCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params))
+            shape = tuple(out.shape[1:]) if isinstance(out, Tensor) else ()
+            costs.append(AtomCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params, shape))
             learns = tuple(x.requires_grad for x in _tensors(out))
             value = tree_map_only(Tensor, Tensor.detach, out)
     return costs
