@@ -16,7 +16,6 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils import parametrizations, prune
 from torch.optim import lr_scheduler
 
-from chain import Chain, by_bp, plain, seeded, sgd, vectors
 from delock.errors import UsageError
 from delock.links.message import Message
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method
@@ -26,6 +25,7 @@ from delock.stage import Stage, saving
 from delock.timeline import in_flight
 
 import oracles
+from chain import Chain, by_bp, plain, seeded, sgd, vectors
 from harness import every_method
 from oracles import MakeOptimizer
 

@@ -201,7 +201,17 @@ class Worker:
         seconds = tracker.seconds(until=tracker.last)
         optimizer = self.stage.optimizer.state_dict() if self.stage.optimizer else None
         spans = log.spans or []
-        return StageResult(_home(self.stage.module.state_dict()), _home(head), report, tracker.losses, tracker.evaluations, tracker.samples, seconds, spans, optimizer)
+        return StageResult(
+            state=_home(self.stage.module.state_dict()),
+            head=_home(head),
+            report=report,
+            losses=tracker.losses,
+            evaluations=tracker.evaluations,
+            samples=tracker.samples,
+            seconds=seconds,
+            spans=spans,
+            optimizer=optimizer,
+        )
 
 
 def _home(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
