@@ -47,14 +47,15 @@ def run(words: Sequence[str]) -> int:
     try:
         _train(config, todo, data, folder, screen, stories)
     except BaseException as error:
-        screen.end()
         if folder.opened:
             _keep(config, folder, stories)
             error.add_note(f"what was recorded is in {folder.path}")
+        screen.end()
         raise
     screen.line()
     screen.table(*_table(stories), spare=(IDLE, LAYERWISE))
-    screen.line(f"run folder: {folder.path}")
+    if folder.opened:
+        screen.line(f"run folder: {folder.path}")
     return int(any(story.status != "finished" for story in stories.values()))
 
 

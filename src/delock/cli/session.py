@@ -88,13 +88,13 @@ class Session:
             self.board = Board(self.folder.path) if config.output.tensorboard else None
 
     def end(self) -> None:
-        """Close everything; a folder gets its summary."""
-        self.screen.end()
+        """Close everything; a folder gets its summary. The screen comes last: it may be gone, if its terminal was closed."""
         self.folder.close()
         if self.board:
             self.board.close()
         if self.folder.opened:
             self.folder.write(SUMMARY, dumps(summary(self.story), indent=2) + "\n")
+        self.screen.end()
 
 
 def train(story: Story, data: Data, folder: RunFolder, screen: Screen) -> None:

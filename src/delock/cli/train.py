@@ -35,12 +35,12 @@ def run(words: Sequence[str]) -> int:
     try:
         train(story, load_data(config, screen), folder, screen)
     except BaseException as error:
-        screen.end()
         if folder.opened:
             error.add_note(f"what was recorded is in {folder.path}")
+        screen.end()
         raise
     if story.result:
-        screen.line("\nmeasured, per stage:")
+        screen.line("\nmeasured, per stage (staleness: means, warm-up included):")
         screen.table(*stage_table(story.result.stages))
         screen.line(closing(story))
         screen.line(f"run folder: {folder.path}")
