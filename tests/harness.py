@@ -62,7 +62,8 @@ def jobs(
     train, test = Samples(kind, samples, batch, dtype), Samples(kind, 11, 4, dtype, seed=1)
     course = Course(len(train) * epochs, len(train) if evaluate else 0, len(test) if evaluate else 0)
     stages = net(K, dtype)
-    heads = dict(zip(method.headed(K), tiny_heads(stages, next(iter(train.epoch(0)))[0], dtype), strict=bool(method.headed(K))))
+    headed = method.headed(K)
+    heads = dict(zip(headed, tiny_heads(stages, next(iter(train.epoch(0)))[0], dtype), strict=True)) if headed else {}
     return [
         Job(
             k=k,
