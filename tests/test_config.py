@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from delock.cli.rows import rows
 from delock.config import CompareConfig, TrainConfig, build, flat, make_method, override, resolve, toml
 from delock.errors import UsageError
 from delock.methods import ADL, DSP, METHODS
@@ -170,3 +171,11 @@ def test_optimizers_and_schedules_travel_to_processes(make: SGD | Adam | AdamW) 
 
 def test_accuracy_is_a_share() -> None:
     assert accuracy(torch.tensor([[1.0, 0], [0, 1], [0, 1]]), torch.tensor([0, 1, 0])) == pytest.approx(2 / 3)
+
+
+def test_a_head_belongs_to_local_losses() -> None:
+    assert config(method="dgl", head="cnn").network.head == "cnn"
+    with pytest.raises(UsageError, match="head is cnn, but fdg has no local losses"):
+        config(method="fdg", head="cnn")
+    made = rows(build(CompareConfig, {"methods": ["bp,dgl"], "head": "cnn"}, "test"))
+    assert {row.name: row.config.network.head for row in made} == {"plain": None, "bp": None, "dgl": "cnn"}

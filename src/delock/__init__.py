@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from delock.errors import DelockError, StageFailed, UsageError
-from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, GPipe, Method, OneFOneB
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, GPipe, Method, OneFOneB
+from delock.records import Result
 
 if TYPE_CHECKING:
     from delock.fitting import fit as fit
-    from delock.records import Result as Result
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "ADL",
     "BP",
     "DDG",
+    "DGL",
     "DSP",
     "FDG",
     "FR",
@@ -26,6 +27,7 @@ __all__ = [
     "GPipe",
     "Method",
     "OneFOneB",
+    "Result",
     "StageFailed",
     "UsageError",
     "fit",

@@ -18,7 +18,7 @@ from delock.keys import key
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank, backend_for
 from delock.launch.torchrun import run_torchrun, under_torchrun
-from delock.methods import Method, make
+from delock.methods import Method, make, title
 from delock.nets.heads import build_head, choose
 from delock.nets.measure import AtomCost, balance, measure
 from delock.nets.split import Atom, StageModule, atoms, has_batch_norm, resolve_cuts, stages
@@ -123,7 +123,8 @@ def fit(
         results = run_torchrun(_torchrun_rank, lambda rank: spec, device=device, threads=threads, on_event=hear)
         if results is None:
             return None
-        return _result(spec, prepare(spec, started[0].cuts), started[0], results)
+        assert spec.setup is not None
+        return _result(spec, spec.setup, started[0], results)
     setup = prepare(spec, cuts)
     started_here = setup.started(spec)
     tell(started_here)
@@ -167,6 +168,7 @@ class _Spec:
     log_every: int
     trace: bool
     workers: str
+    setup: Setup | None = None  # under torchrun: what this rank has prepared
 
     def course(self) -> Course:
         """The length of the run. Raises UsageError unless exactly one of epochs and steps says it."""
@@ -246,7 +248,7 @@ class Setup:
             for k, ((a, b), f) in enumerate(zip(self.bounds(), forecast.stages, strict=True))
         )
         return Started(
-            method=str(spec.method),
+            method=title(spec.method),
             workers=spec.workers,
             batches=self.course.batches,
             epochs=self.course.batches / len(spec.train),
@@ -342,13 +344,12 @@ def _torchrun_rank(rank: Rank, spec: _Spec) -> StageResult:
     spec.stages = K
     told: list[Any] = [None]
     if rank.rank == 0:
-        setup = prepare(spec, spec.cuts)
-        rank.emit(setup.started(spec))
-        told = [setup.cuts]
+        spec.setup = prepare(spec, spec.cuts)
+        rank.emit(spec.setup.started(spec))
+        told = [spec.setup.cuts]
     torch.distributed.broadcast_object_list(told, src=0)
-    if rank.rank:
-        setup = prepare(spec, told[0])
-    return run_rank(rank, setup.jobs(spec)[rank.rank])
+    spec.setup = spec.setup or prepare(spec, told[0])
+    return run_rank(rank, spec.setup.jobs(spec)[rank.rank])
 
 
 def _result(spec: _Spec, setup: Setup, started: Started, results: list[StageResult]) -> Result:

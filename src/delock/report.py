@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
-from delock.config import AlgorithmOptions, TrainConfig, make_method
-from delock.methods import METHODS, options
+from delock.config import TrainConfig, make_method
+from delock.methods import options
 from delock.records import EvaluationRecord, Event, Result, StageReport, Started, StepRecord
 
 Status = Literal["running", "finished", "interrupted", "failed"]
@@ -52,13 +52,6 @@ def settled(config: TrainConfig, cuts: tuple[int, ...]) -> TrainConfig:
     return replace(config, network=replace(config.network, cuts=cuts, stages=len(cuts) + 1))
 
 
-def title(config: AlgorithmOptions) -> str:
-    """The method as one would write it, options at their defaults left out: adl(accumulate=4)."""
-    own, default = make_method(config), METHODS[config.method]()
-    changed = [f"{name}={getattr(own, name)}" for name in options(type(own)) if getattr(own, name) != getattr(default, name)]
-    return config.method + (f"({', '.join(changed)})" if changed else "")
-
-
 def opening(config: TrainConfig, started: Started) -> str:
     """One line on what will run."""
     K = len(started.stages)
@@ -67,7 +60,7 @@ def opening(config: TrainConfig, started: Started) -> str:
     stages = f"{K} stages {where[started.workers]}" if K > 1 else f"uncut {where[started.workers]}"
     epochs = f"{started.epochs:.4g} epoch" + ("s" if started.epochs != 1 else "")
     length = f"{epochs} ({started.batches} batches of {config.dataset.batch_size})"
-    return f"{title(config.algorithm)}: {config.network.model} on {config.dataset.data}, {stages}, {length}"
+    return f"{started.method}: {config.network.model} on {config.dataset.data}, {stages}, {length}"
 
 
 def closing(story: Story) -> str:

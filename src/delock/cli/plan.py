@@ -12,9 +12,9 @@ from delock.cli.arguments import parse
 from delock.cli.profile import Profile, measure_model
 from delock.config import AlgorithmOptions, make_method, refuse_below, shown
 from delock.errors import UsageError
-from delock.methods import Method, options
+from delock.methods import Method, options, title
 from delock.plan import chart, unroll
-from delock.report import IDLE, LAYERWISE, STALENESS, Cells, milliseconds, percent, title
+from delock.report import IDLE, LAYERWISE, STALENESS, Cells, milliseconds, percent
 from delock.runfolder import dumps
 from delock.timeline import Costs, Prediction, capacities, predict, simulate
 
@@ -192,7 +192,8 @@ def show(answer: Answer, files: Sequence[Path]) -> None:
     from delock.cli.screen import Screen  # here: JSON does without rich
 
     screen, K, speed, costs = Screen(), answer.costs.K, answer.dataflow, answer.config.costs
-    screen.line(f"{title(answer.config.algorithm)}, K = {K}; a cell is op, batch . version of the weights; F forward, B backward\n")
+    name = title(make_method(answer.config.algorithm))
+    screen.line(f"{name}, K = {K}; a cell is op, batch . version of the weights; F forward, B backward\n")
     screen.line(f"{answer.chart}\n")
     screen.table(*stage_rows(speed))
     if measured := answer.profile:

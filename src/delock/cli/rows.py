@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 from delock.config import CompareConfig, TrainConfig, build, flat, override, resolve, table
 from delock.config.options import ComparisonOptions
 from delock.errors import UsageError
+from delock.methods import METHODS
 
 PLAIN = "plain"
 SHARED = ("method", "epochs", "steps", "eval_every", "seed")  # what makes rows comparable is not a row's own
@@ -46,7 +47,7 @@ def rows(config: CompareConfig) -> list[Row]:
         K = found[0].config.network.stages
         workers = config.machine.workers
         threads = config.machine.threads * (K or 1 if workers == "processes" else 1)
-        plain = override(common, {"method": "bp", "stages": 1, "threads": threads})
+        plain = override(common, {"method": "bp", "head": None, "stages": 1, "threads": threads})
         found.insert(0, Row(PLAIN, resolve(build(TrainConfig, plain, PLAIN))))
     return found
 
@@ -59,6 +60,8 @@ def cut_alike(row: Row, cuts: tuple[int, ...]) -> Row:
 def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
     name, *settings = word.split(":")
     given: dict[str, Any] = {"method": name}
+    if name in METHODS and not METHODS[name]().headed(2):
+        given["head"] = None  # said of the rows with local losses
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:

@@ -170,6 +170,7 @@ def _fit(config: TrainConfig, data: Data, model: nn.Module, session: Session) ->
         steps=training.steps,
         eval_every=training.eval_every,
         metrics={"accuracy": accuracy},
+        heads=config.network.head,
         seed=training.seed,
         workers=machine.workers,
         device=machine.device,

@@ -24,7 +24,7 @@ class AlgorithmOptions:
     """The method and its own options; one that the method does not have is refused."""
 
     method: str = "fdg"
-    """bp, gpipe, 1f1b, ddg, fr, fdg, adl or dsp."""
+    """bp, gpipe, 1f1b, ddg, fr, fdg, adl, dsp or dgl."""
     accumulate: Annotated[int | None, OWN] = None
     """adl: batches per update; bp: parts in which a batch is done."""
     beta: Annotated[float | None, OWN] = None
@@ -51,6 +51,8 @@ class NetworkOptions:
     """resnet8, resnet20, wrn-16-4, cnn, mlp, torchvision/resnet18, ..."""
     dropout: float = 0.0
     """Dropout rate, for models that have dropout."""
+    head: Annotated[str | None, shown("by the shape of the output")] = None
+    """dgl: auxiliary head of every stage but the last: mlp-sr, mlp, cnn, conv128-bn-conv64-bn-pool-fc, ..."""
     stages: Annotated[int | None, shown("2")] = None
     """Number of stages; the cuts make their measured times even."""
     cuts: Annotated[tuple[int | str, ...] | None, shown("even times", "LAYER ...")] = None

@@ -22,6 +22,8 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     _check(config)
     method, network = make_method(config.algorithm), _network(config.network, ranks or 2)
     method.fits(network.stages or 1)
+    if config.network.head is not None and not method.headed(2):
+        raise UsageError(f"head is {config.network.head}, but {method.name} has no local losses: leave it out")
     if method.parts > config.dataset.batch_size:
         images = f"batch-size is {config.dataset.batch_size}"
         raise UsageError(f"{method.name} splits every batch into {method.parts} parts, but {images}: use fewer parts, or larger batches")

@@ -27,6 +27,13 @@ def options(method: type[Method]) -> list[str]:
     return [field.name for field in fields(method)]  # type: ignore[arg-type]
 
 
+def title(method: Method) -> str:
+    """The method as one would write it, options at their defaults left out: adl(accumulate=4)."""
+    default = type(method)()
+    changed = [f"{name}={getattr(method, name)}" for name in options(type(method)) if getattr(method, name) != getattr(default, name)]
+    return method.name + (f"({', '.join(changed)})" if changed else "")
+
+
 def make(name: str, **given: Any) -> Method:
     """The method of that name with those options. Raises UsageError, with the nearest name, for a name or an option it does not know."""
     if name not in METHODS:
@@ -44,4 +51,4 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-__all__ = ["ADL", "BP", "DDG", "DGL", "DSP", "FDG", "FR", "METHODS", "GPipe", "Method", "OneFOneB", "make", "options"]
+__all__ = ["ADL", "BP", "DDG", "DGL", "DSP", "FDG", "FR", "METHODS", "GPipe", "Method", "OneFOneB", "make", "options", "title"]

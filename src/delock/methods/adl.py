@@ -29,7 +29,7 @@ class ADL(Method):
     batches, the default is the mean, and an incomplete last group is applied at the drain over its r batches.
     Staleness of the gradient, j-th batch of a group: max(0, ceil((D_k - e - j) / M)), e = 1 if backward-first and k < K-1 else 0; mean
     (D_k - e) / M; M >= 2(K-1) makes every one at most 1. Layer-wise: D_k = 2(K-1-k) batches.
-    Memory of stage k: D_k + 1 graphs (backward-first D_k), ceil(D_k / M) + 1 weight versions with stash, one gradient.
+    Memory of stage k: D_k + 1 graphs (backward-first D_k), ceil((D_k - e) / M) + 1 weight versions with stash, one gradient.
     """
 
     name: ClassVar[str] = "adl"

@@ -69,7 +69,7 @@ def measure(
             for _ in range(repeats):
                 try:
                     forward_s, backward_s, out = _run(module, value, learns, (lambda h: loss(h, targets)) if last else None, device)
-                except torch.OutOfMemoryError:
+                except (torch.OutOfMemoryError, UsageError):
                     raise
                 except (RuntimeError, ValueError, TypeError, IndexError) as error:
                     raise UsageError(_complaint(i, atom, value, last, error)) from error
@@ -131,6 +131,9 @@ def _run(
     wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
     began = _now(device)
     out = module(given[0] if isinstance(value, Tensor) else tuple(given))
+    if not (isinstance(out, Tensor) or (isinstance(out, tuple) and all(isinstance(x, Tensor) for x in out))):
+        returned = f"a {type(module).__name__} returns a {type(out).__name__}"
+        raise UsageError(f"{returned}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
     ends = [x for x in _tensors(out if loss is None else loss(out)) if x.requires_grad]
     forward_s = _now(device) - began
     if not ends:

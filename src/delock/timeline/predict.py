@@ -42,8 +42,7 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
     plan = unroll(method, K, batches)
     timeline = simulate(plan, costs if costs.capacity else replace(costs, capacity=capacities(method, K)))
     rate = throughput(timeline)
-    locked = BP(accumulate=method.parts)
-    base = throughput(simulate(unroll(locked, K, batches if costs.slow else 8), costs))  # BP repeats from its second batch on
+    base = throughput(simulate(unroll(BP(), K, batches if costs.slow else 8), _whole(costs, method.parts)))  # BP repeats soon
     forecasts = [
         StageForecast(
             staleness=warm_mean(gradient_staleness(column), method.batches_per_update),
@@ -53,12 +52,18 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
         )
         for column, share, held in zip(plan.columns, idle(timeline), in_flight(plan), strict=True)
     ]
-    return Prediction(method.parts / rate, rate / base, tuple(forecasts), tuple(messages(timeline)))
+    return Prediction(method.parts / rate, rate / method.parts / base, tuple(forecasts), tuple(messages(timeline)))
 
 
 def capacities(method: Method, K: int) -> tuple[int, ...]:
     """What the engine's links hold, for `Costs.capacity`."""
     return tuple(method.capacity(k, K) for k in range(K - 1))
+
+
+def _whole(costs: Costs, parts: int) -> Costs:
+    """The costs of a batch in one piece, from those of one of its parts; a message is under way as long as a part's."""
+    forward, backward, replay = (tuple(parts * cost for cost in work) for work in (costs.forward, costs.backward, costs.replay))
+    return replace(costs, forward=forward, backward=backward, replay=replay)
 
 
 def _enough(method: Method, K: int) -> int:
