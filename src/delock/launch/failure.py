@@ -18,13 +18,15 @@ _DIED, _RAISED, _ECHO = range(3)  # the likelier cause comes first
 
 @dataclass(frozen=True)
 class Failure:
-    """Picklable. `echo`: looks like the consequence of another rank's failure. `usage`: bad input, told without a traceback."""
+    """Picklable. `echo`: looks like the consequence of another rank's failure. `usage`: the class of an error of bad input, which is
+    told without a traceback.
+    """
 
     rank: int
     where: str
     what: str
     details: str = ""
-    usage: bool = False
+    usage: type[UsageError] | None = None
     severity: int = _RAISED
 
     @property
@@ -34,7 +36,7 @@ class Failure:
     def error(self) -> StageFailed | UsageError:
         """The exception to raise in the user's process."""
         if self.usage:
-            return UsageError(self.what)
+            return self.usage(self.what)
         return StageFailed(str(self))
 
     def __str__(self) -> str:
@@ -47,7 +49,8 @@ class Failure:
 def raised(rank: int, error: BaseException, at: Position) -> Failure:
     """A failure by exception. An echo is a RuntimeError met while waiting for a peer, or one that talks of a lost connection."""
     what = "".join(traceback.format_exception_only(error)).strip()
-    usage = isinstance(error, UsageError)
+    kinds = (kind for kind in type(error).__mro__ if issubclass(kind, UsageError) and kind.__module__.startswith("delock."))
+    usage = next(kinds, None)  # not a user's own subclass: who knows how that is made
     chain = _chain(error)
     lost = any(isinstance(one, RuntimeError | OSError) and (at.waits_for is not None or _LOST_PEER.search(str(one))) for one in chain)
     trace = "".join(traceback.format_exception(error))
