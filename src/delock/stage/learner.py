@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from delock.errors import UsageError
 from delock.ops import Reduce
 from delock.stage.values import address
 
@@ -28,6 +29,7 @@ class Learner:
         names = [name for name, _ in named]
         self.optimizer = optimizer(list(zip(names, self.weights, strict=True))) if named else None
         self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
+        _refuse_what_asks_back(self.optimizer, self.schedule)
         self.grads: list[Tensor | None] = [None] * len(named)
         self.count = 0  # Backwards accumulated since the last Update
         self.version = 0  # Updates made
@@ -84,3 +86,10 @@ class Learner:
         if self.schedule:
             self.schedule.load_state_dict(state["schedule"])
         self.version, self.count, self.grads = state["version"], state["count"], list(state["grads"])
+
+
+def _refuse_what_asks_back(optimizer: Optimizer | None, schedule: LRScheduler | None) -> None:
+    if isinstance(optimizer, LBFGS):
+        raise UsageError("LBFGS computes the loss several times within one step, which a single stage cannot: use another optimizer")
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise UsageError("ReduceLROnPlateau waits for a measure, but a schedule is stepped once per update: use another schedule")
