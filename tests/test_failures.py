@@ -378,7 +378,7 @@ class Program:
 
     def family(self) -> dict[int, tuple[int, str]]:
         """Processes of its session, but for those that only wait to be reaped: pid -> (parent, command)."""
-        listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,pgid=,stat=,args="], capture_output=True, text=True, check=True)
+        listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,pgid=,stat=,args="], capture_output=True, text=True, check=True)
         found = [line.split(None, 4) for line in listed.stdout.splitlines()]
         own = [line for line in found if int(line[2]) == self.process.pid and line[3][0] != "Z"]
         return {int(pid): (int(parent), args) for pid, parent, _, _, args in own}

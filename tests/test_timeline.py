@@ -78,7 +78,7 @@ def test_the_clock_equals_a_recursion_over_the_rule(method: Method, K: int) -> N
             return ready + seconds.update[k]
         if op.at == "replay" and kept[k, Forward(op.batch)] == "input":
             ready += seconds.replay[k]
-        arrival = end(k + 1, place[k + 1, op]) + seconds.down[k] if k < K - 1 else 0.0
+        arrival = end(k + 1, place[k + 1, op]) + seconds.down[k] if op.loss > k else 0.0
         return max(ready, arrival) + seconds.backward[k]
 
     timeline = simulate(plan, seconds)
