@@ -19,7 +19,7 @@ FLOORS = (
     ("plan", "methods", "stage"),
     ("engine", "timeline", "config"),
     ("train", "report", "draw", "runfolder", "recipes"),
-    ("launch", "fitting"),
+    ("launch", "setup", "fitting"),
     ("cli", "__main__"),
 )
 LIGHT = ("delock", "delock.ops", "delock.plan", "delock.methods", "delock.timeline", "delock.draw", "delock.cli")

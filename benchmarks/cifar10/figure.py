@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    figure, axes = plt.subplots(2, len(options.folders), figsize=(5.2 * len(options.folders), 6.4), sharex=True, sharey="row", squeeze=False)
+    size = (5.2 * len(options.folders), 6.4)  # inches
+    figure, axes = plt.subplots(2, len(options.folders), figsize=size, sharex=True, sharey="row", squeeze=False)
     for column, folder in enumerate(options.folders):
         told = json.loads((folder / "compare.json").read_text())
         for row in told["rows"]:

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from delock.data.loader import Loader
 from delock.data.plain import as_loader
 from delock.errors import UsageError
-from delock.feed import samples
-from delock.keys import key
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank, backend_for
 from delock.launch.torchrun import run_torchrun, under_torchrun
-from delock.methods import Method, make, title
-from delock.nets.heads import build_head, choose
-from delock.nets.measure import AtomCost, balance, measure
-from delock.nets.split import Atom, StageModule, atoms, has_batch_norm, resolve_cuts, stages
-from delock.plan import Course, check, unroll
-from delock.records import Event, Result, StagePrediction, Started
+from delock.methods import Method, make
+from delock.records import Event, Result, Started
+from delock.setup import Setup, Spec, prepare
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
-from delock.timeline.costs import Costs
-from delock.timeline.predict import predict
-from delock.train import Job, Metric, StageResult, run_inline, run_rank
+from delock.train import Metric, StageResult, run_inline, run_rank
 
 Workers = Literal["processes", "inline"]
-SLOW = 20  # an op on a machine that others use too may take so many times what it took when it was measured
 
 
 def fit(
@@ -88,7 +77,7 @@ def fit(
     if workers not in ("processes", "inline"):
         raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
     backend_for(device, None, 1)  # refuses a device that is not there
-    spec = _Spec(
+    spec = Spec(
         model=model,
         train=as_loader(train, seed),
         test=None if test is None else as_loader(test, seed),
@@ -144,199 +133,7 @@ def fit(
     return _result(spec, setup, started_here, results)
 
 
-@dataclass
-class _Spec:
-    """The arguments of `fit`, as far as they shape the run itself."""
-
-    model: nn.Module | Sequence[nn.Module]
-    train: Loader
-    test: Loader | None
-    loss: Loss
-    method: Method
-    optimizer: OptimizerFactory
-    schedule: ScheduleFactory | None
-    stages: int | None
-    cuts: Sequence[int | str] | None
-    epochs: int | None
-    steps: int | None
-    eval_every: int | None
-    metrics: Mapping[str, Metric]
-    heads: str | Sequence[nn.Module] | None
-    seed: int
-    device: str
-    threads: int
-    log_every: int
-    trace: bool
-    workers: str
-    setup: Setup | None = None  # under torchrun: what this rank has prepared
-
-    def course(self) -> Course:
-        """The length of the run. Raises UsageError unless exactly one of epochs and steps says it."""
-        if (self.epochs is None) == (self.steps is None):
-            raise UsageError("say how long to train: either epochs or steps")
-        batches = self.steps if self.steps is not None else len(self.train) * (self.epochs or 0)
-        if batches < 1:
-            raise UsageError(f"training must last at least one batch, not {batches}: raise epochs or steps")
-        every = self.eval_every if self.eval_every is not None else len(self.train)
-        if every < 1:
-            raise UsageError(f"eval_every is {every}, but it must be at least 1 batch")
-        return Course(batches, every if self.test is not None else 0, len(self.test) if self.test is not None else 0)
-
-
-@dataclass
-class Setup:
-    """A run that has been checked: where the network is cut and what each atom costs."""
-
-    course: Course
-    parts: list[Atom]
-    cuts: tuple[int, ...]
-    costs: list[AtomCost]
-    rows: int  # samples in the batch that was measured
-    modules: list[StageModule] = field(default_factory=list)
-    heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
-
-    @property
-    def K(self) -> int:
-        """Number of stages."""
-        return len(self.cuts) + 1
-
-    def patience(self, asked: float) -> float:
-        """Seconds to wait for a sign of life: what was asked for, but never less than an op of this network may well take."""
-        slowest = max(sum(cost.total_s for cost in self.costs[a:b]) for a, b in self.bounds())
-        return max(asked, SLOW * slowest) if asked > 0 else 0.0
-
-    def bounds(self) -> list[tuple[int, int]]:
-        """First atom, and the one after the last, of each stage."""
-        edges = [0, *self.cuts, len(self.parts)]
-        return list(itertools.pairwise(edges))
-
-    def jobs(self, spec: _Spec) -> list[Job]:
-        """A Job per stage; only the first gets the data."""
-        return [
-            Job(
-                k=k,
-                K=self.K,
-                module=module,
-                names=module.original,
-                method=spec.method,
-                course=self.course,
-                per_epoch=len(spec.train),
-                optimizer=spec.optimizer,
-                schedule=spec.schedule,
-                loss=spec.loss,
-                metrics=spec.metrics,
-                seed=spec.seed,
-                train=spec.train if k == 0 else None,
-                test=spec.test if k == 0 else None,
-                head=self.heads.get(k),
-                log_every=spec.log_every,
-                trace=spec.trace,
-            )
-            for k, module in enumerate(self.modules)
-        ]
-
-    def started(self, spec: _Spec) -> Started:
-        """What will run, with what the plan and the measured costs predict."""
-        own = [self.costs[a:b] for a, b in self.bounds()]
-        share = 1 / spec.method.parts  # costs are of a whole batch, ops of a part
-        forward = tuple(share * sum(cost.forward_s for cost in atoms) for atoms in own)
-        backward = tuple(share * sum(cost.backward_s for cost in atoms) for atoms in own)
-        forecast = predict(spec.method, self.K, Costs(forward, backward))
-        period = forecast.period if spec.workers != "inline" else sum(forward + backward) * spec.method.parts
-        predictions = tuple(
-            StagePrediction(k, b - a, sum(cost.params for cost in own[k]), forward[k], backward[k], f.staleness, f.layer_staleness, f.idle)
-            for k, ((a, b), f) in enumerate(zip(self.bounds(), forecast.stages, strict=True))
-        )
-        return Started(
-            method=title(spec.method),
-            workers=spec.workers,
-            batches=self.course.batches,
-            epochs=self.course.batches / len(spec.train),
-            cuts=self.cuts,
-            stages=predictions,
-            samples_per_second=self.rows / period,
-            messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
-        )
-
-
-def prepare(spec: _Spec, cuts: Sequence[int | str] | None) -> Setup:
-    """Check everything that can be checked before the start, measure the network on a first batch, and cut it. Raises UsageError."""
-    course = spec.course()
-    parts = atoms(spec.model)
-    K = _number_of_stages(spec, cuts, len(parts))
-    refuse_unfit(parts, K, cuts, spec.method, spec.train.sizes())
-    inputs, targets = next(iter(spec.train.epoch(0)))
-    costs = _measure(spec, parts, inputs, targets)
-    if cuts is None:
-        cuts = balance([cost.total_s for cost in costs], K, [cost.params for cost in costs])
-    found = tuple(resolve_cuts(parts, cuts))
-    heads = _heads(spec, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
-    return Setup(course, parts, found, costs, samples(inputs), stages(parts, found), heads)
-
-
-def _heads(spec: _Spec, K: int, shapes: Sequence[tuple[int, ...]], logits: tuple[int, ...]) -> dict[int, nn.Module]:
-    """The auxiliary heads of the stages that the method gives one. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
-    wanted = spec.method.headed(K)
-    given = spec.heads
-    if given is not None and not wanted and K > 1:
-        raise UsageError(f"{spec.method.name} has no local losses, so it takes no heads")
-    if given is not None and not isinstance(given, str):
-        if len(given) != len(wanted):
-            raise UsageError(f"{spec.method.name} in {K} stages needs {len(wanted)} auxiliary heads, but {len(given)} were given")
-        return dict(zip(wanted, given, strict=True))
-    return {k: _head(spec, k, shapes[k], logits) for k in wanted}
-
-
-def _head(spec: _Spec, k: int, shape: tuple[int, ...], logits: tuple[int, ...]) -> nn.Module:
-    if not shape or not logits:
-        raise UsageError(f"the output of stage {k} or of the network is a tuple, for which no head is known: give heads=[...] as modules")
-    assert spec.heads is None or isinstance(spec.heads, str)
-    return build_head(spec.heads or choose(shape), shape, logits[-1], seed=key(spec.seed, "head", k))
-
-
-def _measure(spec: _Spec, parts: list[Atom], inputs: Any, targets: Any) -> list[AtomCost]:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(spec.threads)
-        return measure(parts, inputs, targets, spec.loss, device=spec.device)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _number_of_stages(spec: _Spec, cuts: Sequence[int | str] | None, layers: int) -> int:
-    if cuts is not None:
-        if spec.stages not in (None, len(cuts) + 1):
-            raise UsageError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, but stages is {spec.stages}: give one of them")
-        return len(cuts) + 1
-    if spec.stages is not None:
-        return spec.stages
-    return layers if isinstance(spec.model, list | tuple | nn.ModuleList) else 2
-
-
-def refuse_unfit(parts: list[Atom], K: int, cuts: Sequence[int | str] | None, method: Method, sizes: list[int] | None) -> None:
-    """Raise UsageError where network, cuts, method and the sizes of the batches (where known) do not go together: nothing is computed."""
-    if len(parts) < K:
-        raise UsageError(f"cannot cut a network of {len(parts)} layers into {K} stages: use at most {len(parts)}")
-    if cuts is not None:
-        resolve_cuts(parts, cuts)
-    check(unroll(method, K, 2 * method.batches_per_update + 2))
-    if sizes is not None and has_batch_norm(nn.ModuleList(atom.module for atom in parts)):
-        _refuse_single_samples(sizes, method.parts)
-
-
-def _refuse_single_samples(sizes: list[int], parts: int) -> None:
-    """BatchNorm has no variance over one sample; torch would stop in the middle of an epoch."""
-    for n in sorted(set(sizes)):
-        if 1 in (len(part) for part in torch.empty(n, device="meta").tensor_split(parts)):
-            count = f"{n} samples" if n > 1 else "one sample"
-            split = f", split into {parts} micro-batches," if parts > 1 else ""
-            raise UsageError(
-                f"a batch of {count}{split} would put a single sample in front of BatchNorm, which needs at least two: "
-                "use another batch size, fewer micro-batches, or a number of samples that leaves no such rest"
-            )
-
-
-def _torchrun_rank(rank: Rank, spec: _Spec) -> StageResult:
+def _torchrun_rank(rank: Rank, spec: Spec) -> StageResult:
     """One rank under torchrun: rank 0 measures and cuts, and tells the others, so that all follow one plan."""
     K = spec.stages or (len(spec.cuts) + 1 if spec.cuts is not None else rank.world)
     if rank.world != K:
@@ -352,7 +149,7 @@ def _torchrun_rank(rank: Rank, spec: _Spec) -> StageResult:
     return run_rank(rank, spec.setup.jobs(spec)[rank.rank])
 
 
-def _result(spec: _Spec, setup: Setup, started: Started, results: list[StageResult]) -> Result:
+def _result(spec: Spec, setup: Setup, started: Started, results: list[StageResult]) -> Result:
     for module, result in zip(setup.modules, results, strict=True):
         module.load_state_dict(result.state)
     for k, head in setup.heads.items():

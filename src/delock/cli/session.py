@@ -122,9 +122,9 @@ def train(story: Story, data: Data, folder: RunFolder, screen: Screen) -> None:
 
 def refuse(config: TrainConfig, data: Data) -> None:
     """Raise UsageError where a resolved config asks for what cannot be trained: no such model or device, too few layers, a batch of one."""
-    from delock.fitting import refuse_unfit
     from delock.launch.rank import backend_for
     from delock.nets import atoms
+    from delock.setup import refuse_unfit
 
     network, machine = config.network, config.machine
     K = network.stages or 1
