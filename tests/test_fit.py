@@ -413,6 +413,8 @@ def tied() -> nn.Sequential:
         ({"method": DSP(p=(1, 1))}, "dsp"),
         ({"workers": "threads"}, "workers is 'threads'.*'processes' or 'inline'"),
         ({"device": "gpu"}, "no device 'gpu'"),
+        ({"threads": 0}, "threads is 0, but it must be at least 1"),
+        ({"log_every": 0}, "log_every is 0, but it must be at least 1"),
         ({"model": tied(), "cuts": [1]}, "0.weight.*2.weight.*same tensor"),
         ({"model": nn.Sequential()}, "no layer"),
         ({"model": nn.Linear(6, CLASSES)}, "cannot cut a Linear"),

@@ -14,6 +14,7 @@ from delock.launch.processes import run_processes
 from delock.launch.rank import Rank, backend_for
 from delock.launch.torchrun import run_torchrun, under_torchrun
 from delock.methods import Method, make
+from delock.methods.base import at_least
 from delock.records import Event, Result, Started
 from delock.setup import Setup, Spec, prepare
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
@@ -76,6 +77,8 @@ def fit(
     """
     if workers not in ("processes", "inline"):
         raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
+    at_least("threads", threads, 1)
+    at_least("log_every", log_every, 1)
     backend_for(device, None, 1)  # refuses a device that is not there
     spec = Spec(
         model=model,
