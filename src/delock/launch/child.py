@@ -84,7 +84,10 @@ def _prepare(job: Job) -> None:
     os.environ.update(job.environ)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     threading.Thread(target=die_with_parent, daemon=True).start()
-    stacks = open(job.stacks, "a")  # noqa: SIM115  open as long as the process lives
+    try:
+        stacks = open(job.stacks, "a")  # noqa: SIM115  open as long as the process lives
+    except FileNotFoundError:  # the run was given up while this rank was being born, and has tidied up
+        os._exit(1)
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks)
 
