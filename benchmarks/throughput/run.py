@@ -26,7 +26,7 @@ from delock.launch.rank import Rank
 from delock.nets import build
 from delock.records import Event, StepRecord
 
-WARM, STEPS, BATCH = 10, 60, 128
+WARM, STEPS, BATCH = 8, 40, 128
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     data = load("folder", data_dir=options.data_dir, batch_size=BATCH)
-    methods = [delock.BP(), delock.OneFOneB(4), delock.DDG(), delock.FR(), delock.FDG(), delock.ADL(2), delock.DSP(), delock.DGL()]
+    methods = [delock.BP(), delock.OneFOneB(4), delock.DDG(), delock.FDG(), delock.DSP()]
     contenders = {
         "plain, 1 thread": lambda: plain_in_process(data, 1),
         "plain, 2 threads": lambda: plain_in_process(data, 2),
