@@ -27,7 +27,8 @@ def interruptible(*, whole_program: bool) -> Iterator[None]:
     """Within, SIGINT, SIGTERM and SIGHUP raise Interrupted; one more in the next SETTLE seconds is taken for the same wish.
 
     For ending takes a moment - processes leave, the summary is written - which an impatient second Ctrl-C must not cut short.
-    If this is the `whole_program`, the handlers outlive a signal, so that the interpreter's own end is not cut short either.
+    If this is the `whole_program`, Ctrl-C is not heard any more after a signal, so that the interpreter's own end is not cut short
+    either, and the exit code stays.
     A rank of torchrun other than the first dies of SIGTERM as ever: it has nothing to write, and may wait in C++ for a peer.
     """
     if threading.current_thread() is not threading.main_thread():  # Python's signals are the main thread's
@@ -47,6 +48,7 @@ def interruptible(*, whole_program: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        if not (asked and whole_program):
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if asked and whole_program:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a handler would not do: Python takes its own away before it unloads modules
