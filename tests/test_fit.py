@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,8 @@ from delock.errors import StageFailed, UsageError
 from delock.keys import key
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, OneFOneB
 from delock.records import EvaluationRecord, Event, Result, Started, StepRecord
+
+from programs import torchrun
 
 CLASSES = 3
 
@@ -500,13 +500,8 @@ if result is not None:
 def test_torchrun_gives_the_same_weights(tmp_path: Path) -> None:
     script, out = tmp_path / "script.py", tmp_path / "out.pt"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
-        try:
-            _, errors = program.communicate(timeout=200)
-        finally:
-            program.terminate()  # by SIGKILL it would leave its ranks behind
-    assert program.returncode == 0, errors
+    done = torchrun(script, str(out))
+    assert done.returncode == 0, done.stderr
     there = torch.load(out)
     model, result = fit(test=test_data(), method=ADL(2), metrics={"hits": hits}, cuts=[4])
     assert all(torch.equal(value, there["state"][name]) for name, value in model.state_dict().items())

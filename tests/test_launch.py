@@ -26,6 +26,8 @@ from delock.launch.torchrun import under_torchrun
 from delock.launch.tune import share_cores
 from delock.launch.watch import Watch
 
+import programs
+
 PROGRAM = Path(__file__)  # scripts of the tests below import the targets from here
 
 
@@ -416,13 +418,7 @@ else:
 def torchrun(tmp_path: Path, what: str) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "script.py"
     script.write_text(UNDER_TORCHRUN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), what]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
-        try:
-            output, errors = program.communicate(timeout=100)
-        finally:
-            program.terminate()  # by SIGKILL it would leave its ranks behind
-    return subprocess.CompletedProcess(command, program.returncode, output, errors)
+    return programs.torchrun(script, what)
 
 
 def test_torchrun_gives_rank_0_all_events_and_results(tmp_path: Path) -> None:
