@@ -455,7 +455,7 @@ def test_ctrl_c_ends_a_comparison_in_order(start: Callable[..., Program]) -> Non
 def test_ctrl_c_while_starting(start: Callable[..., Program], here: Path, there: str) -> None:
     program = start(*TRAIN)
     if there == "stages" or sys.platform == "linux":
-        wait_until(lambda: bool(getattr(program, there)()), 60)
+        wait_until(lambda: bool(getattr(program, there)()) or program.process.poll() is not None, 60)
     os.killpg(program.process.pid, signal.SIGINT)
     code, error = program.ends(5)
     assert code == 130
