@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -286,18 +284,3 @@ def test_what_was_recorded_is_kept(
     heard = capsys.readouterr().err
     assert "a" in heard
     assert str(error) in heard
-
-
-def test_ctrl_c_ends_processes_and_keeps_the_record(here: Path) -> None:
-    words = ["train", "--model", "mlp", "--limit", "128", "--batch-size", "32", "--epochs", "100000", "--log-every", "1", "--out", "a"]
-    with subprocess.Popen([sys.executable, "-m", "delock", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for text in process.stdout:
-            if text.startswith("epoch"):
-                break
-        os.kill(process.pid, signal.SIGINT)
-        _, heard = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "Traceback" not in heard
-    assert read(Path("a/summary.json"))["status"] == "interrupted"
-    assert Path("a/metrics.jsonl").read_text().endswith("}\n")
