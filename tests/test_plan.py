@@ -298,10 +298,10 @@ def test_dsp_as_the_paper_writes_it() -> None:
     [
         ("fgd", {}, "did you mean 'fdg'"),
         ("gpip", {}, "did you mean 'gpipe'"),
-        ("zzz", {}, "no method is called 'zzz'; there are: bp"),
+        ("zzz", {}, r"no method is called 'zzz' \(there are bp"),
         ("fdg", {"betta": 0.5}, "no option 'betta'; did you mean 'beta'"),
         ("adl", {"acumulate": 2}, "did you mean 'accumulate'"),
-        ("ddg", {"beta": 0.5}, "ddg has no option 'beta'; it has no options"),
+        ("ddg", {"beta": 0.5}, r"ddg has no option 'beta' \(it has none\)"),
         ("fdg", {"beta": 0.0}, r"beta is 0.0, but it must lie in \(0, 1\]"),
         ("fdg", {"at": "replay"}, "at is 'replay', but it must be one of stash, mixed"),
         ("adl", {"order": "forwards"}, "must be one of forward-first, backward-first"),

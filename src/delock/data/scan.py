@@ -30,7 +30,7 @@ def scan(directory: Path) -> tuple[Listing, Listing]:
     Raises UsageError for a missing directory, a missing or empty class, and classes that differ between the two.
     """
     if not directory.is_dir():
-        raise UsageError(f"data directory {directory} does not exist (or is no directory)")
+        raise UsageError(f"data directory {directory} does not exist (or is no directory): expected one with train/CLASS/*.jpg in it")
     parts = [directory / "train", next((p for p in (directory / "test", directory / "val") if p.is_dir()), directory / "test")]
     for part in parts:
         if not part.is_dir():

@@ -37,12 +37,12 @@ def title(method: Method) -> str:
 def make(name: str, **given: Any) -> Method:
     """The method of that name with those options. Raises UsageError, with the nearest name, for a name or an option it does not know."""
     if name not in METHODS:
-        raise UsageError(f"no method is called {name!r}{_nearest(name, list(METHODS))}; there are: {', '.join(METHODS)}")
+        raise UsageError(f"no method is called {name!r}{_nearest(name, list(METHODS))} (there are {', '.join(METHODS)})")
     known = options(METHODS[name])
     for option in given:
         if option not in known:
-            takes = f"its options are: {', '.join(known)}" if known else "it has no options"
-            raise UsageError(f"{name} has no option {option!r}{_nearest(option, known)}; {takes}")
+            takes = f"its options are {', '.join(known)}" if known else "it has none"
+            raise UsageError(f"{name} has no option {option!r}{_nearest(option, known)} ({takes})")
     return METHODS[name](**given)
 
 
