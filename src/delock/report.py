@@ -196,7 +196,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], K: int) -> tuple[Cells, 
 
 def markdown(head: Cells, rows: Sequence[Cells]) -> str:
     """A table as GitHub shows it: the first column to the left, numbers to the right."""
-    lines = [[name.replace("\n", " ") for name in head], ["---", *["---:"] * (len(head) - 1)], *rows]
+    lines = [[name.replace("\n/", "/").replace("\n", " ") for name in head], ["---", *["---:"] * (len(head) - 1)], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n" for cells in lines)
 
 

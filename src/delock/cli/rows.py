@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -47,9 +48,16 @@ def rows(config: CompareConfig) -> list[Row]:
         K = found[0].config.network.stages
         workers = config.machine.workers
         threads = config.machine.threads * (K or 1 if workers == "processes" else 1)
-        plain = override(common, {"method": "bp", "head": None, "stages": 1, "threads": threads})
+        # More threads than cores hold each other up, and a plain row slowed down so would flatter all the others.
+        most = max(config.machine.threads, usable_cores())
+        plain = override(common, {"method": "bp", "head": None, "stages": 1, "threads": min(threads, most)})
         found.insert(0, Row(PLAIN, resolve(build(TrainConfig, plain, PLAIN))))
     return found
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cut_alike(row: Row, cuts: tuple[int, ...]) -> Row:

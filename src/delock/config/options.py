@@ -166,7 +166,7 @@ class ComparisonOptions:
     methods: Annotated[tuple[str, ...], shown("bp,ddg,fr,fdg,adl,dsp", "METHOD,... ...")] = ("bp", "ddg", "fr", "fdg", "adl", "dsp")
     """Methods, with settings of their own after colons: adl:accumulate=2:lr=0.2, dsp:p=2+1+3."""
     plain: bool = True
-    """Plain PyTorch first: the uncut network in one process with as many threads."""
+    """Plain PyTorch first: the uncut network in one process, with the threads of all stages, or as many as there are cores."""
 
 
 @dataclass(frozen=True)
