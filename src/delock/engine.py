@@ -130,7 +130,7 @@ class Engine:
         k = self.stage.k
         self.stage.prepare(step)  # a replay runs while the error is under way
         memory = self.stage.memory[op.batch]
-        error = self._receive(k + 1, ("d", op.batch, op.loss)) if op.loss > k else None
+        error = self._receive(k + 1, ("d", op.batch, op.loss)) if _receives(k, step, k + 1) else None
         delta, loss = self.stage.backward(step, error)
         if step.down:
             assert delta is not None
@@ -200,8 +200,8 @@ def _receives(k: int, step: Step, source: int) -> bool:
     match step.op:
         case Forward():
             return source == k - 1
-        case Backward(loss=loss):
-            return source == k + 1 and loss > k
+        case Backward(loss=loss, part=part):
+            return source == k + 1 and loss > k and part != "weights"
         case Update():
             return False
 

@@ -24,11 +24,12 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """g_k += (dh_{k+1}/dw_k)^T d  and  delta_k = (dh_{k+1}/dh_k)^T d, with d the error of the batch under the loss of stage `loss`.
+    """g_k += weight (dh_{k+1}/dw_k)^T d  and  delta_k = (dh_{k+1}/dh_k)^T d, d the error of the batch under the loss of stage `loss`.
 
     Pairing: for loss > k, d is `shrink` times the message that Backward(batch, loss) on stage k + 1 produced; for loss == k it
     comes from the stage's own head, times the batch's weight (n_i / n for a part of a batch, else 1).
-    `at` says where the derivative is taken (00-common: stash, replay, mixed); `part` which of g_k and delta_k are computed.
+    `at` says where the derivative is taken (00-common: stash, replay, mixed); `part` which of g_k and delta_k are computed: "input"
+    leaves g_k out, or to the Backward(part="weights") of the same batch and loss that follows it. A head's own gradient has weight 1.
     """
 
     batch: int
@@ -36,6 +37,7 @@ class Backward:
     at: At = "stash"
     part: Part = "both"
     shrink: float = 1.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

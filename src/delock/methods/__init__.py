@@ -15,10 +15,11 @@ from delock.methods.delayed import DDG, FR
 from delock.methods.dgl import DGL
 from delock.methods.dsp import DSP
 from delock.methods.fdg import FDG
+from delock.methods.interlocking import Interlocking
 from delock.methods.synchronous import BP, GPipe, OneFOneB
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {method.name: method for method in (BP, GPipe, OneFOneB, DDG, FR, FDG, ADL, DSP, DGL)}
+    {method.name: method for method in (BP, GPipe, OneFOneB, DDG, FR, FDG, ADL, DSP, DGL, Interlocking)}
 )
 
 
@@ -51,4 +52,20 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-__all__ = ["ADL", "BP", "DDG", "DGL", "DSP", "FDG", "FR", "METHODS", "GPipe", "Method", "OneFOneB", "make", "options", "title"]
+__all__ = [
+    "ADL",
+    "BP",
+    "DDG",
+    "DGL",
+    "DSP",
+    "FDG",
+    "FR",
+    "METHODS",
+    "GPipe",
+    "Interlocking",
+    "Method",
+    "OneFOneB",
+    "make",
+    "options",
+    "title",
+]

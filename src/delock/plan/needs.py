@@ -12,11 +12,13 @@ Name: TypeAlias = tuple[int, Op | tuple[int, int]]
 
 def needs(k: int, op: Op) -> list[Name]:
     """What op of stage k waits for: a Forward of the stage below, its own Forward and an error from above, which is named (batch, loss)
-    because any part of a Backward that sends will do.
+    because any part of a Backward that sends will do; a Backward of the weights alone for its other half, which had the error.
     """
     match op:
         case Forward():
             return [(k - 1, op)] if k > 0 else []
+        case Backward(b, loss, part="weights"):
+            return [(k, (b, loss))]
         case Backward(b, loss):
             own: list[Name] = [(k, Forward(b))]
             return [*own, (k + 1, (b, loss))] if loss > k else own

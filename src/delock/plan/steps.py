@@ -27,6 +27,7 @@ class Step:
     last: bool = False  # Backward: nobody will ask for this batch's memory again
     up: bool = False  # Forward: stage k + 1 is listening
     down: bool = False  # Backward: stage k - 1 is listening
+    halved: bool = False  # Backward of the input: one of the weights, for the same batch and loss, comes later
 
 
 @dataclass(frozen=True, slots=True)

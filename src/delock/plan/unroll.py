@@ -104,7 +104,8 @@ def _annotate(columns: Sequence[_Column], stop: int) -> Plan:
             elif isinstance(op, Backward):
                 last = backwards[k][op.batch][-1][0] == op
                 down = k > 0 and (op.batch, op.loss) in listeners[k - 1] and op.part != "weights"
-                step = Step(op, step.tick, step.version, last=last, down=down)
+                halved = op.part == "input" and any(b.loss == op.loss and b.part == "weights" for b, _ in backwards[k][op.batch])
+                step = Step(op, step.tick, step.version, last=last, down=down, halved=halved)
             done.append(step)
         taken.append(tuple(done))
     return Plan(tuple(taken))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from delock.links.message import Message, Tree
 from delock.plan import Step
 from delock.stage.body import Weights
+from delock.stage.halves import Grads, Later
 
 
 @dataclass(slots=True)
@@ -21,3 +22,4 @@ class Memory:
     weights: Weights | None = None  # those weights, where they are not the current ones' own storage
     leaves: tuple[Tensor, ...] = ()  # floating inputs as the graph knows them
     outputs: Tree = None  # with the graph behind it; None while there is none
+    halves: dict[int, tuple[Later, Grads]] = field(default_factory=dict)  # loss -> what is left of its Backward, and the errors passed on

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +15,12 @@ from delock.links.message import Message
 from delock.ops import Backward, Forward, Update
 from delock.plan import Step
 from delock.stage.body import Body, Weights, copies, refuse_derived_weights
+from delock.stage.halves import Grads, halves
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
 from delock.stage.memory import Memory
 from delock.stage.values import floating, leaves_of, like, with_leaves
 
 Loss = Callable[[Any, Any], Tensor]
-Grads = tuple[Tensor | None, ...]
 
 
 class Stage:
@@ -129,7 +129,7 @@ class Stage:
             self.build(memory, None, again=True)
 
     def backward(self, step: Step, error: Message | None) -> tuple[Message | None, Tensor | None]:
-        """g_k += (dh_{k+1}/dw_k)^T d: returns delta_k where stage k - 1 listens, and the (weighted) loss where it is this stage's own.
+        """g_k += weight (dh_{k+1}/dw_k)^T d: returns delta_k where stage k - 1 listens, and the loss where it is this stage's own.
 
         `error` holds one tensor per floating output of this stage. Raises UsageError for a loss that is no scalar, or has no gradient.
         """
@@ -137,24 +137,44 @@ class Stage:
         assert isinstance(op, Backward)
         self.prepare(step)
         memory = self.memory[op.batch]
-        if memory.message.values is None:
-            del self.memory[op.batch]
-            return (Message(None) if step.down else None), torch.zeros(()) if op.loss == self.k else None
-        loss, roots, seeds = self._roots(op, memory, error)
-        wanted = list(memory.leaves) if step.down else []
-        weights = list((memory.weights if memory.step.snapshot else self.body.weights).values())  # type: ignore[union-attr]
-        grads: Grads = (None,) * len(wanted + weights)
-        if roots and wanted + weights:
-            grads = torch.autograd.grad(roots, wanted + weights, seeds, retain_graph=not step.last, allow_unused=True)
-        passed_on = grads[: len(wanted)]
-        self.learner.add(grads[len(wanted) :], passed_on=passed_on)
-        self.learner.count += 1
         if step.last:
             del self.memory[op.batch]
+        if memory.message.values is None:
+            return (Message(None) if step.down else None), torch.zeros(()) if op.loss == self.k else None
+        if op.part == "weights":
+            later, passed_on = memory.halves.pop(op.loss)
+            self._learn(op, later(not step.last), passed_on)
+            return None, None
+        loss, roots, seeds = self._roots(op, memory, error)
+        passed_on = self._differentiate(step, memory, roots, seeds)
         if not step.down:
             return None, loss
         deltas = tuple(torch.zeros_like(h) if d is None else d for d, h in zip(passed_on, memory.leaves, strict=True))
         return Message(deltas), loss
+
+    def _differentiate(self, step: Step, memory: Memory, roots: Sequence[Tensor], seeds: Sequence[Tensor | None]) -> Grads:
+        """The gradients of the inputs where somebody listens; those of the weights are added, or kept for later, or not wanted."""
+        op = step.op
+        assert isinstance(op, Backward)
+        leaves = list(memory.leaves) if step.down else []
+        weights = list((memory.weights if memory.step.snapshot else self.body.weights).values())  # type: ignore[union-attr]
+        if op.part == "input" and step.halved:
+            passed_on, later = halves(roots, seeds, leaves, weights)
+            memory.halves[op.loss] = later, passed_on
+            return passed_on
+        wanted = leaves + (weights if op.part == "both" else [])
+        grads: Grads = (None,) * len(wanted)
+        if roots and wanted:
+            grads = torch.autograd.grad(roots, wanted, seeds, retain_graph=not step.last, allow_unused=True)
+        if op.part == "both":
+            self._learn(op, grads[len(leaves) :], grads[: len(leaves)])
+        return grads[: len(leaves)]
+
+    def _learn(self, op: Backward, grads: Grads, passed_on: Grads) -> None:
+        if op.weight != 1:
+            grads = tuple(g if g is None else g * op.weight for g in grads)
+        self.learner.add(grads, passed_on=passed_on)
+        self.learner.count += 1
 
     def _roots(self, op: Backward, memory: Memory, error: Message | None) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
         """The loss if it is this stage's, the tensors to differentiate, and the gradients that flow into them."""
