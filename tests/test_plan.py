@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from delock.errors import UsageError
-from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, GPipe, Method, make
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, GPipe, Interlocking, Method, make
 from delock.ops import Backward, Forward, Update, label
 from delock.plan import Course, Plan, PlanError, Step, chart, check, needs, unroll, walk, windows
 from delock.timeline import gradient_staleness, layer_staleness, warm_mean
@@ -26,7 +26,9 @@ def cases(K: int) -> Iterator[Method]:
         hints = get_type_hints(method)
         names = [field.name for field in fields(method)]  # type: ignore[arg-type]
         for given in product(*(values(hints[name], K) for name in names)):
-            yield method(**dict(zip(names, given, strict=True)))
+            options = dict(zip(names, given, strict=True))
+            if options.get("n_wise", 1) <= K:
+                yield method(**options)
 
 
 def values(hint: Any, K: int) -> Sequence[Any]:
@@ -98,11 +100,31 @@ def test_every_batch_is_forwarded_and_backwarded_once_per_stage(K: int) -> None:
             ops = [step.op for step in column]
             n = COURSE.batches * method.parts
             assert [op.batch for op in ops if isinstance(op, Forward) and op.train] == list(range(n)), method
-            assert [op.batch for op in ops if isinstance(op, Backward)] == list(range(n)), method
+            backwards = [op for op in ops if isinstance(op, Backward)]
+            assert [op.batch for op in backwards if op.part != "input"] == sorted(list(range(n)) * trainers(method, k, K)), method
             assert ops.count(next(op for op in ops if isinstance(op, Update))) == -(-COURSE.batches // method.batches_per_update)
             assert {step.up for step in column if isinstance(step.op, Forward)} == {k < K - 1}
-            assert {step.down for step in column if isinstance(step.op, Backward)} == {k > 0 and not method.headed(K)}
-            assert all(step.last for step in column if isinstance(step.op, Backward))
+            down = [step.op.loss for step in column if isinstance(step.op, Backward) and step.down]
+            assert down == passed_on(method, k, K) * n, method
+            last = [step.op.batch for step in column if isinstance(step.op, Backward) and step.last]
+            assert last == list(range(n)), method
+
+
+def trainers(method: Method, k: int, K: int) -> int:
+    """How many losses train stage k."""
+    return min(method.n_wise, K - k) if isinstance(method, Interlocking) and method.combine != "furthest" else 1
+
+
+def passed_on(method: Method, k: int, K: int) -> list[int]:
+    """The losses whose errors stage k sends down, nearest first."""
+    match method:
+        case DGL():
+            return []
+        case Interlocking(N, combine):
+            nearest = max(k, N - 1) if combine == "furthest" else k
+            return [loss for loss in range(nearest, K) if 0 <= loss - (k - 1) < N and k > 0]
+        case _:
+            return [K - 1] if k > 0 else []
 
 
 @STAGES

@@ -12,7 +12,7 @@ import pytest
 
 from delock.draw import Run, curves, gantt
 from delock.errors import UsageError
-from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, GPipe, Method, OneFOneB, make
+from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, GPipe, Interlocking, Method, OneFOneB, make
 from delock.ops import Backward, Forward, Op, Update
 from delock.plan import Course, Plan, PlanError, unroll
 from delock.records import EvaluationRecord, StepRecord
@@ -54,12 +54,15 @@ def spans(timeline: Timeline, k: int) -> list[tuple[Op, float, float]]:
 @pytest.mark.parametrize("method", EVERY, ids=str)
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_the_clock_equals_a_recursion_over_the_rule(method: Method, K: int) -> None:
+    if isinstance(method, Interlocking) and K < method.n_wise:
+        method = Interlocking(K)
     plan = unroll(method, K, Course(9, every=4, evaluation=2))
     seconds = Costs(
         forward=tuple(1.0 + 0.3 * k for k in range(K)),
         backward=tuple(2.5 - 0.4 * k for k in range(K)),
         replay=tuple(1.1 for _ in range(K)),
         update=tuple(0.2 * k for k in range(K)),
+        head=tuple(0.7 + 0.1 * k for k in range(K)),
         up=tuple(0.5 + k for k in range(K - 1)),
         down=tuple(2.0 - 0.5 * k for k in range(K - 1)),
     )
@@ -78,8 +81,15 @@ def test_the_clock_equals_a_recursion_over_the_rule(method: Method, K: int) -> N
             return ready + seconds.update[k]
         if op.at == "replay" and kept[k, Forward(op.batch)] == "input":
             ready += seconds.replay[k]
-        arrival = end(k + 1, place[k + 1, op]) + seconds.down[k] if op.loss > k else 0.0
-        return max(ready, arrival) + seconds.backward[k]
+        arrival, work = 0.0, seconds.backward[k] if op.part == "both" else seconds.backward[k] / 2
+        if op.part != "weights":
+            work += seconds.head[k] if op.loss == k else 0.0
+            arrival = max((end(k + 1, i) + seconds.down[k] for i in senders(k, op)), default=0.0)
+        return max(ready, arrival) + work
+
+    def senders(k: int, op: Backward) -> list[int]:
+        above = enumerate(plan.columns[k + 1]) if op.loss > k else ()
+        return [i for i, step in above if isinstance(b := step.op, Backward) and (b.batch, b.loss) == (op.batch, op.loss) and step.down]
 
     timeline = simulate(plan, seconds)
     for k, column in enumerate(timeline.columns):

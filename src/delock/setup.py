@@ -163,7 +163,7 @@ def _heads(spec: Spec, K: int, shapes: Sequence[tuple[int, ...]], logits: tuple[
     """The auxiliary heads of the stages that the method gives one. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
     wanted = spec.method.headed(K)
     given = spec.heads
-    if given is not None and not wanted and K > 1:
+    if given is not None and not spec.method.local_losses:
         raise UsageError(f"{spec.method.name} has no local losses, so it takes no heads")
     if given is not None and not isinstance(given, str):
         if len(given) != len(wanted):

@@ -14,8 +14,8 @@ from delock.config import AlgorithmOptions, make_method, refuse_below, shown
 from delock.errors import UsageError
 from delock.methods import Method, options, title
 from delock.plan import chart, unroll
-from delock.report import IDLE, LAYERWISE, STALENESS, Cells, milliseconds, percent
 from delock.runfolder import dumps
+from delock.tables import IDLE, LAYERWISE, STALENESS, Cells, milliseconds, percent
 from delock.timeline import Costs, Prediction, capacities, predict, simulate
 
 ABOUT = """Show a method's schedule, staleness, memory and speed; nothing is trained.
@@ -28,6 +28,7 @@ examples:
   delock plan --method fdg --profile resnet20 --data synthetic"""
 
 
+HALVES = ", b backward to the input alone, w to the weights"
 CELL = 7  # columns of a cell in most charts
 
 
@@ -193,7 +194,8 @@ def show(answer: Answer, files: Sequence[Path]) -> None:
 
     screen, K, speed, costs = Screen(), answer.costs.K, answer.dataflow, answer.config.costs
     name = title(make_method(answer.config.algorithm))
-    screen.line(f"{name}, K = {K}; a cell is op, batch . version of the weights; F forward, B backward\n")
+    halves = HALVES if " b" in answer.chart else ""
+    screen.line(f"{name}, K = {K}; a cell is op, batch . version of the weights; F forward, B backward{halves}\n")
     screen.line(f"{answer.chart}\n")
     screen.table(*stage_rows(speed))
     if measured := answer.profile:

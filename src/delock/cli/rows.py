@@ -68,7 +68,7 @@ def cut_alike(row: Row, cuts: tuple[int, ...]) -> Row:
 def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
     name, *settings = word.split(":")
     given: dict[str, Any] = {"method": name}
-    if name in METHODS and not METHODS[name]().headed(2):
+    if name in METHODS and not METHODS[name].local_losses:
         given["head"] = None  # said of the rows with local losses
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -23,6 +23,8 @@ class Method(ABC):
     """The word that selects the method on the command line."""
     synchronous: ClassVar[bool] = False
     """Whether all stages' gradients of an update belong to the same weights of the whole network."""
+    local_losses: ClassVar[bool] = False
+    """Whether stages below the last may have losses, and so auxiliary heads, of their own."""
 
     @property
     def parts(self) -> int:

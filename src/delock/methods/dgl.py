@@ -29,6 +29,7 @@ class DGL(Method):
     """
 
     name: ClassVar[str] = "dgl"
+    local_losses: ClassVar[bool] = True
 
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
         yield Forward(t - k)

@@ -15,10 +15,10 @@ from delock.ops import Backward, Forward, Op, Update
 class Interlocking(Method):
     """N-wise: stage k learns from the loss of stage min(k + N - 1, K - 1); errors stream down one by one, nearest loss first.
 
-        stage 0 |F0 .. .. .. B0 .. F1          K = 4, N = 2; cell = op, batch; b passes an error on, w is its weight gradient
-        stage 1 |   F0 .. b0 .. B0 .. F1       b0 on stage 1: the error of L_1, which trains stage 0
-        stage 2 |      F0 .. b0 .. B0          b0 on stage 2: that of L_2, for stage 1; B0: that of L_3, which trains stage 2
-        stage 3 |         F0 b0 w0
+        stage 0 |F0.0           B0.0 F1.1           B1.1     K = 4, N = 2; b: the error passed on, w: the weight gradient, B: both
+        stage 1 |     F0.0 b0.0      B0.0 F1.1 b1.1          b0.0 is the error of L_1, for stage 0; B0.0 that of L_2
+        stage 2 |          F0.0 b0.0      B0.0 F1.1 b1.1     b0.0 is the error of L_2, for stage 1; B0.0 that of L_3
+        stage 3 |               F0.0 b0.0 w0.0      F1.1     b0.0 is the error of L_3, for stage 2, and w0.0 its second half
 
     Source: Gomez, Key, Perlin, Gou, Frosst, Dean, Gal, JMLR 23(171), 2022; arXiv 2010.04116. Update: w_k <- step(w_k, dL_j / dw_k) with
     j = min(k + N - 1, K - 1); u_k <- step(u_k, dL_k / du_k), h_{k+1} taken as data. combine="sum": the sum of dL_i / dw_k over
@@ -28,20 +28,21 @@ class Interlocking(Method):
     N                   | n_wise (1: local learning, 2: pairwise, K: backpropagation)
     auxiliary network   | head of stage k < K-1; with "furthest" the heads of stages k < N-1 train nobody and are left out
 
-    backward="split" sends an error before it computes the weight gradient, "whole" afterwards: the same numbers.
+    send="early" sends an error before the weight gradient is computed, "late" after it: the same numbers.
     Deviations: none. Staleness of the gradient: 0; layer-wise 0. Memory of stage k: one graph, and its head.
-    Steady period with forward = input gradient = weight gradient = 1 and free heads, for any K > N: 2(N-1) + 3 split, 3N whole.
+    Steady period with forward = input gradient = weight gradient = 1 and free heads, for any K > N: 2(N-1) + 3 early, 3N late.
     """
 
     name: ClassVar[str] = "interlocking"
+    local_losses: ClassVar[bool] = True
     n_wise: int = 2
     combine: Literal["furthest", "sum", "mean"] = "furthest"
-    backward: Literal["split", "whole"] = "split"
+    send: Literal["early", "late"] = "early"
 
     def __post_init__(self) -> None:
         at_least("n_wise", self.n_wise, 1)
         one_of("combine", self.combine, ("furthest", "sum", "mean"))
-        one_of("backward", self.backward, ("split", "whole"))
+        one_of("send", self.send, ("early", "late"))
 
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
         yield Forward(t)
@@ -50,7 +51,7 @@ class Interlocking(Method):
         for loss in sorted({*heard, *trainers}):  # near losses first: their errors are ready first
             if loss not in trainers:
                 yield Backward(t, loss, part="input")
-            elif loss in heard and self.backward == "split":
+            elif loss in heard and self.send == "early":
                 yield Backward(t, loss, part="input", weight=weight)
                 yield Backward(t, loss, part="weights", weight=weight)
             else:
@@ -83,4 +84,4 @@ class Interlocking(Method):
 
     def fits(self, K: int) -> None:
         if self.n_wise > K:
-            raise UsageError(f"n_wise is {self.n_wise}, but there are only {K} stages: it must lie in 1 .. {K}")
+            raise UsageError(f"n_wise is {self.n_wise}, but the gradient of a loss reaches at most all {K} stages: it must lie in 1 .. {K}")

@@ -37,7 +37,7 @@ class Slowdown:
 class Costs:
     """Seconds (or any unit) per op: one number per stage for work, one per link for delays; link k joins stages k and k + 1.
 
-    An empty tuple means: `replay` as `forward`, `update`, `up` and `down` 0, `capacity` unlimited. A barrier makes every stage wait for
+    An empty tuple means: `replay` as `forward`, `update`, `head`, `up` and `down` 0, `capacity` unlimited. A barrier makes every stage wait for
     all others after each tick (lock-step; for plans without evaluation). Raises UsageError when the numbers do not fit each other.
     """
 
@@ -45,6 +45,7 @@ class Costs:
     backward: tuple[float, ...]
     replay: tuple[float, ...] = ()
     update: tuple[float, ...] = ()
+    head: tuple[float, ...] = ()  # an auxiliary head forward and backward, in the Backward of the stage's own loss
     up: tuple[float, ...] = ()  # delay of an activation k -> k + 1
     down: tuple[float, ...] = ()  # delay of an error k + 1 -> k
     capacity: tuple[int, ...] = ()  # messages that a link holds, in each direction
@@ -53,7 +54,7 @@ class Costs:
 
     def __post_init__(self) -> None:
         K = len(self.forward)
-        given = [(name, getattr(self, name)) for name in ("forward", "backward", "replay", "update", "up", "down", "capacity")]
+        given = [(name, getattr(self, name)) for name in ("forward", "backward", "replay", "update", "head", "up", "down", "capacity")]
         for name, numbers in given:
             due = K - 1 if name in ("up", "down", "capacity") else K
             if len(numbers) != due and (numbers or name == "backward"):
@@ -79,9 +80,10 @@ class Costs:
         match op:
             case Forward():
                 return 0.0, scale * self.forward[k]
-            case Backward(part=part):
+            case Backward(loss=loss, part=part):
                 half = 1.0 if part == "both" else 0.5  # the two products of a layer's backward cost about the same
-                return scale * (self.replay or self.forward)[k] * replayed, scale * half * self.backward[k]
+                head = self.head[k] if self.head and loss == k and part != "weights" else 0.0
+                return scale * (self.replay or self.forward)[k] * replayed, scale * (half * self.backward[k] + head)
             case _:
                 return 0.0, scale * self.update[k] if self.update else 0.0
 

@@ -63,7 +63,7 @@ def capacities(method: Method, K: int) -> tuple[int, ...]:
 def _whole(costs: Costs, parts: int) -> Costs:
     """The costs of a batch in one piece, from those of one of its parts; a message is under way as long as a part's."""
     forward, backward, replay = (tuple(parts * cost for cost in work) for work in (costs.forward, costs.backward, costs.replay))
-    return replace(costs, forward=forward, backward=backward, replay=replay)
+    return replace(costs, forward=forward, backward=backward, replay=replay, head=())  # BP has none
 
 
 def _enough(method: Method, K: int) -> int:
