@@ -77,6 +77,7 @@ class Setup:
     rows: int  # samples in the batch that was measured
     modules: list[StageModule] = field(default_factory=list)
     heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
+    head_seconds: dict[int, float] = field(default_factory=dict)  # stage -> its head forward and backward, on a whole batch
 
     @property
     def K(self) -> int:
@@ -124,8 +125,9 @@ class Setup:
         share = 1 / spec.method.parts  # costs are of a whole batch, ops of a part
         forward = tuple(share * sum(cost.forward_s for cost in atoms) for atoms in own)
         backward = tuple(share * sum(cost.backward_s for cost in atoms) for atoms in own)
-        forecast = predict(spec.method, self.K, Costs(forward, backward))
-        period = forecast.period if spec.workers != "inline" else sum(forward + backward) * spec.method.parts
+        head = tuple(share * self.head_seconds.get(k, 0.0) for k in range(self.K))
+        forecast = predict(spec.method, self.K, Costs(forward, backward, head=head))
+        period = forecast.period if spec.workers != "inline" else sum(forward + backward + head) * spec.method.parts
         predictions = tuple(
             StagePrediction(k, b - a, sum(cost.params for cost in own[k]), forward[k], backward[k], f.staleness, f.layer_staleness, f.idle)
             for k, ((a, b), f) in enumerate(zip(self.bounds(), forecast.stages, strict=True))
@@ -156,7 +158,9 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
     heads = _heads(spec, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
     if any(map(has_batch_norm, heads.values())):
         _refuse_single_samples(spec.train.sizes() or [], spec.method.parts)
-    return Setup(course, parts, found, costs, samples(inputs), stages(parts, found), heads)
+    shaped = {k: costs[found[k] - 1].shape for k in heads}
+    seconds = {k: _head_cost(spec, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]}
+    return Setup(course, parts, found, costs, samples(inputs), stages(parts, found), heads, seconds)
 
 
 def _heads(spec: Spec, K: int, shapes: Sequence[tuple[int, ...]], logits: tuple[int, ...]) -> dict[int, nn.Module]:
@@ -177,6 +181,13 @@ def _head(spec: Spec, k: int, shape: tuple[int, ...], logits: tuple[int, ...]) -
         raise UsageError(f"the output of stage {k} or of the network is a tuple, for which no head is known: give heads=[...] as modules")
     assert spec.heads is None or isinstance(spec.heads, str)
     return build_head(spec.heads or choose(shape), shape, logits[-1], seed=key(spec.seed, "head", k))
+
+
+def _head_cost(spec: Spec, k: int, head: nn.Module, shape: tuple[int, ...], targets: Any) -> float:
+    try:
+        return _measure(spec, [Atom(f"head of stage {k}", head)], torch.zeros(shape), targets)[0].total_s
+    except UsageError as error:
+        raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from None
 
 
 def _measure(spec: Spec, parts: list[Atom], inputs: Any, targets: Any) -> list[AtomCost]:
