@@ -157,12 +157,12 @@ def test_a_recipe_turns_batches_into_updates() -> None:
 
 @pytest.mark.parametrize("make", [SGD(0.1, 0.9, 5e-4, True), Adam(0.01, 0.1), AdamW(0.01, 0.1)])
 def test_optimizers_and_schedules_travel_to_processes(make: SGD | Adam | AdamW) -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
+    weight = torch.nn.Parameter(torch.ones(3, 1))
     made = pickle.loads(pickle.dumps(make))([("w", weight)])
     schedule = pickle.loads(pickle.dumps(Schedule("cosine", 10, 2)))(made)
     assert made.param_groups[0]["lr"] == pytest.approx(make.lr / 2)
     assert made.param_groups[0]["weight_decay"] == make.weight_decay
-    weight.grad = torch.ones(3)
+    weight.grad = torch.ones(3, 1)
     made.step()
     schedule.step()
     assert made.param_groups[0]["lr"] == make.lr

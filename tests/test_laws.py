@@ -18,7 +18,7 @@ FLOORS = (
     ("ops", "links", "codecs", "data", "nets", "records", "keys", "errors", "feed", "memory"),
     ("plan", "methods", "stage"),
     ("engine", "timeline", "config"),
-    ("train", "report", "draw", "runfolder", "recipes"),
+    ("train", "report", "tables", "draw", "runfolder", "recipes"),
     ("launch", "setup", "fitting"),
     ("cli", "__main__"),
 )

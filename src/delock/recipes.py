@@ -12,10 +12,11 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from delock.config import TrainConfig
+from delock.config import TrainConfig, known
 from delock.methods import Method
 
-Params: TypeAlias = Iterable[Any]  # parameters or parameter groups, as torch.optim takes them
+Params: TypeAlias = Iterable[Any]  # parameters, named or not, or parameter groups, as torch.optim takes them
+Named: TypeAlias = Iterable[tuple[str, torch.Tensor]]  # by their names in the unsplit model
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,24 @@ class Adam:
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
-    """Adam, its weight decay apart from the gradient."""
+    """Adam, its weight decay apart from the gradient, and of matrices and kernels only.
+
+    Biases, the weights of norms and embeddings are left as they are: decay limits what a sum over many inputs can reach, and these
+    scale, shift or look up one number each.
+    """
 
     lr: float
     weight_decay: float = 0.0
 
-    def __call__(self, params: Params) -> Optimizer:
-        return torch.optim.AdamW(params, self.lr, weight_decay=self.weight_decay)
+    def __call__(self, params: Named) -> Optimizer:
+        named = list(params)
+        groups = [(self.weight_decay, [one for one in named if decays(*one)]), (0.0, [one for one in named if not decays(*one)])]
+        return torch.optim.AdamW([{"params": some, "weight_decay": decay} for decay, some in groups if some], self.lr)
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether AdamW's weight decay acts on a parameter: it has two dimensions or more, and is no embedding, by its name."""
+    return parameter.dim() > 1 and not any(part.startswith("embed") for part in name.split("."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +94,24 @@ class Schedule:
         return 1.0
 
 
-def recipe(config: TrainConfig, method: Method, epoch: int, batches: int) -> tuple[Callable[[Params], Optimizer], Schedule]:
+def recipe(config: TrainConfig, method: Method, epoch: int, batches: int) -> tuple[Callable[[Any], Optimizer], Schedule]:
     """Optimizer and schedule of a resolved config, for a run of `batches` with `epoch` batches per epoch."""
     options = config.training
-    assert options.lr is not None  # resolve has seen to it
-    optimizer: Callable[[Params], Optimizer]
-    match options.optimizer:
+    lr, decay = known(options.lr), known(options.weight_decay)
+    optimizer: Callable[[Any], Optimizer]
+    match known(options.optimizer):
         case "sgd":
-            optimizer = SGD(options.lr, options.momentum or 0.0, options.weight_decay, options.nesterov)
+            optimizer = SGD(lr, options.momentum or 0.0, decay, options.nesterov)
         case "adam":
-            optimizer = Adam(options.lr, options.weight_decay)
+            optimizer = Adam(lr, decay)
         case "adamw":
-            optimizer = AdamW(options.lr, options.weight_decay)
+            optimizer = AdamW(lr, decay)
 
     def updates(count: float) -> int:
         return math.ceil(count / method.batches_per_update)
 
     milestones = tuple(sorted(updates(at * epoch) for at in options.milestones))
-    return optimizer, Schedule(options.schedule, updates(batches), updates(options.warmup), milestones, options.gamma)
+    return optimizer, Schedule(options.schedule, updates(batches), updates(known(options.warmup)), milestones, options.gamma)
 
 
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:

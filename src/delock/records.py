@@ -53,7 +53,7 @@ class EvaluationRecord:
     epoch: float
     train_loss: float
     test_loss: float
-    metrics: dict[str, float]  # test metrics by name, "accuracy" among them for classification; fractions, not per cent
+    metrics: dict[str, float]  # test metrics by name, "accuracy" (a fraction) for classification
     seconds: float  # of training, since the start, evaluations left out
     samples: int
 
@@ -85,8 +85,12 @@ class StageReport:
     @property
     def mean_staleness(self) -> float:
         """Mean gradient staleness in updates, warm-up included."""
-        count = sum(self.staleness.values())
-        return sum(updates * n for updates, n in self.staleness.items()) / count if count else 0.0
+        return _mean(self.staleness)
+
+    @property
+    def mean_layer_staleness(self) -> float:
+        """Mean layer-wise staleness in batches, warm-up included."""
+        return _mean(self.layer_staleness)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +107,8 @@ class Result:
 
 
 Event = Started | StepRecord | EvaluationRecord
+
+
+def _mean(histogram: dict[int, int]) -> float:
+    count = sum(histogram.values())
+    return sum(value * n for value, n in histogram.items()) / count if count else 0.0

@@ -1,4 +1,4 @@
-"""A run, and several side by side, as plain values and tables: summary.json, compare.json, compare.md."""
+"""A run as its sentences and its summary, and several side by side: summary.json, compare.json."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
-from delock.config import TrainConfig, make_method
+from delock.config import TrainConfig, is_text, make_method
 from delock.methods import options
 from delock.records import EvaluationRecord, Event, Result, StageReport, Started, StepRecord
+from delock.tables import metric_text
 
 Status = Literal["running", "finished", "interrupted", "failed"]
-Cells = list[str]  # a head may be of two lines
-SHOWN = 5  # stages in a row of a comparison
-STALENESS, LAYERWISE, IDLE = "staleness\n(updates)", "layer-wise\n(batches)", "idle"
 
 
 @dataclass
@@ -52,6 +50,32 @@ def settled(config: TrainConfig, cuts: tuple[int, ...]) -> TrainConfig:
     return replace(config, network=replace(config.network, cuts=cuts, stages=len(cuts) + 1))
 
 
+def measure(config: TrainConfig) -> str:
+    """The metric by which a run is judged: of text the smaller is the better."""
+    if not is_text(config):
+        return "accuracy"
+    return "bits_per_byte" if config.language.level == "byte" else "bits_per_character"
+
+
+def rate(config: TrainConfig, samples_per_second: float) -> str:
+    """A speed: in tokens of text, in samples of anything else."""
+    tokens = config.language.context if is_text(config) else None
+    return f"{samples_per_second * tokens:,.0f} tokens/s" if tokens else f"{samples_per_second:,.0f} samples/s"
+
+
+def trained(config: TrainConfig, record: StepRecord, batches: int) -> str:
+    """How far the training is."""
+    return f"{record.step}/{batches}  loss {record.loss:.3f}  {rate(config, _speed(record))}"
+
+
+def evaluated(config: TrainConfig, record: EvaluationRecord) -> str:
+    """One line on an evaluation."""
+    unit = " nats" if is_text(config) else ""
+    losses = [f"train loss {record.train_loss:.4f}{unit}", f"test loss {record.test_loss:.4f}{unit}"]
+    metrics = [metric_text(name, value) for name, value in record.metrics.items()]
+    return "  ".join([f"epoch {record.epoch:.4g}", *losses, *metrics, rate(config, _speed(record))])
+
+
 def opening(config: TrainConfig, started: Started) -> str:
     """One line on what will run."""
     K = len(started.stages)
@@ -66,9 +90,9 @@ def opening(config: TrainConfig, started: Started) -> str:
 def closing(story: Story) -> str:
     """One line on what has come out."""
     told = summary(story)
-    metrics = [f"test {name} {accuracy_or_number(name, value)}" for name, value in story.evaluations[-1].metrics.items()]
-    speed = f"{told['seconds']:.1f} s of training, {told['samples_per_second']:,.0f} samples/s"
-    return ", ".join([*metrics, f"train loss {told['train_loss']:.4f}", speed])
+    metrics = [metric_text(name, value) for name, value in story.evaluations[-1].metrics.items()]
+    loss = f"train loss {told['train_loss']:.4f}{' nats' if is_text(story.config) else ''}"
+    return ", ".join([*metrics, loss, f"{told['seconds']:.1f} s of training", rate(story.config, told["samples_per_second"])])
 
 
 def summary(story: Story) -> dict[str, Any]:
@@ -78,6 +102,7 @@ def summary(story: Story) -> dict[str, Any]:
     step = story.steps[-1] if story.steps else None
     method = make_method(config.algorithm)
     metrics = {f"test_{name}": value for name, value in last.metrics.items()} if last else {}
+    tokens = config.language.context if is_text(config) else None
     seconds, samples = (result.seconds, result.samples) if result else (step.seconds, step.samples) if step else (0.0, 0)
     return {
         "status": story.status,
@@ -89,7 +114,8 @@ def summary(story: Story) -> dict[str, Any]:
         "steps": step.step if step else 0,
         "samples": samples,
         "seconds": seconds,
-        "samples_per_second": samples / seconds if seconds > 0 else 0.0,
+        "samples_per_second": (speed := samples / seconds if seconds > 0 else 0.0),
+        **({"tokens_per_second": speed * tokens} if tokens else {}),
         "predicted_samples_per_second": story.started.samples_per_second if story.started else None,
         "method": config.algorithm.method,
         "options": {name: getattr(method, name) for name in options(type(method))},
@@ -110,7 +136,7 @@ def stage(report: StageReport) -> dict[str, Any]:
         "parameters": report.parameters,
         "updates": report.updates,
         "staleness": report.mean_staleness,
-        "layer_staleness": _mean(report.layer_staleness),
+        "layer_staleness": report.mean_layer_staleness,
         "staleness_histogram": _histogram(report.staleness),
         "layer_staleness_histogram": _histogram(report.layer_staleness),
         "idle": report.idle,
@@ -121,34 +147,6 @@ def stage(report: StageReport) -> dict[str, Any]:
         "peak_memory": report.peak_memory,
         "memory_growth": report.memory_growth,
     }
-
-
-def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
-    """Head and rows of what is known of every stage before the run."""
-    head = ["stage", "layers", "parameters", "forward", "backward", STALENESS, LAYERWISE, IDLE]
-    return head, [
-        [
-            str(s.stage),
-            str(s.layers),
-            f"{s.parameters:,}",
-            milliseconds(s.forward),
-            milliseconds(s.backward),
-            f"{s.staleness:.2f}",
-            str(s.layer_staleness),
-            percent(s.idle),
-        ]
-        for s in started.stages
-    ]
-
-
-def stage_table(reports: Sequence[StageReport]) -> tuple[Cells, list[Cells]]:
-    """Head and rows of what every stage did."""
-    head = ["stage", "updates", IDLE, STALENESS, LAYERWISE, "peak memory"]
-    rows = [
-        [str(r.stage), str(r.updates), percent(r.idle), f"{r.mean_staleness:.2f}", f"{_mean(r.layer_staleness):g}", memory(r.peak_memory)]
-        for r in reports
-    ]
-    return head, rows
 
 
 def compared(stories: Mapping[str, Story], plain: str) -> list[dict[str, Any]]:
@@ -170,68 +168,9 @@ def compared(stories: Mapping[str, Story], plain: str) -> list[dict[str, Any]]:
     ]
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]], K: int) -> tuple[Cells, list[Cells]]:
-    """Head and rows of a comparison; what is not known is a dash. Staleness is a mean per stage, idle one over the stages."""
-    speeds = ["samples\n/s", f"over bp,\nK = {K}", "over\nplain"]
-    head = ["method", "test\naccuracy", "train\nloss", *speeds, STALENESS, LAYERWISE, IDLE, "peak\nmemory"]
-    body = []
-    for row in rows:
-        one = row["summary"]
-        finished = one["status"] == "finished"
-        cells = [
-            row["name"] if finished else f"{row['name']} ({one['status']})",
-            _cell(one.get("test_accuracy"), percent1),
-            _cell(one["train_loss"], "{:.3f}".format),
-            _cell(one["samples_per_second"] or None, "{:.0f}".format),
-            _cell(row["speedup_over_bp"], "{:.2f}".format),
-            _cell(row["speedup_over_plain"], "{:.2f}".format),
-            per_stage([f"{mean:.1f}" for mean in row["staleness"]]),
-            per_stage([f"{mean:g}" for mean in row["layer_staleness"]]),
-            _cell(row["idle"], percent),
-            _cell(row["peak_memory"], memory),
-        ]
-        body.append(cells)
-    return head, body
-
-
-def markdown(head: Cells, rows: Sequence[Cells]) -> str:
-    """A table as GitHub shows it: the first column to the left, numbers to the right."""
-    lines = [[name.replace("\n/", "/").replace("\n", " ") for name in head], ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n" for cells in lines)
-
-
-def per_stage(cells: Sequence[str]) -> str:
-    """What there is of each stage, of many stages the first two and the last: 6.0/4.0/2.0/0.0; a dash for nothing."""
-    return "/".join(cells if len(cells) <= SHOWN else [*cells[:2], "..", cells[-1]]) or "-"
-
-
-def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds."""
-    return f"{1000 * seconds:.1f} ms"
-
-
-def percent(share: float) -> str:
-    """A share in whole per cent."""
-    return f"{100 * share:.0f} %"
-
-
-def percent1(share: float) -> str:
-    """A share in per cent with one decimal, for accuracies."""
-    return f"{100 * share:.1f} %"
-
-
-def accuracy_or_number(name: str, value: float) -> str:
-    """A metric: an accuracy in per cent with two decimals, another one as a number."""
-    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4g}"
-
-
-def memory(count: int) -> str:
-    """Bytes as MB; a dash where the system did not tell."""
-    return f"{count / 1e6:.0f} MB" if count else "-"
-
-
-def _cell(value: Any, text: Any) -> str:
-    return "-" if value is None else str(text(value))
+def _speed(record: StepRecord | EvaluationRecord) -> float:
+    """The mean so far, in samples per second."""
+    return record.samples / record.seconds if record.seconds > 0 else 0.0
 
 
 def _ratio(one: Mapping[str, Any], base: Mapping[str, Any] | None) -> float | None:
@@ -243,11 +182,6 @@ def _ratio(one: Mapping[str, Any], base: Mapping[str, Any] | None) -> float | No
 
 def _average(stages: Sequence[Mapping[str, Any]], what: str) -> float | None:
     return sum(s[what] for s in stages) / len(stages) if stages else None
-
-
-def _mean(histogram: Mapping[int, int]) -> float:
-    count = sum(histogram.values())
-    return sum(value * n for value, n in histogram.items()) / count if count else 0.0
 
 
 def _histogram(counts: Mapping[int, int]) -> dict[str, int]:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, METRICS, SUMMARY, MODEL, BOARD = "config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "tensorboard"
-OURS = (CONFIG, METRICS, SUMMARY, MODEL, "compare.json", "compare.md", "compare.png", "compare.svg")
+ALPHABET = "alphabet.json"  # of a language model: what its tokens stand for
+OURS = (CONFIG, METRICS, SUMMARY, MODEL, ALPHABET, "compare.json", "compare.md", "compare.png", "compare.svg")
 
 
 class RunFolder:

@@ -13,12 +13,13 @@ from delock.cli.session import load_data, refuse, train, warm_up
 from delock.config import CompareConfig, flat
 from delock.errors import DelockError, UsageError
 from delock.records import Started
-from delock.report import IDLE, LAYERWISE, Cells, Story, compared, comparison_table, markdown
+from delock.report import Story, compared, measure
 from delock.runfolder import RunFolder, dumps
+from delock.tables import IDLE, LAYERWISE, Cells, comparison_table, markdown
 
 if TYPE_CHECKING:
     from delock.cli.screen import Screen
-    from delock.data import Data
+    from delock.data import Data, TextData
 
 ABOUT = """Train a network with several methods, and lay the results side by side.
 
@@ -26,7 +27,8 @@ examples:
   delock compare
   delock compare --methods bp,fdg:beta=0.5,adl:accumulate=2:lr=0.2 --epochs 5
   delock compare --methods bp dsp:p=2+1+3:q=1+1+1 --stages 4 --no-plain
-  delock compare --data folder --data-dir DIR --model resnet20 --warmup 390"""
+  delock compare --data folder --data-dir DIR --model resnet20 --warmup 390
+  delock compare --data text --methods bp,fdg,adl --steps 500"""
 
 
 def run(words: Sequence[str]) -> int:
@@ -35,7 +37,8 @@ def run(words: Sequence[str]) -> int:
     if ranks():
         raise UsageError("compare starts processes of its own for every row: start it without torchrun")
     todo = rows(config)
-    folder = RunFolder(config.output.out, f"compare-{config.network.model.replace('/', '-')}", overwrite=config.output.overwrite)
+    model = str(todo[0].config.network.model).replace("/", "-")
+    folder = RunFolder(config.output.out, f"compare-{model}", overwrite=config.output.overwrite)
     warm_up(todo[0].config)
     from delock.cli.screen import Screen  # here: rich is not needed where words are wrong
 
@@ -60,7 +63,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _train(
-    config: CompareConfig, todo: Sequence[Row], data: Data, folder: RunFolder, screen: Screen, stories: dict[str, Story]
+    config: CompareConfig, todo: Sequence[Row], data: Data | TextData, folder: RunFolder, screen: Screen, stories: dict[str, Story]
 ) -> None:
     """Train every row into its own folder. A row that fails is told, and the others go on; bad input with nothing kept yet ends it all."""
     cuts: tuple[int, ...] | None = None
@@ -84,7 +87,7 @@ def _train(
 def _keep(config: CompareConfig, folder: RunFolder, stories: dict[str, Story]) -> None:
     """What is known so far, as a file and as a table: after every row, so that no end of this program can take it away."""
     any_cut = _any_cut(stories)
-    options = {name: str(value) if name in ("data_dir", "out", "config") else value for name, value in flat(config).items()}
+    options = {name: str(value) if name in ("data_dir", "text", "out", "config") else value for name, value in flat(config).items()}
     told = {"config": options, "cuts": any_cut.cuts if any_cut else None, "rows": compared(stories, PLAIN)}
     folder.write("compare.json", dumps(told, indent=2) + "\n")
     folder.write("compare.md", markdown(*_table(stories)))
@@ -100,7 +103,8 @@ def _draw(folder: RunFolder, stories: dict[str, Story]) -> None:
 
 def _table(stories: dict[str, Story]) -> tuple[Cells, list[Cells]]:
     any_cut = _any_cut(stories)
-    return comparison_table(compared(stories, PLAIN), len(any_cut.stages) if any_cut else 1)
+    metric = measure(next(iter(stories.values())).config)
+    return comparison_table(compared(stories, PLAIN), len(any_cut.stages) if any_cut else 1, metric)
 
 
 def _any_cut(stories: dict[str, Story]) -> Started | None:

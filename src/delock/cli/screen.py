@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from delock.records import EvaluationRecord, StepRecord
-from delock.report import Cells, accuracy_or_number
+from delock.tables import Cells
 
 PLAIN_SECONDS = 10.0  # between two lines of a run that nobody watches in a terminal
 
@@ -64,16 +63,6 @@ class Screen:
         elif time.monotonic() - self._told >= PLAIN_SECONDS:
             self.line(text)
 
-    def step(self, record: StepRecord, batches: int) -> None:
-        """A batch was trained."""
-        self.progress(record.step, batches, f"{record.step}/{batches}  loss {record.loss:.3f}  {rate(record)}")
-
-    def evaluation(self, record: EvaluationRecord) -> None:
-        """The test set was gone through."""
-        metrics = "".join(f"  test {name} {accuracy_or_number(name, value)}" for name, value in record.metrics.items())
-        losses = f"train loss {record.train_loss:.4f}  test loss {record.test_loss:.4f}"
-        self.line(f"epoch {record.epoch:.4g}  {losses}{metrics}  {rate(record)}")
-
     def end(self) -> None:
         """The phase is over."""
         if self._bar is not None:
@@ -85,8 +74,3 @@ def _width(head: Cells, rows: Sequence[Cells]) -> int:
     """Columns of the terminal that a table takes: two between its own."""
     longest = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(head, *rows, strict=True)]
     return sum(longest) + 2 * (len(head) - 1)
-
-
-def rate(record: StepRecord | EvaluationRecord) -> str:
-    """The mean speed so far."""
-    return f"{record.samples / record.seconds if record.seconds > 0 else 0.0:,.0f} samples/s"

@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 from delock.cli.board import Board
 from delock.cli.ranks import ranks
 from delock.cli.screen import Screen
-from delock.config import TrainConfig, flat, make_method, toml
+from delock.cli.workload import build_model, goals
+from delock.cli.workload import load_data as read_data
+from delock.config import TrainConfig, flat, foreign, make_method, toml
 from delock.errors import UsageError
 from delock.records import EvaluationRecord, Event, Result, Started, StepRecord
-from delock.report import Story, opening, prediction_table, summary
-from delock.runfolder import CONFIG, SUMMARY, RunFolder, dumps
+from delock.report import Story, evaluated, opening, rate, summary, trained
+from delock.runfolder import ALPHABET, CONFIG, SUMMARY, RunFolder, dumps
+from delock.tables import prediction_table
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from delock.data import Data
+    from delock.data import Data, TextData
 
 NOT_REPEATED = ("out", "overwrite", "config")  # config.toml says how to repeat a run, not where an earlier one was kept
 
@@ -29,24 +32,10 @@ def warm_up(config: TrainConfig) -> None:
         context(("delock.train",))
 
 
-def load_data(config: TrainConfig, screen: Screen) -> Data:
-    """The data set of a config."""
-    options = config.dataset
-    screen.phase(f"loading {options.data}")
-    from delock.data import load  # here: it loads torch
-
-    data = load(
-        options.data,
-        data_dir=options.data_dir,
-        batch_size=options.batch_size,
-        seed=config.training.seed,
-        download=options.download,
-        augment=options.augment,
-        image_size=options.image_size,
-        limit=options.limit,
-        test_batch_size=options.test_batch_size,
-        on_progress=screen.progress,
-    )
+def load_data(config: TrainConfig, screen: Screen) -> Data | TextData:
+    """The data set of a config, with its progress on the screen."""
+    screen.phase(f"loading {config.dataset.data}")
+    data = read_data(config, screen.progress)
     screen.end()
     return data
 
@@ -54,25 +43,26 @@ def load_data(config: TrainConfig, screen: Screen) -> Data:
 class Session:
     """The record of one run: what is told goes to the screen and into the folder, and `end` writes the summary."""
 
-    def __init__(self, story: Story, folder: RunFolder, screen: Screen) -> None:
-        self.story, self.folder, self.screen = story, folder, screen
+    def __init__(self, story: Story, data: Data | TextData, folder: RunFolder, screen: Screen) -> None:
+        self.story, self.data, self.folder, self.screen = story, data, folder, screen
         self.board: Board | None = None
 
     def hear(self, event: Event) -> None:
         """An event of `fit`."""
         self.story.hear(event)
+        config = self.story.config
         match event:
             case Started():
                 self.screen.end()
-                self.screen.line(opening(self.story.config, event))
-                self.screen.line(f"predicted: {event.samples_per_second:,.0f} samples/s; per stage:")
+                self.screen.line(opening(config, event))
+                self.screen.line(f"predicted: {rate(config, event.samples_per_second)}; per stage:")
                 self.screen.table(*prediction_table(event))
                 self.screen.phase("training", event.batches)
                 return
             case StepRecord():
-                self.screen.step(event, self.story.batches)
+                self.screen.progress(event.step, self.story.batches, trained(config, event, self.story.batches))
             case EvaluationRecord():
-                self.screen.evaluation(event)
+                self.screen.line(evaluated(config, event))
         self.open()
         self.folder.add(event)
         if self.board:
@@ -80,11 +70,15 @@ class Session:
 
     def open(self) -> None:
         """Make the folder, once there is something to keep: bad input leaves none behind, and an earlier run as it was."""
+        from delock.data import TextData
+
         if not self.folder.opened:
             self.folder.open()
             config = self.story.config
-            values = {name: value for name, value in flat(config).items() if name not in NOT_REPEATED}
+            values = {name: value for name, value in flat(config).items() if name not in (*NOT_REPEATED, *foreign(config))}
             self.folder.write(CONFIG, toml.write(values, "delock train --config FILE repeats this run"))
+            if isinstance(self.data, TextData):
+                self.folder.write(ALPHABET, dumps({"characters": self.data.alphabet.characters}) + "\n")
             self.board = Board(self.folder.path) if config.output.tensorboard else None
 
     def end(self) -> None:
@@ -97,14 +91,14 @@ class Session:
         self.screen.end()
 
 
-def train(story: Story, data: Data, folder: RunFolder, screen: Screen) -> None:
+def train(story: Story, data: Data | TextData, folder: RunFolder, screen: Screen) -> None:
     """Train as the story's resolved config says, and let the story tell how it goes.
 
     The folder gets its files as they come, and a summary however the run ends; errors and KeyboardInterrupt go on to the caller.
     """
-    session = Session(story, folder, screen)
+    session = Session(story, data, folder, screen)
     try:
-        model = _build(story.config, data)
+        model = build_model(story.config, data)
         screen.phase("measuring the layers")
         story.result = _fit(story.config, data, model, session)
         if story.result:
@@ -120,7 +114,7 @@ def train(story: Story, data: Data, folder: RunFolder, screen: Screen) -> None:
         session.end()
 
 
-def refuse(config: TrainConfig, data: Data) -> None:
+def refuse(config: TrainConfig, data: Data | TextData) -> None:
     """Raise UsageError where a resolved config asks for what cannot be trained: no such model or device, too few layers, a batch of one."""
     from delock.launch.rank import backend_for
     from delock.nets import atoms
@@ -129,38 +123,23 @@ def refuse(config: TrainConfig, data: Data) -> None:
     network, machine = config.network, config.machine
     K = network.stages or 1
     backend_for(machine.device, None, K if machine.workers == "processes" else 1)
-    refuse_unfit(atoms(_build(config, data)), K, network.cuts, make_method(config.algorithm), data.train.sizes())
+    refuse_unfit(atoms(build_model(config, data)), K, network.cuts, make_method(config.algorithm), data.train.sizes())
 
 
-def _build(config: TrainConfig, data: Data) -> nn.Module:
-    from delock.nets import build
-
-    network = config.network
-    return build(
-        network.model,
-        classes=data.classes,
-        in_channels=data.channels,
-        image_size=data.image_size,
-        dropout=network.dropout,
-        seed=config.training.seed,
-    )
-
-
-def _fit(config: TrainConfig, data: Data, model: nn.Module, session: Session) -> Result | None:
-    from torch.nn.functional import cross_entropy
-
+def _fit(config: TrainConfig, data: Data | TextData, model: nn.Module, session: Session) -> Result | None:
     from delock.fitting import fit
-    from delock.recipes import accuracy, recipe
+    from delock.recipes import recipe
 
     training, machine = config.training, config.machine
     method = make_method(config.algorithm)
+    loss, metrics = goals(config)
     epoch = len(data.train)
     optimizer, schedule = recipe(config, method, epoch, training.steps or epoch * (training.epochs or 0))
     return fit(
         model,
         data.train,
         data.test,
-        loss=cross_entropy,
+        loss=loss,
         method=method,
         optimizer=optimizer,
         schedule=schedule,
@@ -169,7 +148,7 @@ def _fit(config: TrainConfig, data: Data, model: nn.Module, session: Session) ->
         epochs=training.epochs,
         steps=training.steps,
         eval_every=training.eval_every,
-        metrics={"accuracy": accuracy},
+        metrics=metrics,
         heads=config.network.head,
         seed=training.seed,
         workers=machine.workers,

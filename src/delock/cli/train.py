@@ -8,8 +8,9 @@ from delock.cli.arguments import parse
 from delock.cli.ranks import chief, ranks
 from delock.cli.session import load_data, train, warm_up
 from delock.config import TrainConfig, resolve
-from delock.report import Story, closing, stage_table
+from delock.report import Story, closing
 from delock.runfolder import RunFolder
+from delock.tables import stage_table
 
 ABOUT = """Train a network on several workers, one stage each.
 
@@ -17,6 +18,7 @@ examples:
   delock train
   delock train --method adl --accumulate 4 --stages 4 --epochs 10
   delock train --data folder --data-dir DIR --model resnet20 --batch-size 128
+  delock train --data text --text book.txt --stages 4
   delock train --config runs/RUN/config.toml --seed 1
   torchrun --nproc-per-node 2 -m delock train"""
 
@@ -24,7 +26,7 @@ examples:
 def run(words: Sequence[str]) -> int:
     """Parse, train, show; returns the exit code."""
     config = resolve(parse(TrainConfig, words, "train", ABOUT), ranks())
-    name = f"{config.algorithm.method}-{config.network.model.replace('/', '-')}"
+    name = f"{config.algorithm.method}-{config.network.model}".replace("/", "-")
     # rank 0 alone looks at the folder: to the others it may be there already because rank 0 has made it
     folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite or not chief())
     warm_up(config)

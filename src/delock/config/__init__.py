@@ -2,16 +2,22 @@
 
 from delock.config import toml
 from delock.config.flat import build, flat, override, table
-from delock.config.options import AlgorithmOptions, CompareConfig, DatasetOptions, TrainConfig, shown
+from delock.config.kinds import foreign, is_text, known
+from delock.config.options import AlgorithmOptions, CompareConfig, DatasetOptions, LanguageOptions, NetworkOptions, TrainConfig, shown
 from delock.config.resolve import make_method, refuse_below, resolve
 
 __all__ = [
     "AlgorithmOptions",
     "CompareConfig",
     "DatasetOptions",
+    "LanguageOptions",
+    "NetworkOptions",
     "TrainConfig",
     "build",
     "flat",
+    "foreign",
+    "is_text",
+    "known",
     "make_method",
     "override",
     "refuse_below",

@@ -19,11 +19,12 @@ REPLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "method": _METHOD,
         "model": ("cuts",),
+        "depth": ("cuts",),
         "stages": ("cuts",),
         "cuts": ("stages",),
         "epochs": ("steps",),
         "steps": ("epochs",),
-        "optimizer": ("lr", "momentum", "nesterov"),
+        "optimizer": ("lr", "momentum", "nesterov", "weight_decay"),
     }
 )
 """What an option puts out of force where it overrides one that came from elsewhere: the values were meant for the old one."""

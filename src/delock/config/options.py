@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -16,7 +18,26 @@ def shown(default: str, values: str | None = None) -> Any:
 
 OWN = shown("the method's own")
 LAGS = shown("the method's own", "TICKS ...")
-EPOCHS = 20  # digits is past 97 % test accuracy with time to spare
+
+# digits is past 97 % test accuracy with time to spare
+IMAGES: Mapping[str, Any] = MappingProxyType({"model": "resnet8", "batch_size": 64, "epochs": 20, "optimizer": "sgd", "warmup": 0})
+# what small character models are usually trained with; about 2,000 updates on the embedded text, some minutes on two cores
+TEXT: Mapping[str, Any] = MappingProxyType(
+    {
+        **{"model": "gpt", "batch_size": 16, "epochs": 10, "optimizer": "adamw", "warmup": 100},
+        **{"level": "char", "context": 128, "depth": 4, "width": 128, "attention_heads": 4},
+    }
+)
+
+
+def either(name: str) -> Any:
+    """The default that --help shows for an option that has another one for text than for images."""
+    return shown(f"{IMAGES[name]}; text: {TEXT[name]}")
+
+
+def text(name: str) -> Any:
+    """The default that --help shows for an option of language models."""
+    return shown(str(TEXT[name]))
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,7 @@ class AlgorithmOptions:
     """The method and its own options; one that the method does not have is refused."""
 
     method: str = "fdg"
-    """bp, gpipe, 1f1b, ddg, fr, fdg, adl, dsp or dgl."""
+    """bp, gpipe, 1f1b, ddg, fr, fdg, adl, dsp, dgl or interlocking."""
     accumulate: Annotated[int | None, OWN] = None
     """adl: batches per update; bp: parts in which a batch is done."""
     beta: Annotated[float | None, OWN] = None
@@ -39,6 +60,12 @@ class AlgorithmOptions:
     """dsp: lag of activations in ticks, one per link or one for all."""
     q: Annotated[tuple[int, ...] | None, LAGS] = None
     """dsp: lag of errors in ticks, one per link or one for all."""
+    n_wise: Annotated[int | None, OWN] = None
+    """interlocking: stages that a loss's gradient reaches; 1 is local learning, the number of stages is backpropagation."""
+    combine: Annotated[Literal["furthest", "sum", "mean"] | None, OWN] = None
+    """interlocking: which of the losses within reach train a stage."""
+    send: Annotated[Literal["early", "late"] | None, OWN] = None
+    """interlocking: send an error before the weight gradient is computed (early), or after it."""
     micro_batches: Annotated[int | None, OWN] = None
     """gpipe, 1f1b: parts in which a batch is done."""
 
@@ -47,12 +74,12 @@ class AlgorithmOptions:
 class NetworkOptions:
     """What is trained, and where it is cut."""
 
-    model: str = "resnet8"
-    """resnet8, resnet20, wrn-16-4, cnn, mlp, torchvision/resnet18, ..."""
+    model: Annotated[str | None, either("model")] = None
+    """resnet8, resnet20, wrn-16-4, cnn, mlp, torchvision/resnet18, ...; for text gpt."""
     dropout: float = 0.0
     """Dropout rate, for models that have dropout."""
     head: Annotated[str | None, shown("by the shape of the output")] = None
-    """dgl: auxiliary head of every stage but the last: mlp-sr, mlp, cnn, conv128-bn-conv64-bn-pool-fc, ..."""
+    """dgl, interlocking: auxiliary head of the stages with a loss of their own: mlp-sr, mlp, cnn, conv128-bn-conv64-bn-pool-fc, ..."""
     stages: Annotated[int | None, shown("2")] = None
     """Number of stages; the cuts make their measured times even."""
     cuts: Annotated[tuple[int | str, ...] | None, shown("even times", "LAYER ...")] = None
@@ -64,7 +91,7 @@ class DatasetOptions:
     """What it is trained on. Order and augmentation are the same for every method and number of stages."""
 
     data: str = "digits"
-    """digits, cifar10, cifar100, mnist, fashion-mnist, folder (DIR/train/CLASS/*.jpg) or synthetic."""
+    """digits, cifar10, cifar100, mnist, fashion-mnist, folder (DIR/train/CLASS/*.jpg) or synthetic images, or text."""
     data_dir: Annotated[Path | None, shown("the cache")] = None
     """Where the images lie."""
     download: bool = False
@@ -75,23 +102,41 @@ class DatasetOptions:
     """folder, synthetic: side of the images in pixels."""
     limit: Annotated[int | None, shown("all")] = None
     """Train on so many images only."""
-    batch_size: int = 64
-    """Images per batch."""
+    batch_size: Annotated[int | None, either("batch_size")] = None
+    """Images, or windows of text, per batch."""
     test_batch_size: int = 256
-    """Images per batch of an evaluation."""
+    """The same of an evaluation."""
+
+
+@dataclass(frozen=True)
+class LanguageOptions:
+    """The text that --data text reads, and the size of the model gpt. Every character, or byte, is predicted from those before it."""
+
+    text: Annotated[Path | None, shown("the reference manual inside Python")] = None
+    """Text file; its last tenth is for testing."""
+    level: Annotated[Literal["char", "byte"] | None, text("level")] = None
+    """What a token is: a character (of a UTF-8 file), or a byte (of any file)."""
+    context: Annotated[int | None, text("context")] = None
+    """Tokens in a window, and so how far the model looks back."""
+    depth: Annotated[int | None, text("depth")] = None
+    """Blocks."""
+    width: Annotated[int | None, text("width")] = None
+    """Features of every token between the blocks."""
+    attention_heads: Annotated[int | None, text("attention_heads")] = None
+    """Heads of every block's attention; they share the width."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """How long, and how a gradient becomes a step."""
 
-    epochs: Annotated[int | None, shown(str(EPOCHS))] = None
-    """Passes over the training images."""
+    epochs: Annotated[int | None, either("epochs")] = None
+    """Passes over the training images, or as many windows as the training text has tokens for."""
     steps: Annotated[int | None, shown("--epochs")] = None
     """Batches to train, in place of --epochs."""
     eval_every: Annotated[int | None, shown("once an epoch")] = None
     """Batches between two evaluations."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"] | None, either("optimizer")] = None
     """Every stage has one of its own."""
     lr: Annotated[float | None, shown("0.1; adam, adamw: 0.001")] = None
     """Learning rate of an update, after the warm-up."""
@@ -99,11 +144,11 @@ class TrainingOptions:
     """sgd: momentum."""
     nesterov: bool = False
     """sgd: Nesterov's form of momentum."""
-    weight_decay: float = 5e-4
-    """Weight decay, on all parameters."""
+    weight_decay: Annotated[float | None, shown("0.0005; adamw on text: 0.1")] = None
+    """Weight decay. sgd, adam: of all parameters; adamw: not of biases, norms and embeddings."""
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     """Course of the learning rate after the warm-up."""
-    warmup: int = 0
+    warmup: Annotated[int | None, either("warmup")] = None
     """Batches in which the learning rate rises to --lr."""
     milestones: Annotated[tuple[float, ...], shown("none", "EPOCH ...")] = ()
     """steps: epochs at which the learning rate is multiplied by --gamma."""
@@ -154,6 +199,7 @@ class TrainConfig:
     algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    language: LanguageOptions = field(default_factory=LanguageOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
@@ -176,6 +222,7 @@ class CompareConfig:
     comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    language: LanguageOptions = field(default_factory=LanguageOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     output: OutputOptions = field(default_factory=OutputOptions)

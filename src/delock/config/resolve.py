@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from delock.config.options import EPOCHS, AlgorithmOptions, NetworkOptions, TrainConfig, TrainingOptions
+from delock.config.kinds import known, settle
+from delock.config.options import AlgorithmOptions, NetworkOptions, TrainConfig, TrainingOptions
 from delock.errors import UsageError
 from delock.methods import Method, make, options
 
@@ -20,13 +21,16 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     Raises UsageError for what contradicts itself or is out of range.
     """
     _check(config)
+    config = settle(config)
     method, network = make_method(config.algorithm), _network(config.network, ranks or 2)
     method.fits(network.stages or 1)
-    if config.network.head is not None and not method.headed(2):
+    if config.network.head is not None and not method.local_losses:
         raise UsageError(f"head is {config.network.head}, but {method.name} has no local losses: leave it out")
-    if method.parts > config.dataset.batch_size:
-        images = f"batch-size is {config.dataset.batch_size}"
-        raise UsageError(f"{method.name} splits every batch into {method.parts} parts, but {images}: use fewer parts, or larger batches")
+    batch = known(config.dataset.batch_size)
+    if method.parts > batch:
+        raise UsageError(
+            f"{method.name} splits every batch into {method.parts} parts, but batch-size is {batch}: use fewer parts, or larger batches"
+        )
     return replace(config, algorithm=_algorithm(config.algorithm, method), network=network, training=_training(config.training))
 
 
@@ -64,12 +68,8 @@ def _training(config: TrainingOptions) -> TrainingOptions:
     momentum = 0.9 if config.optimizer == "sgd" and config.momentum is None else config.momentum
     if config.nesterov and not momentum:
         raise UsageError("nesterov needs a momentum above 0")
-    return replace(
-        config,
-        epochs=EPOCHS if config.epochs is None and config.steps is None else config.epochs,
-        lr=LEARNING_RATES[config.optimizer] if config.lr is None else config.lr,
-        momentum=momentum,
-    )
+    lr = LEARNING_RATES[known(config.optimizer)] if config.lr is None else config.lr
+    return replace(config, lr=lr, momentum=momentum)
 
 
 def refuse_below(bounds: Mapping[str, tuple[float | None, float]]) -> None:
@@ -81,13 +81,17 @@ def refuse_below(bounds: Mapping[str, tuple[float | None, float]]) -> None:
 
 def _check(config: TrainConfig) -> None:
     """Refuse numbers out of range, by the names the user gave them."""
-    network, data, training, machine = config.network, config.dataset, config.training, config.machine
+    network, data, language, training, machine = config.network, config.dataset, config.language, config.training, config.machine
     bounds: dict[str, tuple[float | None, float]] = {
         "stages": (network.stages, 1),
         "batch-size": (data.batch_size, 1),
         "test-batch-size": (data.test_batch_size, 1),
         "limit": (data.limit, 1),
         "image-size": (data.image_size, 1),
+        "context": (language.context, 1),
+        "depth": (language.depth, 1),
+        "width": (language.width, 1),
+        "attention-heads": (language.attention_heads, 1),
         "epochs": (training.epochs, 1),
         "steps": (training.steps, 1),
         "eval-every": (training.eval_every, 1),

@@ -6,5 +6,19 @@ from delock.data.load import NAMES, load
 from delock.data.loader import Data, Loader
 from delock.data.plain import as_loader
 from delock.data.synthetic import synthetic
+from delock.data.text import TextData, load_text
 
-__all__ = ["NAMES", "Augment", "Batches", "Data", "Images", "Loader", "as_loader", "load", "statistics", "synthetic"]
+__all__ = [
+    "NAMES",
+    "Augment",
+    "Batches",
+    "Data",
+    "Images",
+    "Loader",
+    "TextData",
+    "as_loader",
+    "load",
+    "load_text",
+    "statistics",
+    "synthetic",
+]

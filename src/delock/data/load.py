@@ -70,7 +70,7 @@ def _source(name: str, data_dir: Path | None, download: bool, image_size: int | 
         return synthetic(image_size=32 if image_size is None else image_size)
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, 1, 0.4)
-        raise UsageError(f"unknown data set {name!r}{f': did you mean {near[0]!r}?' if near else ''} (known: {', '.join(NAMES)})")
+        raise UsageError(f"unknown data set {name!r}{f': did you mean {near[0]!r}?' if near else ''} (known: {', '.join(NAMES)}, text)")
     if image_size is not None:
         raise UsageError(f"image size can be chosen for folder and synthetic only: the images of {name} are used as they are")
     return digits() if name == "digits" else vision(name, data_dir or cache_dir() / "datasets", download=download)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COLOURS = (BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE, SKY, GREY)
 LINES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*"
+METRICS = ("accuracy", "bits_per_character", "bits_per_byte")
 
 
 class Run(NamedTuple):
@@ -27,24 +28,25 @@ class Run(NamedTuple):
 
 
 def curves(runs: Sequence[Run | tuple[str, Sequence[EvaluationRecord], Sequence[StepRecord]]], stem: str | Path) -> list[Path]:
-    """Draw training loss (above; running mean) and test accuracy (below; test loss when no run has an accuracy) of several runs.
+    """Draw training loss (above; running mean) and a test metric (below) of several runs.
 
-    Left against epochs, right against seconds of training. Writes STEM.png and STEM.svg and returns their paths. Raises UsageError when
-    no run has a record.
+    The metric is the accuracy, or bits per character or byte, whichever the runs have; without one it is the test loss. Left against
+    epochs, right against seconds of training. Writes STEM.png and STEM.svg and returns their paths. Raises UsageError when no run has a
+    record.
     """
     told = [Run(*run) for run in runs]
     if not any(run.evaluations or run.steps for run in told):
         raise UsageError("there is no record to draw in these runs")
-    accurate = any("accuracy" in record.metrics for run in told for record in run.evaluations)
+    metric = _shown(told)
     with style():
         figure = new(9.0, 6.0)
         grid = figure.subplots(2, 2, sharex="col", sharey="row")
         for i, run in enumerate(told):
             look = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)], "label": run.label}
             _loss(grid[0], run, look)
-            _metric(grid[1], run, accurate, look | {"marker": MARKERS[i % len(MARKERS)], "markersize": 4})
+            _metric(grid[1], run, metric, look | {"marker": MARKERS[i % len(MARKERS)], "markersize": 4})
         grid[0, 0].set_ylabel("training loss")
-        grid[1, 0].set_ylabel("test accuracy (%)" if accurate else "test loss")
+        grid[1, 0].set_ylabel(f"test {metric.replace('_', ' ')}{' (%)' if metric == 'accuracy' else ''}" if metric else "test loss")
         grid[1, 0].set_xlabel("epochs")
         grid[1, 1].set_xlabel("seconds of training")
         for axes in grid.flat:
@@ -65,8 +67,15 @@ def _loss(row: Sequence[Axes], run: Run, look: dict[str, Any]) -> None:
     row[1].plot([record.seconds for record in records], losses, **look, linewidth=1.3)
 
 
-def _metric(row: Sequence[Axes], run: Run, accurate: bool, look: dict[str, Any]) -> None:
-    values = [100 * record.metrics.get("accuracy", float("nan")) if accurate else record.test_loss for record in run.evaluations]
+def _shown(runs: Sequence[Run]) -> str | None:
+    """The metric that is drawn."""
+    found = {name for run in runs for record in run.evaluations for name in record.metrics}
+    return next((name for name in METRICS if name in found), None)
+
+
+def _metric(row: Sequence[Axes], run: Run, metric: str | None, look: dict[str, Any]) -> None:
+    scale = 100 if metric == "accuracy" else 1
+    values = [scale * record.metrics.get(metric, float("nan")) if metric else record.test_loss for record in run.evaluations]
     row[0].plot([record.epoch for record in run.evaluations], values, **look)
     row[1].plot([record.seconds for record in run.evaluations], values, **look)
 

@@ -1,0 +1,86 @@
+"""What a config trains on what: data, network, loss and metrics, of images and of text. torch is loaded by the functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from delock.config import TrainConfig, is_text, known
+from delock.report import measure
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from delock.data import Data, TextData
+
+
+def load_data(config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> Data | TextData:
+    """The data set of a resolved config."""
+    from delock.data import load, load_text
+
+    options, seed = config.dataset, config.training.seed
+    if is_text(config):
+        return load_text(
+            config.language.text,
+            level=known(config.language.level),
+            context=known(config.language.context),
+            batch_size=known(options.batch_size),
+            seed=seed,
+            test_batch_size=options.test_batch_size,
+        )
+    return load(
+        options.data,
+        data_dir=options.data_dir,
+        batch_size=known(options.batch_size),
+        seed=seed,
+        download=options.download,
+        augment=options.augment,
+        image_size=options.image_size,
+        limit=options.limit,
+        test_batch_size=options.test_batch_size,
+        on_progress=on_progress,
+    )
+
+
+def build_model(config: TrainConfig, data: Data | TextData) -> nn.Module:
+    """The network of a resolved config, for this data."""
+    from delock.data import TextData
+    from delock.nets import build
+
+    if isinstance(data, TextData):
+        return build_gpt(config, data.vocabulary)
+    network = config.network
+    return build(
+        known(network.model),
+        classes=data.classes,
+        in_channels=data.channels,
+        image_size=data.image_size,
+        dropout=network.dropout,
+        seed=config.training.seed,
+    )
+
+
+def build_gpt(config: TrainConfig, vocabulary: int) -> nn.Sequential:
+    """The language model of a resolved config."""
+    from delock.nets import gpt
+
+    size = config.language
+    return gpt(
+        vocabulary,
+        depth=known(size.depth),
+        width=known(size.width),
+        heads=known(size.attention_heads),
+        context=known(size.context),
+        dropout=config.network.dropout,
+        seed=config.training.seed,
+    )
+
+
+def goals(config: TrainConfig) -> tuple[Callable[[Any, Any], Any], dict[str, Callable[[Any, Any], Any]]]:
+    """The loss, and the metrics by name."""
+    from torch.nn.functional import cross_entropy
+
+    from delock.nets import bits, nats
+    from delock.recipes import accuracy
+
+    return (nats, {measure(config): bits}) if is_text(config) else (cross_entropy, {measure(config): accuracy})

@@ -1,0 +1,116 @@
+"""Tables as plain text cells: what was predicted of every stage, what it did, and runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from delock.records import StageReport, Started
+
+Cells = list[str]  # a head may be of two lines
+SHOWN = 5  # stages in a row of a comparison
+STALENESS, LAYERWISE, IDLE = "staleness\n(updates)", "layer-wise\n(batches)", "idle"
+
+
+def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
+    """Head and rows of what is known of every stage before the run."""
+    head = ["stage", "layers", "parameters", "forward", "backward", STALENESS, LAYERWISE, IDLE]
+    return head, [
+        [
+            str(s.stage),
+            str(s.layers),
+            f"{s.parameters:,}",
+            milliseconds(s.forward),
+            milliseconds(s.backward),
+            f"{s.staleness:.2f}",
+            str(s.layer_staleness),
+            percent(s.idle),
+        ]
+        for s in started.stages
+    ]
+
+
+def stage_table(reports: Sequence[StageReport]) -> tuple[Cells, list[Cells]]:
+    """Head and rows of what every stage did."""
+    head = ["stage", "updates", IDLE, STALENESS, LAYERWISE, "peak memory"]
+    rows = [
+        [str(r.stage), str(r.updates), percent(r.idle), f"{r.mean_staleness:.2f}", f"{r.mean_layer_staleness:g}", memory(r.peak_memory)]
+        for r in reports
+    ]
+    return head, rows
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], K: int, metric: str) -> tuple[Cells, list[Cells]]:
+    """Head and rows of a comparison; what is not known is a dash. Staleness is a mean per stage, idle one over the stages.
+
+    metric: the test metric that is shown. The speed is in tokens where the summaries know one, in samples elsewhere.
+    """
+    speed = next((unit for row in rows for unit in ("tokens", "samples") if f"{unit}_per_second" in row["summary"]), "samples")
+    speeds = [f"{speed}\n/s", f"over bp,\nK = {K}", "over\nplain"]
+    quality = f"test {words(metric)}".rsplit(" ", 1)
+    head = ["method", "\n".join(quality), "train\nloss", *speeds, STALENESS, LAYERWISE, IDLE, "peak\nmemory"]
+    body = []
+    for row in rows:
+        one = row["summary"]
+        finished = one["status"] == "finished"
+        cells = [
+            row["name"] if finished else f"{row['name']} ({one['status']})",
+            _cell(one.get(f"test_{metric}"), percent1 if metric == "accuracy" else "{:.3f}".format),
+            _cell(one["train_loss"], "{:.3f}".format),
+            _cell(one[f"{speed}_per_second"] or None, "{:.0f}".format),
+            _cell(row["speedup_over_bp"], "{:.2f}".format),
+            _cell(row["speedup_over_plain"], "{:.2f}".format),
+            per_stage([f"{mean:.1f}" for mean in row["staleness"]]),
+            per_stage([f"{mean:g}" for mean in row["layer_staleness"]]),
+            _cell(row["idle"], percent),
+            _cell(row["peak_memory"], memory),
+        ]
+        body.append(cells)
+    return head, body
+
+
+def markdown(head: Cells, rows: Sequence[Cells]) -> str:
+    """A table as GitHub shows it: the first column to the left, numbers to the right."""
+    lines = [[name.replace("\n/", "/").replace("\n", " ") for name in head], ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n" for cells in lines)
+
+
+def per_stage(cells: Sequence[str]) -> str:
+    """What there is of each stage, of many stages the first two and the last: 6.0/4.0/2.0/0.0; a dash for nothing."""
+    return "/".join(cells if len(cells) <= SHOWN else [*cells[:2], "..", cells[-1]]) or "-"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds."""
+    return f"{1000 * seconds:.1f} ms"
+
+
+def percent(share: float) -> str:
+    """A share in whole per cent."""
+    return f"{100 * share:.0f} %"
+
+
+def percent1(share: float) -> str:
+    """A share in per cent with one decimal, for accuracies."""
+    return f"{100 * share:.1f} %"
+
+
+def words(metric: str) -> str:
+    """The name of a metric in a sentence: bits per character."""
+    return metric.replace("_", " ")
+
+
+def metric_text(name: str, value: float) -> str:
+    """A test metric with its name: an accuracy in per cent with two decimals, another one as a number."""
+    return f"test {words(name)} " + (f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4g}")
+
+
+def memory(count: int) -> str:
+    """Bytes as MB; a dash where the system did not tell."""
+    return f"{count / 1e6:.0f} MB" if count else "-"
+
+
+def _cell(value: Any, text: Any) -> str:
+    return "-" if value is None else str(text(value))
+
+
