@@ -38,6 +38,7 @@ def _torchvision(name: str, *, classes: int, in_channels: int) -> nn.Module:
 MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
         **{f"resnet{6 * n + 2}": partial(resnet, n) for n in (1, 3, 5, 7, 9, 18, 200)},
+        "resnet32-half": partial(resnet, 5, width=8),
         "resnet18-cifar": partial(resnet18, 2, 2, 2, 2),
         "resnet34-cifar": partial(resnet18, 3, 4, 6, 3),
         "wrn-16-4": partial(wrn, 16, 4),

@@ -38,22 +38,22 @@ class BasicBlock(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new - before))
 
 
-def resnet(n: int, *, classes: int, in_channels: int) -> nn.Sequential:
-    """ResNet-(6n + 2): three groups of n blocks, 16, 32 and 64 channels wide. (B, in_channels, H, W) -> (B, classes)."""
+def resnet(n: int, *, classes: int, in_channels: int, width: int = 16) -> nn.Sequential:
+    """ResNet-(6n + 2): three groups of n blocks, `width`, twice and four times as many channels. (B, in_channels, H, W) -> (B, classes)."""
 
-    def group(width_in: int, width: int, stride: int) -> Group:
-        return Group(BasicBlock(width_in, width, stride), *(BasicBlock(width, width, 1) for _ in range(n - 1)))
+    def group(before: int, after: int, stride: int) -> Group:
+        return Group(BasicBlock(before, after, stride), *(BasicBlock(after, after, 1) for _ in range(n - 1)))
 
     layers: dict[str, nn.Module] = {
-        "conv1": nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False),
-        "bn1": nn.BatchNorm2d(16),
+        "conv1": nn.Conv2d(in_channels, width, 3, 1, 1, bias=False),
+        "bn1": nn.BatchNorm2d(width),
         "relu": nn.ReLU(),  # not in place: as an atom it may be the first of a stage, and would write on a received message
-        "layer1": group(16, 16, 1),
-        "layer2": group(16, 32, 2),
-        "layer3": group(32, 64, 2),
+        "layer1": group(width, width, 1),
+        "layer2": group(width, 2 * width, 2),
+        "layer3": group(2 * width, 4 * width, 2),
         "avgpool": nn.AdaptiveAvgPool2d(1),
         "flatten": nn.Flatten(1),
-        "fc": nn.Linear(64, classes),
+        "fc": nn.Linear(4 * width, classes),
     }
     return he(nn.Sequential(OrderedDict(layers)))
 
