@@ -17,6 +17,8 @@ class StagePrediction:
     staleness: float  # mean over a warm group of batches, in updates
     layer_staleness: int  # D_k, in batches
     idle: float  # share of the steady period
+    head_flops: float | None = None  # multiply-adds of its auxiliary head over its own; None without a head, and where not known
+    head_parameters: float | None = None  # the same of parameters
 
 
 @dataclass(frozen=True, slots=True)

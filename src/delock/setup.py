@@ -15,7 +15,7 @@ from delock.errors import UsageError
 from delock.feed import samples
 from delock.keys import key
 from delock.methods import Method, title
-from delock.nets.heads import build_head, choose
+from delock.nets.heads import HeadShare, build_head, choose, head_share
 from delock.nets.measure import AtomCost, balance, measure
 from delock.nets.split import Atom, StageModule, atoms, has_batch_norm, resolve_cuts, stages
 from delock.plan import Course, check, unroll
@@ -78,6 +78,7 @@ class Setup:
     modules: list[StageModule] = field(default_factory=list)
     heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
     head_seconds: dict[int, float] = field(default_factory=dict)  # stage -> its head forward and backward, on a whole batch
+    head_shares: dict[int, HeadShare] = field(default_factory=dict)  # stage -> what its head costs beside it
 
     @property
     def K(self) -> int:
@@ -129,8 +130,19 @@ class Setup:
         forecast = predict(spec.method, self.K, Costs(forward, backward, head=head))
         period = forecast.period if spec.workers != "inline" else sum(forward + backward + head) * spec.method.parts
         predictions = tuple(
-            StagePrediction(k, b - a, sum(cost.params for cost in own[k]), forward[k], backward[k], f.staleness, f.layer_staleness, f.idle)
-            for k, ((a, b), f) in enumerate(zip(self.bounds(), forecast.stages, strict=True))
+            StagePrediction(
+                stage=k,
+                layers=len(own[k]),
+                parameters=sum(cost.params for cost in own[k]),
+                forward=forward[k],
+                backward=backward[k],
+                staleness=f.staleness,
+                layer_staleness=f.layer_staleness,
+                idle=f.idle,
+                head_flops=beside.flops if (beside := self.head_shares.get(k)) else None,
+                head_parameters=beside.params if beside else None,
+            )
+            for k, f in enumerate(forecast.stages)
         )
         return Started(
             method=title(spec.method),
@@ -160,7 +172,9 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
         _refuse_single_samples(spec.train.sizes() or [], spec.method.parts)
     shaped = {k: costs[found[k] - 1].shape for k in heads}
     seconds = {k: _head_cost(spec, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]}
-    return Setup(course, parts, found, costs, samples(inputs), stages(parts, found), heads, seconds)
+    modules = stages(parts, found)
+    shares = _head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
+    return Setup(course, parts, found, costs, samples(inputs), modules, heads, seconds, shares)
 
 
 def _heads(spec: Spec, K: int, shapes: Sequence[tuple[int, ...]], logits: tuple[int, ...]) -> dict[int, nn.Module]:
@@ -188,6 +202,22 @@ def _head_cost(spec: Spec, k: int, head: nn.Module, shape: tuple[int, ...], targ
         return _measure(spec, [Atom(f"head of stage {k}", head)], torch.zeros(shape), targets)[0].total_s
     except UsageError as error:
         raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from None
+
+
+def _head_shares(
+    modules: Sequence[nn.Module], heads: Mapping[int, nn.Module], shapes: Sequence[tuple[int, ...]], inputs: Any
+) -> dict[int, HeadShare]:
+    """What every head costs beside its stage, where that can be told. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
+    shares = {}
+    for k, head in heads.items():
+        if k and not shapes[k - 1]:  # a tuple
+            continue
+        dtype = next(modules[k].parameters(), torch.zeros(())).dtype
+        try:
+            shares[k] = head_share(modules[k], head, inputs if k == 0 else torch.zeros(1, *shapes[k - 1], dtype=dtype))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # one sample is not enough for it: it can train, though
+            continue
+    return shares
 
 
 def _measure(spec: Spec, parts: list[Atom], inputs: Any, targets: Any) -> list[AtomCost]:

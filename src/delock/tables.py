@@ -13,8 +13,10 @@ STALENESS, LAYERWISE, IDLE = "staleness\n(updates)", "layer-wise\n(batches)", "i
 
 
 def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
-    """Head and rows of what is known of every stage before the run."""
+    """Head and rows of what is known of every stage before the run; an auxiliary head's cost is a share of its stage's."""
+    headed = [s for s in started.stages if s.head_flops is not None]
     head = ["stage", "layers", "parameters", "forward", "backward", STALENESS, LAYERWISE, IDLE]
+    head += ["head\n(flops)", "head\n(parameters)"] if headed else []
     return head, [
         [
             str(s.stage),
@@ -25,6 +27,7 @@ def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
             f"{s.staleness:.2f}",
             str(s.layer_staleness),
             percent(s.idle),
+            *([_cell(s.head_flops, percent1), _cell(s.head_parameters, percent1)] if headed else []),
         ]
         for s in started.stages
     ]
@@ -91,7 +94,7 @@ def percent(share: float) -> str:
 
 
 def percent1(share: float) -> str:
-    """A share in per cent with one decimal, for accuracies."""
+    """A share in per cent with one decimal."""
     return f"{100 * share:.1f} %"
 
 
