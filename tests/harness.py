@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from delock.launch.processes import run_processes
-from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Method, OneFOneB
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Interlocking, Method, OneFOneB
 from delock.plan import Course
 from delock.stage import OptimizerFactory
 from delock.train import Job, StageResult, run_inline, run_rank
@@ -20,7 +20,7 @@ ORDERS = ("forward-first", "backward-first")
 
 
 def every_method(K: int) -> list[Method]:
-    """Each method with each of its derivatives, orders, reduces and lags."""
+    """Each method with each of its derivatives, orders, reduces and lags; of interlocking backpropagation a choice."""
     p, q = (2, 1, 3, 1)[: K - 1], (1, 2, 1, 1)[: K - 1]
     return [
         BP(),
@@ -39,6 +39,9 @@ def every_method(K: int) -> list[Method]:
         DSP(),
         DSP(p=p, q=q),
         DGL(),
+        *(Interlocking(n_wise=n) for n in sorted({*range(1, min(K, 3) + 1), K})),
+        Interlocking(n_wise=min(K, 2), combine="sum", send="late"),
+        Interlocking(n_wise=min(K, 3), combine="mean"),
     ]
 
 
@@ -62,8 +65,8 @@ def jobs(
     train, test = Samples(kind, samples, batch, dtype), Samples(kind, 11, 4, dtype, seed=1)
     course = Course(len(train) * epochs, len(train) if evaluate else 0, len(test) if evaluate else 0)
     stages = net(K, dtype)
-    headed = method.headed(K)
-    heads = dict(zip(headed, tiny_heads(stages, next(iter(train.epoch(0)))[0], dtype), strict=True)) if headed else {}
+    tiny = tiny_heads(stages, next(iter(train.epoch(0)))[0], dtype)
+    heads = {k: tiny[k] for k in method.headed(K)}
     return [
         Job(
             k=k,
