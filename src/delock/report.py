@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
-from delock.config import TrainConfig, is_text, make_method
+from delock.config import TrainConfig, is_text, make_method, tokens
 from delock.methods import options
 from delock.records import EvaluationRecord, Event, Result, StageReport, Started, StepRecord
-from delock.tables import metric_text
+from delock.tables import metric_text, per_second
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -57,15 +57,9 @@ def measure(config: TrainConfig) -> str:
     return "bits_per_byte" if config.language.level == "byte" else "bits_per_character"
 
 
-def rate(config: TrainConfig, samples_per_second: float) -> str:
-    """A speed: in tokens of text, in samples of anything else."""
-    tokens = config.language.context if is_text(config) else None
-    return f"{samples_per_second * tokens:,.0f} tokens/s" if tokens else f"{samples_per_second:,.0f} samples/s"
-
-
 def trained(config: TrainConfig, record: StepRecord, batches: int) -> str:
     """How far the training is."""
-    return f"{record.step}/{batches}  loss {record.loss:.3f}  {rate(config, _speed(record))}"
+    return f"{record.step}/{batches}  loss {record.loss:.3f}  {per_second(_rate(record), tokens(config))}"
 
 
 def evaluated(config: TrainConfig, record: EvaluationRecord) -> str:
@@ -73,7 +67,7 @@ def evaluated(config: TrainConfig, record: EvaluationRecord) -> str:
     unit = " nats" if is_text(config) else ""
     losses = [f"train loss {record.train_loss:.4f}{unit}", f"test loss {record.test_loss:.4f}{unit}"]
     metrics = [metric_text(name, value) for name, value in record.metrics.items()]
-    return "  ".join([f"epoch {record.epoch:.4g}", *losses, *metrics, rate(config, _speed(record))])
+    return "  ".join([f"epoch {record.epoch:.4g}", *losses, *metrics, per_second(_rate(record), tokens(config))])
 
 
 def opening(config: TrainConfig, started: Started) -> str:
@@ -92,7 +86,7 @@ def closing(story: Story) -> str:
     told = summary(story)
     metrics = [metric_text(name, value) for name, value in story.evaluations[-1].metrics.items()]
     loss = f"train loss {told['train_loss']:.4f}{' nats' if is_text(story.config) else ''}"
-    return ", ".join([*metrics, loss, f"{told['seconds']:.1f} s of training", rate(story.config, told["samples_per_second"])])
+    return ", ".join([*metrics, loss, f"{told['seconds']:.1f} s of training", per_second(told["samples_per_second"], tokens(story.config))])
 
 
 def summary(story: Story) -> dict[str, Any]:
@@ -102,8 +96,8 @@ def summary(story: Story) -> dict[str, Any]:
     step = story.steps[-1] if story.steps else None
     method = make_method(config.algorithm)
     metrics = {f"test_{name}": value for name, value in last.metrics.items()} if last else {}
-    tokens = config.language.context if is_text(config) else None
     seconds, samples = (result.seconds, result.samples) if result else (step.seconds, step.samples) if step else (0.0, 0)
+    rate = samples / seconds if seconds > 0 else 0.0
     return {
         "status": story.status,
         **({"error": story.error} if story.error else {}),
@@ -114,8 +108,8 @@ def summary(story: Story) -> dict[str, Any]:
         "steps": step.step if step else 0,
         "samples": samples,
         "seconds": seconds,
-        "samples_per_second": (speed := samples / seconds if seconds > 0 else 0.0),
-        **({"tokens_per_second": speed * tokens} if tokens else {}),
+        "samples_per_second": rate,
+        **({"tokens_per_second": rate * window} if (window := tokens(config)) else {}),
         "predicted_samples_per_second": story.started.samples_per_second if story.started else None,
         "method": config.algorithm.method,
         "options": {name: getattr(method, name) for name in options(type(method))},
@@ -168,7 +162,7 @@ def compared(stories: Mapping[str, Story], plain: str) -> list[dict[str, Any]]:
     ]
 
 
-def _speed(record: StepRecord | EvaluationRecord) -> float:
+def _rate(record: StepRecord | EvaluationRecord) -> float:
     """The mean so far, in samples per second."""
     return record.samples / record.seconds if record.seconds > 0 else 0.0
 

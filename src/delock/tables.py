@@ -48,8 +48,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], K: int, metric: str) -> 
 
     metric: the test metric that is shown. The speed is in tokens where the summaries know one, in samples elsewhere.
     """
-    speed = next((unit for row in rows for unit in ("tokens", "samples") if f"{unit}_per_second" in row["summary"]), "samples")
-    speeds = [f"{speed}\n/s", f"over bp,\nK = {K}", "over\nplain"]
+    unit = next((unit for row in rows for unit in ("tokens", "samples") if f"{unit}_per_second" in row["summary"]), "samples")
+    speeds = [f"{unit}\n/s", f"over bp,\nK = {K}", "over\nplain"]
     quality = f"test {words(metric)}".rsplit(" ", 1)
     head = ["method", "\n".join(quality), "train\nloss", *speeds, STALENESS, LAYERWISE, IDLE, "peak\nmemory"]
     body = []
@@ -60,7 +60,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], K: int, metric: str) -> 
             row["name"] if finished else f"{row['name']} ({one['status']})",
             _cell(one.get(f"test_{metric}"), percent1 if metric == "accuracy" else "{:.3f}".format),
             _cell(one["train_loss"], "{:.3f}".format),
-            _cell(one[f"{speed}_per_second"] or None, "{:.0f}".format),
+            _cell(one[f"{unit}_per_second"] or None, "{:.0f}".format),
             _cell(row["speedup_over_bp"], "{:.2f}".format),
             _cell(row["speedup_over_plain"], "{:.2f}".format),
             per_stage([f"{mean:.1f}" for mean in row["staleness"]]),
@@ -106,6 +106,11 @@ def words(metric: str) -> str:
 def metric_text(name: str, value: float) -> str:
     """A test metric with its name: an accuracy in per cent with two decimals, another one as a number."""
     return f"test {words(name)} " + (f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4g}")
+
+
+def per_second(samples_per_second: float, tokens: int | None) -> str:
+    """A speed: in tokens where a sample is so many of them, else in samples."""
+    return f"{samples_per_second * tokens:,.0f} tokens/s" if tokens else f"{samples_per_second:,.0f} samples/s"
 
 
 def memory(count: int) -> str:

@@ -19,6 +19,7 @@ COMMANDS = MappingProxyType(
         "train": "train a network with one method",
         "compare": "train it with several methods, and lay the results side by side",
         "plan": "show what a method does, without training",
+        "sample": "print text from a language model that was trained",
     }
 )
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
@@ -89,4 +90,6 @@ examples:
   delock train
   delock train --method adl --accumulate 4 --stages 4 --model cnn
   delock compare --methods bp,ddg,fdg,adl --epochs 5
-  delock plan --method fdg --stages 3"""
+  delock plan --method fdg --stages 3
+  delock train --data text --out runs/manual
+  delock sample runs/manual"""

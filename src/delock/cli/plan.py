@@ -10,12 +10,23 @@ from typing import Annotated, Any
 
 from delock.cli.arguments import parse
 from delock.cli.profile import Profile, measure_model
-from delock.config import AlgorithmOptions, make_method, refuse_below, shown
+from delock.config import (
+    AlgorithmOptions,
+    DatasetOptions,
+    LanguageOptions,
+    NetworkOptions,
+    TrainConfig,
+    either,
+    make_method,
+    refuse_below,
+    resolve,
+    shown,
+)
 from delock.errors import UsageError
 from delock.methods import Method, options, title
 from delock.plan import chart, unroll
 from delock.runfolder import dumps
-from delock.tables import IDLE, LAYERWISE, STALENESS, Cells, milliseconds, percent
+from delock.tables import IDLE, LAYERWISE, STALENESS, Cells, milliseconds, per_second, percent
 from delock.timeline import Costs, Prediction, capacities, predict, simulate
 
 ABOUT = """Show a method's schedule, staleness, memory and speed; nothing is trained.
@@ -25,7 +36,8 @@ examples:
   delock plan --method adl --accumulate 2 --stages 4
   delock plan --method dsp --p 2 1 --q 1 3 --stages 3 --link-delay 0.5
   delock plan --method ddg --stages 4 --picture ddg.svg
-  delock plan --method fdg --profile resnet20 --data synthetic"""
+  delock plan --method fdg --profile resnet20 --data synthetic
+  delock plan --method fdg --profile gpt --data text --depth 8"""
 
 
 HALVES = ", b backward to the input alone, w to the weights"
@@ -67,13 +79,13 @@ class ProfileOptions:
     profile: Annotated[str | None, shown("none")] = None
     """Model whose layers are measured, and cut so that the stages' times are even."""
     data: str = "digits"
-    """Data set that the batch is taken from; synthetic needs none."""
+    """Data set that the batch is taken from; synthetic needs no files; text for gpt."""
     data_dir: Annotated[Path | None, shown("the cache")] = None
     """Where the images lie."""
     image_size: Annotated[int | None, shown("as they are")] = None
     """folder, synthetic: side of the images in pixels."""
-    batch_size: int = 64
-    """Images in the batch."""
+    batch_size: Annotated[int | None, either("batch_size")] = None
+    """Images, or windows of text, in the batch."""
     threads: int = 1
     """Threads while measuring."""
 
@@ -86,6 +98,7 @@ class PlanConfig:
     plan: PlanOptions = field(default_factory=PlanOptions)
     costs: CostOptions = field(default_factory=CostOptions)
     profile: ProfileOptions = field(default_factory=ProfileOptions)
+    language: LanguageOptions = field(default_factory=LanguageOptions)
 
 
 @dataclass(frozen=True)
@@ -121,15 +134,10 @@ def find(config: PlanConfig) -> Answer:
     picture = chart(unroll(method, K, slots), slots)
     measured = None
     if asked.profile:
-        measured = measure_model(
-            asked.profile,
-            K,
-            data=asked.data,
-            data_dir=asked.data_dir,
-            image_size=asked.image_size,
-            batch_size=asked.batch_size,
-            threads=asked.threads,
-        )
+        network = NetworkOptions(model=asked.profile)
+        dataset = DatasetOptions(data=asked.data, data_dir=asked.data_dir, image_size=asked.image_size, batch_size=asked.batch_size)
+        workload = resolve(TrainConfig(network=network, dataset=dataset, language=config.language))
+        measured = measure_model(workload, K, threads=asked.threads)
     costs = cost_model(config.costs, method, K, measured)
     clocks = [predict(method, K, clock) for clock in (costs, replace(costs, barrier=True))]
     return Answer(config, method, costs, measured, picture, *clocks)
@@ -201,7 +209,7 @@ def show(answer: Answer, files: Sequence[Path]) -> None:
     if measured := answer.profile:
         screen.line(f"\n{measured.model}, cuts {' '.join(map(str, measured.cuts)) or 'none'}, a batch of {measured.samples}:")
         screen.table(*profile_rows(measured))
-        screen.line(f"\npredicted: {milliseconds(speed.period)} per batch, {measured.samples / speed.period:,.0f} samples/s")
+        screen.line(f"\npredicted: {milliseconds(speed.period)} per batch, {per_second(measured.samples / speed.period, measured.tokens)}")
     unit = "costs as measured" if answer.profile else f"forward {costs.forward:g}, backward {costs.backward:g}, replay {costs.replay:g}"
     screen.line(f"\nthroughput over bp in {K} stages, {unit}, link delay {costs.link_delay:g}:")
     screen.line(f"  {speed.speedup:.2f} with dataflow (an op starts as soon as it can), {answer.lockstep.speedup:.2f} in lock-step")

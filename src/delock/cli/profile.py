@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
+
+from delock.cli.workload import build_model, goals, load_data
+from delock.config import TrainConfig, known, tokens
 
 
 @dataclass(frozen=True)
@@ -19,31 +21,29 @@ class Profile:
     forward: tuple[float, ...]  # seconds
     backward: tuple[float, ...]  # seconds
     messages: tuple[int, ...]  # bytes of an activation on each link
+    tokens: int | None  # in a sample of text
 
 
-def measure_model(
-    model: str, K: int, *, data: str, data_dir: Path | None, image_size: int | None, batch_size: int, threads: int
-) -> Profile:
-    """Measure a model on the first batch of a data set; loads torch. Raises UsageError where model, data or K do not fit."""
+def measure_model(config: TrainConfig, K: int, *, threads: int) -> Profile:
+    """Measure a resolved config's model on the first batch of its data; loads torch. Raises UsageError where they or K do not fit."""
     import torch
-    from torch.nn.functional import cross_entropy
 
-    from delock.data import load
-    from delock.nets import atoms, balance, build, measure
+    from delock.nets import atoms, balance, measure
 
-    images = load(data, data_dir=data_dir, batch_size=batch_size, image_size=image_size)
-    parts = atoms(build(model, classes=images.classes, in_channels=images.channels, image_size=images.image_size))
-    inputs, targets = next(iter(images.train.epoch(0)))
+    data = load_data(config)
+    parts = atoms(build_model(config, data))
+    inputs, targets = next(iter(data.train.epoch(0)))
+    loss, _ = goals(config)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        costs = measure(parts, inputs, targets, cross_entropy)
+        costs = measure(parts, inputs, targets, loss)
     finally:
         torch.set_num_threads(before)
     cuts = tuple(balance([cost.total_s for cost in costs], K, [cost.params for cost in costs]))
     stages = [costs[a:b] for a, b in itertools.pairwise([0, *cuts, len(parts)])]
     return Profile(
-        model=model,
+        model=known(config.network.model),
         samples=len(targets),
         cuts=cuts,
         layers=tuple(len(stage) for stage in stages),
@@ -51,4 +51,5 @@ def measure_model(
         forward=tuple(sum(cost.forward_s for cost in stage) for stage in stages),
         backward=tuple(sum(cost.backward_s for cost in stage) for stage in stages),
         messages=tuple(costs[cut - 1].out_bytes for cut in cuts),
+        tokens=tokens(config),
     )

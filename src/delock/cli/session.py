@@ -9,12 +9,12 @@ from delock.cli.ranks import ranks
 from delock.cli.screen import Screen
 from delock.cli.workload import build_model, goals
 from delock.cli.workload import load_data as read_data
-from delock.config import TrainConfig, flat, foreign, make_method, toml
+from delock.config import TrainConfig, flat, foreign, make_method, tokens, toml
 from delock.errors import UsageError
 from delock.records import EvaluationRecord, Event, Result, Started, StepRecord
-from delock.report import Story, evaluated, opening, rate, summary, trained
+from delock.report import Story, evaluated, opening, summary, trained
 from delock.runfolder import ALPHABET, CONFIG, SUMMARY, RunFolder, dumps
-from delock.tables import prediction_table
+from delock.tables import per_second, prediction_table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,7 +55,7 @@ class Session:
             case Started():
                 self.screen.end()
                 self.screen.line(opening(config, event))
-                self.screen.line(f"predicted: {rate(config, event.samples_per_second)}; per stage:")
+                self.screen.line(f"predicted: {per_second(event.samples_per_second, tokens(config))}; per stage:")
                 self.screen.table(*prediction_table(event))
                 self.screen.phase("training", event.batches)
                 return

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from delock.cli.arguments import parse
 from delock.cli.ranks import chief, ranks
 from delock.cli.session import load_data, train, warm_up
-from delock.config import TrainConfig, resolve
+from delock.config import TrainConfig, is_text, resolve
 from delock.report import Story, closing
 from delock.runfolder import RunFolder
 from delock.tables import stage_table
@@ -46,4 +46,6 @@ def run(words: Sequence[str]) -> int:
         screen.table(*stage_table(story.result.stages))
         screen.line(closing(story))
         screen.line(f"run folder: {folder.path}")
+        if is_text(config):
+            screen.line(f"delock sample {folder.path} prints text from it")
     return 0

@@ -2,8 +2,17 @@
 
 from delock.config import toml
 from delock.config.flat import build, flat, override, table
-from delock.config.kinds import foreign, is_text, known
-from delock.config.options import AlgorithmOptions, CompareConfig, DatasetOptions, LanguageOptions, NetworkOptions, TrainConfig, shown
+from delock.config.kinds import foreign, is_text, known, tokens
+from delock.config.options import (
+    AlgorithmOptions,
+    CompareConfig,
+    DatasetOptions,
+    LanguageOptions,
+    NetworkOptions,
+    TrainConfig,
+    either,
+    shown,
+)
 from delock.config.resolve import make_method, refuse_below, resolve
 
 __all__ = [
@@ -14,6 +23,7 @@ __all__ = [
     "NetworkOptions",
     "TrainConfig",
     "build",
+    "either",
     "flat",
     "foreign",
     "is_text",
@@ -24,5 +34,6 @@ __all__ = [
     "resolve",
     "shown",
     "table",
+    "tokens",
     "toml",
 ]

@@ -20,6 +20,11 @@ def is_text(config: TrainConfig) -> bool:
     return config.dataset.data == "text"
 
 
+def tokens(config: TrainConfig) -> int | None:
+    """Tokens in a sample of text; None for images."""
+    return config.language.context if is_text(config) else None
+
+
 def foreign(config: TrainConfig) -> tuple[str, ...]:
     """The options, by flat name, that mean nothing for this kind of data."""
     return OF_IMAGES if is_text(config) else OF_TEXT

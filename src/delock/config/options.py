@@ -131,7 +131,7 @@ class TrainingOptions:
     """How long, and how a gradient becomes a step."""
 
     epochs: Annotated[int | None, either("epochs")] = None
-    """Passes over the training images, or as many windows as the training text has tokens for."""
+    """Passes over the training data; of text, windows with as many tokens as it has."""
     steps: Annotated[int | None, shown("--epochs")] = None
     """Batches to train, in place of --epochs."""
     eval_every: Annotated[int | None, shown("once an epoch")] = None

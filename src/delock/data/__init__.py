@@ -1,5 +1,6 @@
 """Data: loaders whose batches follow from (seed, epoch, sample), so that every method and number of stages gets the same."""
 
+from delock.data.alphabet import Alphabet
 from delock.data.augment import Augment
 from delock.data.images import Batches, Images, statistics
 from delock.data.load import NAMES, load
@@ -10,6 +11,7 @@ from delock.data.text import TextData, load_text
 
 __all__ = [
     "NAMES",
+    "Alphabet",
     "Augment",
     "Batches",
     "Data",

@@ -68,9 +68,12 @@ def _source(name: str, data_dir: Path | None, download: bool, image_size: int | 
         return folder(data_dir, image_size=image_size, on_progress=on_progress)
     if name == "synthetic":
         return synthetic(image_size=32 if image_size is None else image_size)
+    if name == "text":
+        raise UsageError("text is no set of images: load it with delock.data.load_text")
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, 1, 0.4)
-        raise UsageError(f"unknown data set {name!r}{f': did you mean {near[0]!r}?' if near else ''} (known: {', '.join(NAMES)}, text)")
+        known = (*NAMES, "text")
+        near = difflib.get_close_matches(name, known, 1, 0.4)
+        raise UsageError(f"unknown data set {name!r}{f': did you mean {near[0]!r}?' if near else ''} (known: {', '.join(known)})")
     if image_size is not None:
         raise UsageError(f"image size can be chosen for folder and synthetic only: the images of {name} are used as they are")
     return digits() if name == "digits" else vision(name, data_dir or cache_dir() / "datasets", download=download)

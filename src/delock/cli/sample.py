@@ -1,0 +1,141 @@
+"""`delock sample`: text from a language model that `delock train` has trained, token after token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from delock.cli.arguments import parse
+from delock.cli.workload import build_gpt
+from delock.config import TrainConfig, build, is_text, known, refuse_below, resolve, shown, toml
+from delock.errors import UsageError
+from delock.runfolder import ALPHABET, CONFIG, MODEL
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from delock.data import Alphabet
+
+ABOUT = """Print text from the language model of a run. RUN is the run's folder.
+
+examples:
+  delock train --data text --out runs/manual
+  delock sample runs/manual
+  delock sample runs/manual --prompt "The import statement" --tokens 200
+  delock sample runs/manual --temperature 0.5 --top-k 10 --seed 1"""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What is written; the same options give the same text."""
+
+    prompt: Annotated[str | None, shown("a line break, not shown")] = None
+    """Text to go on from."""
+    tokens: int = 500
+    """Characters to write, or bytes where the model was trained by bytes."""
+    temperature: float = 0.8
+    """1 draws as the model has learned; below, likely tokens come more often, above, less often."""
+    top_k: Annotated[int | None, shown("all")] = None
+    """Draw from so many of the likeliest tokens only."""
+    seed: int = 0
+    """Of the draws."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What `delock sample` is told."""
+
+    sample: SampleOptions = field(default_factory=SampleOptions)
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, read the run, write; returns the exit code."""
+    path = Path(words[0]) if words and not words[0].startswith("-") else None
+    options = parse(SampleConfig, words[1:] if path else words, "sample RUN", ABOUT).sample
+    if path is None:
+        raise UsageError("say first which run: delock sample RUN, with the folder that delock train has made")
+    _check(options)
+    config, alphabet = read_config(path), read_alphabet(path)
+    begin = alphabet.encode(options.prompt or beginning(alphabet))  # (T,)
+    model, text = read_model(path, config, len(alphabet)), decoder(alphabet)
+    print(options.prompt or "", end="", flush=True)
+    for token in draws(model, begin, known(config.language.context), options):
+        print(text(token), end="", flush=True)
+    print(text(None))
+    return 0
+
+
+def _check(options: SampleOptions) -> None:
+    refuse_below({"tokens": (options.tokens, 1), "top-k": (options.top_k, 1), "seed": (options.seed, 0)})
+    if not 0 < options.temperature < float("inf"):
+        raise UsageError(f"temperature is {options.temperature:g}, but it must be above 0; --top-k 1 takes the likeliest token every time")
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The config of a run that has trained a language model. Raises UsageError for any other folder."""
+    if not (run / CONFIG).is_file():
+        rows = sorted(path.parent for path in run.glob(f"*/{CONFIG}"))
+        hint = f"it holds several, such as {rows[0]}" if rows else f"it has no {CONFIG}; give a folder that delock train has made"
+        raise UsageError(f"{run} is not the folder of a run: {hint}" if run.exists() else f"there is no run {run}")
+    config = resolve(build(TrainConfig, toml.read(run / CONFIG), str(run / CONFIG)))
+    if not is_text(config):
+        trained = f"{config.network.model} on {config.dataset.data}"
+        raise UsageError(f"{run} trained {trained}, and only a language model writes text: train one with --data text")
+    if not (run / MODEL).is_file():
+        raise UsageError(f"{run} has no {MODEL}: it did not run to its end, and only then are weights kept; train it again")
+    return config
+
+
+def read_alphabet(run: Path) -> Alphabet:
+    """What the model's tokens stand for."""
+    from delock.data import Alphabet
+
+    try:
+        return Alphabet(json.loads((run / ALPHABET).read_text(encoding="utf-8"))["characters"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"cannot read the alphabet of the run, {run / ALPHABET}: {error}") from None
+
+
+def read_model(run: Path, config: TrainConfig, vocabulary: int) -> nn.Sequential:
+    """The trained network."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    model = build_gpt(config, vocabulary)
+    try:
+        model.load_state_dict(load_file(run / MODEL))
+    except (SafetensorError, RuntimeError) as error:
+        raise UsageError(f"{run / MODEL} does not hold the model that {CONFIG} beside it describes: {error}") from None
+    return model
+
+
+def beginning(alphabet: Alphabet) -> str:
+    """What a text without a prompt goes on from: a line break, or the first character of an alphabet that has none."""
+    return "\n" if alphabet.characters is None or "\n" in alphabet.characters else alphabet.characters[0]
+
+
+def draws(model: nn.Sequential, begin: Tensor, context: int, options: SampleOptions) -> Iterator[int]:
+    """The tokens after those of the prompt (T,), each as soon as it is drawn."""
+    import torch
+
+    from delock.nets import generate
+
+    generator = torch.Generator().manual_seed(options.seed)
+    tokens = begin[None]  # (1, T)
+    for _ in range(options.tokens):
+        seen = tokens[:, -context:]
+        tokens = generate(model, seen, 1, generator=generator, temperature=options.temperature, top_k=options.top_k)
+        yield int(tokens[0, -1])
+
+
+def decoder(alphabet: Alphabet) -> Callable[[int | None], str]:
+    """From token after token to text, where a byte may be only part of a character; None ends the text."""
+    from codecs import getincrementaldecoder
+
+    if alphabet.characters is not None:
+        return lambda token: "" if token is None else alphabet.decode([token])
+    utf8 = getincrementaldecoder("utf-8")("replace")
+    return lambda token: utf8.decode(b"", final=True) if token is None else utf8.decode(bytes([token]))
