@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import delock
 from delock.cli import main
 from delock.cli.sample import decoder
 from delock.config import TrainConfig, build, flat, resolve
+from delock.config.options import IMAGES
+from delock.config.options import TEXT as TEXT_DEFAULTS
 from delock.data import Alphabet, load_text
 from delock.draw.curves import Run, _shown
 from delock.errors import UsageError
@@ -343,3 +346,35 @@ def made_run(path: Path) -> None:
         (path / "model.safetensors").write_bytes(b"half of it")
     elif path.name != "cut-off":
         save_file(gpt(6, depth=1, width=width, heads=2, context=4).state_dict(), path / "model.safetensors")
+
+
+# -- docs/text.md
+
+PAGE = (Path(__file__).parent.parent / "docs" / "text.md").read_text(encoding="utf-8")
+
+
+def test_the_program_on_the_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is written, but in one process and for a few batches of a short test."""
+    fit = delock.fit
+
+    def short(model: Any, train: Any, test: Any, **options: Any) -> Any:
+        return fit(model, train, [next(test.epoch(0))], **options | {"steps": 2, "workers": "inline"})
+
+    monkeypatch.setattr(delock, "fit", short, raising=False)
+    [program] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(compile(program, "text.md", "exec", dont_inherit=True), {"__name__": "__main__"})
+    out = capsys.readouterr().out
+    assert " bits per character\nThe " in out
+    assert len(out) > 200
+
+
+def test_the_defaults_on_the_page() -> None:
+    [text] = re.findall(r"^## Defaults\n(.*?)^## ", PAGE, re.DOTALL | re.MULTILINE)
+    rows = {cells[0].strip(" `"): cells[1:] for line in text.splitlines() if len(cells := line.strip("|").split("|")) == 3}
+    for name in ("model", "batch_size", "epochs", "optimizer", "warmup"):
+        images, language = rows[name.replace("_", "-")]
+        assert str(IMAGES[name]) in images
+        assert str(TEXT_DEFAULTS[name]) in language
+    for name in ("depth", "width", "attention_heads", "context"):
+        assert f"`{name.replace('_', '-')}` {TEXT_DEFAULTS[name]}" in text
+    assert [cell.strip().split()[0] for cell in rows["weight-decay"]] == ["0.0005", "0.1"]

@@ -105,7 +105,7 @@ def words(metric: str) -> str:
 
 def metric_text(name: str, value: float) -> str:
     """A test metric with its name: an accuracy in per cent with two decimals, another one as a number."""
-    return f"test {words(name)} " + (f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4g}")
+    return f"test {words(name)} " + (f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.3f}")
 
 
 def per_second(samples_per_second: float, tokens: int | None) -> str:
