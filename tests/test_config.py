@@ -110,6 +110,7 @@ def test_what_contradicts_itself_is_refused(values: dict[str, object], words: li
 
 def test_an_option_puts_out_of_force_what_was_meant_for_another() -> None:
     file = {"method": "fdg", "beta": 0.5, "stages": 3, "cuts": [1, 2], "epochs": 5, "optimizer": "sgd", "lr": 0.1, "momentum": 0.9}
+    file["weight_decay"] = 0.01
     assert override(file, {}) == file
     assert override(file, {"seed": 1}) == {**file, "seed": 1}
     assert "beta" not in override(file, {"method": "adl"})
@@ -117,9 +118,10 @@ def test_an_option_puts_out_of_force_what_was_meant_for_another() -> None:
     assert override(file, {"method": "adl", "beta": 0.25})["beta"] == 0.25
     assert "cuts" not in override(file, {"stages": 2})
     assert "cuts" not in override(file, {"model": "cnn"})
+    assert "cuts" not in override(file, {"depth": 3})
     assert "stages" not in override(file, {"cuts": [4]})
     assert "epochs" not in override(file, {"steps": 9})
-    assert {"lr", "momentum"}.isdisjoint(override(file, {"optimizer": "adam"}))
+    assert {"lr", "momentum", "weight_decay"}.isdisjoint(override(file, {"optimizer": "adam"}))
 
 
 def test_both_configs_have_the_same_options_but_for_the_method() -> None:
