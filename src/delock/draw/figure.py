@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # Okabe and Ito 2008; their yellow, which is pale on white, is left to small marks, and grey stands in
 BLACK, ORANGE, SKY, GREEN, YELLOW = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
-LANE = "#EDEDED"
+LANE, PALE = "#EDEDED", "#F7D9A0"  # PALE: orange, lighter
 
 STYLE = MappingProxyType(
     {

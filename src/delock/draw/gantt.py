@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
-from delock.draw.figure import BLACK, GREEN, LANE, ORANGE, SKY, VERMILION, YELLOW, new, save, style
+from delock.draw.figure import BLACK, GREEN, LANE, ORANGE, PALE, PURPLE, SKY, VERMILION, YELLOW, new, save, style
 from delock.errors import UsageError
 from delock.ops import Backward, Forward, Op, Update
 from delock.timeline import Span, Timeline
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.patches import Patch
 
-Kind = Literal["forward", "backward", "backward with replay", "update", "evaluation"]
+Kind = Literal["forward", "backward", "input gradient", "weight gradient", "backward with replay", "update", "evaluation"]
 WIDTH = 9.0  # inches
 
 
@@ -93,6 +93,10 @@ def _kind(op: Op, fresh: bool) -> Kind:
     match op:
         case Forward(train=train):
             return "forward" if train else "evaluation"
+        case Backward(part="input"):
+            return "input gradient"
+        case Backward(part="weights"):
+            return "weight gradient"
         case Backward(at=at):
             return "backward with replay" if at == "replay" and not fresh else "backward"
         case Update():
@@ -105,6 +109,10 @@ def _colour(kind: Kind) -> str:
             return SKY
         case "backward":
             return ORANGE
+        case "input gradient":
+            return PURPLE
+        case "weight gradient":
+            return PALE
         case "backward with replay":
             return VERMILION
         case "update":
@@ -116,5 +124,4 @@ def _colour(kind: Kind) -> str:
 def _legend(seen: set[Kind]) -> list[Patch]:
     from matplotlib.patches import Patch
 
-    order: tuple[Kind, ...] = ("forward", "backward", "backward with replay", "update", "evaluation")
-    return [Patch(color=_colour(kind), label=kind) for kind in order if kind in seen] + [Patch(color=LANE, label="idle")]
+    return [Patch(color=_colour(kind), label=kind) for kind in get_args(Kind) if kind in seen] + [Patch(color=LANE, label="idle")]

@@ -37,7 +37,7 @@ class Slowdown:
 class Costs:
     """Seconds (or any unit) per op: one number per stage for work, one per link for delays; link k joins stages k and k + 1.
 
-    An empty tuple means: `replay` as `forward`, `update`, `head`, `up` and `down` 0, `capacity` unlimited. A barrier makes every stage wait for
+    An empty tuple means: `replay` as `forward`, `capacity` unlimited, the others 0. A barrier makes every stage wait for
     all others after each tick (lock-step; for plans without evaluation). Raises UsageError when the numbers do not fit each other.
     """
 
