@@ -65,7 +65,7 @@ def jobs(
     train, test = Samples(kind, samples, batch, dtype), Samples(kind, 11, 4, dtype, seed=1)
     course = Course(len(train) * epochs, len(train) if evaluate else 0, len(test) if evaluate else 0)
     stages = net(K, dtype)
-    tiny = tiny_heads(stages, next(iter(train.epoch(0)))[0], dtype)
+    tiny = tiny_heads(stages, next(iter(train.epoch(0)))[0], dtype) if method.local_losses else []
     heads = {k: tiny[k] for k in method.headed(K)}
     return [
         Job(

@@ -54,7 +54,7 @@ def spans(timeline: Timeline, k: int) -> list[tuple[Op, float, float]]:
 @pytest.mark.parametrize("method", EVERY, ids=str)
 @pytest.mark.parametrize("K", [1, 2, 4])
 def test_the_clock_equals_a_recursion_over_the_rule(method: Method, K: int) -> None:
-    if isinstance(method, Interlocking) and K < method.n_wise:
+    if isinstance(method, Interlocking) and method.n_wise > K:
         method = Interlocking(K)
     plan = unroll(method, K, Course(9, every=4, evaluation=2))
     seconds = Costs(

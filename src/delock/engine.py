@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from delock.errors import DelockError, StageFailed, UsageError
@@ -91,6 +92,7 @@ class Engine:
         self.log = log or Log()
         self.on_loss, self.on_output = on_loss, on_output
         self.waited = 0.0
+        self.norms = torch.zeros(0)  # stage 0: of all gradients of the network, for the coming Update
         self.in_flight: Counter[int] = Counter()  # messages sent by a neighbour in windows so far, and not yet received
 
     def run(self, plan: Plan) -> None:
@@ -110,7 +112,7 @@ class Engine:
             case Backward() as op:
                 self._backward(step, op)
             case Update() as op:
-                self.stage.update(op)
+                self._update(op)
         self.log.op(self.stage.k, step, version, start, perf_counter(), self.waited)
 
     def _forward(self, step: Step, op: Forward) -> None:
@@ -135,10 +137,34 @@ class Engine:
         if step.down:
             assert delta is not None
             self._send(k - 1, ("d", op.batch, op.loss), delta)
+        if step.final:
+            self._pass_down_norms(self.stage.version)
         if step.last:
             self.log.stale(self.stage.version - memory.taken, step.tick - memory.step.tick)
         if loss is not None:
             self._judge(step, op, loss, memory.message.samples)
+
+    # Clipping over the network: with their last Backwards the stages pass down the norms of all gradients above, in one row; stage 0
+    # knows them all in the order of the layers, whatever the cuts, and |g| goes up with the Updates.
+
+    def _pass_down_norms(self, number: int) -> None:
+        k = self.stage.k
+        above = self._receive(k + 1, ("n", number, 0)).values if k + 1 < self.stage.K else ()
+        norms = (self.stage.learner.norms(), *above)
+        if k > 0:
+            self._send(k - 1, ("n", number, 0), Message(norms))
+        else:
+            self.norms = torch.cat([row for row in norms if len(row)] or [self.norms])
+
+    def _update(self, op: Update) -> None:
+        if op.over == "stage":
+            self.stage.update(op)
+            return
+        k, name = self.stage.k, ("t", op.number, 0)
+        norm = self._receive(k - 1, name).values if k > 0 else torch.linalg.vector_norm(self.norms)
+        if k + 1 < self.stage.K:
+            self._send(k + 1, name, Message(norm))
+        self.stage.update(op, norm)
 
     def _judge(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
         value = loss.item()

@@ -37,6 +37,7 @@ def fit(
     epochs: int | None = None,
     steps: int | None = None,
     eval_every: int | None = None,
+    clip: float | None = None,
     metrics: Mapping[str, Metric] | None = None,
     heads: str | Sequence[nn.Module] | None = None,
     seed: int = 0,
@@ -63,6 +64,7 @@ def fit(
     stages      K; by default 2, the length of a list of modules, or torchrun's number of ranks; cuts: index or name of the first part of
                 each stage but the first; by default such that the dearest stage, measured forward and backward, is as cheap as can be
     epochs, steps   how long, in epochs or in batches of `train` (one of them); eval_every: batches between evaluations (default: an epoch)
+    clip        largest norm of a gradient: of the whole network's for synchronous methods, of each stage's for the others
     heads       for methods with local losses: the auxiliary head of every stage but the last, as modules (stage output -> what `loss`
                 takes) or by a name of delock.nets.heads; by default chosen from the shape of the stage's output. Given modules are
                 trained in place
@@ -93,6 +95,7 @@ def fit(
         epochs=epochs,
         steps=steps,
         eval_every=eval_every,
+        clip=clip,
         metrics=metrics or {},
         heads=heads,
         seed=seed,

@@ -42,13 +42,18 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """w_k <- step(w_k, g_k), g_k <- 0. The only op that makes a version.
+    """w_k <- step(w_k, min(1, clip / |g|) g_k), g_k <- 0. The only op that makes a version.
 
-    reduce="mean" divides g_k by the number of batches accumulated since the stage's last Update.
+    reduce="mean" divides g_k by the number of batches accumulated since the stage's last Update. clip: the largest norm |g| that the
+    gradient may keep, over this stage's weights or over the whole network's; None: any. `number` tells the Updates over the network
+    apart: number n needs every stage's gradient, and takes place on stage k after it did on stage k - 1, which sends |g| up.
     An Update of a stage that has accumulated nothing does not happen (00-common, warm-up): a plan leaves it out.
     """
 
     reduce: Reduce = "sum"
+    clip: float | None = None
+    over: Literal["stage", "network"] = "stage"
+    number: int = 0
 
 
 Op: TypeAlias = Forward | Backward | Update

@@ -43,6 +43,7 @@ class Spec:
     epochs: int | None
     steps: int | None
     eval_every: int | None
+    clip: float | None
     metrics: Mapping[str, Metric]
     heads: str | Sequence[nn.Module] | None
     seed: int
@@ -63,7 +64,9 @@ class Spec:
         every = self.eval_every if self.eval_every is not None else len(self.train)
         if every < 1:
             raise UsageError(f"eval_every is {every}, but it must be at least 1 batch")
-        return Course(batches, every if self.test is not None else 0, len(self.test) if self.test is not None else 0)
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise UsageError(f"clip is {self.clip:g}, but the norm that a gradient may keep must be above 0; leave it out not to clip")
+        return Course(batches, every if self.test is not None else 0, len(self.test) if self.test is not None else 0, self.clip)
 
 
 @dataclass
@@ -199,7 +202,7 @@ def _head(spec: Spec, k: int, shape: tuple[int, ...], logits: tuple[int, ...]) -
 
 def _head_cost(spec: Spec, k: int, head: nn.Module, shape: tuple[int, ...], targets: Any) -> float:
     try:
-        return _measure(spec, [Atom(f"head of stage {k}", head)], torch.zeros(shape), targets)[0].total_s
+        return _measure(spec, [Atom(f"head of stage {k}", head)], torch.zeros(shape, dtype=next((w.dtype for w in head.parameters()), None)), targets)[0].total_s
     except UsageError as error:
         raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from None
 

@@ -148,6 +148,7 @@ def _fit(config: TrainConfig, data: Data | TextData, model: nn.Module, session: 
         epochs=training.epochs,
         steps=training.steps,
         eval_every=training.eval_every,
+        clip=training.clip,
         metrics=metrics,
         heads=config.network.head,
         seed=training.seed,

@@ -142,6 +142,8 @@ class TrainingOptions:
     """Learning rate of an update, after the warm-up."""
     momentum: Annotated[float | None, shown("0.9")] = None
     """sgd: momentum."""
+    clip: Annotated[float | None, shown("none")] = None
+    """Largest norm of a gradient: of the whole network's for bp, gpipe and 1f1b, of each stage's for the other methods."""
     nesterov: bool = False
     """sgd: Nesterov's form of momentum."""
     weight_decay: Annotated[float | None, shown("0.0005; adamw on text: 0.1")] = None

@@ -15,7 +15,8 @@ from torch import Tensor
 from delock.errors import UsageError
 
 Name: TypeAlias = tuple[str, int, int]
-"""What a message is: ("h", batch, 0) a training activation, ("e", batch, 0) an evaluation's, ("d", batch, loss) an error."""
+"""What a message is: ("h", batch, 0) a training activation, ("e", batch, 0) an evaluation's, ("d", batch, loss) an error,
+("n", update, 0) norms of gradients on their way down, ("t", update, 0) that of them all on its way up."""
 
 Tree: TypeAlias = Any
 """Tensors in tuples, lists and dicts with string keys; None and plain numbers and strings may stand among them."""

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from delock.ops import Backward, Forward, Op, Update, label
 
 Name: TypeAlias = tuple[int, Op | tuple[int, int]]
-"""(stage, what it makes): a Forward by itself, an error as (batch, loss), whichever part of a Backward sends it."""
+"""(stage, what it makes): a Forward or an Update by itself, an error as (batch, loss), whichever part of a Backward sends it."""
 
 
 def needs(k: int, op: Op) -> list[Name]:
@@ -22,6 +22,8 @@ def needs(k: int, op: Op) -> list[Name]:
         case Backward(b, loss):
             own: list[Name] = [(k, Forward(b))]
             return [*own, (k + 1, (b, loss))] if loss > k else own
+        case Update(over="network") if k > 0:
+            return [(k - 1, op)]
         case Update():
             return []
 
@@ -33,6 +35,8 @@ def gives(k: int, op: Op) -> list[Name]:
             return [(k, op)]
         case Backward(b, loss, _, part):
             return [(k, (b, loss))] if part != "weights" else []
+        case Update(over="network"):
+            return [(k, op)]
         case Update():
             return []
 

@@ -27,6 +27,7 @@ class Step:
     last: bool = False  # Backward: nobody will ask for this batch's memory again
     up: bool = False  # Forward: stage k + 1 is listening
     down: bool = False  # Backward: stage k - 1 is listening
+    final: bool = False  # Backward: the Update behind it clips over the network, so the norms of this gradient go down with it
     halved: bool = False  # Backward of the input: one of the weights, for the same batch and loss, comes later
 
 
@@ -35,11 +36,13 @@ class Course:
     """How long a run is, in batches (of one update each for synchronous methods), and when it is evaluated.
 
     With `every` > 0 the network is evaluated on `evaluation` batches after each `every` training batches, and at the end.
+    clip: the largest norm of a gradient, over the network where the method is synchronous, else over a stage.
     """
 
     batches: int
     every: int = 0
     evaluation: int = 0
+    clip: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from delock.errors import UsageError
 from delock.methods.base import Method
@@ -65,12 +66,20 @@ class _Column:
                         continue
             if isinstance(op, Forward) and self.every and op.batch and op.batch % self.every == 0:
                 self.evaluate(t)
+            if isinstance(op, Update) and self.course.clip is not None:
+                op = self.clipped(op)
             self.steps.append(Step(op, t, self.version))
             match op:
                 case Backward(part="both") | Backward(part="weights"):
                     self.pending += 1
                 case Update():
                     self.pending, self.version = 0, self.version + 1
+
+    def clipped(self, op: Update) -> Update:
+        if not self.method.synchronous:
+            return replace(op, clip=self.course.clip)
+        self.steps[-1] = replace(self.steps[-1], final=True)  # its last Backward
+        return replace(op, clip=self.course.clip, over="network", number=self.version)
 
     def evaluate(self, t: int) -> None:
         first = self.evaluations * self.course.evaluation
@@ -100,12 +109,12 @@ def _annotate(columns: Sequence[_Column], stop: int) -> Plan:
                 up = k + 1 < len(columns) and op in forwards[k + 1]
                 later = backwards[k].get(op.batch, []) if op.train else []
                 keep, snapshot = _keep(later, step.version)
-                step = Step(op, step.tick, step.version, keep, snapshot, up=up)
+                step = replace(step, keep=keep, snapshot=snapshot, up=up)
             elif isinstance(op, Backward):
                 last = backwards[k][op.batch][-1][0] == op
                 down = k > 0 and (op.batch, op.loss) in listeners[k - 1] and op.part != "weights"
                 halved = op.part == "input" and any(b.loss == op.loss and b.part == "weights" for b, _ in backwards[k][op.batch])
-                step = Step(op, step.tick, step.version, last=last, down=down, halved=halved)
+                step = replace(step, last=last, down=down, halved=halved)
             done.append(step)
         taken.append(tuple(done))
     return Plan(tuple(taken))

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from delock.errors import UsageError
-from delock.ops import Reduce
+from delock.ops import Update
 from delock.stage.values import address
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
@@ -55,10 +56,21 @@ class Learner:
             taken.add(address(new))
             self.grads[i] = new
 
-    def update(self, reduce: Reduce) -> None:
-        """w <- step(w, g), g <- 0, and one step of the schedule: the rate is a function of the stage's own update count."""
+    def norms(self) -> Tensor:
+        """The norms of the gradients, one by one: (number of weights with a gradient,)."""
+        norms = [torch.linalg.vector_norm(g) for g in self.grads if g is not None]
+        return torch.stack(norms) if norms else torch.zeros(0)
+
+    def update(self, op: Update, norm: Tensor | None = None) -> None:
+        """w <- step(w, g), g <- 0, and one step of the schedule: the rate is a function of the stage's own update count.
+
+        `norm` is |g| over the whole network, a scalar, where the op clips over it.
+        """
         for w, g in zip(self.weights, self.grads, strict=True):
-            w.grad = g / self.count if g is not None and reduce == "mean" and self.count > 1 else g
+            w.grad = g / self.count if g is not None and op.reduce == "mean" and self.count > 1 else g
+        if op.clip is not None:
+            own = [w.grad for w in self.weights if w.grad is not None]
+            clip_grads_with_norm_(self.weights, op.clip, get_total_norm(own) if norm is None else norm)
         if self.optimizer:
             self.optimizer.step()
         if self.schedule:

@@ -217,7 +217,7 @@ class Stage:
 
     # ---- Update --------------------------------------------------------------------------------------------------------------------
 
-    def update(self, op: Update) -> None:
-        """w_k <- step(w_k, g_k), g_k <- 0; with a head, its weights are among w_k."""
-        self.learner.update(op.reduce)
+    def update(self, op: Update, norm: Tensor | None = None) -> None:
+        """w_k <- step(w_k, g_k), g_k <- 0; with a head, its weights are among w_k. `norm`: |g| where it is not the stage's alone."""
+        self.learner.update(op, norm)
         self.snapshot = None
