@@ -202,7 +202,8 @@ def _head(spec: Spec, k: int, shape: tuple[int, ...], logits: tuple[int, ...]) -
 
 def _head_cost(spec: Spec, k: int, head: nn.Module, shape: tuple[int, ...], targets: Any) -> float:
     try:
-        return _measure(spec, [Atom(f"head of stage {k}", head)], torch.zeros(shape, dtype=next((w.dtype for w in head.parameters()), None)), targets)[0].total_s
+        outputs = torch.zeros(shape, dtype=next((w.dtype for w in head.parameters()), None))
+        return _measure(spec, [Atom(f"head of stage {k}", head)], outputs, targets)[0].total_s
     except UsageError as error:
         raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from None
 
