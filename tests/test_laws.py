@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "delock"
 FLOORS = (
-    ("ops", "links", "codecs", "data", "nets", "records", "keys", "errors", "feed", "memory"),
+    ("ops", "links", "codecs", "data", "nets", "records", "keys", "errors", "feed", "memory", "replay"),
     ("plan", "methods", "stage"),
-    ("engine", "timeline", "config"),
+    ("engine", "free", "timeline", "config"),
     ("train", "report", "tables", "draw", "runfolder", "recipes"),
     ("launch", "setup", "fitting"),
     ("cli", "__main__"),

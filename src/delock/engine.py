@@ -60,8 +60,8 @@ class Log:
 
 def _kind(step: Step) -> str:
     match step.op:
-        case Forward(train=train):
-            return "forward" if train else "evaluation"
+        case Forward() as op:
+            return "evaluation" if op.evaluates else "forward"
         case Backward():
             return "backward"
         case Update():
@@ -116,16 +116,16 @@ class Engine:
         self.log.op(self.stage.k, step, version, start, perf_counter(), self.waited)
 
     def _forward(self, step: Step, op: Forward) -> None:
-        k, kind = self.stage.k, "h" if op.train else "e"
+        k, kind = self.stage.k, "e" if op.evaluates else "h"
         if k == 0:
             assert self.feed is not None
             message = self.feed(op)
         else:
-            message = self._receive(k - 1, (kind, op.batch, 0))
+            message = self._receive(k - 1, (kind, op.batch if op.source is None else op.source, 0))
         result = self.stage.forward(step, message)
         if step.up:
             self._send(k + 1, (kind, op.batch, 0), result)
-        elif not op.train and self.on_output:
+        elif op.evaluates and self.on_output:
             self.on_output(step, result)
 
     def _backward(self, step: Step, op: Backward) -> None:
@@ -213,7 +213,7 @@ class Engine:
 def explained(step: Step, parts: int) -> str:
     """An op in words, for errors: "backward of batch 3, tick 5"; `parts`: micro-batches per batch."""
     match step.op:
-        case Forward(batch, train) if not train:
+        case Forward(batch) if step.op.evaluates:
             what = f"evaluation, batch {batch}"
         case Forward(batch) | Backward(batch):
             what = f"{_kind(step)} of {f'micro-batch {batch}, batch {batch // parts}' if parts > 1 else f'batch {batch}'}"

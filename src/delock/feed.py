@@ -30,7 +30,7 @@ class Feed:
 
     def __call__(self, op: Forward) -> Message:
         """The message of one Forward: inputs, labels, and the part's share of its batch as weight."""
-        if not op.train:
+        if op.evaluates:
             return self._evaluation(op.batch)
         batch, part = divmod(op.batch, self.parts)
         if part == 0 or not self.split:

@@ -15,8 +15,8 @@ from delock.launch.rank import Rank, backend_for
 from delock.launch.torchrun import run_torchrun, under_torchrun
 from delock.methods import Method, make
 from delock.methods.base import at_least
-from delock.records import Event, Result, Started
-from delock.setup import Setup, Spec, prepare
+from delock.records import Event, Result, Started, Turn
+from delock.setup import Setup, Spec, prepare, refuse_wrong_workers
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 from delock.train import Metric, StageResult, run_inline, run_rank
 
@@ -49,6 +49,7 @@ def fit(
     patience: float = 120.0,
     log_every: int = 10,
     trace: bool = False,
+    turns: Sequence[Sequence[Turn]] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Result | None:
     """Train `model` on several workers, one stage each, and leave the trained weights in it.
@@ -73,7 +74,9 @@ def fit(
                 `threads` threads in all; under torchrun its ranks are used, and only rank 0 gets the Result, the others None
     device      "cpu", "cuda" (stage k on GPU k; inline: all stages on one), "cuda:1"
     patience    seconds without any progress after which a hung run is ended (more where one op is measured to take long); 0: never
-    on_event    called with Started, StepRecord (every `log_every` batches) and EvaluationRecord as they come
+    turns       what the stages of an earlier free-running run did, from its TurnsRecords, per stage: it is done again (workers="inline")
+    on_event    called with Started, StepRecord (every `log_every` batches) and EvaluationRecord as they come; with a free-running
+                method also with TurnsRecord
 
     Raises UsageError for bad input, NonFinite (a UsageError) for a loss that is no number, StageFailed when a stage raises, dies or hangs.
     """
@@ -105,6 +108,8 @@ def fit(
         trace=trace,
         workers="torchrun" if under_torchrun() else workers,
     )
+    if turns is not None and spec.workers != "inline":
+        raise UsageError("recorded turns are done again in one process: use workers=\"inline\"")
     tell = on_event or (lambda event: None)
     results: list[StageResult] | None
     if spec.workers == "torchrun":
@@ -120,11 +125,13 @@ def fit(
             return None
         assert spec.setup is not None
         return _result(spec, spec.setup, started[0], results)
+    if turns is None:
+        refuse_wrong_workers(spec.method, spec.workers)
     setup = prepare(spec, cuts)
     started_here = setup.started(spec)
     tell(started_here)
     if spec.workers == "inline":
-        results = run_inline(setup.jobs(spec), torch.device(device), tell, threads)
+        results = run_inline(setup.jobs(spec), torch.device(device), tell, threads, turns)
     else:
         results = run_processes(
             run_rank,

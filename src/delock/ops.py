@@ -16,10 +16,20 @@ class Forward:
 
     Pairing: on stage k > 0 it consumes the message that Forward(batch, train) on stage k - 1 produced.
     Evaluation forwards (train=False) count their batches in a number space of their own.
+
+    With a replay buffer (asynchronous DGL) `batch` is the stage's own ordinal, and `source` that of the Forward on stage k - 1 (on stage
+    0: of the data) whose activation it reads, perhaps not for the first time; train=False then says that the stage has made all its
+    updates and goes on, in eval mode, for the others.
     """
 
     batch: int
     train: bool = True
+    source: int | None = None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it is part of an evaluation."""
+        return not self.train and self.source is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +72,8 @@ Op: TypeAlias = Forward | Backward | Update
 def label(op: Op) -> str:
     """The op as a chart writes it: F12, B7, E3 (an evaluation forward), U; parts of a Backward as b (input) and w (weights)."""
     match op:
-        case Forward(batch, train):
-            return f"{'F' if train else 'E'}{batch}"
+        case Forward(batch):
+            return f"{'E' if op.evaluates else 'F'}{batch}"
         case Backward(batch, _, _, part):
             return {"both": "B", "input": "b", "weights": "w"}[part] + str(batch)
         case Update():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,28 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """One visit of a stage in a run with replay buffers: what it read, and what it did with it."""
+
+    ordinal: int  # the stage's own; of an evaluation, the evaluation batch
+    source: int  # ordinal on the stage below of the batch read (stage 0: of the data)
+    trains: bool  # False once the stage has made all its updates
+    version: int  # updates made before
+    evaluates: bool = False
+    sent: bool = True  # whether the activation went up
+    start: float = 0.0  # seconds, on the stage's own clock
+    end: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TurnsRecord:
+    """The next turns of one stage of a free-running run, which together are its plan."""
+
+    stage: int
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationRecord:
     """One evaluation of the whole test set; train_loss is the mean over the batches since the evaluation before."""
 
@@ -77,6 +99,9 @@ class StageReport:
     layer_staleness: dict[int, int]  # histogram of layer-wise staleness: batches -> batches
     peak_memory: int  # bytes: of the process on CPU (0 where it cannot be told), of the allocator on a GPU
     memory_growth: int  # bytes: the peak above what the built stage held before the first batch
+    reuse: dict[int, int] = field(default_factory=dict)  # replay buffer, histograms: times that a batch was read -> batches
+    visits_behind: dict[int, int] = field(default_factory=dict)  # visits of the stage below from batch read to newest put -> reads
+    versions_behind: dict[int, int] = field(default_factory=dict)  # the same in its updates
 
     @property
     def idle(self) -> float:
@@ -87,12 +112,12 @@ class StageReport:
     @property
     def mean_staleness(self) -> float:
         """Mean gradient staleness in updates, warm-up included."""
-        return _mean(self.staleness)
+        return mean(self.staleness)
 
     @property
     def mean_layer_staleness(self) -> float:
         """Mean layer-wise staleness in batches, warm-up included."""
-        return _mean(self.layer_staleness)
+        return mean(self.layer_staleness)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +133,10 @@ class Result:
     samples: int
 
 
-Event = Started | StepRecord | EvaluationRecord
+Event = Started | StepRecord | EvaluationRecord | TurnsRecord
 
 
-def _mean(histogram: dict[int, int]) -> float:
+def mean(histogram: dict[int, int]) -> float:
+    """The mean of a histogram; 0 for an empty one."""
     count = sum(histogram.values())
     return sum(value * n for value, n in histogram.items()) / count if count else 0.0

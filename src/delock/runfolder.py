@@ -12,14 +12,34 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from delock.errors import UsageError
-from delock.records import EvaluationRecord, StepRecord
+from delock.records import EvaluationRecord, StepRecord, Turn, TurnsRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, METRICS, SUMMARY, MODEL, BOARD = "config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "tensorboard"
 ALPHABET = "alphabet.json"  # of a language model: what its tokens stand for
-OURS = (CONFIG, METRICS, SUMMARY, MODEL, ALPHABET, "compare.json", "compare.md", "compare.png", "compare.svg")
+TRACE = "trace.jsonl"  # of a free-running run: its plan as it happened
+OURS = (CONFIG, METRICS, SUMMARY, MODEL, ALPHABET, TRACE, "compare.json", "compare.md", "compare.png", "compare.svg")
+
+
+def load_turns(folder: Path) -> list[list[Turn]]:
+    """What trace.jsonl tells, per stage; the last line of a run that was cut off may be missing a half, and is left out.
+
+    Raises UsageError where there is no such file.
+    """
+    try:
+        lines = (folder / TRACE).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise UsageError(f"{folder} holds no {TRACE}, which a run with dgl-async and turns free keeps from its first turns on") from None
+    stages: dict[int, list[Turn]] = {}
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        stages.setdefault(values.pop("stage"), []).append(Turn(**values))
+    return [stages.get(k, []) for k in range(max(stages, default=-1) + 1)]
 
 
 class RunFolder:
@@ -34,6 +54,7 @@ class RunFolder:
         self._inside: RunFolder | None = None
         self.opened = False
         self._metrics: IO[str] | None = None
+        self._trace: IO[str] | None = None
         try:
             _refuse(self.path)
             if out is not None and out.exists() and any(out.iterdir()) and not overwrite:
@@ -75,6 +96,15 @@ class RunFolder:
         self._metrics.write(dumps(line(record)) + "\n")
         self._metrics.flush()
 
+    def add_turns(self, record: TurnsRecord) -> None:
+        """Lines of trace.jsonl, one per turn: what `delock replay` does again."""
+        if self._trace is None:
+            self._trace = (self.path / TRACE).open("a", encoding="utf-8")
+        for turn in record.turns:
+            values = {name: getattr(turn, name) for name in Turn.__dataclass_fields__}
+            self._trace.write(dumps({"stage": record.stage, **values}) + "\n")
+        self._trace.flush()
+
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """The weights under their names in the unsplit model."""
         from safetensors.torch import save  # here: it loads torch
@@ -92,9 +122,10 @@ class RunFolder:
             part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close metrics.jsonl."""
-        if self._metrics is not None:
-            self._metrics.close()
+        """Close metrics.jsonl and trace.jsonl."""
+        for file in (self._metrics, self._trace):
+            if file is not None:
+                file.close()
 
 
 def line(record: StepRecord | EvaluationRecord) -> dict[str, Any]:

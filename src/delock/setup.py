@@ -14,7 +14,7 @@ from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.feed import samples
 from delock.keys import key
-from delock.methods import Method, title
+from delock.methods import AsyncDGL, Method, title
 from delock.nets.heads import HeadShare, build_head, choose, head_share
 from delock.nets.measure import AtomCost, balance, measure
 from delock.nets.split import Atom, StageModule, atoms, has_batch_norm, resolve_cuts, stages
@@ -241,6 +241,14 @@ def _number_of_stages(spec: Spec, cuts: Sequence[int | str] | None, layers: int)
     if spec.stages is not None:
         return spec.stages
     return layers if isinstance(spec.model, list | tuple | nn.ModuleList) else 2
+
+
+def refuse_wrong_workers(method: Method, workers: str) -> None:
+    """Raise UsageError where stages should run freely in one process, or take turns in many."""
+    if isinstance(method, AsyncDGL) and (method.turns == "free") == (workers == "inline"):
+        if workers == "inline":
+            raise UsageError("free-running stages need a process each: use workers processes, or turns sampled or round-robin")
+        raise UsageError(f"{method.turns} turns are taken in one process: use workers inline, or turns free")
 
 
 def refuse_unfit(parts: list[Atom], K: int, cuts: Sequence[int | str] | None, method: Method, sizes: list[int] | None) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from delock.records import StageReport, Started
+from delock.records import StageReport, Started, mean
 
 Cells = list[str]  # a head may be of two lines
 SHOWN = 5  # stages in a row of a comparison
+BUFFERS = ["read behind\n(visits)", "read behind\n(updates)", "batches read\n0/1/2/more"]
 STALENESS, LAYERWISE, IDLE = "staleness\n(updates)", "layer-wise\n(batches)", "idle"
 
 
@@ -40,7 +41,19 @@ def stage_table(reports: Sequence[StageReport]) -> tuple[Cells, list[Cells]]:
         [str(r.stage), str(r.updates), percent(r.idle), f"{r.mean_staleness:.2f}", f"{r.mean_layer_staleness:g}", memory(r.peak_memory)]
         for r in reports
     ]
+    if any(r.reuse for r in reports):
+        head += BUFFERS
+        rows = [[*row, *_buffer(r)] for row, r in zip(rows, reports, strict=True)]
     return head, rows
+
+
+def _buffer(report: StageReport) -> Cells:
+    """How far what a stage read was behind the newest, on average, and how many batches it read 0, 1, 2 times and more often."""
+    if not report.reuse:
+        return ["-"] * len(BUFFERS)
+    often = [report.reuse.get(n, 0) for n in range(3)]
+    times = [*often, sum(report.reuse.values()) - sum(often)]
+    return [f"{mean(report.visits_behind):.2f}", f"{mean(report.versions_behind):.2f}", "/".join(map(str, times))]
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], K: int, metric: str) -> tuple[Cells, list[Cells]]:

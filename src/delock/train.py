@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,14 +15,19 @@ from delock import memory
 from delock.data.loader import Loader
 from delock.engine import Engine, Log, run_here
 from delock.feed import Feed
+from delock.free import FreeRun
 from delock.links import Link, Message
 from delock.links.courier import Courier
 from delock.links.distributed import DistributedLink, Watch
+from delock.links.free import FreeLink
 from delock.links.mailbox import Mailbox
-from delock.methods import Method
+from delock.links.shelf import Shelf
+from delock.methods import AsyncDGL, Method
 from delock.ops import Backward, Forward
-from delock.plan import Course, Step, windows
-from delock.records import EvaluationRecord, Event, StageReport, StepRecord
+from delock.plan import Course, Plan, Step, windows
+from delock.plan.turns import drawn, reads, recorded
+from delock.records import EvaluationRecord, Event, StageReport, StepRecord, Turn
+from delock.replay import Account, ReplayBuffer
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory, Stage
 from delock.timeline.spans import Span
 
@@ -143,7 +148,8 @@ class Tracker:
     def _record(self, test_loss: float, metrics: dict[str, float], seconds: float) -> None:
         new = self.losses[self.since :]
         self.since = done = len(self.losses)
-        train_loss = sum(new) / len(new) if new else float("nan")
+        before = self.evaluations[-1].train_loss if self.evaluations else float("nan")
+        train_loss = sum(new) / len(new) if new else before
         record = EvaluationRecord(done, done / self.job.per_epoch, train_loss, test_loss, metrics, seconds, self.samples)
         self.evaluations.append(record)
         self.emit(record)
@@ -182,8 +188,8 @@ class Worker:
         )
         self.held = memory.reset_peak(device)
 
-    def result(self, *, alone: bool) -> StageResult:
-        """The account of a finished run; `alone`: no other stage shares this process' memory."""
+    def result(self, *, alone: bool, read: Account | None = None) -> StageResult:
+        """The account of a finished run; `alone`: no other stage shares this process' memory; `read`: from a replay buffer."""
         log, tracker = self.log, self.tracker
         peak = memory.peak(self.device) if alone else 0
         report = StageReport(
@@ -192,10 +198,13 @@ class Worker:
             updates=self.stage.version,
             **log.seconds,
             seconds=log.last - (log.first or log.last),
-            staleness=dict(sorted(log.staleness.items())),
-            layer_staleness=dict(sorted(log.layer_staleness.items())),
+            staleness=_sorted(log.staleness),
+            layer_staleness=_sorted(log.layer_staleness),
             peak_memory=peak,
             memory_growth=max(0, peak - self.held) if alone else 0,
+            reuse=_sorted(read.reuse) if read else {},
+            visits_behind=_sorted(read.visits) if read else {},
+            versions_behind=_sorted(read.versions) if read else {},
         )
         head = self.stage.head.module.state_dict() if self.stage.head else {}
         seconds = tracker.seconds(until=tracker.last)
@@ -214,6 +223,10 @@ class Worker:
         )
 
 
+def _sorted(histogram: Mapping[int, int]) -> dict[int, int]:
+    return dict(sorted(histogram.items()))
+
+
 def _home(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu() for name, value in state.items()}
 
@@ -222,6 +235,8 @@ def run_rank(rank: RankLike, job: Job) -> StageResult:
     """Train stage job.k in this process; the other stages are the other ranks of the default process group."""
     depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
     watch: Watch = rank.progress
+    if isinstance(job.method, AsyncDGL):
+        return _run_free(rank, job, job.method, watch)
     courier = Courier(depth, rank.device, "nccl") if rank.device.type == "cuda" and "nccl" in dist.get_backend_config() else None
     link = DistributedLink(depth, rank.device, watch, courier)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
@@ -232,12 +247,28 @@ def run_rank(rank: RankLike, job: Job) -> StageResult:
     return result
 
 
-def run_inline(jobs: Sequence[Job], device: torch.device, emit: Callable[[Event], None], threads: int | None = None) -> list[StageResult]:
+def _run_free(rank: RankLike, job: Job, method: AsyncDGL, watch: Watch) -> StageResult:
+    buffer: ReplayBuffer[Message] = ReplayBuffer(method.buffer, method.max_reuse)
+    link = FreeLink(job.k, job.K, buffer, rank.device, watch, lambda: worker.stage.version)
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    FreeRun(worker.engine, link, method, job.course, rank.emit).run()
+    link.close()
+    return worker.result(alone=True, read=buffer.close())
+
+
+def run_inline(
+    jobs: Sequence[Job],
+    device: torch.device,
+    emit: Callable[[Event], None],
+    threads: int | None = None,
+    turns: Sequence[Sequence[Turn]] | None = None,
+) -> list[StageResult]:
     """Train all stages in this process. torch's random state and thread count are as before afterwards.
 
+    turns: what the stages of a free-running run did, per stage, to be done again.
     Raises StageFailed, with stage, op and the original traceback, when a stage raises.
     """
-    box = Mailbox()
+    box, plans, read = _way(jobs, turns)
     before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -246,9 +277,23 @@ def run_inline(jobs: Sequence[Job], device: torch.device, emit: Callable[[Event]
             workers = [Worker(job, box.end(job.k), device, emit) for job in jobs]
             for worker in workers:
                 worker.tracker.logs = [other.log for other in workers]
-            for plan in windows(jobs[0].method, len(jobs), jobs[0].course, jobs[0].window):
+            for plan in plans:
                 run_here(plan, [worker.engine for worker in workers])
-            return [worker.result(alone=len(jobs) == 1) for worker in workers]
+            return [worker.result(alone=len(jobs) == 1, read=read[worker.job.k] if read else None) for worker in workers]
         finally:
             torch.set_num_threads(before)
+
+
+def _way(
+    jobs: Sequence[Job], turns: Sequence[Sequence[Turn]] | None
+) -> tuple[Mailbox | Shelf, Iterable[Plan], Sequence[Account] | None]:
+    """The links of a run in one process, its plans, and what will have been read from replay buffers."""
+    job, K = jobs[0], len(jobs)
+    if turns is not None:
+        plan, _ = recorded(turns, job.course.clip)
+        return Shelf(reads(plan)), [plan], None
+    if isinstance(job.method, AsyncDGL):
+        plan, read = drawn(job.method, K, job.course, job.seed)
+        return Shelf(reads(plan)), [plan], read
+    return Mailbox(), windows(job.method, K, job.course, job.window), None
 

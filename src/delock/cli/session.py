@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from delock.cli.board import Board
@@ -11,7 +12,7 @@ from delock.cli.workload import build_model, goals
 from delock.cli.workload import load_data as read_data
 from delock.config import TrainConfig, flat, foreign, make_method, tokens, toml
 from delock.errors import UsageError
-from delock.records import EvaluationRecord, Event, Result, Started, StepRecord
+from delock.records import EvaluationRecord, Event, Result, Started, StepRecord, Turn, TurnsRecord
 from delock.report import Story, evaluated, opening, summary, trained
 from delock.runfolder import ALPHABET, CONFIG, SUMMARY, RunFolder, dumps
 from delock.tables import per_second, prediction_table
@@ -63,6 +64,10 @@ class Session:
                 self.screen.progress(event.step, self.story.batches, trained(config, event, self.story.batches))
             case EvaluationRecord():
                 self.screen.line(evaluated(config, event))
+            case TurnsRecord():
+                self.open()
+                self.folder.add_turns(event)
+                return
         self.open()
         self.folder.add(event)
         if self.board:
@@ -100,7 +105,7 @@ def train(story: Story, data: Data | TextData, folder: RunFolder, screen: Screen
     try:
         model = build_model(story.config, data)
         screen.phase("measuring the layers")
-        story.result = _fit(story.config, data, model, session)
+        story.result = fit_config(story.config, data, model, session.hear)
         if story.result:
             folder.save_model(model.state_dict())
         story.status = "finished"
@@ -118,15 +123,23 @@ def refuse(config: TrainConfig, data: Data | TextData) -> None:
     """Raise UsageError where a resolved config asks for what cannot be trained: no such model or device, too few layers, a batch of one."""
     from delock.launch.rank import backend_for
     from delock.nets import atoms
-    from delock.setup import refuse_unfit
+    from delock.setup import refuse_unfit, refuse_wrong_workers
 
     network, machine = config.network, config.machine
-    K = network.stages or 1
+    K, method = network.stages or 1, make_method(config.algorithm)
+    refuse_wrong_workers(method, machine.workers if ranks() is None else "torchrun")
     backend_for(machine.device, None, K if machine.workers == "processes" else 1)
-    refuse_unfit(atoms(build_model(config, data)), K, network.cuts, make_method(config.algorithm), data.train.sizes())
+    refuse_unfit(atoms(build_model(config, data)), K, network.cuts, method, data.train.sizes())
 
 
-def _fit(config: TrainConfig, data: Data | TextData, model: nn.Module, session: Session) -> Result | None:
+def fit_config(
+    config: TrainConfig,
+    data: Data | TextData,
+    model: nn.Module,
+    on_event: Callable[[Event], None],
+    turns: Sequence[Sequence[Turn]] | None = None,
+) -> Result | None:
+    """`fit` as a resolved config says; `turns`: of a free-running run, to be done again in this process."""
     from delock.fitting import fit
     from delock.recipes import recipe
 
@@ -152,12 +165,13 @@ def _fit(config: TrainConfig, data: Data | TextData, model: nn.Module, session: 
         metrics=metrics,
         heads=config.network.head,
         seed=training.seed,
-        workers=machine.workers,
+        workers=machine.workers if turns is None else "inline",
+        turns=turns,
         device=machine.device,
         threads=machine.threads,
         pin=machine.pin,
         port=machine.port,
         patience=machine.patience,
         log_every=config.output.log_every,
-        on_event=session.hear,
+        on_event=on_event,
     )

@@ -45,7 +45,7 @@ class AlgorithmOptions:
     """The method and its own options; one that the method does not have is refused."""
 
     method: str = "fdg"
-    """bp, gpipe, 1f1b, ddg, fr, fdg, adl, dsp, dgl or interlocking."""
+    """bp, gpipe, 1f1b, ddg, fr, fdg, adl, dsp, dgl, dgl-async or interlocking."""
     accumulate: Annotated[int | None, OWN] = None
     """adl: batches per update; bp: parts in which a batch is done."""
     beta: Annotated[float | None, OWN] = None
@@ -66,6 +66,16 @@ class AlgorithmOptions:
     """interlocking: which of the losses within reach train a stage."""
     send: Annotated[Literal["early", "late"] | None, OWN] = None
     """interlocking: send an error before the weight gradient is computed (early), or after it."""
+    buffer: Annotated[int | None, OWN] = None
+    """dgl-async: mini-batches in the replay buffer in front of every stage but the first."""
+    max_reuse: Annotated[int | None, OWN] = None
+    """dgl-async: times that a batch in the buffer may be read; 0 sets no limit."""
+    turns: Annotated[Literal["free", "sampled", "round-robin"] | None, OWN] = None
+    """dgl-async: a process per stage at its own pace (free), or one process in which the next stage to act is drawn, or all take turns."""
+    slow_stage: Annotated[int | None, OWN] = None
+    """dgl-async: the stage that --noise slows down."""
+    noise: Annotated[float | None, OWN] = None
+    """dgl-async: slows that stage S = 1 / (1 - noise) times, in [0, 1)."""
     micro_batches: Annotated[int | None, OWN] = None
     """gpipe, 1f1b: parts in which a batch is done."""
 
@@ -79,7 +89,7 @@ class NetworkOptions:
     dropout: float = 0.0
     """Dropout rate, for models that have dropout."""
     head: Annotated[str | None, shown("by the shape of the output")] = None
-    """dgl, interlocking: auxiliary head of the stages with a loss of their own: mlp-sr, mlp, cnn, conv128-bn-conv64-bn-pool-fc, ..."""
+    """dgl, dgl-async, interlocking: auxiliary head of the stages with a loss of their own: mlp-sr, cnn, conv128-bn-conv64-bn-pool-fc, ..."""
     stages: Annotated[int | None, shown("2")] = None
     """Number of stages; the cuts make their measured times even."""
     cuts: Annotated[tuple[int | str, ...] | None, shown("even times", "LAYER ...")] = None

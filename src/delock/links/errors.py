@@ -18,5 +18,6 @@ def expect(got: Name, wanted: Name, source: int) -> None:
 
 def _words(name: Name) -> str:
     kind, batch, loss = name
-    what = {"h": "the activation of batch", "e": "evaluation batch", "d": f"the error under loss {loss} of batch"}[kind]
-    return f"{what} {batch}"
+    error = f"the error under loss {loss} of batch"
+    what = {"h": "the activation of batch", "e": "evaluation batch", "d": error, "n": "the norms of update", "t": "the norm of update"}
+    return f"{what[kind]} {batch}"

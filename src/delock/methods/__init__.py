@@ -13,13 +13,14 @@ from delock.methods.adl import ADL
 from delock.methods.base import Method
 from delock.methods.delayed import DDG, FR
 from delock.methods.dgl import DGL
+from delock.methods.dgl_async import AsyncDGL
 from delock.methods.dsp import DSP
 from delock.methods.fdg import FDG
 from delock.methods.interlocking import Interlocking
 from delock.methods.synchronous import BP, GPipe, OneFOneB
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {method.name: method for method in (BP, GPipe, OneFOneB, DDG, FR, FDG, ADL, DSP, DGL, Interlocking)}
+    {method.name: method for method in (BP, GPipe, OneFOneB, DDG, FR, FDG, ADL, DSP, DGL, AsyncDGL, Interlocking)}
 )
 
 
@@ -61,6 +62,7 @@ __all__ = [
     "FDG",
     "FR",
     "METHODS",
+    "AsyncDGL",
     "GPipe",
     "Interlocking",
     "Method",

@@ -15,8 +15,10 @@ def needs(k: int, op: Op) -> list[Name]:
     because any part of a Backward that sends will do; a Backward of the weights alone for its other half, which had the error.
     """
     match op:
+        case Forward(source=source) if k > 0:
+            return [(k - 1, op if source is None else Forward(source))]
         case Forward():
-            return [(k - 1, op)] if k > 0 else []
+            return []
         case Backward(b, loss, part="weights"):
             return [(k, (b, loss))]
         case Backward(b, loss):
@@ -31,8 +33,8 @@ def needs(k: int, op: Op) -> list[Name]:
 def gives(k: int, op: Op) -> list[Name]:
     """The names under which `needs` may ask for what op of stage k makes."""
     match op:
-        case Forward():
-            return [(k, op)]
+        case Forward(b, source=source):
+            return [(k, op if source is None else Forward(b))]
         case Backward(b, loss, _, part):
             return [(k, (b, loss))] if part != "weights" else []
         case Update(over="network"):
