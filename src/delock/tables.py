@@ -9,7 +9,7 @@ from delock.records import StageReport, Started, mean
 
 Cells = list[str]  # a head may be of two lines
 SHOWN = 5  # stages in a row of a comparison
-BUFFERS = ["read behind\n(visits)", "read behind\n(updates)", "batches read\n0/1/2/more"]
+BUFFERS = ("read behind\n(visits)", "read behind\n(updates)", "batches read\n0/1/2/more")
 STALENESS, LAYERWISE, IDLE = "staleness\n(updates)", "layer-wise\n(batches)", "idle"
 
 

@@ -89,7 +89,7 @@ class NetworkOptions:
     dropout: float = 0.0
     """Dropout rate, for models that have dropout."""
     head: Annotated[str | None, shown("by the shape of the output")] = None
-    """dgl, dgl-async, interlocking: auxiliary head of the stages with a loss of their own: mlp-sr, cnn, conv128-bn-conv64-bn-pool-fc, ..."""
+    """dgl, dgl-async, interlocking: auxiliary head of stages with a loss of their own: mlp-sr, cnn, conv128-bn-conv64-bn-pool-fc, ..."""
     stages: Annotated[int | None, shown("2")] = None
     """Number of stages; the cuts make their measured times even."""
     cuts: Annotated[tuple[int | str, ...] | None, shown("even times", "LAYER ...")] = None
