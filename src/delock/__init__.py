@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from delock.errors import DelockError, StageFailed, UsageError
-from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, GPipe, Method, OneFOneB
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
 from delock.records import Result
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ __all__ = [
     "FDG",
     "FR",
     "METHODS",
+    "AsyncDGL",
     "DelockError",
     "GPipe",
+    "Interlocking",
     "Method",
     "OneFOneB",
     "Result",
