@@ -200,11 +200,12 @@ class Engine:
     def state(self) -> dict[str, Any]:
         """The stage and the messages under way to it, between two windows. Every stage of the run has to be asked at the same tick."""
         under_way = {source: self.link.pull(source, count) for source, count in self.in_flight.items()}
-        return {"stage": saving.state(self.stage), "under_way": under_way}
+        return {"stage": saving.state(self.stage), "under_way": under_way, "link": self.link.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state()`, before the first window."""
         saving.load(self.stage, state["stage"])
+        self.link.load(state["link"])
         for source, messages in state["under_way"].items():
             self.in_flight[source] = len(messages)
             self.link.push(source, messages)

@@ -83,6 +83,35 @@ class EvaluationRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that a stage has sent in one direction, evaluations included. In one process they are those that a wire would have carried."""
+
+    messages: int = 0
+    raw: int = 0  # of the activations, or errors, before a codec
+    encoded: int = 0  # of them as they were sent, without codebooks
+    codebooks: int = 0
+    rest: int = 0  # headers, labels and what lies between the tensors
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, name) + getattr(other, name) for name in Traffic.__dataclass_fields__))
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.encoded + self.codebooks + self.rest
+
+    @property
+    def compression(self) -> float | None:
+        """How many times as many the raw ones are, before codebooks; None where there are none."""
+        return self.raw / self.encoded if self.encoded else None
+
+    @property
+    def compression_with_codebooks(self) -> float | None:
+        """The same with the codebooks among what was sent."""
+        return self.raw / (self.encoded + self.codebooks) if self.encoded else None
+
+
+@dataclass(frozen=True, slots=True)
 class StageReport:
     """What one stage did, measured."""
 
@@ -102,6 +131,8 @@ class StageReport:
     reuse: dict[int, int] = field(default_factory=dict)  # replay buffer, histograms: times that a batch was read -> batches
     visits_behind: dict[int, int] = field(default_factory=dict)  # visits of the stage below from batch read to newest put -> reads
     versions_behind: dict[int, int] = field(default_factory=dict)  # the same in its updates
+    sent_up: Traffic = field(default_factory=Traffic)
+    sent_down: Traffic = field(default_factory=Traffic)
 
     @property
     def idle(self) -> float:

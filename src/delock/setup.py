@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from delock.codecs import Codec
 from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.feed import samples
@@ -52,6 +53,8 @@ class Spec:
     log_every: int
     trace: bool
     workers: str
+    codec: Codec | None = None
+    error_codec: Codec | None = None
     setup: Setup | None = None  # under torchrun: what this rank has prepared
 
     def course(self) -> Course:
@@ -117,6 +120,8 @@ class Setup:
                 train=spec.train if k == 0 else None,
                 test=spec.test if k == 0 else None,
                 head=self.heads.get(k),
+                codec=spec.codec,
+                error_codec=spec.error_codec,
                 log_every=spec.log_every,
                 trace=spec.trace,
             )

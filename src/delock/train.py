@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from delock import memory
+from delock.codecs import Codec
 from delock.data.loader import Loader
 from delock.engine import Engine, Log, run_here
 from delock.feed import Feed
 from delock.free import FreeRun
-from delock.links import Link, Message
+from delock.links import CountingLink, Message
+from delock.links.coded import CodedLink
 from delock.links.courier import Courier
 from delock.links.distributed import DistributedLink, Watch
 from delock.links.free import FreeLink
@@ -26,7 +28,7 @@ from delock.methods import AsyncDGL, Method
 from delock.ops import Backward, Forward
 from delock.plan import Course, Plan, Step, windows
 from delock.plan.turns import drawn, reads, recorded
-from delock.records import EvaluationRecord, Event, StageReport, StepRecord, Turn
+from delock.records import EvaluationRecord, Event, StageReport, StepRecord, Traffic, Turn
 from delock.replay import Account, ReplayBuffer
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory, Stage
 from delock.timeline.spans import Span
@@ -53,6 +55,8 @@ class Job:
     train: Loader | None = None
     test: Loader | None = None
     head: nn.Module | None = None  # auxiliary, of a stage with a loss of its own
+    codec: Codec | None = None  # of activations
+    error_codec: Codec | None = None
     log_every: int = 10
     window: int = 256
     trace: bool = False
@@ -158,7 +162,7 @@ class Tracker:
 class Worker:
     """One stage of a run, ready to execute windows of its plan."""
 
-    def __init__(self, job: Job, link: Link, device: torch.device, emit: Callable[[Event], None], progress: Any = None) -> None:
+    def __init__(self, job: Job, link: CountingLink, device: torch.device, emit: Callable[[Event], None], progress: Any = None) -> None:
         self.job, self.device = job, device
         last = job.k == job.K - 1
         self.stage = Stage(
@@ -176,9 +180,10 @@ class Worker:
         )
         self.log = Log(spans=[] if job.trace else None)
         self.tracker = Tracker(job, self.log, emit)
+        self.sent = link.sent
         self.engine = Engine(
             self.stage,
-            link,
+            CodedLink(link, job.k, job.codec, job.error_codec, job.seed) if job.codec or job.error_codec else link,
             feed=Feed(job.train, job.test, job.method.parts, device) if job.train is not None else None,
             log=self.log,
             progress=progress,
@@ -205,6 +210,8 @@ class Worker:
             reuse=_sorted(read.reuse) if read else {},
             visits_behind=_sorted(read.visits) if read else {},
             versions_behind=_sorted(read.versions) if read else {},
+            sent_up=self.sent.to.get(self.job.k + 1, Traffic()),
+            sent_down=self.sent.to.get(self.job.k - 1, Traffic()),
         )
         head = self.stage.head.module.state_dict() if self.stage.head else {}
         seconds = tracker.seconds(until=tracker.last)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from delock.links.message import Message, Name
+from delock.links.values import Sent
 
 
 class Link(Protocol):
@@ -22,8 +23,20 @@ class Link(Protocol):
     def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
         """Put messages of a checkpoint back in front of what is to come from that neighbour."""
 
+    def state(self) -> Any:
+        """What coming messages depend on beside what is sent: of codecs that learn, for a checkpoint."""
+
+    def load(self, state: Any) -> None:
+        """Go on from `state()`, before the first message."""
+
     def close(self) -> None:
         """Let what was sent arrive, and end the connection."""
 
 
-__all__ = ["Link", "Message", "Name"]
+class CountingLink(Link, Protocol):
+    """A link that counts what it sends."""
+
+    sent: Sent
+
+
+__all__ = ["CountingLink", "Link", "Message", "Name"]

@@ -23,6 +23,7 @@ from torch import Tensor
 from delock.links.courier import Courier
 from delock.links.errors import expect
 from delock.links.message import Message, Name, length_of, pack, unpack
+from delock.links.values import Library, Sent, lean
 
 FIRST = 4096  # bytes of the first buffers: room for a header, little waste
 
@@ -133,10 +134,14 @@ class DistributedLink:
         self.senders = {peer: Sender(peer, n) for peer, n in depth.items()}
         self.receivers = {peer: Receiver(peer, n) for peer, n in depth.items()}
         self.ahead: dict[int, deque[tuple[Name, Message]]] = {peer: deque() for peer in depth}
+        self.libraries = {peer: Library() for peer in depth}
+        self.sent = Sent()
 
     def send(self, to: int, name: Name, message: Message) -> None:
         """See Link."""
-        packed, apart = pack(name, message, self.courier.takes) if self.courier else pack(name, message)
+        crossing = lean(message)
+        packed, apart = pack(name, crossing, self.courier.takes) if self.courier else pack(name, crossing)
+        self.sent.count(to, name, message, len(packed) + sum(line.nbytes for line in apart))
         self.watch.wait_for(to)
         self.senders[to].send(packed)
         if self.courier:
@@ -163,9 +168,15 @@ class DistributedLink:
         self.watch.wait_for(source)
         packed = self.receivers[source].receive()
         fetch = partial(self.courier.fetch, source) if self.courier else None
-        named = unpack(packed, self.device, fetch)
+        name, message = unpack(packed, self.device, fetch)
         self.watch.go_on()
-        return named
+        return name, self.libraries[source].completed(message)
+
+    def state(self) -> None:
+        """See Link: nothing; messages that were pulled hold their codebooks."""
+
+    def load(self, state: None) -> None:
+        """See Link."""
 
     def close(self) -> None:
         """See Link."""

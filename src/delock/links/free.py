@@ -18,6 +18,7 @@ import torch
 
 from delock.links.distributed import Receiver, Sender, Watch
 from delock.links.message import Message, Name, pack, unpack
+from delock.links.values import Library, Sent, lean
 from delock.replay import Entry, ReplayBuffer
 
 DEPTH = 2  # frames under way per direction
@@ -37,6 +38,7 @@ class FreeLink:
         self.stopped = k + 1 == K  # all stages above are done
         self.error: BaseException | None = None
         self.picked: Message | None = None
+        self.sent = Sent()
         self.outbox: queue.Queue[torch.Tensor | None] = queue.Queue(maxsize=1)
         self.threads: list[threading.Thread] = []
         if k > 0:
@@ -90,7 +92,8 @@ class FreeLink:
     def send(self, to: int, name: Name, message: Message) -> None:
         """See Link. An activation only after `ready`; an evaluation batch waits for its turn."""
         self._complain()
-        packed, _ = pack((name[0], name[1], self.version()), message)
+        packed, _ = pack((name[0], name[1], self.version()), lean(message))
+        self.sent.count(to, name, message, len(packed))
         self.watch.wait_for(to)
         self._put(packed)
         self.watch.go_on()
@@ -129,9 +132,10 @@ class FreeLink:
         thread.start()
 
     def _take_from_below(self) -> None:
-        receiver = Receiver(self.k - 1, DEPTH)
+        receiver, library = Receiver(self.k - 1, DEPTH), Library()
         while not self.ended:
             name, message = unpack(receiver.receive(), self.device)
+            message = library.completed(message)
             with self.news:
                 match name[0]:
                     case "h":
@@ -180,5 +184,13 @@ class FreeLink:
         raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
 
     def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
+        """See Link."""
+        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
+
+    def state(self) -> None:
+        """See Link."""
+        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
+
+    def load(self, state: None) -> None:
         """See Link."""
         raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")

@@ -7,7 +7,8 @@ from dataclasses import replace
 from itertools import islice
 
 from delock.links.errors import expect
-from delock.links.message import Message, Name, settle
+from delock.links.message import Message, Name, packed_length, settle
+from delock.links.values import Sent, lean
 
 
 class Mailbox:
@@ -30,9 +31,11 @@ class MailboxEnd:
 
     def __init__(self, box: Mailbox, k: int) -> None:
         self.box, self.k = box, k
+        self.sent = Sent()
 
     def send(self, to: int, name: Name, message: Message) -> None:
         """See Link."""
+        self.sent.count(to, name, message, packed_length(lean(message)))
         settled = replace(message, values=settle(message.values), targets=settle(message.targets))
         self.box.queue(self.k, to).append((name, settled))
 
@@ -49,6 +52,12 @@ class MailboxEnd:
     def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
         """See Link."""
         self.box.queue(source, self.k).extendleft(reversed(messages))
+
+    def state(self) -> None:
+        """See Link: nothing."""
+
+    def load(self, state: None) -> None:
+        """See Link."""
 
     def close(self) -> None:
         """See Link."""

@@ -107,6 +107,14 @@ def pack(name: Name, message: Message, apart: Callable[[Tensor], bool] = lambda 
     return packed, others
 
 
+def packed_length(message: Message) -> int:
+    """Bytes that `pack` would make of the message."""
+    leaves: list[Tensor] = []
+    tree = flatten((message.values, message.targets), leaves)
+    metas = tuple((str(leaf.dtype)[6:], tuple(leaf.shape), _strides(leaf), False) for leaf in leaves)
+    return _layout(json.dumps(tree, separators=(",", ":")), metas)[2]
+
+
 def length_of(start: Tensor) -> int:
     """Bytes of the whole message whose first bytes these are."""
     return int(PREFIX.unpack(bytes(start[: PREFIX.size].numpy()))[0])

@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import replace
 
 from delock.links.errors import LinkError
-from delock.links.message import Message, Name, settle
+from delock.links.message import Message, Name, packed_length, settle
+from delock.links.values import Sent, lean
 
 
 class Shelf:
@@ -26,9 +27,11 @@ class ShelfEnd:
 
     def __init__(self, shelf: Shelf, k: int) -> None:
         self.shelf, self.k = shelf, k
+        self.sent = Sent()
 
     def send(self, to: int, name: Name, message: Message) -> None:
         """See Link."""
+        self.sent.count(to, name, message, packed_length(lean(message)))
         if self.shelf.reads[self.k, name]:
             self.shelf.messages[self.k, name] = replace(message, values=settle(message.values), targets=settle(message.targets))
 
@@ -45,6 +48,14 @@ class ShelfEnd:
         raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
 
     def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
+        """See Link."""
+        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
+
+    def state(self) -> None:
+        """See Link."""
+        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
+
+    def load(self, state: None) -> None:
         """See Link."""
         raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
 

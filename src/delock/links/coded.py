@@ -1,0 +1,72 @@
+"""A link with codecs on it: one for activations on their way up, in training and in evaluation, and one for errors on their way down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from delock.codecs import Codec
+from delock.codecs.coding import Encoder, encoder, takes
+from delock.keys import key
+from delock.links import Link, Message, Name
+from delock.links.values import decoded, each
+
+
+class CodedLink:
+    """Stage k's end of another link. `up`, `down`: the codecs of activations and errors; None sends them as they are.
+
+    What the other link holds is encoded, so a buffer on it, a replay of it or a checkpoint keeps little; `receive` decodes. Evaluation
+    is encoded with what training has learned, and teaches nothing.
+    """
+
+    def __init__(self, link: Link, k: int, up: Codec | None, down: Codec | None, seed: int) -> None:
+        self.link, self.k, self.seed = link, k, seed
+        self.codecs: dict[str, Codec | None] = {"h": up, "e": up, "d": down}  # kind of message ->
+        self.encoders: dict[tuple[int, int], Encoder] = {}  # (neighbour, place in the message) ->
+
+    def send(self, to: int, name: Name, message: Message) -> None:
+        """See Link. Raises UsageError for a tensor that the codec cannot take."""
+        if codec := self.codecs.get(name[0]):
+            message = replace(message, values=each(message.values, partial(self._encoded, to, codec, name[0] != "e")))
+        self.link.send(to, name, message)
+
+    def _encoded(self, to: int, codec: Codec, learn: bool, place: int, x: Tensor) -> Any:
+        if not takes(codec, x.shape, x.dtype):
+            return x
+        payload = self._encoder(to, place, codec).encode(x, learn)
+        return x if payload is None else payload
+
+    def _encoder(self, to: int, place: int, codec: Codec) -> Encoder:
+        if (to, place) not in self.encoders:
+            self.encoders[to, place] = encoder(codec, key(self.seed, "codec", self.k, to, place))
+        return self.encoders[to, place]
+
+    def receive(self, source: int, name: Name) -> Message:
+        """See Link."""
+        return decoded(self.link.receive(source, name))
+
+    def pull(self, source: int, count: int) -> list[tuple[Name, Message]]:
+        """See Link; encoded."""
+        return self.link.pull(source, count)
+
+    def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
+        """See Link; encoded."""
+        self.link.push(source, messages)
+
+    def state(self) -> dict[tuple[int, int], Any]:
+        """See Link: what the encoders have learned, by neighbour and place in the message."""
+        return {where: one.state() for where, one in self.encoders.items()}
+
+    def load(self, state: dict[tuple[int, int], Any]) -> None:
+        """See Link."""
+        for (to, place), saved in state.items():
+            codec = self.codecs["h" if to > self.k else "d"]
+            assert codec is not None
+            self._encoder(to, place, codec).load(saved)
+
+    def close(self) -> None:
+        """See Link."""
+        self.link.close()
