@@ -184,4 +184,5 @@ def _result(spec: Spec, setup: Setup, started: Started, results: list[StageResul
         seconds=seconds,
         samples_per_second=last.samples / seconds if seconds > 0 else 0.0,
         samples=last.samples,
+        spans=tuple(tuple(result.spans) for result in results),
     )

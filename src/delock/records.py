@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from delock.timeline import Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class Started:
     stages: tuple[StagePrediction, ...]
     samples_per_second: float  # predicted
     messages: tuple[int, ...] = ()  # bytes of an activation on each link
+    encoded: tuple[tuple[float, float], ...] = ()  # with a codec: of it encoded, and of codebooks, means over the messages of each link
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +167,7 @@ class Result:
     seconds: float  # of training, evaluations left out
     samples_per_second: float
     samples: int
+    spans: tuple[tuple[Span, ...], ...] = ()  # per stage, with trace=True: every op on the clock of its host
 
 
 Event = Started | StepRecord | EvaluationRecord | TurnsRecord

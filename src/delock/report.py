@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
 from delock.config import TrainConfig, is_text, make_method, tokens
 from delock.methods import options
-from delock.records import EvaluationRecord, Event, Result, StageReport, Started, StepRecord
+from delock.records import EvaluationRecord, Event, Result, StageReport, Started, StepRecord, Traffic
 from delock.tables import metric_text, per_second
 
 Status = Literal["running", "finished", "interrupted", "failed"]
@@ -116,6 +116,8 @@ def summary(story: Story) -> dict[str, Any]:
         "model": config.network.model,
         "data": config.dataset.data,
         "seed": config.training.seed,
+        "codec": config.links.codec,
+        "error_codec": config.links.error_codec,
         "workers": story.started.workers if story.started else config.machine.workers,
         "cuts": config.network.cuts,
         "stages": [stage(report) for report in result.stages] if result else [],
@@ -138,9 +140,20 @@ def stage(report: StageReport) -> dict[str, Any]:
         "backward_seconds": report.backward,
         "update_seconds": report.update,
         "waiting_seconds": report.waiting,
+        **({"reuse_histogram": _histogram(report.reuse)} if report.reuse else {}),
+        **({"visits_behind_histogram": _histogram(report.visits_behind)} if report.reuse else {}),
+        **({"versions_behind_histogram": _histogram(report.versions_behind)} if report.reuse else {}),
         "peak_memory": report.peak_memory,
         "memory_growth": report.memory_growth,
+        "sent_up": sent(report.sent_up),
+        "sent_down": sent(report.sent_down),
     }
+
+
+def sent(traffic: Traffic) -> dict[str, Any]:
+    """Bytes by what they were for, as a part of a summary."""
+    ratios = {name: getattr(traffic, name) for name in ("total", "compression", "compression_with_codebooks")}
+    return asdict(traffic) | ratios
 
 
 def compared(stories: Mapping[str, Story], plain: str) -> list[dict[str, Any]]:
@@ -155,6 +168,7 @@ def compared(stories: Mapping[str, Story], plain: str) -> list[dict[str, Any]]:
             "staleness": [stage["staleness"] for stage in one["stages"]],
             "layer_staleness": [stage["layer_staleness"] for stage in one["stages"]],
             "idle": _average(one["stages"], "idle"),
+            "compression": _compression(one),
             "peak_memory": max((stage["peak_memory"] for stage in one["stages"]), default=None),
             "summary": one,
         }
@@ -172,6 +186,15 @@ def _ratio(one: Mapping[str, Any], base: Mapping[str, Any] | None) -> float | No
     if base is None or one["status"] != "finished" or base["status"] != "finished" or not base["samples_per_second"]:
         return None
     return float(one["samples_per_second"] / base["samples_per_second"])
+
+
+def _compression(one: Mapping[str, Any]) -> float | None:
+    """How many times as many bytes the activations and errors would have been; None without a codec."""
+    if (one["codec"], one["error_codec"]) == ("none", "none"):
+        return None
+    ways = [stage[way] for stage in one["stages"] for way in ("sent_up", "sent_down")]
+    took = sum(way["encoded"] + way["codebooks"] for way in ways)
+    return sum(way["raw"] for way in ways) / took if took else None
 
 
 def _average(stages: Sequence[Mapping[str, Any]], what: str) -> float | None:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, SUMMARY, MODEL, BOARD = "config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "tensorboard"
 ALPHABET = "alphabet.json"  # of a language model: what its tokens stand for
+TIMELINE, PICTURES = "timeline.json", ("timeline.png", "timeline.svg")  # with --trace
 TRACE = "trace.jsonl"  # of a free-running run: its plan as it happened
-OURS = (CONFIG, METRICS, SUMMARY, MODEL, ALPHABET, TRACE, "compare.json", "compare.md", "compare.png", "compare.svg")
+OURS = (CONFIG, METRICS, SUMMARY, MODEL, ALPHABET, TRACE, TIMELINE, *PICTURES, "compare.json", "compare.md", "compare.png", "compare.svg")
 
 
 def load_turns(folder: Path) -> list[list[Turn]]:

@@ -164,6 +164,8 @@ def fit_config(
         clip=training.clip,
         metrics=metrics,
         heads=config.network.head,
+        codec=config.links.codec,
+        error_codec=config.links.error_codec,
         seed=training.seed,
         workers=machine.workers if turns is None else "inline",
         turns=turns,
@@ -173,5 +175,6 @@ def fit_config(
         port=machine.port,
         patience=machine.patience,
         log_every=config.output.log_every,
+        trace=config.output.trace,
         on_event=on_event,
     )

@@ -31,6 +31,7 @@ def run(words: Sequence[str]) -> int:
     folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite or not chief())
     warm_up(config)
     from delock.cli.screen import Screen  # here: rich is not needed where words are wrong
+    from delock.cli.tracing import keep
 
     screen = Screen(quiet=not chief())
     story = Story(config)
@@ -44,6 +45,8 @@ def run(words: Sequence[str]) -> int:
     if story.result:
         screen.line("\nmeasured, per stage (staleness: means, warm-up included):")
         screen.table(*stage_table(story.result.stages))
+        if config.output.trace:
+            keep(story, folder, screen)
         screen.line(closing(story))
         screen.line(f"run folder: {folder.path}")
         if is_text(config):

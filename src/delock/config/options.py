@@ -171,6 +171,16 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True)
+class LinkOptions:
+    """What travels between the stages: as it is, or encoded, in one process too."""
+
+    codec: str = "none"
+    """Of activations: none, bf16, int8 or vq, with settings as in vq:codes=256:dim=16:every=50."""
+    error_codec: str = "none"
+    """Of errors: none, bf16 or int8."""
+
+
+@dataclass(frozen=True)
 class MachineOptions:
     """Where it runs. Under torchrun the ranks it gives are used, one per stage."""
 
@@ -198,6 +208,8 @@ class OutputOptions:
     """Replace the run in --out."""
     log_every: int = 10
     """Batches between two lines of metrics.jsonl."""
+    trace: bool = False
+    """Keep the measured timeline, for Perfetto and as a picture, and show where the time went."""
     tensorboard: bool = False
     """Write event files for TensorBoard, too."""
     config: Annotated[Path | None, shown("no file")] = None
@@ -213,6 +225,7 @@ class TrainConfig:
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     language: LanguageOptions = field(default_factory=LanguageOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    links: LinkOptions = field(default_factory=LinkOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
 
@@ -236,5 +249,6 @@ class CompareConfig:
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     language: LanguageOptions = field(default_factory=LanguageOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    links: LinkOptions = field(default_factory=LinkOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     output: OutputOptions = field(default_factory=OutputOptions)

@@ -3,11 +3,13 @@
 from delock.timeline.costs import Costs, Slowdown
 from delock.timeline.measures import idle, messages, period, steady, throughput
 from delock.timeline.predict import Prediction, StageForecast, capacities, predict
+from delock.timeline.reasons import KINDS, reasons
 from delock.timeline.simulate import simulate
 from delock.timeline.spans import Span, Timeline
 from delock.timeline.staleness import InFlight, gradient_staleness, in_flight, layer_staleness, warm_mean
 
 __all__ = [
+    "KINDS",
     "Costs",
     "InFlight",
     "Prediction",
@@ -23,6 +25,7 @@ __all__ = [
     "messages",
     "period",
     "predict",
+    "reasons",
     "simulate",
     "steady",
     "throughput",

@@ -1,0 +1,64 @@
+"""What --trace keeps of a run: the measured timeline for Perfetto, a picture of it below the predicted one, and where the time went."""
+
+from __future__ import annotations
+
+from delock.cli.screen import Screen
+from delock.config import make_method
+from delock.draw import chrome, gantt
+from delock.methods import AsyncDGL
+from delock.plan import unroll
+from delock.records import Started
+from delock.report import Story
+from delock.runfolder import TIMELINE, RunFolder
+from delock.tables import Cells, percent1
+from delock.timeline import KINDS, Costs, Timeline, capacities, period, reasons, simulate, steady
+
+SHOWN = 3  # batches of backpropagation that fit into the picture
+
+
+def keep(story: Story, folder: RunFolder, screen: Screen) -> None:
+    """Write and show it, for a run that has finished."""
+    assert story.result is not None
+    assert story.started is not None
+    measured = Timeline(story.result.spans)
+    written = [chrome(measured, folder.path / TIMELINE)]
+    panels = {"measured": _from(measured, steady(measured)[0])}
+    if story.started.workers != "inline":
+        predicted = forecast(story, story.started)
+        panels = {"predicted": _from(predicted, steady(predicted)[0]), **panels}
+    written += gantt(panels, folder.path / "timeline", window=(0.0, SHOWN * _batch(story.started)))
+    screen.line("\nwhere the time of the steady stretch went, per stage:")
+    screen.table(*_table(measured))
+    screen.line(f"timeline: {written[0]} (open it in ui.perfetto.dev), {written[1]}")
+
+
+def forecast(story: Story, started: Started) -> Timeline:
+    """The plan on the clock, with the costs that were measured before the run; free-running stages as if all were equally fast."""
+    method, K = make_method(story.config.algorithm), len(started.stages)
+    forward, backward = (tuple(getattr(stage, name) for stage in started.stages) for name in ("forward", "backward"))
+    batches = min(started.batches, 2 * method.span(K) + 12)
+    slow = [method.slowdown(k) if isinstance(method, AsyncDGL) else 1.0 for k in range(K)]
+    costs = Costs(
+        tuple(s * cost for s, cost in zip(slow, forward, strict=True)),
+        tuple(s * cost for s, cost in zip(slow, backward, strict=True)),
+        capacity=capacities(method, K),
+    )
+    return simulate(unroll(method, K, batches), costs)
+
+
+def _from(timeline: Timeline, begin: float) -> Timeline:
+    """What ends after a moment."""
+    return Timeline(tuple(tuple(span for span in column if span.end > begin) for column in timeline.columns))
+
+
+def _batch(started: Started) -> float:
+    """Seconds of a batch on all stages, one after the other."""
+    return sum(stage.forward + stage.backward for stage in started.stages)
+
+
+def _table(timeline: Timeline) -> tuple[Cells, list[Cells]]:
+    shares = reasons(timeline)
+    shown = [kind for kind in KINDS if any(share[kind] > 0 for share in shares)]
+    head = ["stage", *(kind.replace(" ", "\n", 1) for kind in shown)]
+    rows = [[str(k), *(percent1(share[kind]) for kind in shown)] for k, share in enumerate(shares)]
+    return head, [*rows, ["", f"{1000 * period(timeline):.1f} ms per update", *[""] * (len(shown) - 1)]]

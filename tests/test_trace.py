@@ -1,0 +1,50 @@
+"""--trace: the measured timeline as Chrome reads it, as a picture, and as shares of the time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from delock.cli import main
+from delock.draw import chrome
+from delock.methods import BP, FDG
+from delock.plan import unroll
+from delock.timeline import KINDS, Costs, reasons, simulate
+
+
+def test_shares_of_a_simulated_run() -> None:
+    timeline = simulate(unroll(BP(), 3, 24), Costs.unit(3))
+    found = reasons(timeline)
+    # a batch takes 9: every stage works 3 of them; stage 0 waits for errors only, the last for activations only
+    assert [share["forward"] for share in found] == pytest.approx([1 / 9] * 3)
+    assert [share["backward"] for share in found] == pytest.approx([2 / 9] * 3)
+    assert [share["wait: error"] for share in found] == pytest.approx([6 / 9, 3 / 9, 0])
+    assert [share["wait: activation"] for share in found] == pytest.approx([0, 3 / 9, 6 / 9])
+    for share in found:
+        assert set(share) == set(KINDS)
+        assert sum(share.values()) == pytest.approx(1)
+
+
+def test_trace_events(tmp_path: Path) -> None:
+    timeline = simulate(unroll(FDG(), 3, 9), Costs.unit(3))
+    events = json.loads(chrome(timeline, tmp_path / "t.json").read_text())["traceEvents"]
+    boxes = [event for event in events if event["ph"] == "X"]
+    for k, column in enumerate(timeline.columns):
+        own = [event for event in boxes if event["tid"] == k and event["name"] != "wait"]
+        assert [event["ts"] / 1e6 for event in own] == pytest.approx([span.start for span in column])
+        assert [event["dur"] / 1e6 for event in own] == pytest.approx([span.end - span.start for span in column])
+        waits = sum(event["dur"] for event in boxes if event["tid"] == k and event["name"] == "wait")
+        assert waits / 1e6 == pytest.approx(sum(span.waited for span in column))
+
+
+def test_a_traced_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "--model", "mlp", "--steps", "30", "--stages", "2", "--workers", "inline", "--trace", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "ms per update" in shown
+    assert "ui.perfetto.dev" in shown
+    events = json.loads((out / "timeline.json").read_text())["traceEvents"]
+    assert sum(event["name"] == "U" for event in events) == 2 * 30
+    assert (out / "timeline.png").stat().st_size > 1000
