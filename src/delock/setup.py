@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from delock.codecs import Codec
+from delock.codecs.coding import check as check_codec
+from delock.codecs.coding import predicted
 from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.feed import samples
@@ -161,7 +163,14 @@ class Setup:
             stages=predictions,
             samples_per_second=self.rows / period,
             messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
+            encoded=tuple(self._encoded(spec.codec, cut, spec.method.parts) for cut in self.cuts) if spec.codec else (),
         )
+
+    def _encoded(self, codec: Codec, cut: int, parts: int) -> tuple[float, float]:
+        """Bytes of the activation there once encoded, and of codebooks: means over the messages."""
+        outputs = [((-(-shape[0] // parts), *shape[1:]) if shape else shape, dtype) for shape, dtype in self.costs[cut - 1].outputs]
+        payload, books = zip(*(predicted(codec, shape, dtype) for shape, dtype in outputs), strict=True)
+        return sum(payload), sum(books)
 
 
 def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
@@ -175,6 +184,7 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
     if cuts is None:
         cuts = balance([cost.total_s for cost in costs], K, [cost.params for cost in costs])
     found = tuple(resolve_cuts(parts, cuts))
+    _refuse_unfit_codecs(spec, [costs[cut - 1] for cut in found])
     heads = _heads(spec, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
     if any(map(has_batch_norm, heads.values())):
         _refuse_single_samples(spec.train.sizes() or [], spec.method.parts)
@@ -183,6 +193,16 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
     modules = stages(parts, found)
     shares = _head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
     return Setup(course, parts, found, costs, samples(inputs), modules, heads, seconds, shares)
+
+
+def _refuse_unfit_codecs(spec: Spec, cut: Sequence[AtomCost]) -> None:
+    """Raise UsageError where a codec cannot take what a stage sends, or nothing is sent that it could take."""
+    K = len(cut) + 1
+    for k, cost in enumerate(cut):
+        if spec.codec:
+            check_codec(spec.codec, cost.outputs, f"stage {k}")
+    if spec.error_codec and K > 1 and not any(step.down for column in unroll(spec.method, K, 1).columns for step in column):
+        raise UsageError(f"{spec.method.name} sends no errors down, so there is none for an error codec: leave it out")
 
 
 def _heads(spec: Spec, K: int, shapes: Sequence[tuple[int, ...]], logits: tuple[int, ...]) -> dict[int, nn.Module]:

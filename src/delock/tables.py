@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from delock.records import StageReport, Started, mean
+from delock.records import StageReport, Started, Traffic, mean
 
 Cells = list[str]  # a head may be of two lines
 SHOWN = 5  # stages in a row of a comparison
 BUFFERS = ("read behind\n(visits)", "read behind\n(updates)", "batches read\n0/1/2/more")
+SENDS = ("sends up", "compression", "with\ncodebooks")
 STALENESS, LAYERWISE, IDLE = "staleness\n(updates)", "layer-wise\n(batches)", "idle"
 
 
@@ -18,6 +19,7 @@ def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
     headed = [s for s in started.stages if s.head_flops is not None]
     head = ["stage", "layers", "parameters", "forward", "backward", STALENESS, LAYERWISE, IDLE]
     head += ["head\n(flops)", "head\n(parameters)"] if headed else []
+    head += SENDS if started.encoded else []
     return head, [
         [
             str(s.stage),
@@ -29,9 +31,18 @@ def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
             str(s.layer_staleness),
             percent(s.idle),
             *([_cell(s.head_flops, percent1), _cell(s.head_parameters, percent1)] if headed else []),
+            *(_sends(started, s.stage) if started.encoded else []),
         ]
         for s in started.stages
     ]
+
+
+def _sends(started: Started, k: int) -> Cells:
+    """What stage k sends up in a message, and how many times as much it would be without the codec."""
+    if k >= len(started.encoded):
+        return ["-"] * len(SENDS)
+    raw, (payload, books) = started.messages[k], started.encoded[k]
+    return [megabytes(payload + books), f"{raw / payload:.1f}", f"{raw / (payload + books):.1f}"]
 
 
 def stage_table(reports: Sequence[StageReport]) -> tuple[Cells, list[Cells]]:
@@ -44,7 +55,18 @@ def stage_table(reports: Sequence[StageReport]) -> tuple[Cells, list[Cells]]:
     if any(r.reuse for r in reports):
         head += BUFFERS
         rows = [[*row, *_buffer(r)] for row, r in zip(rows, reports, strict=True)]
+    for way, sent in (("up", [r.sent_up for r in reports]), ("down", [r.sent_down for r in reports])):
+        if any(one.raw != one.encoded for one in sent):
+            columns = 3 if any(one.codebooks for one in sent) else 2
+            head += [f"sent\n{way}", *SENDS[1:]][:columns]
+            rows = [[*row, *_sent(one)[:columns]] for row, one in zip(rows, sent, strict=True)]
     return head, rows
+
+
+def _sent(one: Traffic) -> Cells:
+    """All that was sent, and how many times as much the activations, or errors, would have been without the codec."""
+    ratios = [_cell(ratio, "{:.1f}".format) for ratio in (one.compression, one.compression_with_codebooks)]
+    return [megabytes(one.total) if one.messages else "-", *ratios]
 
 
 def _buffer(report: StageReport) -> Cells:
@@ -65,6 +87,8 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], K: int, metric: str) -> 
     speeds = [f"{unit}\n/s", f"over bp,\nK = {K}", "over\nplain"]
     quality = f"test {words(metric)}".rsplit(" ", 1)
     head = ["method", "\n".join(quality), "train\nloss", *speeds, STALENESS, LAYERWISE, IDLE, "peak\nmemory"]
+    coded = any(row["compression"] for row in rows)
+    head += ["compression"] if coded else []
     body = []
     for row in rows:
         one = row["summary"]
@@ -80,6 +104,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], K: int, metric: str) -> 
             per_stage([f"{mean:g}" for mean in row["layer_staleness"]]),
             _cell(row["idle"], percent),
             _cell(row["peak_memory"], memory),
+            *([_cell(row["compression"], "{:.1f}".format)] if coded else []),
         ]
         body.append(cells)
     return head, body
@@ -129,6 +154,11 @@ def per_second(samples_per_second: float, tokens: int | None) -> str:
 def memory(count: int) -> str:
     """Bytes as MB; a dash where the system did not tell."""
     return f"{count / 1e6:.0f} MB" if count else "-"
+
+
+def megabytes(count: float) -> str:
+    """Bytes as MB, with two decimals."""
+    return f"{count / 1e6:.2f} MB"
 
 
 def _cell(value: Any, text: Any) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
+from delock.codecs import VQ
 from delock.config import CompareConfig, TrainConfig, build, flat, override, resolve, table
 from delock.config.options import ComparisonOptions
 from delock.errors import UsageError
 from delock.methods import METHODS
 
 PLAIN = "plain"
+CODEC = tuple(option.name for option in fields(VQ))
 SHARED = ("method", "epochs", "steps", "eval_every", "seed")  # what makes rows comparable is not a row's own
 
 
@@ -50,7 +52,8 @@ def rows(config: CompareConfig) -> list[Row]:
         threads = config.machine.threads * (K or 1 if workers == "processes" else 1)
         # More threads than cores hold each other up, and a plain row slowed down so would flatter all the others.
         most = max(config.machine.threads, usable_cores())
-        plain = override(common, {"method": "bp", "head": None, "stages": 1, "threads": min(threads, most)})
+        uncut = {"method": "bp", "head": None, "codec": "none", "error_codec": "none", "stages": 1}
+        plain = override(common, {**uncut, "threads": min(threads, most)})
         found.insert(0, Row(PLAIN, resolve(build(TrainConfig, plain, PLAIN))))
     return found
 
@@ -72,6 +75,9 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
         given["head"] = None  # said of the rows with local losses
     for setting in settings:
         key, equals, value = setting.partition("=")
+        if "codec" in given and key in CODEC:  # what follows codec=vq may be settings of its own
+            given["codec"] += f":{setting}"
+            continue
         if not equals:
             raise UsageError(f"{word}: {setting!r} is not a setting; write key=value, as in adl:accumulate=2")
         given[key.replace("-", "_")] = _value(word, key.replace("-", "_"), value)
@@ -80,7 +86,7 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
 
 def _value(word: str, key: str, text: str) -> Any:
     """A setting's text as a value for its option, a list joined by +. What does not fit stays text, and `build` refuses it."""
-    own = {name: option for name, option in table(TrainConfig).items() if option.group in ("algorithm", "training")}
+    own = {name: option for name, option in table(TrainConfig).items() if option.group in ("algorithm", "training", "links")}
     free = {name: option for name, option in own.items() if name not in SHARED}
     if key not in free:
         near = get_close_matches(key, free, n=1)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from delock.codecs import parse, parse_error, title
 from delock.config.kinds import known, settle
-from delock.config.options import AlgorithmOptions, NetworkOptions, TrainConfig, TrainingOptions
+from delock.config.options import AlgorithmOptions, LinkOptions, NetworkOptions, TrainConfig, TrainingOptions
 from delock.errors import UsageError
 from delock.methods import Method, make, options
 
@@ -31,7 +32,8 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
         raise UsageError(
             f"{method.name} splits every batch into {method.parts} parts, but batch-size is {batch}: use fewer parts, or larger batches"
         )
-    return replace(config, algorithm=_algorithm(config.algorithm, method), network=network, training=_training(config.training))
+    algorithm, training, links = _algorithm(config.algorithm, method), _training(config.training), _links(config.links)
+    return replace(config, algorithm=algorithm, network=network, training=training, links=links)
 
 
 def make_method(config: AlgorithmOptions) -> Method:
@@ -54,6 +56,10 @@ def _network(config: NetworkOptions, usual: int) -> NetworkOptions:
     if config.stages not in (None, stages):
         raise UsageError(f"{len(config.cuts)} cuts make {stages} stages, not {config.stages}: give --cuts or --stages")
     return replace(config, stages=stages)
+
+
+def _links(config: LinkOptions) -> LinkOptions:
+    return LinkOptions(title(parse(config.codec)), title(parse_error(config.error_codec)))
 
 
 def _training(config: TrainingOptions) -> TrainingOptions:

@@ -25,7 +25,8 @@ Value: TypeAlias = Tensor | tuple[Tensor, ...]  # what goes from atom to atom
 class AtomCost:
     """Cost of one atom on one batch: seconds, bytes of its output (what a link carries if cut behind it), and number of parameters.
 
-    `shape` is that of its output for one sample, without the batch; empty for a tuple of tensors.
+    `shape` is that of its output for one sample, without the batch; empty for a tuple of tensors. `outputs`: shape, with the batch, and
+    dtype of every tensor of it.
     """
 
     forward_s: float
@@ -33,6 +34,7 @@ class AtomCost:
     out_bytes: int
     params: int
     shape: tuple[int, ...] = ()
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
 
     @property
     def total_s(self) -> float:
@@ -78,7 +80,8 @@ def measure(
             out_bytes = sum(x.numel() * x.element_size() for x in _tensors(out))
             params = sum(p.numel() for p in module.parameters())
             shape = tuple(out.shape[1:]) if isinstance(out, Tensor) else ()
-            costs.append(AtomCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params, shape))
+            outputs = tuple((tuple(x.shape), x.dtype) for x in _tensors(out))
+            costs.append(AtomCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params, shape, outputs))
             learns = tuple(x.requires_grad for x in _tensors(out))
             value = tree_map_only(Tensor, Tensor.detach, out)
     return costs
