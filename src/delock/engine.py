@@ -17,11 +17,18 @@ from delock.links import Link, Message
 from delock.ops import Backward, Forward, Update, label
 from delock.plan import Plan, Step, walk
 from delock.stage import Stage, saving
-from delock.timeline.spans import Span
+from delock.timeline import Slowdown, Span
 
 
 class NonFinite(UsageError):
     """A loss became infinite or NaN; says at which batch and stage."""
+
+
+def busy(seconds: float) -> None:
+    """Keep the core busy: a straggler that has more to compute than the others."""
+    until = perf_counter() + seconds
+    while perf_counter() < until:
+        pass
 
 
 class Progress(Protocol):
@@ -73,7 +80,7 @@ class Engine:
 
     `feed` answers stage 0's Forwards. `on_loss(step, loss, stage, samples)` is called where a loss is computed, and
     `on_output(step, outputs with labels)` by the last stage for every evaluation batch. `parts`: micro-batches per batch, for error
-    messages. Between windows `state()` holds all there is.
+    messages. `slow`: ticks in which the stage takes longer, by `linger(seconds)`. Between windows `state()` holds all there is.
     """
 
     def __init__(
@@ -87,10 +94,13 @@ class Engine:
         parts: int = 1,
         on_loss: Callable[[Step, float, Stage, int], None] | None = None,
         on_output: Callable[[Step, Message], None] | None = None,
+        slow: Slowdown | None = None,
+        linger: Callable[[float], None] = busy,
     ) -> None:
         self.stage, self.link, self.feed, self.progress, self.parts = stage, link, feed, progress, parts
         self.log = log or Log()
         self.on_loss, self.on_output = on_loss, on_output
+        self.slow, self.linger = slow, linger
         self.waited = 0.0
         self.norms = torch.zeros(0)  # stage 0: of all gradients of the network, for the coming Update
         self.in_flight: Counter[int] = Counter()  # messages sent by a neighbour in windows so far, and not yet received
@@ -122,18 +132,29 @@ class Engine:
             message = self.feed(op)
         else:
             message = self._receive(k - 1, (kind, op.batch if op.source is None else op.source, 0))
+        began = perf_counter()
         result = self.stage.forward(step, message)
+        self._straggle(step, began)
         if step.up:
             self._send(k + 1, (kind, op.batch, 0), result)
         elif op.evaluates and self.on_output:
             self.on_output(step, result)
 
+    def _straggle(self, step: Step, began: float) -> None:
+        """In a slow tick, let what has just been computed take longer."""
+        if self.slow and (extra := self.slow.extra(step.tick, self.stage.k)):
+            self.linger(extra * (perf_counter() - began))
+
     def _backward(self, step: Step, op: Backward) -> None:
         k = self.stage.k
+        began = perf_counter()
         self.stage.prepare(step)  # a replay runs while the error is under way
+        self._straggle(step, began)
         memory = self.stage.memory[op.batch]
         error = self._receive(k + 1, ("d", op.batch, op.loss)) if _receives(k, step, k + 1) else None
+        began = perf_counter()
         delta, loss = self.stage.backward(step, error)
+        self._straggle(step, began)
         if step.down:
             assert delta is not None
             self._send(k - 1, ("d", op.batch, op.loss), delta)

@@ -19,6 +19,7 @@ from delock.methods.base import at_least
 from delock.records import Event, Result, Started, Turn
 from delock.setup import Setup, Spec, prepare, refuse_wrong_workers
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
+from delock.timeline import Emulation, Slowdown
 from delock.train import Metric, StageResult, run_inline, run_rank
 
 Workers = Literal["processes", "inline"]
@@ -51,6 +52,8 @@ def fit(
     port: int = 0,
     patience: float = 120.0,
     log_every: int = 10,
+    slow: Slowdown | None = None,
+    emulate: Emulation | None = None,
     trace: bool = False,
     turns: Sequence[Sequence[Turn]] | None = None,
     on_event: Callable[[Event], None] | None = None,
@@ -79,6 +82,8 @@ def fit(
                 `threads` threads in all; under torchrun its ranks are used, and only rank 0 gets the Result, the others None
     device      "cpu", "cuda" (stage k on GPU k; inline: all stages on one), "cuda:1"
     patience    seconds without any progress after which a hung run is ended (more where one op is measured to take long); 0: never
+    slow        ticks in which a stage is made to take longer (delock.timeline.Slowdown)
+    emulate     stages wait instead of computing (delock.timeline.Emulation), with messages as large as the model's; nothing is learned
     turns       what the stages of an earlier free-running run did, from its TurnsRecords, per stage: it is done again (workers="inline")
     on_event    called with Started, StepRecord (every `log_every` batches) and EvaluationRecord as they come; with a free-running
                 method also with TurnsRecord
@@ -112,6 +117,8 @@ def fit(
         device=device,
         threads=threads,
         log_every=log_every,
+        slow=slow,
+        emulate=emulate,
         trace=trace,
         workers="torchrun" if under_torchrun() else workers,
     )

@@ -78,7 +78,8 @@ def opening(config: TrainConfig, started: Started) -> str:
     stages = f"{K} stages {where[started.workers]}" if K > 1 else f"uncut {where[started.workers]}"
     epochs = f"{started.epochs:.4g} epoch" + ("s" if started.epochs != 1 else "")
     length = f"{epochs} ({started.batches} batches of {config.dataset.batch_size})"
-    return f"{started.method}: {config.network.model} on {config.dataset.data}, {stages}, {length}"
+    emulated = ", emulated: stages wait, and nothing is learned" if config.machine.emulate else ""
+    return f"{started.method}: {config.network.model} on {config.dataset.data}, {stages}, {length}{emulated}"
 
 
 def closing(story: Story) -> str:

@@ -18,15 +18,17 @@ from delock.errors import UsageError
 from delock.feed import samples
 from delock.keys import key
 from delock.methods import AsyncDGL, Method, title
+from delock.nets.emulated import Emulated
 from delock.nets.heads import HeadShare, build_head, choose, head_share
 from delock.nets.measure import AtomCost, balance, measure
 from delock.nets.split import Atom, StageModule, atoms, has_batch_norm, resolve_cuts, stages
 from delock.plan import Course, check, unroll
 from delock.records import StagePrediction, Started
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
-from delock.timeline import Costs, predict
+from delock.timeline import Costs, Emulation, Slowdown, predict
 from delock.train import Job, Metric
 
+SLOW_BATCHES = 400  # enough for a mean over random slow ticks
 SLOW = 20  # an op on a machine that others use too may take so many times what it took when it was measured
 
 
@@ -52,6 +54,8 @@ class Spec:
     seed: int
     device: str
     threads: int
+    slow: Slowdown | None
+    emulate: Emulation | None
     log_every: int
     trace: bool
     workers: str
@@ -83,7 +87,7 @@ class Setup:
     cuts: tuple[int, ...]
     costs: list[AtomCost]
     rows: int  # samples in the batch that was measured
-    modules: list[StageModule] = field(default_factory=list)
+    modules: Sequence[StageModule | Emulated] = ()
     heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
     head_seconds: dict[int, float] = field(default_factory=dict)  # stage -> its head forward and backward, on a whole batch
     head_shares: dict[int, HeadShare] = field(default_factory=dict)  # stage -> what its head costs beside it
@@ -124,6 +128,8 @@ class Setup:
                 head=self.heads.get(k),
                 codec=spec.codec,
                 error_codec=spec.error_codec,
+                slow=spec.slow,
+                emulated=spec.emulate is not None,
                 log_every=spec.log_every,
                 trace=spec.trace,
             )
@@ -134,10 +140,11 @@ class Setup:
         """What will run, with what the plan and the measured costs predict."""
         own = [self.costs[a:b] for a, b in self.bounds()]
         share = 1 / spec.method.parts  # costs are of a whole batch, ops of a part
-        forward = tuple(share * sum(cost.forward_s for cost in atoms) for atoms in own)
-        backward = tuple(share * sum(cost.backward_s for cost in atoms) for atoms in own)
+        waits = spec.emulate
+        forward = tuple(share * (waits.forward if waits else sum(cost.forward_s for cost in atoms)) for atoms in own)
+        backward = tuple(share * (waits.backward if waits else sum(cost.backward_s for cost in atoms)) for atoms in own)
         head = tuple(share * self.head_seconds.get(k, 0.0) for k in range(self.K))
-        forecast = predict(spec.method, self.K, Costs(forward, backward, head=head))
+        forecast = predict(spec.method, self.K, Costs(forward, backward, head=head, slow=spec.slow), SLOW_BATCHES if spec.slow else None)
         period = forecast.period if spec.workers != "inline" else sum(forward + backward + head) * spec.method.parts
         predictions = tuple(
             StagePrediction(
@@ -190,9 +197,26 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
         _refuse_single_samples(spec.train.sizes() or [], spec.method.parts)
     shaped = {k: costs[found[k] - 1].shape for k in heads}
     seconds = {k: _head_cost(spec, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]}
+    if spec.emulate:
+        return Setup(course, parts, found, costs, samples(inputs), *_emulated(spec, spec.emulate, [*found, len(parts)], costs))
     modules = stages(parts, found)
     shares = _head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
     return Setup(course, parts, found, costs, samples(inputs), modules, heads, seconds, shares)
+
+
+def _emulated(
+    spec: Spec, waits: Emulation, ends: Sequence[int], costs: Sequence[AtomCost]
+) -> tuple[list[Emulated], dict[int, nn.Module]]:
+    """Stages that wait, and heads that cost nothing, with outputs as large as the real ones."""
+    share = 1 / spec.method.parts
+    shapes = [costs[end - 1].shape for end in ends]
+    if not all(shapes):
+        raise UsageError("a stage whose output is a tuple cannot be emulated: cut elsewhere")
+    modules = [
+        Emulated(shape, share * waits.forward, share * waits.backward, jitter=waits.jitter, seed=key(spec.seed, "emulate", k))
+        for k, shape in enumerate(shapes)
+    ]
+    return modules, {k: Emulated(shapes[-1], 0.0, 0.0) for k in spec.method.headed(len(ends))}
 
 
 def _refuse_unfit_codecs(spec: Spec, cut: Sequence[AtomCost]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from delock import memory
 from delock.codecs import Codec
 from delock.data.loader import Loader
-from delock.engine import Engine, Log, run_here
+from delock.engine import Engine, Log, busy, run_here
 from delock.feed import Feed
 from delock.free import FreeRun
 from delock.links import CountingLink, Message
@@ -31,7 +31,7 @@ from delock.plan.turns import drawn, reads, recorded
 from delock.records import EvaluationRecord, Event, StageReport, StepRecord, Traffic, Turn
 from delock.replay import Account, ReplayBuffer
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory, Stage
-from delock.timeline.spans import Span
+from delock.timeline import Slowdown, Span
 
 Metric = Callable[[Any, Any], Any]
 
@@ -57,6 +57,8 @@ class Job:
     head: nn.Module | None = None  # auxiliary, of a stage with a loss of its own
     codec: Codec | None = None  # of activations
     error_codec: Codec | None = None
+    slow: Slowdown | None = None  # ticks in which the stage is made to take longer
+    emulated: bool = False  # the module only waits, so a straggler waits as well
     log_every: int = 10
     window: int = 256
     trace: bool = False
@@ -190,6 +192,8 @@ class Worker:
             parts=job.method.parts,
             on_loss=self.tracker.loss if last else None,
             on_output=self.tracker.output if last else None,
+            slow=job.slow,
+            linger=time.sleep if job.emulated else busy,
         )
         self.held = memory.reset_peak(device)
 

@@ -16,6 +16,7 @@ from delock.records import EvaluationRecord, Event, Result, Started, StepRecord,
 from delock.report import Story, evaluated, opening, summary, trained
 from delock.runfolder import ALPHABET, CONFIG, SUMMARY, RunFolder, dumps
 from delock.tables import per_second, prediction_table
+from delock.timeline import Emulation, straggler
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,7 +107,7 @@ def train(story: Story, data: Data | TextData, folder: RunFolder, screen: Screen
         model = build_model(story.config, data)
         screen.phase("measuring the layers")
         story.result = fit_config(story.config, data, model, session.hear)
-        if story.result:
+        if story.result and not story.config.machine.emulate:
             folder.save_model(model.state_dict())
         story.status = "finished"
     except BaseException as error:
@@ -151,7 +152,7 @@ def fit_config(
     return fit(
         model,
         data.train,
-        data.test,
+        None if machine.emulate else data.test,
         loss=loss,
         method=method,
         optimizer=optimizer,
@@ -175,6 +176,8 @@ def fit_config(
         port=machine.port,
         patience=machine.patience,
         log_every=config.output.log_every,
+        slow=straggler(machine.straggle, config.network.stages or 1, training.seed) if machine.straggle else None,
+        emulate=Emulation.parse(machine.emulate) if machine.emulate else None,
         trace=config.output.trace,
         on_event=on_event,
     )

@@ -194,6 +194,10 @@ class MachineOptions:
     """Give each stage's process cores of its own, where the system can."""
     port: int = 0
     """Port at which the processes meet; 0 is any free one."""
+    straggle: Annotated[str | None, shown("no stage", "STAGE:S")] = None
+    """Make a stage slower: 1:0.5, stage 1 takes half as long again; random:0.5, every stage does in one of K ticks."""
+    emulate: Annotated[str | None, shown("no", "F:B")] = None
+    """Wait F and B milliseconds (F:B:JITTER) per batch and stage instead of computing; real messages. Nothing is learned."""
     patience: float = 120.0
     """Seconds without any progress after which the run is ended; 0 is never."""
 

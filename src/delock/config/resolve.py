@@ -12,6 +12,7 @@ from delock.config.kinds import known, settle
 from delock.config.options import AlgorithmOptions, LinkOptions, NetworkOptions, TrainConfig, TrainingOptions
 from delock.errors import UsageError
 from delock.methods import Method, make, options
+from delock.timeline import Emulation, straggler
 
 LEARNING_RATES = MappingProxyType({"sgd": 0.1, "adam": 0.001, "adamw": 0.001})
 
@@ -25,6 +26,10 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     config = settle(config)
     method, network = make_method(config.algorithm), _network(config.network, ranks or 2)
     method.fits(network.stages or 1)
+    if config.machine.emulate:
+        Emulation.parse(config.machine.emulate)
+    if config.machine.straggle:
+        straggler(config.machine.straggle, network.stages or 1, config.training.seed)
     if config.network.head is not None and not method.local_losses:
         raise UsageError(f"head is {config.network.head}, but {method.name} has no local losses: leave it out")
     batch = known(config.dataset.batch_size)

@@ -1,6 +1,7 @@
 """Time as a pass over a plan: predicted and measured timelines, staleness, memory in flight. No torch."""
 
 from delock.timeline.costs import Costs, Slowdown
+from delock.timeline.emulation import Emulation, straggler
 from delock.timeline.measures import idle, messages, period, steady, throughput
 from delock.timeline.predict import Prediction, StageForecast, capacities, predict
 from delock.timeline.reasons import KINDS, reasons
@@ -11,6 +12,7 @@ from delock.timeline.staleness import InFlight, gradient_staleness, in_flight, l
 __all__ = [
     "KINDS",
     "Costs",
+    "Emulation",
     "InFlight",
     "Prediction",
     "Slowdown",
@@ -28,6 +30,7 @@ __all__ = [
     "reasons",
     "simulate",
     "steady",
+    "straggler",
     "throughput",
     "warm_mean",
 ]
