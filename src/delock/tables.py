@@ -19,7 +19,8 @@ def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
     headed = [s for s in started.stages if s.head_flops is not None]
     head = ["stage", "layers", "parameters", "forward", "backward", STALENESS, LAYERWISE, IDLE]
     head += ["head\n(flops)", "head\n(parameters)"] if headed else []
-    head += SENDS if started.encoded else []
+    sends = SENDS if any(books for _, books in started.encoded) else SENDS[:2] if started.encoded else ()
+    head += sends
     return head, [
         [
             str(s.stage),
@@ -31,7 +32,7 @@ def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
             str(s.layer_staleness),
             percent(s.idle),
             *([_cell(s.head_flops, percent1), _cell(s.head_parameters, percent1)] if headed else []),
-            *(_sends(started, s.stage) if started.encoded else []),
+            *_sends(started, s.stage)[: len(sends)],
         ]
         for s in started.stages
     ]

@@ -57,10 +57,9 @@ class Codebooks:
         self.sums = torch.where(dead[..., None], fresh * self.counts[..., None], self.sums)
 
     def _draw(self, batch: Tensor) -> Tensor:
-        """As many vectors of every group (N, m, d) as it has codes, drawn with replacement: (N, K, d)."""
-        drawn = torch.Generator().manual_seed(key(self.seed, self.steps))
-        places = torch.randint(batch.shape[1], (len(batch), self.codes), generator=drawn).to(batch.device)
-        return batch.gather(1, places[..., None].expand(-1, -1, batch.shape[2]))
+        """A vector of every group (N, m, d) for each code, none twice unless there are too few; at the same places in all: (N, K, d)."""
+        order = torch.randperm(batch.shape[1], generator=torch.Generator().manual_seed(key(self.seed, self.steps)))
+        return batch[:, order[torch.arange(self.codes) % len(order)].to(batch.device)]
 
     def state(self) -> dict[str, Any]:
         """All there is, as values that can be saved."""
