@@ -1,0 +1,135 @@
+"""Speed with stragglers, K = 4 emulated stages: measured beside the simulator, with the same seeded draws of slow ticks.
+
+    python benchmarks/stragglers/run.py --out benchmarks/stragglers
+
+Every stage waits 40 ms forward and 80 ms backward around real messages of 1 MB. In a slow tick a stage takes 1 + s times as long: each
+stage with probability 1/K in every tick ("random"), or stage 1 in every tick ("fixed"). A cell is the share of the clean speed that is
+kept: measured (simulated; measured time over simulated time, less 1). Free-running DGL has no plan to simulate: see ../slowdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import delock
+from delock.data import as_loader
+from delock.methods import Method, title
+from delock.ops import Backward
+from delock.plan import unroll
+from delock.records import Event, StepRecord
+from delock.timeline import Costs, Emulation, Slowdown, capacities, simulate
+
+K, FORWARD, BACKWARD = 4, 0.04, 0.08  # seconds
+ROWS, FEATURES, STEPS, WARM = 128, 2048, 70, 20
+EXTRA = (0.0, 0.2, 0.5, 1.0, 1.5)
+METHODS: tuple[Method, ...] = (
+    delock.BP(),
+    delock.OneFOneB(8),
+    delock.DDG(),
+    delock.FDG(),
+    delock.DSP(p=1, q=1),
+    delock.DSP(p=2, q=2),
+    delock.DSP(p=3, q=3),
+)
+
+
+def slowdown(kind: str, extra: float) -> Slowdown | None:
+    """The slow ticks of one cell."""
+    if not extra:
+        return None
+    return Slowdown(extra, 1 / K, seed=1) if kind == "random" else Slowdown(extra, victim=1)
+
+
+def measured(method: Method, slow: Slowdown | None) -> float:
+    """Seconds per batch, between batch WARM and the last that the last stage has done."""
+    made: tuple[Tensor, Tensor] = torch.randn(ROWS, FEATURES), torch.randint(10, (ROWS,))
+    ends: list[float] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, StepRecord):
+            ends.append(event.seconds)
+
+    delock.fit(
+        [nn.Linear(FEATURES, FEATURES) for _ in range(K - 1)] + [nn.Linear(FEATURES, 10)],
+        as_loader([made] * STEPS),
+        loss=cross_entropy,
+        method=method,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        cuts=list(range(1, K)),
+        steps=STEPS,
+        emulate=Emulation(FORWARD, BACKWARD),
+        slow=slow,
+        pin=False,
+        log_every=1,
+        on_event=hear,
+    )
+    return (ends[-1] - ends[WARM]) / (STEPS - 1 - WARM)
+
+
+def simulated(method: Method, slow: Slowdown | None) -> float:
+    """The same, from the plan on the clock."""
+    share = 1 / method.parts
+    costs = Costs((share * FORWARD,) * K, (share * BACKWARD,) * K, capacity=capacities(method, K), slow=slow)
+    column = simulate(unroll(method, K, STEPS), costs).columns[-1]
+    ends = [span.end for span in column if isinstance(span.op, Backward)][method.parts - 1 :: method.parts]
+    return (ends[-1] - ends[WARM]) / (STEPS - 1 - WARM)
+
+
+def figure(rows: list[dict[str, Any]], stem: Path) -> None:
+    """Share of the clean speed against s: lines are simulated, marks measured."""
+    drawn, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, kind in zip(axes, ("random", "fixed"), strict=True):
+        for i, method in enumerate(METHODS):
+            own = [row for row in rows if row["kind"] == kind and row["method"] == title(method)]
+            axis.plot([r["s"] for r in own], [r["simulated"] for r in own], color=f"C{i}", label=title(method))
+            axis.plot([r["s"] for r in own], [r["measured"] for r in own], "o", color=f"C{i}")
+        axis.set_title(f"{kind} stragglers")
+        axis.set_xlabel("s: a slow tick takes 1 + s times as long")
+    axes[0].set_ylabel("share of the clean speed")
+    axes[1].legend(fontsize=7)
+    drawn.tight_layout()
+    for suffix in (".png", ".svg"):
+        drawn.savefig(stem.with_suffix(suffix), dpi=120)
+
+
+def main() -> None:
+    """Everything, then table and figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out
+    rows: list[dict[str, Any]] = []
+    lines = ["| stragglers | method | " + " | ".join(f"s = {s:g}" for s in EXTRA) + " |", "|---|---|" + "---:|" * len(EXTRA)]
+    for kind in ("random", "fixed"):
+        for method in METHODS:
+            cells = []
+            for s in EXTRA:
+                slow = slowdown(kind, s)
+                if not slow and kind == "fixed":
+                    row = next(r for r in rows if r["s"] == 0 and r["method"] == title(method)) | {"kind": kind}
+                else:
+                    row = {"kind": kind, "method": title(method), "s": s, "ms": measured(method, slow), "due": simulated(method, slow)}
+                rows.append(row)
+                clean = next(r for r in rows if r["s"] == 0 and r["method"] == title(method))
+                row |= {"measured": clean["ms"] / row["ms"], "simulated": clean["due"] / row["due"]}
+                cells.append(f"{row['measured']:.2f} ({row['simulated']:.2f}; {100 * (row['ms'] / row['due'] - 1):+.1f} %)")
+            lines.append(f"| {kind} | {title(method)} | " + " | ".join(cells) + " |")
+            print(lines[-1], flush=True)
+    (out / "runs.json").write_text(json.dumps(rows) + "\n")
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    figure(rows, out / "speed")
+
+
+if __name__ == "__main__":
+    main()
