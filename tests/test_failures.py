@@ -340,7 +340,7 @@ def test_a_stage_that_is_killed_is_named() -> None:
 
 def test_a_stage_that_hangs_shows_its_stack() -> None:
     message, seconds = troubled("hang", 1, patience=2)
-    assert "stage 1 hangs in F4 (forward of batch 4, tick 5): no stage has moved for " in message
+    assert "stage 1 hangs in F4 (forward of batch 4, tick 5): it has not moved for " in message
     assert "stage 0 waits for stage 1 in " in message
     assert "in a_loop_without_end" in message
     assert seconds < 30

@@ -204,7 +204,7 @@ def test_a_rank_that_hangs_shows_its_stack(pids: Pids) -> None:
     with pytest.raises(StageFailed) as caught:
         run_processes(raise_in_one, ["hang"] * 2, on_event=pids, patience=1.0)
     message = str(caught.value)
-    assert message.startswith("stage 1 hangs in F12 (epoch 1, batch 3): no stage has moved for 1 s")
+    assert message.startswith("stage 1 hangs in F12 (epoch 1, batch 3): it has not moved for 1 s")
     assert "stage 0 waits for stage 1 in F12" in message
     assert "in a_loop_without_end" in message
     assert "die_with_parent" not in message

@@ -48,9 +48,12 @@ class Log:
         self.layer_staleness: Counter[int] = Counter()
         self.first: float | None = None
         self.last = 0.0
+        self.asked: float | None = None  # since when the stage has waited for something to do; it ends with the op to come
 
     def op(self, k: int, step: Step, version: int, start: float, end: float, waited: float) -> None:
         """One op took place at a version of the weights from `start` to `end`, `waited` of it spent on messages (seconds)."""
+        if self.asked is not None:
+            start, waited, self.asked = self.asked, waited + start - self.asked, None
         self.first = start if self.first is None else self.first
         self.last = end
         kind = _kind(step)
@@ -122,7 +125,7 @@ class Engine:
             case Backward() as op:
                 self._backward(step, op)
             case Update() as op:
-                self._update(op)
+                self._update(step, op)
         self.log.op(self.stage.k, step, version, start, perf_counter(), self.waited)
 
     def _forward(self, step: Step, op: Forward) -> None:
@@ -177,15 +180,18 @@ class Engine:
         else:
             self.norms = torch.cat([row for row in norms if len(row)] or [self.norms])
 
-    def _update(self, op: Update) -> None:
-        if op.over == "stage":
-            self.stage.update(op)
-            return
+    def _update(self, step: Step, op: Update) -> None:
+        norm = self._whole_norm(op) if op.over == "network" else None
+        began = perf_counter()
+        self.stage.update(op, norm)
+        self._straggle(step, began)
+
+    def _whole_norm(self, op: Update) -> Tensor:
         k, name = self.stage.k, ("t", op.number, 0)
-        norm = self._receive(k - 1, name).values if k > 0 else torch.linalg.vector_norm(self.norms)
+        norm: Tensor = self._receive(k - 1, name).values if k > 0 else torch.linalg.vector_norm(self.norms)
         if k + 1 < self.stage.K:
             self._send(k + 1, name, Message(norm))
-        self.stage.update(op, norm)
+        return norm
 
     def _judge(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
         value = loss.item()

@@ -11,46 +11,62 @@ from delock.methods.dgl_async import AsyncDGL
 from delock.ops import Backward, Forward, Update
 from delock.plan import Course, Step
 from delock.records import Turn, TurnsRecord
+from delock.timeline import Slowdown
 
-TOGETHER = 32  # turns in a record
+TOGETHER, LATEST = 32, 1.0  # turns in a record, unless it is so many seconds since the one before
 
 
 class FreeRun:
-    """Stage k until all stages have made their updates. `emit` is given the turns, in order, a few at a time."""
+    """Stage k until all stages have made their updates. `emit` is given the turns, in order, a few at a time.
+
+    A stage that has made its own goes on forwarding for those above, no faster than before: its cores may be theirs, too.
+    """
 
     def __init__(self, engine: Engine, link: FreeLink, method: AsyncDGL, course: Course, emit: Callable[[TurnsRecord], None]) -> None:
-        self.engine, self.link, self.method, self.course, self.emit = engine, link, method, course, emit
+        self.engine, self.link, self.course, self.emit = engine, link, course, emit
         self.k, self.up = engine.stage.k, engine.stage.k + 1 < engine.stage.K
+        if (slowdown := method.slowdown(self.k)) > 1:
+            engine.slow, engine.linger = Slowdown(slowdown - 1), time.sleep  # the core is free meanwhile, for a stage that shares it
         self.visits = self.evaluations = self.updates = 0
+        self.begun = self.training = 0.0  # when the last visit began, and seconds of all visits that trained
         self.turns: list[Turn] = []
+        self.told = time.perf_counter()
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage has made its updates."""
+        return self.updates == self.course.batches
 
     def run(self) -> None:
         """All turns; when this returns every stage is done, and the last evaluation has gone through."""
-        while not (self.updates == self.course.batches and self.link.stopped):
-            if self.k == 0:
-                if self.due:
-                    self.evaluate_all()
-                self.visit(self.visits)
-            elif entry := self.link.next():
-                self.visit(entry.ordinal)
-            else:
+        self.engine.log.asked = time.perf_counter()
+        while self.wanted():
+            if self.due:
                 self.evaluate()
+            elif (source := self.link.next() if self.k > 0 else self.visits) is not None:
+                self.visit(source)
         self.link.stop()
         if self.k == 0 and self.course.every:
-            self.evaluate_all()
+            self.evaluate()
         while self.k > 0 and self.link.evaluation():
             self.evaluate()
         self.hand_over()
 
+    def wanted(self) -> bool:
+        """Whether there are updates to make, or stages above that have some to make; waits until it is time to go on for these."""
+        if self.done:
+            self.link.pause(self.begun + self.training / self.updates)
+        return not (self.done and self.link.stopped)
+
     @property
     def due(self) -> bool:
-        """Whether stage 0 evaluates before its next batch."""
+        """Whether an evaluation comes before the next batch; stage 0 says when."""
         every = self.course.every
-        return bool(every) and 0 < self.updates < self.course.batches and self.updates % every == 0
+        return self.link.evaluates or (self.k == 0 and bool(every) and not self.done and self.updates // every > self.evaluations)
 
     def visit(self, source: int) -> None:
-        """Forward, and as long as there are updates to make, Backward and Update; a slowed stage takes longer."""
-        trains, start = self.updates < self.course.batches, time.perf_counter()
+        """Forward, and as long as there are updates to make, Backward and Update."""
+        trains, self.begun = not self.done, time.perf_counter()
         sent = self.up and self.link.ready
         n, version = self.visits, self.updates
         forward = Forward(n, trains, source)
@@ -59,31 +75,29 @@ class FreeRun:
             self.engine.execute(Step(Backward(n, loss=self.k), n, version, last=True))
             self.engine.execute(Step(Update(clip=self.course.clip), n, version))
         end = time.perf_counter()
-        time.sleep((self.method.slowdown(self.k) - 1) * (end - start))
         self.visits += 1
         self.updates += trains
-        self.note(Turn(n, source, trains, version, sent=sent, start=start, end=end))
-
-    def evaluate_all(self) -> None:
-        """The whole test set, from stage 0."""
-        for _ in range(self.course.evaluation):
-            self.evaluate()
+        self.training += trains * (end - self.begun)
+        self.note(Turn(n, source, trains, version, sent=sent, start=self.begun, end=end))
 
     def evaluate(self) -> None:
-        """One batch of an evaluation."""
-        i, start = self.evaluations, time.perf_counter()
-        self.engine.execute(Step(Forward(i, train=False), self.visits, self.updates, up=self.up))
+        """The whole test set, at the weights of now."""
+        first = self.evaluations * self.course.evaluation
+        for i in range(first, first + self.course.evaluation):
+            start = time.perf_counter()
+            self.engine.execute(Step(Forward(i, train=False), self.visits, self.updates, up=self.up))
+            self.note(Turn(i, -1, False, self.updates, evaluates=True, sent=self.up, start=start, end=time.perf_counter()))
         self.evaluations += 1
-        self.note(Turn(i, -1, False, self.updates, evaluates=True, sent=self.up, start=start, end=time.perf_counter()))
 
     def note(self, turn: Turn) -> None:
-        """Put a turn on record."""
+        """Put a turn on record; from now on the next one is waited for."""
+        self.engine.log.asked = now = time.perf_counter()
         self.turns.append(turn)
-        if len(self.turns) == TOGETHER:
+        if len(self.turns) == TOGETHER or now - self.told > LATEST:
             self.hand_over()
 
     def hand_over(self) -> None:
         """Emit the turns that have not been."""
         if self.turns:
             self.emit(TurnsRecord(self.k, tuple(self.turns)))
-        self.turns = []
+        self.turns, self.told = [], time.perf_counter()

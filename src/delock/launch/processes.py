@@ -56,8 +56,8 @@ def run_processes(
     target, payloads and results are pickled by value; `on_event(rank, event)` is called here, for every event a rank emits.
     Each process computes with `threads` threads, bound to cores of its own if `pin` and there are enough (CPU only; data loading
     workers that a rank starts share its cores). `port` of the rendezvous on 127.0.0.1, 0 for any free one. device "cuda" gives
-    rank r GPU r. A run in which no rank has made a move for `patience` seconds is ended (0: never); `timeout`, in seconds, is the
-    process group's. When this returns or raises, no process is left.
+    rank r GPU r. A run in which a rank has been at one op for `patience` seconds, or all have waited for each other, is ended (0: never);
+    `timeout`, in seconds, is the process group's. When this returns or raises, no process is left.
 
     Raises UsageError for what cannot be pickled, a taken port, a missing device, or when the target raised one; StageFailed when a
     rank raised, died or hung. KeyboardInterrupt ends all ranks and goes on.
@@ -140,8 +140,8 @@ class _Team:
         over = float("inf")
         while len(self._results) < world and time.monotonic() < over:
             for ready in connection.wait([*self._ups, *sentinels], min(POLL, max(0.0, over - time.monotonic()))):
-                self._watch.moved()
-                if isinstance(ready, Connection):
+                if isinstance(ready, Connection) and ready in self._ups:
+                    self._watch.moved(self._ups[ready])
                     self._hear(ready, on_event)
                 elif isinstance(ready, int):
                     self._bury(sentinels.pop(ready), on_event)

@@ -16,51 +16,52 @@ _DUMP = 2.0  # seconds a rank has for showing its stack
 
 
 class Watch:
-    """Looks at the ranks' progress from the parent; `look` names the culprits once nothing has moved for `patience` seconds."""
+    """Looks at the ranks' progress from the parent; `look` names the culprits once they have not moved for `patience` seconds."""
 
     def __init__(self, records: Sequence[Progress], patience: float) -> None:
         self._records, self._patience = records, patience
-        self._moves: list[int] = []
+        self._moves = [-1] * len(records)
         self._seen = time.monotonic()
-        self._still = 0.0
+        self._still = [0.0] * len(records)  # seconds, by rank
 
-    def moved(self) -> None:
-        """A sign of life came another way."""
-        self._still = 0.0
+    def moved(self, rank: int) -> None:
+        """A sign of life of a rank came another way."""
+        self._still[rank] = 0.0
 
     def look(self, pids: Mapping[int, int]) -> list[int]:
         """The ranks, among those still at work (rank: process id), that keep the others waiting; empty while all is well.
 
         A stopped process is a culprit; else every rank that computes, an op having begun (setting up takes as long as it takes);
-        else all of them, if all wait for each other.
+        else all of them, if all wait for each other. Where nobody waits for the culprit, as in a free-running run, the others may move.
         """
-        now, moves = time.monotonic(), [record.moves for record in self._records]
+        now = time.monotonic()
         # Only time in which this process itself ran counts: after Ctrl-Z, or a long on_event, nobody is late.
-        self._still = 0.0 if moves != self._moves else self._still + min(now - self._seen, 2 * POLL)
+        passed = min(now - self._seen, 2 * POLL)
+        moves, before = [record.moves for record in self._records], self._moves
+        self._still = [s + passed if a == b else 0.0 for s, a, b in zip(self._still, moves, before, strict=True)]
         self._seen, self._moves = now, moves
-        if not self._patience or self._still < self._patience:
-            return []
-        at = {rank: self._records[rank].read() for rank in pids}
-        stopped = [rank for rank, pid in pids.items() if _stopped(pid)]
-        computing = [rank for rank in pids if at[rank].begun and at[rank].waits_for is None]
-        waiting = [rank for rank in pids if at[rank].waits_for is not None]
+        still = [rank for rank in pids if self._patience and self._still[rank] >= self._patience]
+        at = {rank: self._records[rank].read() for rank in still}
+        stopped = [rank for rank in still if _stopped(pids[rank])]
+        computing = [rank for rank in still if at[rank].begun and at[rank].waits_for is None]
+        waiting = [rank for rank in still if at[rank].waits_for is not None]
         return stopped or computing or (waiting if len(waiting) == len(pids) else [])
 
     def tell(self, culprits: Sequence[int], pids: Mapping[int, int], stacks: Mapping[int, Path]) -> str:
         """The message: what hangs and where, what the others wait for, and the culprits' stacks."""
-        lines = [self._place(rank, pids[rank]) for rank in [*culprits, *(rank for rank in pids if rank not in culprits)]]
-        head = f"{lines[0]}: no stage has moved for {self._patience:g} s"
+        lines = [self._place(rank, pids[rank], rank in culprits) for rank in [*culprits, *(r for r in pids if r not in culprits)]]
+        head = f"{lines[0]}: it has not moved for {self._patience:g} s"
         shown = [f"stage {rank}:\n{show_stack(pids[rank], stacks[rank])}" for rank in culprits if not _stopped(pids[rank])]
         remedy = ["If an op may take that long, raise `patience` (0 turns this watch off)."] if shown else []
         return "\n\n".join(["\n".join([head, *lines[1:], *remedy]), *shown])
 
-    def _place(self, rank: int, pid: int) -> str:
+    def _place(self, rank: int, pid: int, culprit: bool) -> str:
         at = self._records[rank].read()
         if _stopped(pid):
             return f"stage {rank} is stopped by a signal {at}"
         if at.waits_for is not None:
             return f"stage {rank} waits for stage {at.waits_for} {at}"
-        return f"stage {rank} hangs {at}" if at.begun else f"stage {rank} is {at}"
+        return f"stage {rank} {'hangs' if culprit else 'is'} {at}"
 
 
 def show_stack(pid: int, file: Path) -> str:

@@ -13,6 +13,7 @@ The first message of a size needs a few frames, every later one fits in one, and
 from __future__ import annotations
 
 from collections import deque
+from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol
 
@@ -63,19 +64,26 @@ class Sender:
             self.pending.popleft()[0].wait()
         self.pending.append((dist.isend(frame, self.peer), frame))
 
+    def flush(self) -> None:
+        """Let everything arrive."""
+        while self.pending:
+            self.pending.popleft()[0].wait()
+
     def close(self) -> None:
         """Fill the peer's posted buffers with farewells, and let everything arrive."""
         for _ in range(self.depth):
             self._post(torch.zeros(1, dtype=torch.uint8))
-        while self.pending:
-            self.pending.popleft()[0].wait()
+        self.flush()
 
 
 class Receiver:
-    """Receives messages from one peer in order, with `depth` buffers posted ahead. A buffer is never used twice: views of it live on."""
+    """Receives messages from one peer in order, with `depth` buffers posted ahead. A buffer is never used twice: views of it live on.
 
-    def __init__(self, peer: int, depth: int) -> None:
-        self.peer = peer
+    `limit`: the longest wait for a message; by default the process group's. A wait that is longer closes the connection for good.
+    """
+
+    def __init__(self, peer: int, depth: int, limit: timedelta | None = None) -> None:
+        self.peer, self.limit = peer, limit
         self.frames = FrameSizes(depth)
         self.posted: deque[tuple[Any, Tensor]] = deque()
         for _ in range(depth):
@@ -87,7 +95,7 @@ class Receiver:
 
     def _frame(self, length: int | None) -> tuple[Tensor, int]:
         work, buffer = self.posted.popleft()
-        work.wait()
+        self._wait(work)
         length = length_of(buffer) if length is None else length
         _, replacement = self.frames.next(length)
         self._post(replacement)
@@ -109,7 +117,13 @@ class Receiver:
     def close(self) -> None:
         """Take the peer's farewells."""
         while self.posted:
-            self.posted.popleft()[0].wait()
+            self._wait(self.posted.popleft()[0])
+
+    def _wait(self, work: Any) -> None:
+        if self.limit:
+            work.wait(self.limit)
+        else:
+            work.wait()
 
 
 class Watch(Protocol):

@@ -1,27 +1,31 @@
 """The links of a free-running stage: a thread takes what comes, another sends what goes up, and the stage itself never waits for either.
 
     stage k - 1 --- activations, evaluation batches, end ---> [thread] replay buffer, queue ---> stage k
-    stage k     --- activations ... ---> queue of one ---> [thread] ---> stage k + 1
+    stage k     --- activations ... ---> a place for one ---> [thread] ---> stage k + 1
     stage k + 1 --- done ---> [thread] flag ---> stage k
 
-An activation is left out where the one before has not been taken off the queue: on a slow link the newest would be overwritten anyway.
+A message leaves its place when the one before has arrived, and an activation that finds the place taken is left out: over a slow link
+nothing comes that is older than two transfers. An evaluation batch waits for the place.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable
+from datetime import timedelta
+from time import perf_counter
 
 import torch
 
 from delock.links.distributed import Receiver, Sender, Watch
+from delock.links.errors import expect
 from delock.links.message import Message, Name, pack, unpack
 from delock.links.values import Library, Sent, lean
 from delock.replay import Entry, ReplayBuffer
 
-DEPTH = 2  # frames under way per direction
+DEPTH = 2  # frames under way per direction, and evaluation batches that wait for the stage
+LIMIT = timedelta(days=3650)  # a stage that is done hears nothing until all are; who is gone is noticed without a limit
 END: Name = ("f", 0, 0)  # going up: no more is to come; going down: all stages from here on are done
 
 
@@ -32,15 +36,16 @@ class FreeLink:
         self, k: int, K: int, buffer: ReplayBuffer[Message], device: torch.device, watch: Watch, version: Callable[[], int]
     ) -> None:
         self.k, self.K, self.buffer, self.device, self.watch, self.version = k, K, buffer, device, watch, version
-        self.news = threading.Condition()
+        self.news = threading.Condition()  # held to read and write what follows; told of every change
         self.evaluations: deque[tuple[Name, Message]] = deque()
+        self.outgoing: torch.Tensor | None = None
+        self.closing = False  # what is outgoing is the last
         self.ended = k == 0  # nothing more comes from below
         self.stopped = k + 1 == K  # all stages above are done
         self.error: BaseException | None = None
-        self.picked: Message | None = None
+        self.picked: Entry[Message] | None = None
         self.sent = Sent()
-        self.outbox: queue.Queue[torch.Tensor | None] = queue.Queue(maxsize=1)
-        self.threads: list[threading.Thread] = []
+        self.working = 0  # threads
         if k > 0:
             self.down = Sender(k - 1, DEPTH)
             self._start(self._take_from_below)
@@ -50,53 +55,51 @@ class FreeLink:
 
     # ---- what the stage calls --------------------------------------------------------------------------------------------------------
 
-    def next(self) -> Entry[Message] | None:
-        """What to learn from now, waiting until there is something; None where an evaluation, or the end, comes first."""
+    def next(self) -> int | None:
+        """The ordinal of the batch to learn from now, waiting until there is one; None where an evaluation comes first."""
         with self.news:
-            while True:
-                self._complain()
-                if self.evaluations or self.ended:
-                    return None
-                if entry := self.buffer.get():
-                    self.picked = entry.item
-                    return entry
-                self._wait()
+            self._until(lambda: self.evaluates or self._pick(), self.k - 1)
+            return self.picked.ordinal if self.picked else None
 
-    def evaluation(self) -> Name | None:
-        """The evaluation batch that has come, waiting for it or for the end; None at the end."""
+    def evaluation(self) -> bool:
+        """Of a stage that is done: wait for the next evaluation (True) or the end (False)."""
         with self.news:
-            while not self.evaluations and not self.ended:
-                self._complain()
-                self._wait()
-            self._complain()
-            return self.evaluations[0][0] if self.evaluations else None
+            self._until(lambda: self.evaluates or self.ended, self.k - 1)
+            return self.evaluates
+
+    def pause(self, until: float) -> None:
+        """Of a stage that is done: wait for that time, and for the way up to be free. An evaluation or the end cuts it short."""
+        with self.news:
+            self._until(lambda: self.evaluates or self.stopped or (self.ready and perf_counter() >= until), self.k + 1, until)
 
     @property
-    def waiting(self) -> bool:
+    def evaluates(self) -> bool:
         """Whether an evaluation batch has come."""
         return bool(self.evaluations)
 
     @property
     def ready(self) -> bool:
-        """Whether an activation sent now would go on its way."""
-        return self.outbox.empty()
+        """Whether an activation sent now would go on its way, and somebody may want it."""
+        return self.outgoing is None and not self.stopped
 
     def receive(self, source: int, name: Name) -> Message:
-        """See Link: the entry that was picked, or the evaluation batch."""
-        if name[0] == "e":
-            return self.evaluations.popleft()[1]
-        assert self.picked is not None
-        message, self.picked = self.picked, None
+        """See Link: the batch that was picked, or the evaluation batch, waiting for it."""
+        if name[0] == "h":
+            assert self.picked is not None
+            entry, self.picked = self.picked, None
+            return entry.item
+        with self.news:
+            self._until(lambda: self.evaluates, source)
+            got, message = self.evaluations.popleft()
+            self.news.notify_all()
+        expect((*got[:2], 0), name, source)
         return message
 
     def send(self, to: int, name: Name, message: Message) -> None:
-        """See Link. An activation only after `ready`; an evaluation batch waits for its turn."""
-        self._complain()
-        packed, _ = pack((name[0], name[1], self.version()), lean(message))
+        """See Link. An activation only if `ready`; an evaluation batch waits for its turn."""
+        packed, _ = pack((*name[:2], self.version()), lean(message))
         self.sent.count(to, name, message, len(packed))
-        self.watch.wait_for(to)
         self._put(packed)
-        self.watch.go_on()
 
     def stop(self) -> None:
         """Tell the stage below that this one and all above are done."""
@@ -106,33 +109,32 @@ class FreeLink:
     def close(self) -> None:
         """See Link: say that no more is to come, and let everything arrive."""
         if self.k + 1 < self.K:
-            self._put(pack(END, Message(None))[0])
-            self._put(None)
+            self._put(pack(END, Message(None))[0], last=True)
         if self.k > 0:
             self.watch.wait_for(self.k - 1)
             self.down.close()
-        for thread in self.threads:
-            while thread.is_alive():
-                thread.join(1.0)
-                self._complain()
+        with self.news:
+            self._until(lambda: self.working == 0, self.k - 1 if self.k > 0 else self.k + 1)
 
     # ---- threads ---------------------------------------------------------------------------------------------------------------------
 
     def _start(self, work: Callable[[], None]) -> None:
         def guarded() -> None:
+            error: BaseException | None = None
             try:
                 work()
-            except BaseException as error:  # told to the stage, which raises it
-                with self.news:
-                    self.error = error
-                    self.news.notify_all()
+            except BaseException as raised:  # told to the stage, which raises it
+                error = raised
+            with self.news:
+                self.working -= 1
+                self.error = self.error or error
+                self.news.notify_all()
 
-        thread = threading.Thread(target=guarded, daemon=True)
-        self.threads.append(thread)
-        thread.start()
+        self.working += 1
+        threading.Thread(target=guarded, daemon=True).start()
 
     def _take_from_below(self) -> None:
-        receiver, library = Receiver(self.k - 1, DEPTH), Library()
+        receiver, library = Receiver(self.k - 1, DEPTH, LIMIT), Library()
         while not self.ended:
             name, message = unpack(receiver.receive(), self.device)
             message = library.completed(message)
@@ -141,6 +143,7 @@ class FreeLink:
                     case "h":
                         self.buffer.put(message, name[1], name[2])
                     case "e":
+                        self.news.wait_for(lambda: len(self.evaluations) < DEPTH)  # else the whole test set would pile up here
                         self.evaluations.append((name, message))
                     case _:
                         self.ended = True
@@ -148,7 +151,7 @@ class FreeLink:
         receiver.close()
 
     def _take_from_above(self) -> None:
-        receiver = Receiver(self.k + 1, DEPTH)
+        receiver = Receiver(self.k + 1, DEPTH, LIMIT)
         receiver.receive()
         with self.news:
             self.stopped = True
@@ -156,23 +159,37 @@ class FreeLink:
         receiver.close()
 
     def _send_up(self) -> None:
-        sender = Sender(self.k + 1, DEPTH)
-        while (packed := self.outbox.get()) is not None:
+        sender, last = Sender(self.k + 1, DEPTH), False
+        while not last:
+            with self.news:
+                self.news.wait_for(lambda: self.outgoing is not None)
+                assert self.outgoing is not None
+                packed, last, self.outgoing = self.outgoing, self.closing, None
+                self.news.notify_all()
             sender.send(packed)
+            del packed
+            sender.flush()
         sender.close()
 
-    def _put(self, packed: torch.Tensor | None) -> None:
-        while True:
-            self._complain()
-            try:
-                self.outbox.put(packed, timeout=1.0)
-                return
-            except queue.Full:
-                continue
+    def _put(self, packed: torch.Tensor, last: bool = False) -> None:
+        with self.news:
+            self._until(lambda: self.outgoing is None, self.k + 1)
+            self.outgoing, self.closing = packed, last
+            self.news.notify_all()
 
-    def _wait(self) -> None:
-        self.watch.wait_for(self.k - 1)
-        self.news.wait(1.0)
+    def _pick(self) -> bool:
+        self.picked = self.buffer.get()
+        return self.picked is not None
+
+    def _until(self, holds: Callable[[], bool], peer: int, deadline: float = 0.0) -> None:
+        """Wait, `news` held, until that holds, which a deadline may bring about. Raises what went wrong in a thread."""
+        self._complain()
+        if holds():
+            return
+        self.watch.wait_for(peer)
+        while not holds():
+            self.news.wait(max(0.0, deadline - perf_counter()) or None)
+            self._complain()
         self.watch.go_on()
 
     def _complain(self) -> None:
