@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -419,3 +419,11 @@ def test_a_wrong_message_between_processes_names_both() -> None:
     says = r"(?s)^stage 1 failed in F2.*stage 0 sent the activation of batch 3 where the error under loss 1 of batch 2 was due"
     with pytest.raises(StageFailed, match=says):
         run_processes(cross, [None] * 2, pin=False)
+
+
+def test_a_named_tuple_is_refused_and_equal_constants_keep_their_types() -> None:
+    with pytest.raises(UsageError, match="Point is a named tuple"):
+        pack(("h", 0, 0), Message(torch.ones(1), namedtuple("Point", "x y")(torch.ones(1), torch.ones(1))))
+    for constant in (1, 1.0, True, -0.0, 0.0, None, "1"):  # equal ones must not share a layout
+        _, back = unpack(pack(("h", 0, 0), Message(torch.ones(1), (constant,)))[0], torch.device("cpu"))
+        assert repr(back.targets[0]) == repr(constant)

@@ -36,30 +36,31 @@ class Message:
 
 
 def flatten(tree: Tree, leaves: list[Tensor]) -> Any:
-    """Append the tensors of a tree to `leaves` and return the rest of it, as JSON can write it. Raises UsageError for other things."""
+    """Append the tensors of a tree to `leaves` and return its shape, in nested tuples. Raises UsageError for what cannot travel."""
     if isinstance(tree, Tensor):
         leaves.append(tree)
-        return {"t": len(leaves) - 1}
+        return ("t", len(leaves) - 1)
+    if hasattr(tree, "_fields"):
+        raise UsageError(f"a {type(tree).__name__} is a named tuple, which would arrive as a plain one: use a tuple or a dict")
     if isinstance(tree, tuple | list):
-        items = [flatten(item, leaves) for item in tree]
-        return {"u" if isinstance(tree, tuple) else "l": items}
+        return ("u" if isinstance(tree, tuple) else "l", *[flatten(item, leaves) for item in tree])
     if isinstance(tree, dict) and all(isinstance(name, str) for name in tree):
-        return {"d": {name: flatten(item, leaves) for name, item in tree.items()}}
+        return ("d", *[(name, flatten(item, leaves)) for name, item in tree.items()])
     if tree is None or isinstance(tree, bool | int | float | str):
-        return {"c": tree}
+        return ("c", repr(tree), tree)  # repr, because 1, 1.0 and True are equal, and layouts are looked up by equality
     raise UsageError(f"a {type(tree).__name__} cannot travel between stages: use tensors in tuples, lists and dicts with string keys")
 
 
 def unflatten(shape: Any, leaves: list[Tensor]) -> Tree:
     """The tree that `flatten` took apart."""
-    [(kind, rest)] = shape.items()
+    kind = shape[0]
     if kind == "t":
-        return leaves[rest]
+        return leaves[shape[1]]
     if kind == "c":
-        return rest
+        return shape[2]
     if kind == "d":
-        return {name: unflatten(item, leaves) for name, item in rest.items()}
-    items = [unflatten(item, leaves) for item in rest]
+        return {name: unflatten(item, leaves) for name, item in shape[1:]}
+    items = [unflatten(item, leaves) for item in shape[1:]]
     return tuple(items) if kind == "u" else items
 
 
@@ -94,7 +95,7 @@ def pack(name: Name, message: Message, apart: Callable[[Tensor], bool] = lambda 
     leaves: list[Tensor] = []
     tree = flatten((message.values, message.targets), leaves)
     metas = tuple((str(leaf.dtype)[6:], tuple(leaf.shape), _strides(leaf), apart(leaf)) for leaf in leaves)
-    text, offsets, length = _layout(json.dumps(tree, separators=(",", ":")), metas)
+    text, offsets, length = _layout(tree, metas)
     packed = torch.empty(length, dtype=torch.uint8)
     head = PREFIX.pack(length, name[0].encode(), name[1], name[2], message.weight, message.samples, len(text)) + text
     packed[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
@@ -112,7 +113,7 @@ def packed_length(message: Message) -> int:
     leaves: list[Tensor] = []
     tree = flatten((message.values, message.targets), leaves)
     metas = tuple((str(leaf.dtype)[6:], tuple(leaf.shape), _strides(leaf), False) for leaf in leaves)
-    return _layout(json.dumps(tree, separators=(",", ":")), metas)[2]
+    return _layout(tree, metas)[2]
 
 
 def length_of(start: Tensor) -> int:
@@ -157,21 +158,24 @@ def _strides(leaf: Tensor) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)  # a run has a handful of layouts, and each travels thousands of times
-def _layout(tree: str, metas: tuple[Meta, ...]) -> tuple[bytes, tuple[int, ...], int]:
-    text = json.dumps([json.loads(tree), metas], separators=(",", ":")).encode()
-    end = PREFIX.size + len(text)
+def _layout(tree: Any, metas: tuple[Meta, ...]) -> tuple[bytes, tuple[int, ...], int]:
+    text = json.dumps([tree, metas], separators=(",", ":")).encode()
+    return text, *_offsets(PREFIX.size + len(text), metas)
+
+
+def _offsets(end: int, metas: tuple[Meta, ...]) -> tuple[tuple[int, ...], int]:
     offsets = []
     for dtype, shape, _, apart in metas:
         offsets.append(-(-end // ALIGN) * ALIGN)
         end = offsets[-1] + (0 if apart else torch.Size(shape).numel() * getattr(torch, dtype).itemsize)
-    return text, tuple(offsets), end
+    return tuple(offsets), end
 
 
 @lru_cache(maxsize=256)
 def _read_layout(text: bytes) -> tuple[Any, tuple[Meta, ...], tuple[int, ...]]:
     tree, listed = json.loads(text)
     metas = tuple((dtype, tuple(shape), tuple(strides), apart) for dtype, shape, strides, apart in listed)
-    return tree, metas, _layout(json.dumps(tree, separators=(",", ":")), metas)[1]
+    return tree, metas, _offsets(PREFIX.size + len(text), metas)[0]
 
 
 def _view(packed: Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
