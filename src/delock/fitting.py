@@ -17,7 +17,7 @@ from delock.launch.torchrun import run_torchrun, under_torchrun
 from delock.methods import Method, make
 from delock.methods.base import at_least
 from delock.records import Event, Result, Started, Turn
-from delock.setup import Setup, Spec, prepare, refuse_wrong_workers
+from delock.setup import Layout, Setup, Spec, prepare, refuse_wrong_workers
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 from delock.timeline import Emulation, Slowdown
 from delock.train import Metric, StageResult, run_inline, run_rank
@@ -52,6 +52,8 @@ def fit(
     port: int = 0,
     patience: float = 120.0,
     log_every: int = 10,
+    amp: bool = False,
+    layout: Layout = "default",
     slow: Slowdown | None = None,
     emulate: Emulation | None = None,
     trace: bool = False,
@@ -82,6 +84,8 @@ def fit(
                 `threads` threads in all; under torchrun its ranks are used, and only rank 0 gets the Result, the others None
     device      "cpu", "cuda" (stage k on GPU k; inline: all stages on one), "cuda:1"
     patience    seconds without any progress after which a hung run is ended (more where one op is measured to take long); 0: never
+    amp         compute in bfloat16 by autocast; weights, gradients and optimizer stay as they are
+    layout      of images in memory: "default", "channels-last", or "auto", the one that is faster in a trial of all layers
     slow        ticks in which a stage is made to take longer (delock.timeline.Slowdown)
     emulate     stages wait instead of computing (delock.timeline.Emulation), with messages as large as the model's; nothing is learned
     turns       what the stages of an earlier free-running run did, from its TurnsRecords, per stage: it is done again (workers="inline")
@@ -117,6 +121,8 @@ def fit(
         device=device,
         threads=threads,
         log_every=log_every,
+        amp=amp,
+        layout=layout,
         slow=slow,
         emulate=emulate,
         trace=trace,
@@ -142,6 +148,8 @@ def fit(
     if turns is None:
         refuse_wrong_workers(spec.method, spec.workers)
     setup = prepare(spec, cuts)
+    if turns is not None and len(turns) != setup.K:
+        raise UsageError(f"turns of {len(turns)} stages cannot be done again by {setup.K}: cut the network as it was cut then")
     started_here = setup.started(spec)
     tell(started_here)
     if spec.workers == "inline":
@@ -154,7 +162,7 @@ def fit(
             pin=pin,
             port=port,
             device=device,
-            patience=setup.patience(patience),
+            patience=setup.patience(patience, spec.method),
             on_event=lambda rank, event: tell(event),  # type: ignore[arg-type]
         )
     return _result(spec, setup, started_here, results)
@@ -165,6 +173,7 @@ def _torchrun_rank(rank: Rank, spec: Spec) -> StageResult:
     K = spec.stages or (len(spec.cuts) + 1 if spec.cuts is not None else rank.world)
     if rank.world != K:
         raise UsageError(f"torchrun started {rank.world} ranks for {K} stages: start as many ranks as stages (--nproc-per-node {K})")
+    refuse_wrong_workers(spec.method, spec.workers)
     spec.stages = K
     told: list[Any] = [None]
     if rank.rank == 0:

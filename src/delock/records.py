@@ -36,6 +36,7 @@ class Started:
     cuts: tuple[int, ...]
     stages: tuple[StagePrediction, ...]
     samples_per_second: float  # predicted
+    layout: str = "default"  # of images in memory, or "channels last"
     messages: tuple[int, ...] = ()  # bytes of an activation on each link
     encoded: tuple[tuple[float, float], ...] = ()  # with a codec: of it encoded, and of codebooks, means over the messages of each link
 

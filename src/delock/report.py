@@ -78,8 +78,9 @@ def opening(config: TrainConfig, started: Started) -> str:
     stages = f"{K} stages {where[started.workers]}" if K > 1 else f"uncut {where[started.workers]}"
     epochs = f"{started.epochs:.4g} epoch" + ("s" if started.epochs != 1 else "")
     length = f"{epochs} ({started.batches} batches of {config.dataset.batch_size})"
+    layout = f", {started.layout}" if started.layout != "default" else ""
     emulated = ", emulated: stages wait, and nothing is learned" if config.machine.emulate else ""
-    return f"{started.method}: {config.network.model} on {config.dataset.data}, {stages}, {length}{emulated}"
+    return f"{started.method}: {config.network.model} on {config.dataset.data}, {stages}, {length}{layout}{emulated}"
 
 
 def closing(story: Story) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from delock.codecs import Codec
 from delock.codecs.coding import check as check_codec
 from delock.codecs.coding import predicted
+from delock.computing import Computing
 from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.feed import samples
@@ -28,6 +29,7 @@ from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 from delock.timeline import Costs, Emulation, Slowdown, predict
 from delock.train import Job, Metric
 
+Layout = Literal["default", "channels-last", "auto"]
 SLOW_BATCHES = 400  # enough for a mean over random slow ticks
 SLOW = 20  # an op on a machine that others use too may take so many times what it took when it was measured
 
@@ -54,6 +56,8 @@ class Spec:
     seed: int
     device: str
     threads: int
+    amp: bool
+    layout: Layout
     slow: Slowdown | None
     emulate: Emulation | None
     log_every: int
@@ -87,6 +91,7 @@ class Setup:
     cuts: tuple[int, ...]
     costs: list[AtomCost]
     rows: int  # samples in the batch that was measured
+    how: Computing
     modules: Sequence[StageModule | Emulated] = ()
     heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
     head_seconds: dict[int, float] = field(default_factory=dict)  # stage -> its head forward and backward, on a whole batch
@@ -97,9 +102,9 @@ class Setup:
         """Number of stages."""
         return len(self.cuts) + 1
 
-    def patience(self, asked: float) -> float:
+    def patience(self, asked: float, method: Method) -> float:
         """Seconds to wait for a sign of life: what was asked for, but never less than an op of this network may well take."""
-        slowest = max(sum(cost.total_s for cost in self.costs[a:b]) for a, b in self.bounds())
+        slowest = max(slowdown(method, k) * sum(cost.total_s for cost in self.costs[a:b]) for k, (a, b) in enumerate(self.bounds()))
         return max(asked, SLOW * slowest) if asked > 0 else 0.0
 
     def bounds(self) -> list[tuple[int, int]]:
@@ -129,6 +134,7 @@ class Setup:
                 codec=spec.codec,
                 error_codec=spec.error_codec,
                 slow=spec.slow,
+                how=self.how,
                 emulated=spec.emulate is not None,
                 log_every=spec.log_every,
                 trace=spec.trace,
@@ -145,7 +151,8 @@ class Setup:
         backward = tuple(share * (waits.backward if waits else sum(cost.backward_s for cost in atoms)) for atoms in own)
         head = tuple(share * self.head_seconds.get(k, 0.0) for k in range(self.K))
         forecast = predict(spec.method, self.K, Costs(forward, backward, head=head, slow=spec.slow), SLOW_BATCHES if spec.slow else None)
-        period = forecast.period if spec.workers != "inline" else sum(forward + backward + head) * spec.method.parts
+        own_pace = max(slowdown(spec.method, k) * (forward[k] + backward[k] + head[k]) for k in range(self.K))
+        period = max(forecast.period, own_pace) if spec.workers != "inline" else sum(forward + backward + head) * spec.method.parts
         predictions = tuple(
             StagePrediction(
                 stage=k,
@@ -169,6 +176,7 @@ class Setup:
             cuts=self.cuts,
             stages=predictions,
             samples_per_second=self.rows / period,
+            layout="channels last" if self.how.channels_last else "default",
             messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
             encoded=tuple(self._encoded(spec.codec, cut, spec.method.parts) for cut in self.cuts) if spec.codec else (),
         )
@@ -183,11 +191,13 @@ class Setup:
 def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
     """Check everything that can be checked before the start, measure the network on a first batch, and cut it. Raises UsageError."""
     course = spec.course()
+    if spec.slow and isinstance(spec.method, AsyncDGL) and spec.method.noise:
+        raise UsageError("noise and straggle both make stages slower: use one of them")
     parts = atoms(spec.model)
     K = _number_of_stages(spec, cuts, len(parts))
     refuse_unfit(parts, K, cuts, spec.method, spec.train.sizes())
     inputs, targets = next(iter(spec.train.epoch(0)))
-    costs = _measure(spec, parts, inputs, targets)
+    how, costs = _choice(spec, parts, inputs, targets)
     if cuts is None:
         cuts = balance([cost.total_s for cost in costs], K, [cost.params for cost in costs])
     found = tuple(resolve_cuts(parts, cuts))
@@ -196,12 +206,12 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
     if any(map(has_batch_norm, heads.values())):
         _refuse_single_samples(spec.train.sizes() or [], spec.method.parts)
     shaped = {k: costs[found[k] - 1].shape for k in heads}
-    seconds = {k: _head_cost(spec, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]}
+    seconds = {k: _head_cost(spec, how, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]}
     if spec.emulate:
-        return Setup(course, parts, found, costs, samples(inputs), *_emulated(spec, spec.emulate, [*found, len(parts)], costs))
+        return Setup(course, parts, found, costs, samples(inputs), how, *_emulated(spec, spec.emulate, [*found, len(parts)], costs))
     modules = stages(parts, found)
     shares = _head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
-    return Setup(course, parts, found, costs, samples(inputs), modules, heads, seconds, shares)
+    return Setup(course, parts, found, costs, samples(inputs), how, modules, heads, seconds, shares)
 
 
 def _emulated(
@@ -249,10 +259,10 @@ def _head(spec: Spec, k: int, shape: tuple[int, ...], logits: tuple[int, ...]) -
     return build_head(spec.heads or choose(shape), shape, logits[-1], seed=key(spec.seed, "head", k))
 
 
-def _head_cost(spec: Spec, k: int, head: nn.Module, shape: tuple[int, ...], targets: Any) -> float:
+def _head_cost(spec: Spec, how: Computing, k: int, head: nn.Module, shape: tuple[int, ...], targets: Any) -> float:
     try:
         outputs = torch.zeros(shape, dtype=next((w.dtype for w in head.parameters()), None))
-        return _measure(spec, [Atom(f"head of stage {k}", head)], outputs, targets)[0].total_s
+        return _measure(spec, how, [Atom(f"head of stage {k}", head)], outputs, targets)[0].total_s
     except UsageError as error:
         raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from None
 
@@ -273,11 +283,19 @@ def _head_shares(
     return shares
 
 
-def _measure(spec: Spec, parts: list[Atom], inputs: Any, targets: Any) -> list[AtomCost]:
+def _choice(spec: Spec, parts: list[Atom], inputs: Any, targets: Any) -> tuple[Computing, list[AtomCost]]:
+    """How to compute, and what the atoms cost then; of two layouts the one that is faster here and now."""
+    layouts = {"default": (False,), "channels-last": (True,), "auto": (False, True)}[spec.layout]
+    ways = [Computing(spec.amp, channels_last) for channels_last in layouts]
+    measured = [(how, _measure(spec, how, parts, inputs, targets)) for how in ways]
+    return min(measured, key=lambda pair: sum(cost.total_s for cost in pair[1]))
+
+
+def _measure(spec: Spec, how: Computing, parts: list[Atom], inputs: Any, targets: Any) -> list[AtomCost]:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(spec.threads)
-        return measure(parts, inputs, targets, spec.loss, device=spec.device)
+        return measure(parts, inputs, targets, spec.loss, device=spec.device, how=how)
     finally:
         torch.set_num_threads(before)
 
@@ -290,6 +308,11 @@ def _number_of_stages(spec: Spec, cuts: Sequence[int | str] | None, layers: int)
     if spec.stages is not None:
         return spec.stages
     return layers if isinstance(spec.model, list | tuple | nn.ModuleList) else 2
+
+
+def slowdown(method: Method, k: int) -> float:
+    """How many times as long as it needs stage k is made to take by the method itself."""
+    return method.slowdown(k) if isinstance(method, AsyncDGL) else 1.0
 
 
 def refuse_wrong_workers(method: Method, workers: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from delock import memory
 from delock.codecs import Codec
+from delock.computing import PLAIN, Computing
 from delock.data.loader import Loader
 from delock.engine import Engine, Log, busy, run_here
 from delock.feed import Feed
@@ -58,6 +59,7 @@ class Job:
     codec: Codec | None = None  # of activations
     error_codec: Codec | None = None
     slow: Slowdown | None = None  # ticks in which the stage is made to take longer
+    how: Computing = PLAIN
     emulated: bool = False  # the module only waits, so a straggler waits as well
     log_every: int = 10
     window: int = 256
@@ -98,8 +100,8 @@ class RankLike(Protocol):
 class Tracker:
     """The last stage's history: turns losses and outputs into records as they come."""
 
-    def __init__(self, job: Job, log: Log, emit: Callable[[Event], None]) -> None:
-        self.job, self.logs, self.emit = job, [log], emit  # logs: those of all stages that take turns in this process
+    def __init__(self, job: Job, log: Log, emit: Callable[[Event], None], device: torch.device) -> None:
+        self.job, self.emit, self.device, self.logs = job, emit, device, [log]  # logs: those of all stages that take turns in this process
         self.losses: list[float] = []
         self.evaluations: list[EvaluationRecord] = []
         self.samples = 0
@@ -143,8 +145,9 @@ class Tracker:
         if not self.judged:
             self.paused = self.seconds(until=self.last)
         measures = {"": self.job.loss, **self.job.metrics}
-        for name, measure in measures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(measure(result.values, result.targets)) * result.samples
+        with self.job.how.context(self.device):
+            found = {name: float(measure(result.values, result.targets)) for name, measure in measures.items()}
+        self.sums = {name: self.sums.get(name, 0.0) + value * result.samples for name, value in found.items()}
         self.judged += result.samples
         if (op.batch + 1) % self.job.course.evaluation == 0:
             means = {name: total / self.judged for name, total in self.sums.items()}
@@ -179,9 +182,10 @@ class Worker:
             seed=job.seed,
             device=device,
             mixed=getattr(job.method, "at", None) == "mixed",
+            how=job.how,
         )
         self.log = Log(spans=[] if job.trace else None)
-        self.tracker = Tracker(job, self.log, emit)
+        self.tracker = Tracker(job, self.log, emit, device)
         self.sent = link.sent
         self.engine = Engine(
             self.stage,

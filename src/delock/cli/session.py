@@ -176,6 +176,8 @@ def fit_config(
         port=machine.port,
         patience=machine.patience,
         log_every=config.output.log_every,
+        amp=machine.amp == "bf16",
+        layout=machine.layout,
         slow=straggler(machine.straggle, config.network.stages or 1, training.seed) if machine.straggle else None,
         emulate=Emulation.parse(machine.emulate) if machine.emulate else None,
         trace=config.output.trace,

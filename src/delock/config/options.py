@@ -194,6 +194,10 @@ class MachineOptions:
     """Give each stage's process cores of its own, where the system can."""
     port: int = 0
     """Port at which the processes meet; 0 is any free one."""
+    amp: Literal["no", "bf16"] = "no"
+    """bf16: compute in bfloat16 by autocast; weights and optimizer stay in their own precision."""
+    layout: Literal["default", "channels-last", "auto"] = "default"
+    """Of images in memory; auto tries both on one batch and takes the faster."""
     straggle: Annotated[str | None, shown("no stage", "STAGE:S")] = None
     """Make a stage slower: 1:0.5, stage 1 takes half as long again; random:0.5, every stage does in one of K ticks."""
     emulate: Annotated[str | None, shown("no", "F:B")] = None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from delock.computing import PLAIN, Computing
 from delock.errors import UsageError
 from delock.nets.split import Atom
 
@@ -50,6 +51,7 @@ def measure(
     *,
     repeats: int = 3,
     device: torch.device | str = "cpu",
+    how: Computing = PLAIN,
 ) -> list[AtomCost]:
     """Cost of each atom in training mode on one batch: median over `repeats`; the last atom's includes the loss.
 
@@ -60,17 +62,17 @@ def measure(
     """
     device = torch.device(device)
     costs = []
-    value: Value = tree_map_only(Tensor, lambda x: x.to(device), inputs)
+    value: Value = tree_map_only(Tensor, lambda x: how.laid_out(x.to(device)), inputs)
     targets = tree_map_only(Tensor, lambda x: x.to(device), targets)
     learns = (False,) * len(_tensors(value))  # per tensor: does it want a gradient
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         for i, atom in enumerate(atoms):
             last = i == len(atoms) - 1
-            module = copy.deepcopy(atom.module).to(device).train()
+            module = how.prepared(copy.deepcopy(atom.module).to(device)).train()
             runs = []
             for _ in range(repeats):
                 try:
-                    forward_s, backward_s, out = _run(module, value, learns, (lambda h: loss(h, targets)) if last else None, device)
+                    forward_s, backward_s, out = _run(module, value, learns, (lambda h: loss(h, targets)) if last else None, device, how)
                 except (torch.OutOfMemoryError, UsageError):
                     raise
                 except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -126,18 +128,20 @@ def _cheapest(cost: np.ndarray[Any, Any], bare: np.ndarray[Any, Any], K: int, jo
 
 
 def _run(
-    module: nn.Module, value: Value, learns: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device
+    module: nn.Module, value: Value, learns: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, how: Computing
 ) -> tuple[float, float, Value]:
     """Seconds of one forward and of one backward, and the output with its graph spent."""
     leaves = [x.detach().requires_grad_(learn) for x, learn in zip(_tensors(value), learns, strict=True)]
     given = [x.clone() for x in leaves]  # an atom may write on its input
     wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
     began = _now(device)
-    out = module(given[0] if isinstance(value, Tensor) else tuple(given))
+    with how.context(device):
+        out = module(given[0] if isinstance(value, Tensor) else tuple(given))
     if not (isinstance(out, Tensor) or (isinstance(out, tuple) and all(isinstance(x, Tensor) for x in out))):
         returned = f"a {type(module).__name__} returns a {type(out).__name__}"
         raise UsageError(f"{returned}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
-    ends = [x for x in _tensors(out if loss is None else loss(out)) if x.requires_grad]
+    with how.context(device):
+        ends = [x for x in _tensors(out if loss is None else loss(out)) if x.requires_grad]
     forward_s = _now(device) - began
     if not ends:
         return forward_s, 0.0, out

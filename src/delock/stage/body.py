@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.prune import BasePruningMethod
 
+from delock.computing import PLAIN, Computing
 from delock.errors import UsageError
 from delock.keys import key
 from delock.links.message import Tree
@@ -22,11 +23,12 @@ _REPARAMETRIZING = frozenset({"WeightNorm", "SpectralNorm"})
 class Body:
     """A module in training mode on a device. It is called with one argument, a tensor or a tuple of tensors, and returns the same.
 
-    Dropout draws from torch's default generator of the device, seeded with key(*name, batch) before every call that learns.
+    `how`: the layout of its tensors, and the precision it computes in. Dropout draws from torch's default generator of the device, seeded
+    with key(*name, batch) before every call that learns.
     """
 
-    def __init__(self, module: nn.Module, name: tuple[int | str, ...], device: torch.device) -> None:
-        self.module, self.name, self.device = module.to(device).train(), name, device
+    def __init__(self, module: nn.Module, name: tuple[int | str, ...], device: torch.device, how: Computing = PLAIN) -> None:
+        self.module, self.name, self.device, self.how = how.prepared(module.to(device)).train(), name, device, how
         self.weights: Weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.own: frozenset[int] | None = None  # addresses of weights and buffers; None: not asked for yet
         self.clones_inputs: bool | None = None  # whether the module writes to its input; None: not seen yet
@@ -43,13 +45,14 @@ class Body:
             instead |= {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         self._seed(batch)
         entered = self._enter(values, leaves)
-        return functional_call(self.module, instead, (entered,)) if instead else self.module(entered)
+        with self.how.context(self.device):
+            return functional_call(self.module, instead, (entered,)) if instead else self.module(entered)
 
     def evaluate(self, values: Tree) -> Tree:
         """f(values) in eval mode, without a graph."""
         self.module.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.how.context(self.device):
                 return self.module(self._enter(values, ()))
         finally:
             self.module.train()
@@ -64,7 +67,7 @@ class Body:
     def _enter(self, values: Tree, leaves: tuple[Tensor, ...]) -> Tree:
         """The module's argument; cloned where the module's first op writes in place."""
         clone = self.clones_inputs is not False
-        entered = [t.clone() if clone else t for t in with_leaves(values, leaves)]
+        entered = [self.how.laid_out(t.clone() if clone else t) for t in with_leaves(values, leaves)]
         if self.clones_inputs is None and hasattr(Tensor, "_version"):  # without that counter every call clones
             self._watch(entered)
         return like(values, entered)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from delock.computing import PLAIN, Computing
 from delock.errors import UsageError
 from delock.links.message import Message
 from delock.ops import Backward, Forward, Update
@@ -48,13 +49,17 @@ class Stage:
         device: torch.device | str = "cpu",
         mixed: bool = False,
         resumable: bool = False,
+        how: Computing = PLAIN,
     ) -> None:
         self.k, self.K, self.loss, self.mixed, self.resumable = k, K, loss, mixed, resumable
         self.device = torch.device(device)
-        self.body = Body(module, (seed, k), self.device)
-        self.head = Body(head, (seed, k, "head"), self.device) if head is not None else None
+        self.how = how
+        self.body = Body(module, (seed, k), self.device, how)
+        self.head = Body(head, (seed, k, "head"), self.device, how) if head is not None else None
         if mixed:
             refuse_derived_weights(module)
+            if how.amp:
+                raise UsageError('at="mixed" does not go with amp: autocast computes with copies of the weights, and graphs keep them')
         named = [((names or {}).get(name, name), w) for name, w in self.body.weights.items()]
         named += [(f"heads.{k}.{name}", w) for name, w in self.head.weights.items()] if self.head else []
         self.learner = Learner(named, optimizer, schedule, mixed)
@@ -206,7 +211,8 @@ class Stage:
     def _loss(self, outputs: Any, memory: Memory) -> Tensor:
         assert self.loss is not None
         with torch.enable_grad():
-            loss = self.loss(outputs, memory.message.targets)
+            with self.how.context(self.device):
+                loss = self.loss(outputs, memory.message.targets)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise UsageError(f"the loss must be one number for a batch, but loss(outputs, targets) returned {shape}; take its mean")

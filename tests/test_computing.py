@@ -1,0 +1,87 @@
+"""bfloat16 and channels_last: plain training does the same, and one process does what many do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from delock.computing import Computing
+from delock.errors import UsageError
+from delock.fitting import fit
+from delock.methods import BP, DGL, DSP, FDG, Interlocking, Method
+from delock.nets import build
+
+from harness import assert_equal, in_processes, inline, jobs
+from workloads import Samples, sgd
+
+WAYS = (Computing(amp=True), Computing(channels_last=True), Computing(True, True))
+SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+def plain(data: Samples, how: Computing, epochs: int) -> tuple[nn.Module, list[float]]:
+    """The loop that everybody writes."""
+    model = build("resnet8", classes=10, in_channels=3, image_size=8).train()
+    if how.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer, losses = SGD(model.parameters()), []
+    for _ in range(epochs):
+        for x, y in data.epoch(0):
+            x = x.contiguous(memory_format=torch.channels_last) if how.channels_last else x
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=how.amp):
+                loss = cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return model, losses
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("stages", [1, 3])
+def test_backpropagation_is_plain_training(how: Computing, stages: int) -> None:
+    data = Samples("image", 24, 8, torch.float32)
+    data.epoch = lambda e, epoch=data.epoch: epoch(0)  # type: ignore[method-assign,misc]
+    model = build("resnet8", classes=10, in_channels=3, image_size=8)
+    layout = "channels-last" if how.channels_last else "default"
+    result = fit(model, data, loss=cross_entropy, method="bp", optimizer=SGD, stages=stages, cuts=None if stages == 1 else [4, 5],
+                 epochs=2, workers="inline", amp=how.amp, layout=layout)  # fmt: skip
+    other, losses = plain(data, how, 2)
+    assert result is not None
+    assert result.losses == losses
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("method", [BP(), FDG(), DSP(), DGL(), Interlocking(2)], ids=str)
+def test_processes_equal_one_process(method: Method) -> None:
+    made = [replace(job, how=Computing(True, True)) for job in jobs("conv", 3, method)]
+    assert_equal(inline(made), in_processes([replace(job, how=Computing(True, True)) for job in jobs("conv", 3, method)]))
+
+
+def test_what_travels_is_as_small_as_what_is_computed() -> None:
+    data, told = Samples("image", 24, 8, torch.float32), []
+    for amp in (False, True):
+        layers = [nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.Linear(288, 10))]
+        result = fit(layers, data, loss=cross_entropy, method="bp", optimizer=sgd, steps=2, workers="inline", amp=amp)
+        assert result is not None
+        told.append(result.started.messages[0])
+    assert told[0] == 2 * told[1]
+
+
+def test_auto_takes_one_of_the_two() -> None:
+    data = Samples("image", 24, 8, torch.float32)
+    model = build("resnet8", classes=10, in_channels=3, image_size=8)
+    result = fit(model, data, loss=cross_entropy, method="bp", optimizer=sgd, steps=2, workers="inline", layout="auto")
+    assert result is not None
+    assert result.started.layout in ("default", "channels last")
+
+
+def test_mixed_is_refused_under_autocast() -> None:
+    data = Samples("image", 24, 8, torch.float32)
+    model = build("resnet8", classes=10, in_channels=3, image_size=8)
+    with pytest.raises(UsageError, match="does not go with amp"):
+        fit(model, data, loss=cross_entropy, method=FDG(at="mixed"), optimizer=sgd, steps=2, workers="inline", amp=True)
