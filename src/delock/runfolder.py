@@ -24,23 +24,24 @@ TRACE = "trace.jsonl"  # of a free-running run: its plan as it happened
 OURS = (CONFIG, METRICS, SUMMARY, MODEL, ALPHABET, TRACE, TIMELINE, *PICTURES, "compare.json", "compare.md", "compare.png", "compare.svg")
 
 
-def load_turns(folder: Path) -> list[list[Turn]]:
-    """What trace.jsonl tells, per stage; the last line of a run that was cut off may be missing a half, and is left out.
+def load_turns(folder: Path, K: int) -> list[list[Turn]]:
+    """What trace.jsonl tells of each of K stages; the last line of a run that was cut off may be missing a half, and is left out.
 
-    Raises UsageError where there is no such file.
+    Raises UsageError where there is no such file, and for one with anything else in it.
     """
     try:
-        lines = (folder / TRACE).read_text(encoding="utf-8").splitlines()
+        lines = (folder / TRACE).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         raise UsageError(f"{folder} holds no {TRACE}, which a run with dgl-async and turns free keeps from its first turns on") from None
-    stages: dict[int, list[Turn]] = {}
-    for line in lines:
+    stages: list[list[Turn]] = [[] for _ in range(K)]
+    for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        stages.setdefault(values.pop("stage"), []).append(Turn(**values))
-    return [stages.get(k, []) for k in range(max(stages, default=-1) + 1)]
+            stages[range(K).index(values.pop("stage"))].append(Turn(**values))
+        except (ValueError, TypeError, AttributeError, LookupError):
+            if number < len(lines) or line.endswith("}"):
+                raise UsageError(f"line {number} of {folder / TRACE} is not a turn of one of {K} stages") from None
+    return stages
 
 
 class RunFolder:

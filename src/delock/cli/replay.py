@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delock.cli.arguments import parse
+from delock.cli.ranks import ranks
 from delock.cli.screen import Screen
 from delock.cli.session import fit_config
 from delock.cli.workload import build_model, load_data
 from delock.config import TrainConfig, build, make_method, resolve, toml
 from delock.errors import DelockError, UsageError
 from delock.methods import AsyncDGL
+from delock.ops import Forward, Update
+from delock.plan.turns import recorded
 from delock.records import EvaluationRecord, Event, StepRecord, Turn
 from delock.report import evaluated, trained
 from delock.runfolder import CONFIG, MODEL, load_turns
@@ -39,20 +42,31 @@ def run(words: Sequence[str]) -> int:
     parse(ReplayConfig, words[1:] if path else words, "replay RUN", ABOUT)
     if path is None:
         raise UsageError("say first which run: delock replay RUN, with the folder of a run with --method dgl-async")
+    if ranks():
+        raise UsageError("replay does everything in one process: start it without torchrun")
     config = read_config(path)
-    turns, screen = load_turns(path), Screen()
+    turns, screen = load_turns(path, config.network.stages or 1), Screen()
     state = repeat(config, turns, screen)
-    updates = [sum(turn.trains for turn in stage) for stage in turns]
-    done = f"{sum(map(len, turns)):,} turns of {len(turns)} stages, {'/'.join(map(str, updates))} updates"
+    done = f"replayed {extent(turns)}"
     if not (path / MODEL).is_file():
-        screen.line(f"replayed {done}: as far as the trace goes, for the run was cut off; it left no weights to compare with")
+        screen.line(f"{done}: the run was cut off, and this is as far as its trace goes; it left no weights to compare with")
         return 0
     different = differences(state, path / MODEL)
     if different:
         some = ", ".join(different[:3])
-        raise DelockError(f"replayed {done}: {len(different)} of {len(state)} tensors differ from those of the run, such as {some}")
-    screen.line(f"replayed {done}: the weights equal those of the run, to the last bit")
+        raise DelockError(f"{done}: {len(different)} of {len(state)} tensors differ from those of the run, such as {some}")
+    screen.line(f"{done}: the weights equal those of the run, to the last bit")
     return 0
+
+
+def extent(turns: Sequence[Sequence[Turn]]) -> str:
+    """How much of a trace can be done again, in words: of a run that was cut off, not what read turns that are missing."""
+    plan, whole = recorded(turns)
+    done = [[step.op for step in column] for column in plan.columns]
+    forwards = sum(isinstance(op, Forward) for column in done for op in column)
+    updates = "/".join(str(sum(isinstance(op, Update) for op in column)) for column in done)
+    left = "" if whole else f" of {sum(map(len, turns)):,} on record (the others read what is not)"
+    return f"{forwards:,} turns{left} of {plan.K} stage{'s' if plan.K > 1 else ''}, {updates} updates"
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -63,6 +77,8 @@ def read_config(run: Path) -> TrainConfig:
     method = make_method(config.algorithm)
     if not (isinstance(method, AsyncDGL) and method.turns == "free"):
         raise UsageError(f"{run} was not free-running: its plan is fixed, so delock train --config {run / CONFIG} repeats it")
+    if config.machine.emulate:
+        raise UsageError(f"the stages of {run} were emulated: they computed nothing that could be done again")
     return config
 
 

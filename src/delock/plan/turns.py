@@ -18,14 +18,16 @@ from delock.replay import Account, ReplayBuffer
 def drawn(method: AsyncDGL, K: int, course: Course, seed: int = 0) -> tuple[Plan, list[Account]]:
     """The whole plan of a run in one process, a tick per turn, and per stage what was read.
 
-    A stage whose buffer has nothing for it loses its turn. With course.every all stages evaluate when stage 0 has made so many updates.
-    Raises UsageError when the method does not fit K stages.
+    A stage loses its turn whose buffer has nothing for it, or that is done, as all above it are. With course.every all stages evaluate
+    when stage 0 has made so many updates. Raises UsageError when the method does not fit K stages.
     """
     method.fits(K)
     buffers: list[ReplayBuffer[None]] = [ReplayBuffer(method.buffer, method.max_reuse) for _ in range(K)]  # in front of each stage
     columns = [_Column(k, K, course) for k in range(K)]
     for tick, k in enumerate(_turns(method, K, seed)):
         column = columns[k]
+        if all(other.done for other in columns[k:]):
+            continue
         entry = buffers[k].get() if k > 0 else None
         if k > 0 and entry is None:
             continue
@@ -42,9 +44,9 @@ def drawn(method: AsyncDGL, K: int, course: Course, seed: int = 0) -> tuple[Plan
 
 
 def recorded(turns: Sequence[Sequence[Turn]], clip: float | None = None) -> tuple[Plan, bool]:
-    """The plan of what K processes did, as far as every stage's reads are on record, and whether that is all of it.
+    """The plan of what K processes did, each stage's as far as what it read is on record, and whether that is all of their turns.
 
-    A tick is the earliest at which all that was read is there, one per batch of stage 0.
+    A tick is the earliest at which all that was read is there, one per turn of stage 0.
     """
     columns: list[list[Step]] = []
     made: dict[tuple[int, bool], int] = {}  # (ordinal or evaluation batch, evaluates) of the stage below -> its tick
@@ -127,4 +129,4 @@ def _turns(method: AsyncDGL, K: int, seed: int) -> Iterator[int]:
         yield from (i % K for i in count())
     heights = list(accumulate(1 / method.slowdown(k) for k in range(K)))
     for i in count():
-        yield bisect_right(heights, key("turn", seed, i) / 2**63 * heights[-1])
+        yield bisect_right(heights, key("turn", seed, i) / 2**63 * heights[-1], hi=K - 1)
