@@ -17,7 +17,7 @@ from delock.methods import BP, DGL, DSP, FDG, Interlocking, Method
 from delock.nets import build
 
 from harness import assert_equal, in_processes, inline, jobs
-from workloads import Samples, sgd
+from workloads import WORK, Samples, sgd
 
 WAYS = (Computing(amp=True), Computing(channels_last=True), Computing(True, True))
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -85,3 +85,41 @@ def test_mixed_is_refused_under_autocast() -> None:
     model = build("resnet8", classes=10, in_channels=3, image_size=8)
     with pytest.raises(UsageError, match="does not go with amp"):
         fit(model, data, loss=cross_entropy, method=FDG(at="mixed"), optimizer=sgd, steps=2, workers="inline", amp=True)
+
+
+@pytest.mark.parametrize("work", ["conv", "tuple"])
+def test_slices_have_the_gradient_of_the_whole_but_for_batch_norm(work: str) -> None:
+    net, kind, loss = WORK[work]
+    data = Samples(kind, 22, 8, torch.float64)
+    runs = []
+    for chunks in (1, 3, 100):
+        stages = [without_norm_and_dropout(stage) for stage in net(3, torch.float64)]
+        result = fit(stages, data, loss=loss, method=FDG(), optimizer=sgd, epochs=2, workers="inline", chunks=chunks)
+        assert result is not None
+        runs.append((result.losses, [p for stage in stages for p in stage.parameters()]))
+    for losses, weights in runs[1:]:
+        assert losses == pytest.approx(runs[0][0], abs=1e-10)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(weights, runs[0][1], strict=True))
+
+
+def without_norm_and_dropout(module: nn.Module) -> nn.Module:
+    """The module with batch norm and dropout in eval mode for good: the one is per slice, the other draws per slice."""
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+        for name, inner in child.named_children():
+            if isinstance(inner, nn.BatchNorm1d | nn.BatchNorm2d):
+                setattr(child, name, nn.Identity())
+    return module
+
+
+def test_slices_in_processes_equal_one_process() -> None:
+    how = Computing(chunks=3)
+    made = [[replace(job, how=how) for job in jobs("conv", 3, FDG())] for _ in range(2)]
+    assert_equal(inline(made[0]), in_processes(made[1]))
+
+
+def test_a_slice_of_one_sample_before_batch_norm_is_refused() -> None:
+    model = build("resnet8", classes=10, in_channels=3, image_size=8)
+    with pytest.raises(UsageError, match="single sample in front of BatchNorm"):
+        fit(model, Samples("image", 24, 8, torch.float32), loss=cross_entropy, optimizer=sgd, steps=2, workers="inline", chunks=5)

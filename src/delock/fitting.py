@@ -54,6 +54,7 @@ def fit(
     log_every: int = 10,
     amp: bool = False,
     layout: Layout = "default",
+    chunks: int = 1,
     slow: Slowdown | None = None,
     emulate: Emulation | None = None,
     trace: bool = False,
@@ -86,6 +87,7 @@ def fit(
     patience    seconds without any progress after which a hung run is ended (more where one op is measured to take long); 0: never
     amp         compute in bfloat16 by autocast; weights, gradients and optimizer stay as they are
     layout      of images in memory: "default", "channels-last", or "auto", the one that is faster in a trial of all layers
+    chunks      slices in which a batch goes through a stage, so that each may stay in the cache; batch norm is then per slice
     slow        ticks in which a stage is made to take longer (delock.timeline.Slowdown)
     emulate     stages wait instead of computing (delock.timeline.Emulation), with messages as large as the model's; nothing is learned
     turns       what the stages of an earlier free-running run did, from its TurnsRecords, per stage: it is done again (workers="inline")
@@ -98,6 +100,7 @@ def fit(
         raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
     at_least("threads", threads, 1)
     at_least("log_every", log_every, 1)
+    at_least("chunks", chunks, 1)
     backend_for(device, None, 1)  # refuses a device that is not there
     spec = Spec(
         model=model,
@@ -123,6 +126,7 @@ def fit(
         log_every=log_every,
         amp=amp,
         layout=layout,
+        chunks=chunks,
         slow=slow,
         emulate=emulate,
         trace=trace,

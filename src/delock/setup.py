@@ -58,6 +58,7 @@ class Spec:
     threads: int
     amp: bool
     layout: Layout
+    chunks: int
     slow: Slowdown | None
     emulate: Emulation | None
     log_every: int
@@ -203,8 +204,9 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
     found = tuple(resolve_cuts(parts, cuts))
     _refuse_unfit_codecs(spec, [costs[cut - 1] for cut in found])
     heads = _heads(spec, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
-    if any(map(has_batch_norm, heads.values())):
-        _refuse_single_samples(spec.train.sizes() or [], spec.method.parts)
+    normed = [nn.ModuleList(atom.module for atom in parts), *heads.values()] if spec.chunks > 1 else [*heads.values()]
+    if any(map(has_batch_norm, normed)):
+        _refuse_single_samples(spec.train.sizes() or [], spec.method.parts * spec.chunks)
     shaped = {k: costs[found[k] - 1].shape for k in heads}
     seconds = {k: _head_cost(spec, how, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]}
     if spec.emulate:
@@ -286,7 +288,7 @@ def _head_shares(
 def _choice(spec: Spec, parts: list[Atom], inputs: Any, targets: Any) -> tuple[Computing, list[AtomCost]]:
     """How to compute, and what the atoms cost then; of two layouts the one that is faster here and now."""
     layouts = {"default": (False,), "channels-last": (True,), "auto": (False, True)}[spec.layout]
-    ways = [Computing(spec.amp, channels_last) for channels_last in layouts]
+    ways = [Computing(spec.amp, channels_last, spec.chunks) for channels_last in layouts]
     measured = [(how, _measure(spec, how, parts, inputs, targets)) for how in ways]
     return min(measured, key=lambda pair: sum(cost.total_s for cost in pair[1]))
 

@@ -178,6 +178,7 @@ def fit_config(
         log_every=config.output.log_every,
         amp=machine.amp == "bf16",
         layout=machine.layout,
+        chunks=machine.chunks,
         slow=straggler(machine.straggle, config.network.stages or 1, training.seed) if machine.straggle else None,
         emulate=Emulation.parse(machine.emulate) if machine.emulate else None,
         trace=config.output.trace,

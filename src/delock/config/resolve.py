@@ -113,6 +113,7 @@ def _check(config: TrainConfig) -> None:
         "gamma": (training.gamma, 0),
         "seed": (training.seed, 0),
         "threads": (machine.threads, 1),
+        "chunks": (machine.chunks, 1),
         "patience": (machine.patience, 0),
         "log-every": (config.output.log_every, 1),
     }

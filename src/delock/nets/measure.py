@@ -135,8 +135,7 @@ def _run(
     given = [x.clone() for x in leaves]  # an atom may write on its input
     wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
     began = _now(device)
-    with how.context(device):
-        out = module(given[0] if isinstance(value, Tensor) else tuple(given))
+    out = how.apply(module, given[0] if isinstance(value, Tensor) else tuple(given), device)
     if not (isinstance(out, Tensor) or (isinstance(out, tuple) and all(isinstance(x, Tensor) for x in out))):
         returned = f"a {type(module).__name__} returns a {type(out).__name__}"
         raise UsageError(f"{returned}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")

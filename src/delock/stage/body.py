@@ -45,8 +45,9 @@ class Body:
             instead |= {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         self._seed(batch)
         entered = self._enter(values, leaves)
-        with self.how.context(self.device):
-            return functional_call(self.module, instead, (entered,)) if instead else self.module(entered)
+        if not instead:
+            return self.how.apply(self.module, entered, self.device)
+        return self.how.apply(lambda given: functional_call(self.module, instead, (given,)), entered, self.device)
 
     def evaluate(self, values: Tree) -> Tree:
         """f(values) in eval mode, without a graph."""
