@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,8 @@ def simulated(method: Method, K: int, delay: float) -> float:
     """What the simulator says, with that delay on every link."""
     share = 1 / method.parts
     costs = Costs((share * FORWARD,) * K, (share * BACKWARD,) * K, up=(delay,) * (K - 1), down=(delay,) * (K - 1))
-    plan = unroll(method, K, 2 * K + 36)
-    timed = simulate(plan, Costs(**{**{f: getattr(costs, f) for f in Costs.__dataclass_fields__}, "capacity": capacities(method, K)}))
-    return method.parts / throughput(timed)
+    plan = unroll(method, K, 2 * K + 36 + 4 * method.batches_per_update)
+    return method.parts / throughput(simulate(plan, replace(costs, capacity=capacities(method, K))))
 
 
 def main() -> None:
@@ -94,13 +94,18 @@ def main() -> None:
             forecast = simulated(method, K, delay)
             rows.append({"K": K, "method": method.name, "ideal": ideal, "measured": took, "simulated": forecast})
             print(rows[-1], flush=True)
+    (options.out / "runs.json").write_text(json.dumps({"delay": delay, "rows": rows}) + "\n")
+    (options.out / "table.md").write_text(table(rows))
+    print(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A row per run."""
     lines = ["| K | method | ideal (ms) | measured (ms) | ideal / measured | measured / simulated |", "|---:|---|---:|---:|---:|---:|"]
     for row in rows:
         times = f"{1e3 * row['ideal']:.0f} | {1e3 * row['measured']:.0f} | {row['ideal'] / row['measured']:.3f}"
         lines.append(f"| {row['K']} | {row['method']} | {times} | {row['measured'] / row['simulated']:.3f} |")
-    (options.out / "runs.json").write_text(json.dumps({"delay": delay, "rows": rows}) + "\n")
-    (options.out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
