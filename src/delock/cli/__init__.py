@@ -19,6 +19,7 @@ COMMANDS = MappingProxyType(
         "train": "train a network with one method",
         "compare": "train it with several methods, and lay the results side by side",
         "plan": "show what a method does, without training",
+        "bench": "run a benchmark of this checkout, or list them",
         "replay": "do a free-running run again in one process, and compare the weights",
         "sample": "print text from a language model that was trained",
     }
