@@ -36,7 +36,8 @@ def run(words: Sequence[str]) -> int:
     name, *rest = words
     if name not in scripts:
         near = get_close_matches(name, scripts, n=1)
-        raise UsageError(f"there is no benchmark {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(scripts)}"))
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(scripts)}"
+        raise UsageError(f"there is no benchmark {name!r}: {hint}")
     if "--out" not in rest and '"--out"' in scripts[name].read_text(encoding="utf-8"):
         rest = [*rest, "--out", str(scripts[name].parent)]
     return subprocess.run([sys.executable, str(scripts[name]), *rest], check=False).returncode
