@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48, help="batches in a run")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # as Ctrl-C does: everything is taken down
     found: Found = {case: {} for case in CASES}
     try:
         with joined() as ends:

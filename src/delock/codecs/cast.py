@@ -24,10 +24,10 @@ def decode_bf16(payload: dict[str, Any]) -> Tensor:
 def encode_int8(x: Tensor) -> dict[str, Any]:
     """q = round(x / s), halves to even, with s = max |x| / 127 of every channel as float32; a channel of zeros has s = 0."""
     axis = channel_axis(x)
-    rest = [i for i in range(x.dim()) if i != axis]
-    scale = (x.detach().abs().amax(rest) / STEPS).float()  # (C,)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (wide.abs().amax([i for i in range(x.dim()) if i != axis]) / STEPS).float()  # (C,)
     safe = torch.where(scale == 0, 1.0, scale)
-    q = (x / _along(safe, x, axis)).round_().clamp_(-STEPS, STEPS)
+    q = (wide / _along(safe, wide, axis)).round_().clamp_(-STEPS, STEPS)
     return {"codec": "int8", "values": q.to(torch.int8), "scale": scale, "dtype": dtype_name(x)}
 
 

@@ -13,7 +13,7 @@ LARGEST = 65536  # codes: an index then takes two bytes
 
 @dataclass(frozen=True)
 class BF16:
-    """Rounded to bfloat16: half the bytes of float32. Error: at most 2^-9 of a value."""
+    """Rounded to bfloat16: half the bytes of float32. Error: at most 2^-8 of a value."""
 
     name: ClassVar[str] = "bf16"
 
