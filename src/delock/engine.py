@@ -14,6 +14,7 @@ from torch import Tensor
 
 from delock.errors import DelockError, StageFailed, UsageError
 from delock.links import Link, Message
+from delock.links.values import decoded
 from delock.ops import Backward, Forward, Update, label
 from delock.plan import Plan, Step, walk
 from delock.stage import Stage, saving
@@ -209,7 +210,7 @@ class Engine:
         asked = perf_counter()
         message = self.link.receive(source, name)
         self.waited += perf_counter() - asked
-        return message
+        return decoded(message)
 
     def _send(self, to: int, name: tuple[str, int, int], message: Message) -> None:
         self.link.send(to, name, message)

@@ -12,14 +12,14 @@ from delock.codecs import Codec
 from delock.codecs.coding import Encoder, encoder, takes
 from delock.keys import key
 from delock.links import Link, Message, Name
-from delock.links.values import decoded, each
+from delock.links.values import each
 
 
 class CodedLink:
     """Stage k's end of another link. `up`, `down`: the codecs of activations and errors; None sends them as they are.
 
-    What the other link holds is encoded, so a buffer on it, a replay of it or a checkpoint keeps little; `receive` decodes. Evaluation
-    is encoded with what training has learned, and teaches nothing.
+    What the other link holds is encoded, so a buffer on it, a replay of it or a checkpoint keeps little; who receives a message makes
+    tensors of it by `decoded`, whose time is work, not waiting. Evaluation is encoded with what training has learned, and teaches nothing.
     """
 
     def __init__(self, link: Link, k: int, up: Codec | None, down: Codec | None, seed: int) -> None:
@@ -45,8 +45,8 @@ class CodedLink:
         return self.encoders[to, place]
 
     def receive(self, source: int, name: Name) -> Message:
-        """See Link."""
-        return decoded(self.link.receive(source, name))
+        """See Link; encoded."""
+        return self.link.receive(source, name)
 
     def pull(self, source: int, count: int) -> list[tuple[Name, Message]]:
         """See Link; encoded."""
