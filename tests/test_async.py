@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from delock.methods import DGL, AsyncDGL
 from delock.ops import Forward, Update
 from delock.plan import Course, Plan, Step, check
 from delock.plan.turns import drawn
+from delock.records import Turn
 from delock.replay import ReplayBuffer
 
 import oracles
@@ -280,3 +284,30 @@ def test_another_seed_is_another_run() -> None:
     made = [visits(drawn(method, 3, Course(20), seed=seed)[0].columns[2]) for seed in (0, 0, 1)]
     assert made[0] == made[1] != made[2]
 
+
+
+# -- what the docs say -------------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "asynchronous.md").read_text(encoding="utf-8")
+
+
+def test_the_worked_example() -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if re.match(r"\| (put|get)", line)]
+    assert len(rows) > 8
+    buffer: ReplayBuffer[str] = ReplayBuffer(3)
+    for n, (move, read, afterwards) in enumerate(rows):
+        if move == "get":
+            entry = buffer.get()
+            assert entry
+            assert entry.item == read
+        else:
+            buffer.put(move.removeprefix("put "), n)
+        assert " ".join(f"{entry.item}({entry.uses})" for entry in buffer.entries) == afterwards
+
+
+def test_the_line_of_a_trace() -> None:
+    [line] = re.findall(r"```json\n(.*)\n```", PAGE)
+    values = json.loads(line)
+    assert list(values) == ["stage", *(field.name for field in fields(Turn))]
+    told = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", PAGE.split("## The trace")[1], re.MULTILINE))))
+    assert set(values) <= told
