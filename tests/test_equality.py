@@ -9,7 +9,7 @@ import pytest
 
 from delock.engine import run_here
 from delock.links.mailbox import Mailbox
-from delock.methods import ADL, BP, DDG, DSP, FDG, FR, Method, OneFOneB
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, Interlocking, Method, OneFOneB
 from delock.plan import windows
 from delock.train import Worker
 
@@ -37,7 +37,10 @@ def test_windows_in_processes() -> None:
 @pytest.mark.parametrize("work", ["conv", "tuple"])
 @pytest.mark.parametrize(
     "method",
-    [BP(2), OneFOneB(3), DDG(), FR(), FDG(beta=0.5), FDG(at="mixed", order="backward-first"), FDG(at="mixed"), ADL(3), DSP(p=2, q=1)],
+    [
+        *(BP(2), OneFOneB(3), DDG(), FR(), FDG(beta=0.5), FDG(at="mixed", order="backward-first"), FDG(at="mixed"), ADL(3)),
+        *(DSP(p=2, q=1), DGL(), Interlocking(2)),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("stop", [1, 4])
@@ -58,6 +61,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(work: str, method: Method, st
 
     for a, b in zip(second.engines, whole.engines, strict=True):
         same_tree(a.stage.module.state_dict(), b.stage.module.state_dict())
+        assert (a.stage.head is None) == (b.stage.head is None)
+        if a.stage.head and b.stage.head:
+            same_tree(a.stage.head.module.state_dict(), b.stage.head.module.state_dict())
         assert a.stage.optimizer
         assert b.stage.optimizer
         same_tree(a.stage.optimizer.state_dict(), b.stage.optimizer.state_dict())
