@@ -1,0 +1,234 @@
+"""Free-running runs on the command line: trained, compared, done again by `delock replay`, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from delock.cli import main
+from delock.errors import UsageError
+from delock.fitting import fit
+from delock.launch.progress import Progress
+from delock.launch.rank import Rank
+from delock.methods import AsyncDGL
+from delock.runfolder import load_turns
+
+from harness import CPU
+from programs import torchrun
+
+SMALL = ["--model", "mlp", "--limit", "256", "--batch-size", "32", "--test-batch-size", "512", "--no-pin"]
+FREE = ["--method", "dgl-async", "--stages", "3"]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a free run in three processes, one of them slowed, evaluated three times."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("free") / "run"
+    words = [*FREE, "--buffer", "2", "--slow-stage", "1", "--noise", "0.5", "--epochs", "3", "--clip", "1", "--log-every", "8"]
+    assert main(["train", *SMALL, *words, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def copied(ran: Path, here: Path) -> Path:
+    """A copy of it, to be changed."""
+    shutil.copytree(ran, here / "run")
+    return Path("run")
+
+
+def said(code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line that a command says, which ends with that code: to stderr unless it is 0."""
+    capsys.readouterr()
+    assert main(words) == code
+    heard = capsys.readouterr()
+    return (heard.err if code else heard.out).splitlines()[-1]
+
+
+# -- a run and its folder ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_turns_and_tells_of_its_buffers(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {path.name for path in ran.iterdir()} == {"config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "trace.jsonl"}
+    turns = load_turns(ran, 3)
+    assert [sum(turn.trains for turn in stage) for stage in turns] == [24] * 3
+    assert [sum(turn.evaluates for turn in stage) for stage in turns] == [3] * 3
+    first = json.loads((ran / "trace.jsonl").read_text().splitlines()[0])
+    assert set(first) == {"stage", "ordinal", "source", "trains", "version", "evaluates", "sent", "start", "end"}
+    told = json.loads((ran / "summary.json").read_text())
+    assert (told["status"], told["options"]["noise"], told["test_accuracy"] > 0.2) == ("finished", 0.5, True)
+    assert "reuse_histogram" not in told["stages"][0]
+    for stage, below in zip(told["stages"][1:], turns, strict=False):
+        sent = sum(turn.sent and not turn.evaluates for turn in below)
+        assert sum(stage["reuse_histogram"].values()) == sent
+        assert stage["visits_behind_histogram"].keys() <= {*map(str, range(len(below)))}
+
+
+def test_it_is_done_again_to_the_last_bit(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in ran.iterdir()}
+    line = said(0, ["replay", str(ran)], capsys)
+    count = len((ran / "trace.jsonl").read_text().splitlines())
+    assert line == f"replayed {count} turns of 3 stages, 24/24/24 updates: the weights equal those of the run, to the last bit"
+    assert {path: path.read_bytes() for path in ran.iterdir()} == before
+
+
+def test_other_weights_are_told(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_file(copied / "model.safetensors")
+    name = sorted(weights)[0]
+    weights[name].view(-1)[0] += 1e-6
+    save_file(weights, copied / "model.safetensors")
+    line = said(1, ["replay", "run"], capsys)
+    assert line.endswith(f"24/24/24 updates: 1 of {len(weights)} tensors differ from those of the run, such as {name}")
+
+
+def cut(folder: Path, lines: list[str]) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "trace.jsonl").write_text("".join(lines))
+
+
+def test_a_run_that_was_cut_off_is_done_again_as_far_as_it_goes(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (copied / "trace.jsonl").read_text().splitlines(keepends=True)
+    kept = lines[: len(lines) // 2]
+    cut(copied, [*kept, lines[len(lines) // 2][:30]])
+    line = said(0, ["replay", "run"], capsys)
+    assert line.startswith("replayed ")
+    assert line.endswith("the run was cut off, and this is as far as its trace goes; it left no weights to compare with")
+    assert "24/24/24" not in line
+
+
+def test_what_cannot_be_done_again_is_counted(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of stage 0 nothing but its first turn is left, so of the others only what reads that."""
+    lines = (copied / "trace.jsonl").read_text().splitlines(keepends=True)
+    below = [line for line in lines if json.loads(line)["stage"] == 0]
+    cut(copied, [line for line in lines if line not in below[1:]])
+    read = 0
+    for turn in load_turns(copied, 3)[1]:
+        if turn.evaluates or turn.source:
+            break
+        read += 1
+    assert f" of {len(lines) - len(below) + 1} on record (the others read what is not) of 3 stages, 1/{read}/" in said(
+        0, ["replay", "run"], capsys
+    )
+
+
+def test_a_run_of_which_nothing_is_left(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut(copied, [])
+    assert said(0, ["replay", "run"], capsys).startswith("replayed 0 turns of 3 stages, 0/0/0 updates: the run was cut off")
+
+
+@pytest.mark.parametrize("damage", ["nonsense", '{"stage": 3}', '{"stage": 0, "ordinal": 1}', "[1]", '{"stage": "0"}', "\x00\x01"])
+def test_a_trace_that_is_damaged(copied: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = (copied / "trace.jsonl").read_text().splitlines(keepends=True)
+    (copied / "trace.jsonl").write_text("".join([*lines[:4], damage + "\n", *lines[4:]]))
+    assert said(2, ["replay", "run"], capsys) == "error: line 5 of run/trace.jsonl is not a turn of one of 3 stages"
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_no_free_run(here: Path, ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(2, ["replay"], capsys) == (
+        "error: say first which run: delock replay RUN, with the folder of a run with --method dgl-async"
+    )
+    assert said(2, ["replay", "nowhere"], capsys) == "error: there is no run nowhere"
+    (here / "empty").mkdir()
+    assert said(2, ["replay", "empty"], capsys) == "error: empty is not the folder of a run: it has no config.toml"
+    sampled = [*FREE, "--turns", "sampled", "--workers", "inline", "--steps", "2", "--out", "sampled"]
+    assert main(["train", *SMALL, *sampled]) == 0
+    expected = "error: sampled was not free-running: its plan is fixed, so delock train --config sampled/config.toml repeats it"
+    assert said(2, ["replay", "sampled"], capsys) == expected
+    assert said(2, ["replay", str(ran), "--buffer", "2"], capsys).startswith("error: there is no option --buffer")
+    shutil.copytree(ran, "lost", ignore=shutil.ignore_patterns("trace.jsonl"))
+    assert "lost holds no trace.jsonl" in said(2, ["replay", "lost"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--buffer 0", "buffer is 0, but it must be at least 1"),
+        ("--max-reuse -1", "max_reuse is -1"),
+        ("--noise 1", "noise is 1.0, but it must lie in [0, 1): a stage is slowed by S = 1 / (1 - noise)"),
+        ("--slow-stage 3", "slow_stage is 3, but the stages are 0 .. 2"),
+        ("--workers inline", "free-running stages need a process each: use workers processes, or turns sampled or round-robin"),
+        ("--turns sampled", "sampled turns are taken in one process: use workers inline, or turns free"),
+        ("--turns round-robin", "round-robin turns are taken in one process"),
+        ("--turns fair", "--turns is 'fair', but it must be one of 'free', 'sampled', 'round-robin'"),
+        ("--noise 0.5 --straggle 1:0.5", "noise and straggle both make stages slower"),
+    ],
+)
+def test_bad_input(here: Path, words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["train", *SMALL, *FREE, *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert expected in error
+    assert not list(here.iterdir())
+
+
+def test_an_option_of_another_method(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "dgl has no option 'buffer'" in said(2, ["train", *SMALL, "--method", "dgl", "--buffer", "3"], capsys)
+
+
+# -- other ways to run -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_comparison_run_freely_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = ["--methods", "dgl,dgl-async,dgl-async:buffer=1:max_reuse=1", "--no-plain"]
+    assert main(["compare", *SMALL, *methods, "--stages", "2", "--steps", "8", "--out", "c"]) == 0
+    told: Any = json.loads(Path("c/compare.json").read_text())
+    assert [row["summary"]["status"] for row in told["rows"]] == ["finished"] * 3
+    assert [row["staleness"] for row in told["rows"]] == [[0, 0]] * 3
+    assert not Path("c/trace.jsonl").exists()
+    assert not Path("c/dgl/trace.jsonl").exists()
+    for folder in ("c/dgl-async", "c/dgl-async-buffer=1-max_reuse=1"):
+        assert "to the last bit" in said(0, ["replay", folder], capsys)
+    again = ["compare", *SMALL, "--methods", "dgl", "--no-plain", "--steps", "1", "--out", "c", "--overwrite"]
+    assert main(again) == 0
+    assert {path.name for path in Path("c").iterdir() if path.is_dir()} == {"dgl"}
+
+
+def test_a_comparison_refuses_turns_that_its_workers_cannot_take(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", *SMALL, "--no-plain", "--methods", "dgl,dgl-async"]
+    assert "free-running stages need a process each" in said(2, [*words, "--workers", "inline"], capsys)
+    assert "taken in one process" in said(2, [*words[:-1], "dgl-async:turns=sampled"], capsys)
+    assert not list(here.iterdir())
+
+
+SCRIPT = """
+import sys
+from delock.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_ranks_of_torchrun_run_freely(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "script.py").write_text(SCRIPT)
+    words = [*SMALL, "--method", "dgl-async", "--epochs", "2"]
+    done = torchrun(here / "script.py", *words, "--out", "a")
+    assert done.returncode == 0, done.stderr
+    turns = load_turns(Path("a"), 2)
+    assert [sum(turn.trains for turn in stage) for stage in turns] == [16, 16]
+    assert said(0, ["replay", "a"], capsys).endswith("16/16 updates: the weights equal those of the run, to the last bit")
+
+
+def test_ranks_of_torchrun_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them is a process of its own, so drawn turns are refused there, too, before anything is measured."""
+    monkeypatch.setattr("delock.fitting.under_torchrun", lambda: True)
+    monkeypatch.setattr("delock.fitting.run_torchrun", lambda target, spec_of, **_: target(Rank(0, 2, CPU, print, Progress()), spec_of(0)))
+    with pytest.raises(UsageError, match=r"^sampled turns are taken in one process"):
+        fit(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [(None, None)], loss=nn.functional.mse_loss, method=AsyncDGL(turns="sampled"),
+            optimizer=torch.optim.SGD, steps=1)  # fmt: skip
