@@ -1,8 +1,15 @@
 """`python -m delock`, and `torchrun -m delock train ...`."""
 
+import os
 import sys
 
 from delock.cli import main
+from delock.cli.ranks import chief
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if not chief():  # a rank with nothing left to write: torch's threads have been seen to abort a process that takes its time to leave
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
