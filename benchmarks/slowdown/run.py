@@ -31,7 +31,7 @@ from delock.methods import DGL, AsyncDGL
 from delock.nets import build
 from delock.recipes import Schedule, accuracy
 
-IMAGES, BATCH, EPOCHS, SEEDS = 12_500, 128, 3, (0,)
+IMAGES, BATCH, EPOCHS, SEEDS = 12_500, 128, 2, (0,)
 SLOWDOWNS, STAGES, BUFFERS = (1.5, 2.0), (1, 4), (1, 5, 20)
 CUTS = ("conv2", "pool1", "conv4", "pool2", "conv6")  # a convolution per stage, the pools in front of the wider ones
 
