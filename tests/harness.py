@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from delock.launch.processes import run_processes
+from delock.links.meet import LinkKind
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Interlocking, Method, OneFOneB
 from delock.plan import Course
 from delock.stage import OptimizerFactory
@@ -59,6 +60,7 @@ def jobs(
     evaluate: bool = True,
     window: int = 256,
     trace: bool = False,
+    link: LinkKind = "gloo",
 ) -> list[Job]:
     """A Job per stage on one of the workloads; `samples` leaves an uneven last batch, the test set has one too."""
     net, kind, loss = WORK[work]
@@ -87,6 +89,7 @@ def jobs(
             log_every=1,
             window=window,
             trace=trace,
+            link=link,
         )
         for k, module in enumerate(stages)
     ]

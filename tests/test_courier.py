@@ -10,7 +10,8 @@ from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links import Message
 from delock.links.courier import Courier
-from delock.links.distributed import DistributedLink
+from delock.links.distributed import DistributedChannel
+from delock.links.neighbours import RankLink
 from delock.methods import ADL, DSP, FDG
 from delock.plan import windows
 from delock.train import Job, StageResult, Worker, run_rank
@@ -28,7 +29,8 @@ class Everything(Courier):
 def talk(rank: Rank, _: None) -> list[Tensor]:
     """Rank 0 sends activations of several shapes up, rank 1 answers with errors of them."""
     other = 1 - rank.rank
-    link = DistributedLink({other: 2}, rank.device, rank.progress, Everything({other: 2}, rank.device, "gloo"))
+    courier = Everything({other: 2}, rank.device, "gloo")
+    link = RankLink({other: DistributedChannel(other, 2, rank.device, courier)}, rank.progress)
     got = []
     for b, shape in enumerate([(4, 3, 8, 8), (1, 3, 8, 8), (0, 5), (64, 3, 8, 8)]):
         h = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
@@ -55,7 +57,8 @@ def test_tensors_apart_from_their_header() -> None:
 def train_with_courier(rank: Rank, job: Job) -> StageResult:
     """run_rank, with every tensor apart."""
     depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
-    link = DistributedLink(depth, rank.device, rank.progress, Everything(depth, rank.device, "gloo"))
+    courier = Everything(depth, rank.device, "gloo")
+    link = RankLink({peer: DistributedChannel(peer, n, rank.device, courier) for peer, n in depth.items()}, rank.progress)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     for plan in windows(job.method, job.K, job.course):
         worker.engine.run(plan)

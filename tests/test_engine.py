@@ -251,6 +251,27 @@ def test_time_is_accounted_for_to_the_second(hands: Hands) -> None:
         assert log.last == max(s.end for s in spans)
 
 
+class Full:
+    """A link that has no room: a message goes on its way three seconds after it was handed over."""
+
+    def __init__(self, link: Any, hands: Hands) -> None:
+        self.link, self.hands, self.receive = link, hands, link.receive
+
+    def send(self, to: int, name: Any, message: Message) -> float:
+        self.hands.now += 3
+        return 3.0 + float(self.link.send(to, name, message))
+
+
+def test_to_wait_for_room_is_no_work(hands: Hands) -> None:
+    chain = Chain([Slow(hands, 1, 50), Slow(hands, 3, 70)], FDG(), vectors(6), test=vectors(2), every=3)
+    for engine in chain.engines:
+        engine.link = Full(engine.link, hands)
+    chain.run()
+    lower, upper = (engine.log for engine in chain.engines)
+    assert lower.seconds == {"forward": 6, "backward": 6 * 2, "update": 0, "waiting": 6 * 3, "evaluation": 2 * 2 * (50 + 3)}
+    assert upper.seconds == {"forward": 6 * 3, "backward": 6 * 6, "update": 0, "waiting": 6 * 3, "evaluation": 2 * 2 * 70}
+
+
 @pytest.mark.parametrize("method", [BP(), FDG(), DSP()], ids=str)
 def test_training_time_leaves_out_every_evaluation(hands: Hands, method: Method) -> None:
     """Inline also those of the other stages, and in the record of an evaluation the one it reports."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from delock.cli import main
 from delock.errors import StageFailed, UsageError
 from delock.fitting import fit
+from delock.links.meet import LinkKind
 from delock.records import StepRecord
 
 SMALL = ["--model", "mlp", "--workers", "inline", "--limit", "128", "--batch-size", "32", "--test-batch-size", "512"]
@@ -97,6 +98,7 @@ def refused(words: list[str], here: Path, capsys: pytest.CaptureFixture[str]) ->
         ("--limit 0", "limit is 0"),
         ("--limit 1438", "between 1 and the 1437 training images"),
         ("--patience -1", "patience is -1"),
+        ("--link shared --method dgl-async --turns sampled", 'dgl-async drops messages that come too late, which only gloo can do'),
         ("--port 70000", "port is 70000"),
         # a batch of one in front of batch norm
         ("--model cnn --limit 129", "a batch of one sample would put a single sample in front of BatchNorm"),
@@ -278,7 +280,7 @@ def a_loop_without_end() -> None:
         time.sleep(0.01)
 
 
-def troubled(how: str, cut: int, patience: float = 60.0) -> tuple[str, float]:
+def troubled(how: str, cut: int, patience: float = 60.0, link: LinkKind = "gloo") -> tuple[str, float]:
     """Train with a layer in trouble; the error's message, and the seconds between the last sign of life and the error."""
     net = nn.Sequential(nn.Linear(4, 8), Trouble(how), nn.Linear(8, 8), nn.Linear(8, 2))
     batches = [(torch.randn(6, 4), torch.randint(2, (6,))) for _ in range(12)]
@@ -299,6 +301,7 @@ def troubled(how: str, cut: int, patience: float = 60.0) -> tuple[str, float]:
             epochs=1,
             log_every=1,
             patience=patience,
+            link=link,
             on_event=note,
         )
     ended = time.monotonic() - heard[-1]
@@ -332,14 +335,16 @@ def test_a_stage_that_raises_in_this_process_is_told_alike(monkeypatch: pytest.M
         fit(net, batches, loss=nn.functional.cross_entropy, cuts=[2], optimizer=optimizer, epochs=1, workers="inline")
 
 
-def test_a_stage_that_is_killed_is_named() -> None:
-    message, seconds = troubled("kill", 1)
+@pytest.mark.parametrize("link", ["gloo", "shared"])
+def test_a_stage_that_is_killed_is_named(link: LinkKind) -> None:
+    message, seconds = troubled("kill", 1, link=link)
     assert message.startswith("stage 1 was killed by SIGKILL (the system does so when memory runs out) in F4 (forward of batch 4, tick 5)")
     assert seconds < 10
 
 
-def test_a_stage_that_hangs_shows_its_stack() -> None:
-    message, seconds = troubled("hang", 1, patience=2)
+@pytest.mark.parametrize("link", ["gloo", "shared"])
+def test_a_stage_that_hangs_shows_its_stack(link: LinkKind) -> None:
+    message, seconds = troubled("hang", 1, patience=2, link=link)
     assert "stage 1 hangs in F4 (forward of batch 4, tick 5): it has not moved for " in message
     assert "stage 0 waits for stage 1 in " in message
     assert "in a_loop_without_end" in message

@@ -7,6 +7,7 @@ import threading
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,10 +19,12 @@ from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links import Link, Message
 from delock.links.courier import Courier
-from delock.links.distributed import FIRST, DistributedLink, Receiver, Sender
+from delock.links.distributed import FIRST, DistributedChannel, Receiver, Sender
 from delock.links.errors import LinkError
 from delock.links.mailbox import Mailbox
+from delock.links.meet import LinkKind, connect
 from delock.links.message import ALIGN, length_of, pack, settle, unpack
+from delock.links.neighbours import RankLink
 
 from harness import same_tree
 
@@ -343,6 +346,20 @@ def test_a_sender_that_is_too_far_ahead_waits_for_the_receiver(wire: Wire, depth
     assert sent == 4 * depth
 
 
+def test_a_sender_says_how_long_it_waited(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def wait(work: _Work) -> None:
+        nonlocal now
+        now += 2
+
+    monkeypatch.setattr("delock.links.distributed.perf_counter", lambda: now)
+    monkeypatch.setattr(_Work, "wait", wait)
+    sender = Sender(1, 2)
+    assert [sender.send(packed(10)) for _ in range(4)] == [0, 0, 2, 2]
+    assert sender.send(packed(2 * FIRST)) == 6  # in three frames
+
+
 # -- between processes -------------------------------------------------------------------------------------------------------------
 
 
@@ -353,17 +370,28 @@ class AllApart(Courier):
         return leaf.numel() > 0
 
 
-def link_to(rank: Rank, depth: int = 2, apart: bool = False) -> DistributedLink:
-    depths = {1 - rank.rank: depth}
-    return DistributedLink(depths, CPU, rank.progress, AllApart(depths, CPU, "gloo") if apart else None)
+def link_to(rank: Rank, depth: int = 2, kind: LinkKind = "gloo") -> RankLink:
+    return connect(kind, {1 - rank.rank: depth}, CPU, rank.progress)
+
+
+def link_apart(rank: Rank, depth: int) -> RankLink:
+    peer = 1 - rank.rank
+    return RankLink({peer: DistributedChannel(peer, depth, CPU, AllApart({peer: depth}, CPU, "gloo"))}, rank.progress)
 
 
 SIZES = [1, 700, 10_000, 1, 0, 70_000, 20, 150_000, 70_000, 2]  # rows of four float32 numbers: up to 2.4 MB
 
 
 def exchange(rank: Rank, sizes: list[int]) -> list[dict[str, bool]]:
-    """Over one connection after the other: through the CPU, again, so that nothing may stray, and with the tensors apart."""
-    return [messages(rank, link_to(rank, depth, apart), sizes) for depth, apart in ((2, False), (3, False), (2, True))]
+    """Over one connection after the other: through the CPU, again, so that nothing may stray, with the tensors apart, in shared memory."""
+    links: list[Callable[[], RankLink]] = [
+        partial(link_to, rank),
+        partial(link_to, rank, 3),
+        partial(link_apart, rank, 2),
+        partial(link_to, rank, 2, "shared"),
+        partial(link_to, rank, 1, "shared"),
+    ]
+    return [messages(rank, link(), sizes) for link in links]
 
 
 def messages(rank: Rank, link: Link, sizes: list[int]) -> dict[str, bool]:
@@ -384,12 +412,12 @@ def messages(rank: Rank, link: Link, sizes: list[int]) -> dict[str, bool]:
 
 def test_messages_of_changing_size_between_processes() -> None:
     well = dict.fromkeys(("values", "rest", "labels", "strides"), True)
-    assert run_processes(exchange, [SIZES] * 2, pin=False) == [[well] * 3] * 2
+    assert run_processes(exchange, [SIZES] * 2, pin=False) == [[well] * 5] * 2
 
 
-def run_ahead(rank: Rank, n: int) -> Any:
+def run_ahead(rank: Rank, kind: LinkKind) -> Any:
     """Rank 0 sends n messages as fast as it may; rank 1 looks how far it has come before it takes any."""
-    store, link = torch.distributed.distributed_c10d._get_default_store(), link_to(rank, 2)
+    store, link, n = torch.distributed.distributed_c10d._get_default_store(), link_to(rank, 2 if kind == "gloo" else 4, kind), 40
     if rank.rank == 0:
         for b in range(n):
             link.send(1, ("h", b, 0), Message(numbers(b + 1)))
@@ -403,22 +431,24 @@ def run_ahead(rank: Rank, n: int) -> Any:
     return stood
 
 
-def test_a_sender_waits_and_a_checkpoint_takes_what_is_under_way() -> None:
-    assert run_processes(run_ahead, [40, 40], pin=False) == [None, True]
+@pytest.mark.parametrize("kind", ["gloo", "shared"])
+def test_a_sender_waits_and_a_checkpoint_takes_what_is_under_way(kind: LinkKind) -> None:
+    assert run_processes(run_ahead, [kind] * 2, pin=False) == [None, True]
 
 
-def cross(rank: Rank, payload: None) -> None:
-    link = link_to(rank)
+def cross(rank: Rank, kind: LinkKind) -> None:
+    link = link_to(rank, 2, kind)
     rank.progress.at("F2")
     link.send(1 - rank.rank, ("h", 3, 0), Message(numbers(2)))
     link.receive(1 - rank.rank, ("h", 3, 0) if rank.rank == 0 else ("d", 2, 1))
     link.receive(1 - rank.rank, ("h", 4, 0))  # rank 0 waits until rank 1 has failed
 
 
-def test_a_wrong_message_between_processes_names_both() -> None:
+@pytest.mark.parametrize("kind", ["gloo", "shared"])
+def test_a_wrong_message_between_processes_names_both(kind: LinkKind) -> None:
     says = r"(?s)^stage 1 failed in F2.*stage 0 sent the activation of batch 3 where the error under loss 1 of batch 2 was due"
     with pytest.raises(StageFailed, match=says):
-        run_processes(cross, [None] * 2, pin=False)
+        run_processes(cross, [kind] * 2, pin=False)
 
 
 def test_a_named_tuple_is_refused_and_equal_constants_keep_their_types() -> None:

@@ -213,7 +213,7 @@ class Engine:
         return decoded(message)
 
     def _send(self, to: int, name: tuple[str, int, int], message: Message) -> None:
-        self.link.send(to, name, message)
+        self.waited += self.link.send(to, name, message)
 
     # ---- saving what is in flight --------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,11 @@ from delock.errors import UsageError
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank, backend_for
 from delock.launch.torchrun import run_torchrun, under_torchrun
+from delock.links.meet import LinkKind
 from delock.methods import Method, make
 from delock.methods.base import at_least
 from delock.records import Event, Result, Started, Turn
-from delock.setup import Layout, Setup, Spec, prepare, refuse_wrong_workers
+from delock.setup import Layout, Setup, Spec, prepare, refuse_wrong_link, refuse_wrong_workers
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 from delock.timeline import Emulation, Slowdown
 from delock.train import Metric, StageResult, run_inline, run_rank
@@ -51,6 +52,7 @@ def fit(
     pin: bool = True,
     port: int = 0,
     patience: float = 120.0,
+    link: LinkKind = "gloo",
     log_every: int = 10,
     amp: bool = False,
     layout: Layout = "default",
@@ -85,6 +87,8 @@ def fit(
                 `threads` threads in all; under torchrun its ranks are used, and only rank 0 gets the Result, the others None
     device      "cpu", "cuda" (stage k on GPU k; inline: all stages on one), "cuda:1"
     patience    seconds without any progress after which a hung run is ended (more where one op is measured to take long); 0: never
+    link        between two processes: "gloo", "shared" (memory that both see; the tensors on the CPU), or "auto": shared where both are
+                on one host, else gloo; with device "cuda" always NCCL
     amp         compute in bfloat16 by autocast; weights, gradients and optimizer stay as they are
     layout      of images in memory: "default", "channels-last", or "auto", the one that is faster in a trial of all layers
     chunks      slices in which a batch goes through a stage, so that each may stay in the cache; batch norm is then per slice
@@ -123,6 +127,7 @@ def fit(
         seed=seed,
         device=device,
         threads=threads,
+        link=link,
         log_every=log_every,
         amp=amp,
         layout=layout,
@@ -132,6 +137,7 @@ def fit(
         trace=trace,
         workers="torchrun" if under_torchrun() else workers,
     )
+    refuse_wrong_link(spec.method, link, device)
     if turns is not None and spec.workers != "inline":
         raise UsageError("recorded turns are done again in one process: use workers=\"inline\"")
     tell = on_event or (lambda event: None)

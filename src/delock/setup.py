@@ -18,6 +18,7 @@ from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.feed import samples
 from delock.keys import key
+from delock.links.meet import LinkKind, refuse_link
 from delock.methods import AsyncDGL, Method, title
 from delock.nets.emulated import Emulated
 from delock.nets.heads import HeadShare, build_head, choose, head_share
@@ -61,6 +62,7 @@ class Spec:
     chunks: int
     slow: Slowdown | None
     emulate: Emulation | None
+    link: LinkKind
     log_every: int
     trace: bool
     workers: str
@@ -134,6 +136,7 @@ class Setup:
                 head=self.heads.get(k),
                 codec=spec.codec,
                 error_codec=spec.error_codec,
+                link=spec.link,
                 slow=spec.slow,
                 how=self.how,
                 emulated=spec.emulate is not None,
@@ -323,6 +326,13 @@ def refuse_wrong_workers(method: Method, workers: str) -> None:
         if workers == "inline":
             raise UsageError("free-running stages need a process each: use workers processes, or turns sampled or round-robin")
         raise UsageError(f"{method.turns} turns are taken in one process: use workers inline, or turns free")
+
+
+def refuse_wrong_link(method: Method, link: str, device: str) -> None:
+    """Raise UsageError for a link between processes that there is not, or that does not go with the method or the device."""
+    refuse_link(link, device)
+    if link == "shared" and isinstance(method, AsyncDGL):
+        raise UsageError(f'{method.name} drops messages that come too late, which only gloo can do: use link "auto" or "gloo"')
 
 
 def refuse_unfit(parts: list[Atom], K: int, cuts: Sequence[int | str] | None, method: Method, sizes: list[int] | None) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from delock import memory
@@ -20,10 +19,10 @@ from delock.feed import Feed
 from delock.free import FreeRun
 from delock.links import CountingLink, Message
 from delock.links.coded import CodedLink
-from delock.links.courier import Courier
-from delock.links.distributed import DistributedLink, Watch
 from delock.links.free import FreeLink
 from delock.links.mailbox import Mailbox
+from delock.links.meet import LinkKind, connect
+from delock.links.neighbours import Watch
 from delock.links.shelf import Shelf
 from delock.methods import AsyncDGL, Method
 from delock.ops import Backward, Forward
@@ -58,6 +57,7 @@ class Job:
     head: nn.Module | None = None  # auxiliary, of a stage with a loss of its own
     codec: Codec | None = None  # of activations
     error_codec: Codec | None = None
+    link: LinkKind = "gloo"  # between processes
     slow: Slowdown | None = None  # ticks in which the stage is made to take longer
     how: Computing = PLAIN
     emulated: bool = False  # the module only waits, so a straggler waits as well
@@ -252,8 +252,7 @@ def run_rank(rank: RankLike, job: Job) -> StageResult:
     watch: Watch = rank.progress
     if isinstance(job.method, AsyncDGL):
         return _run_free(rank, job, job.method, watch)
-    courier = Courier(depth, rank.device, "nccl") if rank.device.type == "cuda" and "nccl" in dist.get_backend_config() else None
-    link = DistributedLink(depth, rank.device, watch, courier)
+    link = connect(job.link, depth, rank.device, watch)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     for plan in windows(job.method, job.K, job.course, job.window):
         worker.engine.run(plan)

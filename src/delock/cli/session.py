@@ -124,12 +124,13 @@ def refuse(config: TrainConfig, data: Data | TextData) -> None:
     """Raise UsageError where a resolved config asks for what cannot be trained: no such model or device, too few layers, a batch of one."""
     from delock.launch.rank import backend_for
     from delock.nets import atoms
-    from delock.setup import refuse_unfit, refuse_wrong_workers
+    from delock.setup import refuse_unfit, refuse_wrong_link, refuse_wrong_workers
 
     network, machine = config.network, config.machine
     K, method = network.stages or 1, make_method(config.algorithm)
     refuse_wrong_workers(method, machine.workers if ranks() is None else "torchrun")
     backend_for(machine.device, None, K if machine.workers == "processes" else 1)
+    refuse_wrong_link(method, machine.link, machine.device)
     refuse_unfit(atoms(build_model(config, data)), K, network.cuts, method, data.train.sizes())
 
 
@@ -173,6 +174,7 @@ def fit_config(
         device=machine.device,
         threads=machine.threads,
         pin=machine.pin,
+        link=machine.link,
         port=machine.port,
         patience=machine.patience,
         log_every=config.output.log_every,

@@ -11,8 +11,8 @@ from delock.links.values import Sent
 class Link(Protocol):
     """One stage's end of the links to its neighbours."""
 
-    def send(self, to: int, name: Name, message: Message) -> None:
-        """Hand a message over; returns before it has arrived."""
+    def send(self, to: int, name: Name, message: Message) -> float:
+        """Hand a message over, before it has arrived; returns the seconds that it waited for room, because the neighbour is behind."""
 
     def receive(self, source: int, name: Name) -> Message:
         """The next message from that neighbour, which must be the one of that name. Raises LinkError when it is another."""

@@ -27,11 +27,11 @@ class CodedLink:
         self.codecs: dict[str, Codec | None] = {"h": up, "e": up, "d": down}  # kind of message ->
         self.encoders: dict[tuple[int, int], Encoder] = {}  # (neighbour, place in the message) ->
 
-    def send(self, to: int, name: Name, message: Message) -> None:
+    def send(self, to: int, name: Name, message: Message) -> float:
         """See Link. Raises UsageError for a tensor that the codec cannot take."""
         if codec := self.codecs.get(name[0]):
             message = replace(message, values=each(message.values, partial(self._encoded, to, codec, name[0] != "e")))
-        self.link.send(to, name, message)
+        return self.link.send(to, name, message)
 
     def _encoded(self, to: int, codec: Codec, learn: bool, place: int, x: Tensor) -> Any:
         if not takes(codec, x.shape, x.dtype):

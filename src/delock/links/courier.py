@@ -10,6 +10,7 @@ the plan's order, so a communicator each is enough, and no direction can hold up
 from __future__ import annotations
 
 from collections import deque
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -39,12 +40,15 @@ class Courier:
         """Whether a tensor travels this way: those on a GPU do."""
         return leaf.device.type == "cuda" and leaf.numel() > 0
 
-    def send(self, to: int, lines: list[Tensor]) -> None:
-        """Start sending the tensors of a message; they must not be written to afterwards."""
+    def send(self, to: int, lines: list[Tensor]) -> float:
+        """Start sending the tensors of a message, which must not be written to afterwards; returns the seconds that it waited before."""
         pending, group = self.pending[to], self.ways[dist.get_rank(), to]
+        asked = perf_counter()
         while len(pending) >= self.depth[to]:
             _arrive(pending.popleft())
+        waited = perf_counter() - asked
         pending.append([(dist.isend(line, to, group=group), line) for line in lines])
+        return waited
 
     def fetch(self, source: int, lines: list[Tensor]) -> None:
         """Receive into tensors; on a GPU the current stream waits, not the program."""

@@ -15,16 +15,15 @@ from __future__ import annotations
 from collections import deque
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol
+from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from delock.links.courier import Courier
-from delock.links.errors import expect
 from delock.links.message import Message, Name, length_of, pack, unpack
-from delock.links.values import Library, Sent, lean
 
 FIRST = 4096  # bytes of the first buffers: room for a header, little waste
 
@@ -51,18 +50,22 @@ class Sender:
         self.frames = FrameSizes(depth)
         self.pending: deque[tuple[Any, Tensor]] = deque()  # the Work must live, and its buffer must not change, until wait()
 
-    def send(self, packed: Tensor) -> None:
-        """Start sending one packed message."""
-        start, length = 0, len(packed)
+    def send(self, packed: Tensor) -> float:
+        """Start sending one packed message; returns the seconds that it waited before it could."""
+        start, length, waited = 0, len(packed), 0.0
         while start < length:
             size, _ = self.frames.next(length)
-            self._post(packed[start : start + size])
+            waited += self._post(packed[start : start + size])
             start += size
+        return waited
 
-    def _post(self, frame: Tensor) -> None:
+    def _post(self, frame: Tensor) -> float:
+        asked = perf_counter()
         while len(self.pending) >= self.depth:
             self.pending.popleft()[0].wait()
+        waited = perf_counter() - asked
         self.pending.append((dist.isend(frame, self.peer), frame))
+        return waited
 
     def flush(self) -> None:
         """Let everything arrive."""
@@ -126,79 +129,35 @@ class Receiver:
             work.wait()
 
 
-class Watch(Protocol):
-    """Who wants to know that a link blocks (a rank's progress record). A wait that raises is left standing."""
+class DistributedChannel:
+    """The connection to one peer over the default process group.
 
-    def wait_for(self, peer: int) -> None:
-        """The link waits for that peer, for a message or for a free buffer."""
-
-    def go_on(self) -> None:
-        """It waits no longer."""
-
-
-class DistributedLink:
-    """Rank k's link to ranks k - 1 and k + 1 over the default process group.
-
-    `depth`: frames per direction that may wait at each end, by peer. `device`: where received tensors go. `courier`: carries the
-    tensors that stay on a GPU; without it they go through the CPU.
+    `depth`: frames per direction that may wait at each end. `device`: where received tensors go. `courier`: carries the tensors that
+    stay on a GPU; without it they go through the CPU.
     """
 
-    def __init__(self, depth: dict[int, int], device: torch.device, watch: Watch, courier: Courier | None = None) -> None:
-        self.device, self.watch, self.courier = device, watch, courier
-        self.senders = {peer: Sender(peer, n) for peer, n in depth.items()}
-        self.receivers = {peer: Receiver(peer, n) for peer, n in depth.items()}
-        self.ahead: dict[int, deque[tuple[Name, Message]]] = {peer: deque() for peer in depth}
-        self.libraries = {peer: Library() for peer in depth}
-        self.sent = Sent()
+    def __init__(self, peer: int, depth: int, device: torch.device, courier: Courier | None = None) -> None:
+        self.peer, self.device, self.courier = peer, device, courier
+        self.sender, self.receiver = Sender(peer, depth), Receiver(peer, depth)
 
-    def send(self, to: int, name: Name, message: Message) -> None:
-        """See Link."""
-        crossing = lean(message)
-        packed, apart = pack(name, crossing, self.courier.takes) if self.courier else pack(name, crossing)
-        self.sent.count(to, name, message, len(packed) + sum(line.nbytes for line in apart))
-        self.watch.wait_for(to)
-        self.senders[to].send(packed)
-        if self.courier:
-            self.courier.send(to, apart)
-        self.watch.go_on()
+    def pack(self, name: Name, message: Message) -> tuple[tuple[Tensor, list[Tensor]], int]:
+        """See Channel."""
+        packed, apart = pack(name, message, self.courier.takes) if self.courier else pack(name, message)
+        return (packed, apart), len(packed) + sum(line.nbytes for line in apart)
 
-    def receive(self, source: int, name: Name) -> Message:
-        """See Link."""
-        got, message = self.ahead[source].popleft() if self.ahead[source] else self._next(source)
-        expect(got, name, source)
-        return message
+    def post(self, packed: tuple[Tensor, list[Tensor]]) -> float:
+        """See Channel."""
+        waited = self.sender.send(packed[0])
+        return waited + self.courier.send(self.peer, packed[1]) if self.courier else waited
 
-    def pull(self, source: int, count: int) -> list[tuple[Name, Message]]:
-        """See Link."""
-        while len(self.ahead[source]) < count:
-            self.ahead[source].append(self._next(source))
-        return list(self.ahead[source])[:count]
-
-    def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
-        """See Link."""
-        self.ahead[source].extendleft(reversed(messages))
-
-    def _next(self, source: int) -> tuple[Name, Message]:
-        self.watch.wait_for(source)
-        packed = self.receivers[source].receive()
-        fetch = partial(self.courier.fetch, source) if self.courier else None
-        name, message = unpack(packed, self.device, fetch)
-        self.watch.go_on()
-        return name, self.libraries[source].completed(message)
-
-    def state(self) -> None:
-        """See Link: nothing; messages that were pulled hold their codebooks."""
-
-    def load(self, state: None) -> None:
-        """See Link."""
+    def receive(self) -> tuple[Name, Message]:
+        """See Channel."""
+        fetch = partial(self.courier.fetch, self.peer) if self.courier else None
+        return unpack(self.receiver.receive(), self.device, fetch)
 
     def close(self) -> None:
-        """See Link."""
-        for peer, sender in self.senders.items():
-            self.watch.wait_for(peer)
-            sender.close()
-        for peer, receiver in self.receivers.items():
-            self.watch.wait_for(peer)
-            receiver.close()
+        """See Channel."""
+        self.sender.close()
+        self.receiver.close()
         if self.courier:
             self.courier.close()

@@ -18,9 +18,10 @@ from time import perf_counter
 
 import torch
 
-from delock.links.distributed import Receiver, Sender, Watch
+from delock.links.distributed import Receiver, Sender
 from delock.links.errors import expect
 from delock.links.message import Message, Name, pack, unpack
+from delock.links.neighbours import Watch
 from delock.links.values import Library, Sent, lean
 from delock.replay import Entry, ReplayBuffer
 
@@ -95,11 +96,13 @@ class FreeLink:
         expect((*got[:2], 0), name, source)
         return message
 
-    def send(self, to: int, name: Name, message: Message) -> None:
+    def send(self, to: int, name: Name, message: Message) -> float:
         """See Link. An activation only if `ready`; an evaluation batch waits for its turn."""
         packed, _ = pack((*name[:2], self.version()), lean(message))
         self.sent.count(to, name, message, len(packed))
+        asked = perf_counter()
         self._put(packed)
+        return perf_counter() - asked
 
     def stop(self) -> None:
         """Tell the stage below that this one and all above are done."""

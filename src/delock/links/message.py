@@ -87,16 +87,24 @@ Meta: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...], bool]
 """A tensor in the header: dtype, shape, strides, and whether it travels apart from the bytes."""
 
 
-def pack(name: Name, message: Message, apart: Callable[[Tensor], bool] = lambda leaf: False) -> tuple[Tensor, list[Tensor]]:
+def fresh(length: int) -> Tensor:
+    """Memory for a message of so many bytes."""
+    return torch.empty(length, dtype=torch.uint8)
+
+
+def pack(
+    name: Name, message: Message, apart: Callable[[Tensor], bool] = lambda leaf: False, room: Callable[[int], Tensor] = fresh
+) -> tuple[Tensor, list[Tensor]]:
     """The message as one uint8 tensor on the CPU, and the tensors for which `apart` holds, which the caller sends by another way.
 
-    Dense tensors keep their strides (channels_last stays so), others become contiguous.
+    Dense tensors keep their strides (channels_last stays so), others become contiguous. `room(bytes)`: where it is to lie, a uint8
+    tensor of that length which begins at a multiple of ALIGN.
     """
     leaves: list[Tensor] = []
     tree = flatten((message.values, message.targets), leaves)
     metas = tuple((str(leaf.dtype)[6:], tuple(leaf.shape), _strides(leaf), apart(leaf)) for leaf in leaves)
     text, offsets, length = _layout(tree, metas)
-    packed = torch.empty(length, dtype=torch.uint8)
+    packed = room(length)
     head = PREFIX.pack(length, name[0].encode(), name[1], name[2], message.weight, message.samples, len(text)) + text
     packed[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
     others = []

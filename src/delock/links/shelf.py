@@ -29,11 +29,12 @@ class ShelfEnd:
         self.shelf, self.k = shelf, k
         self.sent = Sent()
 
-    def send(self, to: int, name: Name, message: Message) -> None:
-        """See Link."""
+    def send(self, to: int, name: Name, message: Message) -> float:
+        """See Link; there is always room."""
         self.sent.count(to, name, message, packed_length(lean(message)))
         if self.shelf.reads[self.k, name]:
             self.shelf.messages[self.k, name] = replace(message, values=settle(message.values), targets=settle(message.targets))
+        return 0.0
 
     def receive(self, source: int, name: Name) -> Message:
         """See Link."""
