@@ -1,5 +1,6 @@
 """The GPT: what it computes, where it may be cut, that it learns, here and in stages, and what it writes."""
 
+import copy
 import functools
 import math
 
@@ -8,10 +9,15 @@ import torch
 from torch import nn
 
 import delock
+from delock.data import as_loader
 from delock.errors import UsageError
+from delock.methods import Interlocking
 from delock.nets import atoms, join_state, stages
 from delock.nets.generate import generate
 from delock.nets.gpt import Block, bits, gpt, nats
+from delock.nets.heads import build_head
+
+from oracles_local import n_wise
 
 TINY = {"depth": 2, "width": 16, "heads": 2, "context": 12}
 
@@ -282,3 +288,20 @@ def test_a_diverged_model_writes_nothing():
         model.norm.weight.fill_(math.nan)
     with pytest.raises(UsageError, match="diverged"):
         generate(model, random_tokens(1, 2), 1, generator=fresh())
+
+
+@pytest.mark.parametrize("N", range(1, 5))
+def test_interlocking_on_a_gpt_is_its_definition(N):
+    """Attention, embeddings and heads of language models split into halves as convolutions do: float64, AdamW, four stages."""
+    method, adamw = Interlocking(N), functools.partial(torch.optim.AdamW, lr=1e-2)
+    cut = stages(atoms(gpt(13, depth=4, width=16, heads=2, context=8, seed=1).double()), [2, 3, 4])
+    g = torch.Generator().manual_seed(0)
+    made = [(torch.randint(13, (4, 8), generator=g), torch.randint(13, (4, 8), generator=g)) for _ in range(8)]
+    heads = {k: build_head("transformer", (8, 16), 13, seed=k).double() for k in method.headed(4)}
+    want, _ = n_wise(cut, heads, made, N=N, combine="furthest", loss=nats, make_optimizer=adamw, seed=7)
+    model = copy.deepcopy(list(cut))
+    result = delock.fit(model, as_loader(made), loss=nats, method=method, optimizer=lambda named: adamw([p for _, p in named]), seed=7,
+                        steps=len(made), heads=list(heads.values()) or None, workers="inline")  # fmt: skip
+    assert result is not None
+    for stage, state in zip(model, want.states, strict=True):
+        assert all(torch.allclose(value, state[name], rtol=0, atol=1e-10) for name, value in stage.state_dict().items())
