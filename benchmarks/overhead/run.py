@@ -2,9 +2,9 @@
 
     python benchmarks/overhead/run.py --out benchmarks/overhead
 
-Ops: one stage in one process, `repeats` interleaved rounds of a bare loop (forward, autograd.grad, optimizer step on the same tensors) and
-of the engine on a plan of backpropagation; per op, medians. Messages: two processes, 64 KB to and fro, the link against bare gloo isend and
-irecv of the same bytes into a buffer posted ahead.
+Ops: one stage in one process, interleaved rounds of a bare loop (forward, autograd.grad, optimizer step on the same tensors) and of the
+engine on a plan of backpropagation; per op, medians. Messages: two processes, a tensor of 64 KB, 1 MB and 8 MB to and fro, the two kinds of
+link against bare gloo isend and irecv of the same bytes into a buffer posted ahead.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from delock.engine import Engine
 from delock.feed import Feed
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
-from delock.links.distributed import DistributedLink
+from delock.links import Link, Message
 from delock.links.mailbox import Mailbox
-from delock.links.message import Message
+from delock.links.meet import LinkKind, connect
 from delock.methods import BP
 from delock.plan import unroll
 from delock.stage import Stage
 
-BATCHES, ROUNDS, MESSAGES, FLOATS = 300, 15, 400, 16_384  # 64 KB
+BATCHES, ROUNDS = 300, 15
+SIZES = {64 << 10: 400, 1 << 20: 200, 8 << 20: 50}  # bytes of a tensor -> messages there and back in a round
+KINDS: tuple[LinkKind, ...] = ("gloo", "shared")
 SGD = partial(torch.optim.SGD, lr=0.01)
 
 
@@ -83,54 +85,64 @@ def engine(made: list[tuple[Tensor, Tensor]]) -> float:
     return (perf_counter() - begun) / len(made)
 
 
-def rounds(first: Callable[[], float], second: Callable[[], float]) -> tuple[float, float]:
-    """Medians of both, interleaved."""
-    pairs = [(first(), second()) for _ in range(ROUNDS)]
-    one, other = zip(*pairs, strict=True)
-    return statistics.median(one), statistics.median(other)
+def rounds(*ways: Callable[[], float]) -> list[float]:
+    """The median of each, interleaved."""
+    found = [[way() for way in ways] for _ in range(ROUNDS)]
+    return [statistics.median(times) for times in zip(*found, strict=True)]
 
 
-def to_and_fro(rank: Rank, payload: None) -> tuple[float, float]:
-    """Seconds per message: bare gloo with receives posted ahead, and the link."""
+def to_and_fro(rank: Rank, payload: None) -> list[list[float]]:
+    """Seconds per message, medians of interleaved rounds, for each of SIZES: bare gloo, and each of KINDS."""
     torch.set_num_threads(1)
-    peer, tensor = 1 - rank.rank, torch.randn(FLOATS)
-    link = DistributedLink({peer: 2}, torch.device("cpu"), rank.progress)
-
-    def by_link() -> float:
-        begun = perf_counter()
-        for i in range(MESSAGES):
-            if rank.rank == 0:
-                link.send(peer, ("h", i, 0), Message(tensor))
-                link.receive(peer, ("d", i, 0))
-            else:
-                link.receive(peer, ("h", i, 0))
-                link.send(peer, ("d", i, 0), Message(tensor))
-        return (perf_counter() - begun) / (2 * MESSAGES)
-
-    def by_gloo() -> float:
-        posted = torch.empty(FLOATS)
-        work = dist.irecv(posted, peer, tag=9)
-        dist.barrier()
-        begun = perf_counter()
-        for i in range(MESSAGES):
-            if rank.rank == 0:
-                sent = dist.isend(tensor, peer, tag=9)
-            work.wait()
-            if i + 1 < MESSAGES:
-                work = dist.irecv(posted, peer, tag=9)
-            if rank.rank == 1:
-                sent = dist.isend(tensor, peer, tag=9)
-            sent.wait()
-        return (perf_counter() - begun) / (2 * MESSAGES)
-
-    by_link()  # the first message of a size takes several frames
-    found = rounds(by_gloo, by_link)
-    link.close()
+    peer = 1 - rank.rank
+    links = [connect(kind, {peer: 2}, torch.device("cpu"), rank.progress) for kind in KINDS]
+    found = []
+    for size, count in SIZES.items():
+        tensor = torch.randn(size // 4)
+        ways = [partial(by_gloo, rank.rank, tensor, count), *(partial(by_link, link, rank.rank, tensor, count) for link in links)]
+        for way in ways:
+            way()  # the first messages of a size take several frames, or make slots
+        found.append(rounds(*ways))
+    for link in links:
+        link.close()
     return found
 
 
+def by_link(link: Link, rank: int, tensor: Tensor, count: int) -> float:
+    """A message there and one back, `count` times."""
+    peer, message = 1 - rank, Message(tensor)
+    dist.barrier()
+    begun = perf_counter()
+    for i in range(count):
+        if rank == 0:
+            link.send(peer, ("h", i, 0), message)
+            link.receive(peer, ("d", i, 0))
+        else:
+            link.receive(peer, ("h", i, 0))
+            link.send(peer, ("d", i, 0), message)
+    return (perf_counter() - begun) / (2 * count)
+
+
+def by_gloo(rank: int, tensor: Tensor, count: int) -> float:
+    """The same with bare isend and irecv, each receive posted ahead into the same buffer."""
+    peer, posted = 1 - rank, torch.empty_like(tensor)
+    work = dist.irecv(posted, peer, tag=9)
+    dist.barrier()
+    begun = perf_counter()
+    for i in range(count):
+        if rank == 0:
+            sent = dist.isend(tensor, peer, tag=9)
+        work.wait()
+        if i + 1 < count:
+            work = dist.irecv(posted, peer, tag=9)
+        if rank == 1:
+            sent = dist.isend(tensor, peer, tag=9)
+        sent.wait()
+    return (perf_counter() - begun) / (2 * count)
+
+
 def main() -> None:
-    """Two rows."""
+    """A row for an op, and one for each size of message and kind of link."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
@@ -140,8 +152,10 @@ def main() -> None:
     lines = ["| | bare torch (µs) | Delock (µs) | more (µs) |", "|---|---:|---:|---:|"]
     plain, ours = (1e6 * seconds / 3 for seconds in rounds(partial(bare, made), partial(engine, made)))
     lines.append(f"| an op, Linear(4, 4) | {plain:.0f} | {ours:.0f} | {ours - plain:.0f} |")
-    gloo, link = (1e6 * seconds for seconds in run_processes(to_and_fro, [None, None])[0])
-    lines.append(f"| a message of 64 KB, two processes | {gloo:.0f} | {link:.0f} | {link - gloo:.0f} |")
+    for size, (bare_gloo, *links) in zip(SIZES, run_processes(to_and_fro, [None, None])[0], strict=True):
+        for kind, link in zip(KINDS, links, strict=True):
+            what = f"a message of {size >> 10:,} KB, link {kind}"
+            lines.append(f"| {what} | {1e6 * bare_gloo:.0f} | {1e6 * link:.0f} | {1e6 * (link - bare_gloo):.0f} |")
     (out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
