@@ -81,7 +81,8 @@ class Neighbours:
         for link in self.links:
             with link.news:
                 link.evaluations.clear()
-                link.outgoing, link.closing = pack(END, Message(None))[0], True
+                link.outgoing.append(pack(END, Message(None))[0])
+                link.leaving, link.closing = link.leaving + 1, True
                 link.news.notify_all()
         until(lambda: all(link.working == 0 for link in self.links))
 
@@ -189,12 +190,11 @@ def test_an_evaluation_comes_first_in_order_and_does_not_pile_up(neighbours: Nei
         link.receive(0, ("e", 6, 0))
 
 
-def test_of_what_goes_up_one_waits_and_the_rest_is_left_out(neighbours: Neighbours) -> None:
+def test_two_are_on_their_way_up_and_the_rest_is_left_out(neighbours: Neighbours) -> None:
     link = middle(neighbours)
-    assert link.ready
-    link.send(2, ("h", 0, 0), Message(torch.zeros(1)))
-    until(lambda: link.ready)  # on its way, where it stays
-    link.send(2, ("h", 1, 0), Message(torch.zeros(1)))
+    for n in range(2):
+        assert link.ready
+        link.send(2, ("h", n, 0), Message(torch.zeros(1)))
     assert not link.ready
     neighbours.open.set()
     until(lambda: link.ready)
@@ -236,9 +236,8 @@ def test_the_end_is_told_down_and_up(neighbours: Neighbours) -> None:
 
 def test_who_is_done_waits_for_a_free_way_but_not_with_an_evaluation(neighbours: Neighbours) -> None:
     link = middle(neighbours)
-    link.send(2, ("h", 0, 0), Message(None))
-    until(lambda: link.ready)
-    link.send(2, ("h", 1, 0), Message(None))
+    for n in range(2):
+        link.send(2, ("h", n, 0), Message(None))
     threading.Timer(0.05, neighbours.open.set).start()
     link.pause(0.0)
     assert link.ready

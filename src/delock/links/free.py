@@ -1,11 +1,11 @@
 """The links of a free-running stage: a thread takes what comes, another sends what goes up, and the stage itself never waits for either.
 
     stage k - 1 --- activations, evaluation batches, end ---> [thread] replay buffer, queue ---> stage k
-    stage k     --- activations ... ---> a place for one ---> [thread] ---> stage k + 1
+    stage k     --- activations ... ---> queue ---> [thread] ---> stage k + 1
     stage k + 1 --- done ---> [thread] flag ---> stage k
 
-A message leaves its place when the one before has arrived, and an activation that finds the place taken is left out: over a slow link
-nothing comes that is older than two transfers. An evaluation batch waits for the place.
+A message is sent when the one before has arrived, and an activation that finds two on their way is left out: over a slow link nothing
+comes that is older than two transfers. An evaluation batch waits until it can go.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from delock.links.neighbours import Watch
 from delock.links.values import Library, Sent, lean
 from delock.replay import Entry, ReplayBuffer
 
-DEPTH = 2  # frames under way per direction, and evaluation batches that wait for the stage
+DEPTH = 2  # frames under way per direction, messages on their way up, and evaluation batches that wait for the stage
 LIMIT = timedelta(days=3650)  # a stage that is done hears nothing until all are; who is gone is noticed without a limit
 END: Name = ("f", 0, 0)  # going up: no more is to come; going down: all stages from here on are done
 
@@ -39,8 +39,9 @@ class FreeLink:
         self.k, self.K, self.buffer, self.device, self.watch, self.version = k, K, buffer, device, watch, version
         self.news = threading.Condition()  # held to read and write what follows; told of every change
         self.evaluations: deque[tuple[Name, Message]] = deque()
-        self.outgoing: torch.Tensor | None = None
-        self.closing = False  # what is outgoing is the last
+        self.outgoing: deque[torch.Tensor] = deque()
+        self.leaving = 0  # messages that were given to go up and have not arrived, those outgoing among them
+        self.closing = False  # no more will be
         self.ended = k == 0  # nothing more comes from below
         self.stopped = k + 1 == K  # all stages above are done
         self.error: BaseException | None = None
@@ -81,13 +82,14 @@ class FreeLink:
     @property
     def ready(self) -> bool:
         """Whether an activation sent now would go on its way, and somebody may want it."""
-        return self.outgoing is None and not self.stopped
+        return self.leaving < DEPTH and not self.stopped
 
     def receive(self, source: int, name: Name) -> Message:
         """See Link: the batch that was picked, or the evaluation batch, waiting for it."""
         if name[0] == "h":
             assert self.picked is not None
             entry, self.picked = self.picked, None
+            expect(("h", entry.ordinal, 0), name, source)
             return entry.item
         with self.news:
             self._until(lambda: self.evaluates, source)
@@ -162,22 +164,24 @@ class FreeLink:
         receiver.close()
 
     def _send_up(self) -> None:
-        sender, last = Sender(self.k + 1, DEPTH), False
-        while not last:
+        sender = Sender(self.k + 1, DEPTH)
+        while not (self.closing and self.leaving == 0):
             with self.news:
-                self.news.wait_for(lambda: self.outgoing is not None)
-                assert self.outgoing is not None
-                packed, last, self.outgoing = self.outgoing, self.closing, None
-                self.news.notify_all()
+                self.news.wait_for(lambda: bool(self.outgoing))
+                packed = self.outgoing.popleft()
             sender.send(packed)
             del packed
             sender.flush()
+            with self.news:
+                self.leaving -= 1
+                self.news.notify_all()
         sender.close()
 
     def _put(self, packed: torch.Tensor, last: bool = False) -> None:
         with self.news:
-            self._until(lambda: self.outgoing is None, self.k + 1)
-            self.outgoing, self.closing = packed, last
+            self._until(lambda: self.leaving < DEPTH, self.k + 1)
+            self.outgoing.append(packed)
+            self.leaving, self.closing = self.leaving + 1, last
             self.news.notify_all()
 
     def _pick(self) -> bool:
