@@ -1,0 +1,65 @@
+"""What does not go together, refused before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from delock.codecs.coding import check as check_codec
+from delock.errors import UsageError
+from delock.links.meet import refuse_link
+from delock.methods import AsyncDGL, Method
+from delock.nets.measure import AtomCost
+from delock.nets.split import Atom, has_batch_norm, resolve_cuts
+from delock.plan import check, unroll
+from delock.setup.spec import Spec
+
+
+def refuse_wrong_workers(method: Method, workers: str) -> None:
+    """Raise UsageError where stages should run freely in one process, or take turns in many."""
+    if isinstance(method, AsyncDGL) and (method.turns == "free") == (workers == "inline"):
+        if workers == "inline":
+            raise UsageError("free-running stages need a process each: use workers processes, or turns sampled or round-robin")
+        raise UsageError(f"{method.turns} turns are taken in one process: use workers inline, or turns free")
+
+
+def refuse_wrong_link(method: Method, link: str, device: str) -> None:
+    """Raise UsageError for a link between processes that there is not, or that does not go with the method or the device."""
+    refuse_link(link, device)
+    if link == "shared" and isinstance(method, AsyncDGL):
+        raise UsageError(f'{method.name} drops messages that come too late, which only gloo can do: use link "auto" or "gloo"')
+
+
+def refuse_unfit(parts: list[Atom], K: int, cuts: Sequence[int | str] | None, method: Method, sizes: list[int] | None) -> None:
+    """Raise UsageError where network, cuts, method and the sizes of the batches (where known) do not go together: nothing is computed."""
+    if len(parts) < K:
+        raise UsageError(f"cannot cut a network of {len(parts)} layers into {K} stages: use at most {len(parts)}")
+    if cuts is not None:
+        resolve_cuts(parts, cuts)
+    check(unroll(method, K, 2 * method.batches_per_update + 2))
+    if sizes is not None and has_batch_norm(nn.ModuleList(atom.module for atom in parts)):
+        refuse_single_samples(sizes, method.parts)
+
+
+def refuse_single_samples(sizes: list[int], parts: int) -> None:
+    """BatchNorm has no variance over one sample; torch would stop in the middle of an epoch."""
+    for n in sorted(set(sizes)):
+        if 1 in (len(part) for part in torch.empty(n, device="meta").tensor_split(parts)):
+            count = f"{n} samples" if n > 1 else "one sample"
+            split = f", split into {parts} micro-batches," if parts > 1 else ""
+            raise UsageError(
+                f"a batch of {count}{split} would put a single sample in front of BatchNorm, which needs at least two: "
+                "use another batch size, fewer micro-batches, or a number of samples that leaves no such rest"
+            )
+
+
+def refuse_unfit_codecs(spec: Spec, cut: Sequence[AtomCost]) -> None:
+    """Raise UsageError where a codec cannot take what a stage sends, or nothing is sent that it could take."""
+    K = len(cut) + 1
+    for k, cost in enumerate(cut):
+        if spec.codec:
+            check_codec(spec.codec, cost.outputs, f"stage {k}")
+    if spec.error_codec and K > 1 and not any(step.down for column in unroll(spec.method, K, 1).columns for step in column):
+        raise UsageError(f"{spec.method.name} sends no errors down, so there is none for an error codec: leave it out")

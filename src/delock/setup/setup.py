@@ -1,0 +1,138 @@
+"""A run that has been checked, and from it a Job per stage and a prediction."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from delock.codecs import Codec
+from delock.codecs.coding import predicted
+from delock.computing import Computing
+from delock.methods import AsyncDGL, Method, title
+from delock.nets.emulated import Emulated
+from delock.nets.heads import HeadShare
+from delock.nets.measure import AtomCost
+from delock.nets.split import Atom, StageModule
+from delock.plan import Course
+from delock.records import StagePrediction, Started
+from delock.setup.spec import Spec
+from delock.timeline import Costs, predict
+from delock.train import Job
+
+SLOW_BATCHES = 400  # enough for a mean over random slow ticks
+SLOW = 20  # an op on a machine that others use too may take so many times what it took when it was measured
+
+
+@dataclass
+class Setup:
+    """A run that has been checked: where the network is cut and what each atom costs."""
+
+    course: Course
+    parts: list[Atom]
+    cuts: tuple[int, ...]
+    costs: list[AtomCost]
+    rows: int  # samples in the batch that was measured
+    how: Computing
+    modules: Sequence[StageModule | Emulated] = ()
+    heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
+    head_seconds: dict[int, float] = field(default_factory=dict)  # stage -> its head forward and backward, on a whole batch
+    head_shares: dict[int, HeadShare] = field(default_factory=dict)  # stage -> what its head costs beside it
+
+    @property
+    def K(self) -> int:
+        """Number of stages."""
+        return len(self.cuts) + 1
+
+    def patience(self, asked: float, method: Method) -> float:
+        """Seconds to wait for a sign of life: what was asked for, but never less than an op of this network may well take."""
+        slowest = max(slowdown(method, k) * sum(cost.total_s for cost in self.costs[a:b]) for k, (a, b) in enumerate(self.bounds()))
+        return max(asked, SLOW * slowest) if asked > 0 else 0.0
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First atom, and the one after the last, of each stage."""
+        edges = [0, *self.cuts, len(self.parts)]
+        return list(itertools.pairwise(edges))
+
+    def jobs(self, spec: Spec) -> list[Job]:
+        """A Job per stage; only the first gets the data."""
+        return [
+            Job(
+                k=k,
+                K=self.K,
+                module=module,
+                names=module.original,
+                method=spec.method,
+                course=self.course,
+                per_epoch=len(spec.train),
+                optimizer=spec.optimizer,
+                schedule=spec.schedule,
+                loss=spec.loss,
+                metrics=spec.metrics,
+                seed=spec.seed,
+                train=spec.train if k == 0 else None,
+                test=spec.test if k == 0 else None,
+                head=self.heads.get(k),
+                codec=spec.codec,
+                error_codec=spec.error_codec,
+                link=spec.link,
+                slow=spec.slow,
+                how=self.how,
+                emulated=spec.emulate is not None,
+                log_every=spec.log_every,
+                trace=spec.trace,
+            )
+            for k, module in enumerate(self.modules)
+        ]
+
+    def started(self, spec: Spec) -> Started:
+        """What will run, with what the plan and the measured costs predict."""
+        own = [self.costs[a:b] for a, b in self.bounds()]
+        share = 1 / spec.method.parts  # costs are of a whole batch, ops of a part
+        waits = spec.emulate
+        forward = tuple(share * (waits.forward if waits else sum(cost.forward_s for cost in atoms)) for atoms in own)
+        backward = tuple(share * (waits.backward if waits else sum(cost.backward_s for cost in atoms)) for atoms in own)
+        head = tuple(share * self.head_seconds.get(k, 0.0) for k in range(self.K))
+        forecast = predict(spec.method, self.K, Costs(forward, backward, head=head, slow=spec.slow), SLOW_BATCHES if spec.slow else None)
+        own_pace = max(slowdown(spec.method, k) * (forward[k] + backward[k] + head[k]) for k in range(self.K))
+        period = max(forecast.period, own_pace) if spec.workers != "inline" else sum(forward + backward + head) * spec.method.parts
+        predictions = tuple(
+            StagePrediction(
+                stage=k,
+                layers=len(own[k]),
+                parameters=sum(cost.params for cost in own[k]),
+                forward=forward[k],
+                backward=backward[k],
+                staleness=f.staleness,
+                layer_staleness=f.layer_staleness,
+                idle=f.idle,
+                head_flops=beside.flops if (beside := self.head_shares.get(k)) else None,
+                head_parameters=beside.params if beside else None,
+            )
+            for k, f in enumerate(forecast.stages)
+        )
+        return Started(
+            method=title(spec.method),
+            workers=spec.workers,
+            batches=self.course.batches,
+            epochs=self.course.batches / len(spec.train),
+            cuts=self.cuts,
+            stages=predictions,
+            samples_per_second=self.rows / period,
+            layout="channels last" if self.how.channels_last else "default",
+            messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
+            encoded=tuple(self._encoded(spec.codec, cut, spec.method.parts) for cut in self.cuts) if spec.codec else (),
+        )
+
+    def _encoded(self, codec: Codec, cut: int, parts: int) -> tuple[float, float]:
+        """Bytes of the activation there once encoded, and of codebooks: means over the messages."""
+        outputs = [((-(-shape[0] // parts), *shape[1:]) if shape else shape, dtype) for shape, dtype in self.costs[cut - 1].outputs]
+        payload, books = zip(*(predicted(codec, shape, dtype) for shape, dtype in outputs), strict=True)
+        return sum(payload), sum(books)
+
+
+def slowdown(method: Method, k: int) -> float:
+    """How many times as long as it needs stage k is made to take by the method itself."""
+    return method.slowdown(k) if isinstance(method, AsyncDGL) else 1.0

@@ -1,0 +1,74 @@
+"""What was asked for: the arguments of `fit`, as far as they shape the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+
+from delock.codecs import Codec
+from delock.data.loader import Loader
+from delock.errors import UsageError
+from delock.links.meet import LinkKind
+from delock.methods import Method
+from delock.plan import Course
+from delock.stage import Loss, OptimizerFactory, ScheduleFactory
+from delock.timeline import Emulation, Slowdown
+from delock.train import Metric
+
+if TYPE_CHECKING:
+    from delock.setup.setup import Setup
+
+Layout = Literal["default", "channels-last", "auto"]
+
+
+@dataclass
+class Spec:
+    """The arguments of `fit`, as far as they shape the run itself."""
+
+    model: nn.Module | Sequence[nn.Module]
+    train: Loader
+    test: Loader | None
+    loss: Loss
+    method: Method
+    optimizer: OptimizerFactory
+    schedule: ScheduleFactory | None
+    stages: int | None
+    cuts: Sequence[int | str] | None
+    epochs: int | None
+    steps: int | None
+    eval_every: int | None
+    clip: float | None
+    metrics: Mapping[str, Metric]
+    heads: str | Sequence[nn.Module] | None
+    seed: int
+    device: str
+    threads: int
+    amp: bool
+    layout: Layout
+    chunks: int
+    slow: Slowdown | None
+    emulate: Emulation | None
+    link: LinkKind
+    log_every: int
+    trace: bool
+    workers: str
+    codec: Codec | None = None
+    error_codec: Codec | None = None
+    setup: Setup | None = None  # under torchrun: what this rank has prepared
+
+    def course(self) -> Course:
+        """The length of the run. Raises UsageError unless exactly one of epochs and steps says it."""
+        if (self.epochs is None) == (self.steps is None):
+            raise UsageError("say how long to train: either epochs or steps")
+        batches = self.steps if self.steps is not None else len(self.train) * (self.epochs or 0)
+        if batches < 1:
+            raise UsageError(f"training must last at least one batch, not {batches}: raise epochs or steps")
+        every = self.eval_every if self.eval_every is not None else len(self.train)
+        if every < 1:
+            raise UsageError(f"eval_every is {every}, but it must be at least 1 batch")
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise UsageError(f"clip is {self.clip:g}, but the norm that a gradient may keep must be above 0; leave it out not to clip")
+        return Course(batches, every if self.test is not None else 0, len(self.test) if self.test is not None else 0, self.clip)
