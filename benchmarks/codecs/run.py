@@ -65,6 +65,7 @@ def train(folder: str, epochs: int, steps: int | None, work: tuple[str, int]) ->
         codec=codec,
         seed=seed,
         workers="inline",
+        layout="channels-last",
     )
     assert result is not None
     sent = sum((report.sent_up for report in result.stages), Traffic())

@@ -64,6 +64,7 @@ def train(folder: str, work: tuple[float, int, int, int]) -> dict[str, Any]:
         heads="mlp",
         seed=seed,
         workers="inline",
+        layout="channels-last",
     )
     assert result is not None
     read = {k: report.visits_behind for k, report in enumerate(result.stages) if report.visits_behind}
