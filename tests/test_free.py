@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import multiprocessing
@@ -85,6 +86,8 @@ class Neighbours:
                 link.leaving, link.closing = link.leaving + 1, True
                 link.news.notify_all()
         until(lambda: all(link.working == 0 for link in self.links))
+        for link in self.links:
+            atexit.unregister(link._abandon)
 
 
 @pytest.fixture
@@ -257,6 +260,23 @@ def test_what_fails_in_a_thread_is_raised_where_the_stage_waits(neighbours: Neig
         link.send(2, ("e", 0, 0), Message(None))
     with pytest.raises(RuntimeError, match="closed by peer"):
         link.close()
+
+
+def test_a_program_that_ends_early_ends_the_threads(neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One waits for room, one for something to send, one for the stage above; torch lets go of those that it holds."""
+    link = middle(neighbours)
+    for i in range(DEPTH + 1):
+        neighbours.comes(0, ("e", i, 0))
+    until(lambda: neighbours.come[0].empty() and len(link.evaluations) == DEPTH)
+
+    class Work:
+        def wait(self, limit: timedelta) -> None:
+            neighbours.come[2].put(RuntimeError("Application timeout caused pair closure"))
+            raise RuntimeError("Timed out waiting 1ms for recv operation to complete")
+
+    monkeypatch.setattr(delock.links.free.dist, "irecv", lambda tensor, peer: Work())
+    link._abandon()
+    assert link.working == 0
 
 
 def test_a_link_that_takes_nothing_holds_nobody_up(neighbours: Neighbours) -> None:

@@ -10,13 +10,17 @@ comes that is older than two transfers. An evaluation batch waits until it can g
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from time import perf_counter
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from delock.links.distributed import Receiver, Sender
 from delock.links.errors import expect
@@ -27,6 +31,7 @@ from delock.replay import Entry, ReplayBuffer
 
 DEPTH = 2  # frames under way per direction, messages on their way up, and evaluation batches that wait for the stage
 LIMIT = timedelta(days=3650)  # a stage that is done hears nothing until all are; who is gone is noticed without a limit
+GONE = 2.0  # seconds that threads have to end when the program does
 END: Name = ("f", 0, 0)  # going up: no more is to come; going down: all stages from here on are done
 
 
@@ -48,6 +53,8 @@ class FreeLink:
         self.picked: Entry[Message] | None = None
         self.sent = Sent()
         self.working = 0  # threads
+        if K > 1:
+            atexit.register(self._abandon)
         if k > 0:
             self.down = Sender(k - 1, DEPTH)
             self._start(self._take_from_below)
@@ -120,6 +127,18 @@ class FreeLink:
             self.down.close()
         with self.news:
             self._until(lambda: self.working == 0, self.k - 1 if self.k > 0 else self.k + 1)
+        atexit.unregister(self._abandon)
+
+    def _abandon(self) -> None:
+        """Of a program that ends without `close`: end the threads. One that came back from torch later would abort the interpreter."""
+        with self.news:
+            self.error = self.error or RuntimeError("the program ends")
+            self.news.notify_all()
+        with suppress(RuntimeError, ValueError):  # a wait beyond its limit closes all connections; there may be none any more
+            work: Any = dist.irecv(torch.empty(1), self.k + 1 if self.k + 1 < self.K else self.k - 1)
+            work.wait(timedelta(milliseconds=1))
+        with self.news:
+            self.news.wait_for(lambda: self.working == 0, GONE)
 
     # ---- threads ---------------------------------------------------------------------------------------------------------------------
 
@@ -148,7 +167,7 @@ class FreeLink:
                     case "h":
                         self.buffer.put(message, name[1], name[2])
                     case "e":
-                        self.news.wait_for(lambda: len(self.evaluations) < DEPTH)  # else the whole test set would pile up here
+                        self._hold(lambda: len(self.evaluations) < DEPTH)  # else the whole test set would pile up here
                         self.evaluations.append((name, message))
                     case _:
                         self.ended = True
@@ -167,7 +186,7 @@ class FreeLink:
         sender = Sender(self.k + 1, DEPTH)
         while not (self.closing and self.leaving == 0):
             with self.news:
-                self.news.wait_for(lambda: bool(self.outgoing))
+                self._hold(lambda: bool(self.outgoing))
                 packed = self.outgoing.popleft()
             sender.send(packed)
             del packed
@@ -183,6 +202,11 @@ class FreeLink:
             self.outgoing.append(packed)
             self.leaving, self.closing = self.leaving + 1, last
             self.news.notify_all()
+
+    def _hold(self, until: Callable[[], bool]) -> None:
+        """Of a thread, `news` held: wait for that. Raises what went wrong in another one."""
+        self.news.wait_for(lambda: until() or self.error is not None)
+        self._complain()
 
     def _pick(self) -> bool:
         self.picked = self.buffer.get()
