@@ -15,8 +15,8 @@ class AsyncDGL(DGL):
     """DGL with a replay buffer in front of every stage but the first, filled by the stage below at that stage's own pace.
 
         stage 0 |F0.0 B0.0 F1.1 B1.1 F2.2 B2.2     the order if all stages are equally fast, and that of turns="round-robin", which
-        stage 1 |     F0.0 B0.0 F1.1 B1.1 F2.2     with buffer = 1 equals dgl; otherwise stage k's n-th Forward reads what the buffer
-        stage 2 |          F0.0 B0.0 F1.1 B1.1     holds: any batch of the stage below, perhaps one it has read before
+        stage 1 |     F0.0 B0.0 F1.1 B1.1 F2.2     equals dgl; otherwise stage k's n-th Forward reads what the buffer holds: any
+        stage 2 |          F0.0 B0.0 F1.1 B1.1     batch of the stage below, perhaps one it has read before
 
     Source: Belilovsky, Eickenberg, Oyallon, ICML 2020; arXiv 2106.06401. Update: that of DGL on the batch read: the least used in the
     buffer, the newest of these. A stage that has made its updates goes on forwarding, in eval mode, until all have.
@@ -26,12 +26,12 @@ class AsyncDGL(DGL):
     S = 1 / (1 - noise) | noise, of the stage slow_stage: how much slower it is than the others
     -                   | max_reuse: times that a batch may be read, 0 for any number of times
 
-    turns: "free", a process per stage at its own pace (a slowed stage waits after each visit, S - 1 times as long as that took; what
+    turns: "free", a process per stage at its own pace (a slowed stage waits after each op, S - 1 times as long as that took; what
     happened is recorded as a plan); "sampled", one process, the next stage to act drawn with equal probability, 1 - noise against 1 for
     the slowed one; "round-robin", one process, stage after stage.
-    Deviations: a put is not counted as a use, and ties go to the newest, as in the text (the released code differs). On a link that is
-    not done with the message before, a batch is left out rather than waited for. Staleness of the gradient: 0. An input is older than
-    the newest put by at most buffer - 1 visits of the stage below. Memory of stage k: one graph, its head, `buffer` inputs.
+    Deviations: a put is not counted as a use, and ties go to the newest, as in the text (the released code differs). On a link with two
+    messages under way a batch is left out rather than waited for. Staleness of the gradient: 0. An input is older than the newest put
+    by at most buffer - 1 puts. Memory of stage k: one graph, its head, `buffer` inputs.
     """
 
     name: ClassVar[str] = "dgl-async"
