@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -393,3 +393,16 @@ def test_curves_draw_runs_and_leave_the_settings_alone(tmp_path: Path) -> None:
     assert curves([Run("mlp", regression)], tmp_path / "loss")[0].exists()
     with pytest.raises(UsageError, match="no record"):
         curves([Run("nothing", [])], tmp_path / "none")
+
+
+@pytest.mark.parametrize("combine", ["furthest", "sum", "mean"])
+@pytest.mark.parametrize("N", range(1, 5))
+def test_the_steady_period_of_interlocking_is_the_same_for_any_K(N: int, combine: Literal["furthest", "sum", "mean"]) -> None:
+    for K in range(max(3, N), 9):
+        for send, expected in (("early", 2 * (N - 1) + 3), ("late", 3 * N)):
+            plan = unroll(Interlocking(N, combine, send), K, 30)  # type: ignore[arg-type]
+            assert period(simulate(plan, Costs.unit(K))) == expected, (K, send)
+            for k, column in enumerate(plan.columns):  # an error leaves before the weight gradient it comes with, nearest loss first
+                sent = [step.op.loss for step in column if isinstance(step.op, Backward) and step.down and step.op.batch == 20]
+                assert sent == sorted(sent)
+                assert len(sent) <= N - 1 or k == 0
