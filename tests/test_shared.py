@@ -30,7 +30,7 @@ from delock.links import Message, meet, shared
 from delock.links.distributed import DistributedChannel
 from delock.links.meet import LinkKind, connect
 from delock.links.message import ALIGN
-from delock.links.shared import SharedChannel
+from delock.links.shared import RECORD, SharedChannel, Told
 from delock.methods import ADL, BP, DGL, DSP, FDG, Interlocking, Method, OneFOneB
 from delock.train import Job, StageResult, run_rank
 from test_links import DTYPES, beside, numbers, tensors, trip
@@ -396,3 +396,14 @@ def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(meet, "_host", lambda: None)
     with pytest.raises(UsageError, match='link is "shared", but this system lacks'):
         trained("shared")
+
+
+def test_a_record_may_come_in_parts() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    channel, record = SharedChannel(1, 2, near), RECORD.pack(Told.TAKEN, 0, 0)
+    with far:
+        for part in (record[:7], record[7:] + record[:3], record[3:]):
+            far.sendall(part)
+            channel._hear()
+    assert channel.room == 2 + 2
+    near.close()

@@ -67,6 +67,7 @@ class SharedChannel:
         self.descriptors: deque[int] = deque()  # of the peer's slots to come
         self.arrived: deque[tuple[int, int]] = deque()  # messages that have not been taken: slot, length
         self.died: deque[int] = deque()  # slots of the peer in which no tensor is left, not yet told
+        self.rest = b""  # of a record that has come in part
         self.ended = False  # the peer has nothing more to say
 
     # ---- sending ---------------------------------------------------------------------------------------------------------------------
@@ -160,6 +161,9 @@ class SharedChannel:
             raise ConnectionError(f"the connection to stage {self.peer} was closed")
         for _, _, data in beside:
             self.descriptors.extend(array("i", data))
+        records = self.rest + records
+        whole = len(records) - len(records) % RECORD.size
+        records, self.rest = records[:whole], records[whole:]
         for what, slot, length in RECORD.iter_unpack(records):
             match what:
                 case Told.SENT:
