@@ -24,7 +24,7 @@ from delock.launch.progress import Progress
 from delock.launch.rank import Rank
 from delock.launch.torchrun import under_torchrun
 from delock.launch.tune import share_cores
-from delock.launch.watch import Watch
+from delock.launch.watch import POLL, Watch
 
 import programs
 
@@ -439,3 +439,26 @@ def test_a_failing_rank_under_torchrun_is_told_once(tmp_path: Path) -> None:
 
 def test_this_process_is_not_under_torchrun() -> None:
     assert not under_torchrun()
+
+
+def test_who_waited_for_a_rank_that_is_done_now_has_time_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("delock.launch.watch.time.monotonic", lambda: clock[0])
+    records = [Progress(), Progress()]
+    looks = Watch(records, patience=1.0)
+    for record in records:
+        record.born()
+    records[1].at("F0")
+    records[1].wait_for(0)  # stage 0 sets itself up for a long time
+
+    def after(seconds: float, pids: dict[int, int]) -> list[int]:
+        for _ in range(round(seconds / POLL)):
+            clock[0] += POLL
+            found = looks.look(pids)
+        return found
+
+    both = {0: os.getpid(), 1: os.getpid()}
+    assert after(5.0, both) == []
+    records[0].at("F0")  # does what stage 1 waits for, and is done
+    assert after(POLL, {1: os.getpid()}) == []
+    assert after(1.0, {1: os.getpid()}) == [1]

@@ -45,7 +45,8 @@ class Watch:
         stopped = [rank for rank in still if _stopped(pids[rank])]
         computing = [rank for rank in still if at[rank].begun and at[rank].waits_for is None]
         waiting = [rank for rank in still if at[rank].waits_for is not None]
-        return stopped or computing or (waiting if len(waiting) == len(pids) else [])
+        nobody = min(self._still) >= self._patience  # those that are done count too: what they did last may be what was waited for
+        return stopped or computing or (waiting if nobody and len(waiting) == len(pids) else [])
 
     def tell(self, culprits: Sequence[int], pids: Mapping[int, int], stacks: Mapping[int, Path]) -> str:
         """The message: what hangs and where, what the others wait for, and the culprits' stacks."""
