@@ -184,5 +184,5 @@ def test_the_laws_can_be_broken() -> None:
     assert (floor("fitting"), floor("ops"), unit(PACKAGE / "plan" / "walk.py"), unit(PACKAGE / "cli.py")) == (5, 1, "plan", "cli")
     for line in ("cd /ho" + "me/me/delock", "see https://py" + "pi.org/project/x", "pip install --index-" + "url x"):
         assert suspect().search(line)
-    for line in ("$HOME/x", "runs/home/x", "https://example.org/work/x", "pip install uv"):
+    for line in ("$HO" + "ME/x", "runs/ho" + "me/x", "https://example.org/wo" + "rk/x", "pip install uv"):
         assert not suspect().search(line)

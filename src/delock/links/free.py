@@ -26,6 +26,7 @@ from delock.links.distributed import Receiver, Sender
 from delock.links.errors import expect
 from delock.links.message import Message, Name, pack, unpack
 from delock.links.neighbours import Watch
+from delock.links.unresumed import Unresumed
 from delock.links.values import Library, Sent, lean
 from delock.replay import Entry, ReplayBuffer
 
@@ -35,7 +36,7 @@ GONE = 2.0  # seconds that threads have to end when the program does
 END: Name = ("f", 0, 0)  # going up: no more is to come; going down: all stages from here on are done
 
 
-class FreeLink:
+class FreeLink(Unresumed):
     """Stage k's end. `version()`: the stage's number of updates, which goes along with its activations."""
 
     def __init__(
@@ -226,19 +227,3 @@ class FreeLink:
     def _complain(self) -> None:
         if self.error is not None:
             raise self.error
-
-    def pull(self, source: int, count: int) -> list[tuple[Name, Message]]:
-        """See Link. Nothing of such a run is saved in its middle."""
-        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
-
-    def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
-        """See Link."""
-        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
-
-    def state(self) -> None:
-        """See Link."""
-        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
-
-    def load(self, state: None) -> None:
-        """See Link."""
-        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")

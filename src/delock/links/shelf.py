@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from delock.links.errors import LinkError
 from delock.links.message import Message, Name, packed_length, settle
+from delock.links.unresumed import Unresumed
 from delock.links.values import Sent, lean
 
 
@@ -22,7 +23,7 @@ class Shelf:
         return ShelfEnd(self, k)
 
 
-class ShelfEnd:
+class ShelfEnd(Unresumed):
     """One stage's end of a Shelf."""
 
     def __init__(self, shelf: Shelf, k: int) -> None:
@@ -43,22 +44,6 @@ class ShelfEnd:
             raise LinkError(f"there is no message {name} of stage {source}")
         self.shelf.reads[place] -= 1
         return self.shelf.messages[place] if self.shelf.reads[place] else self.shelf.messages.pop(place)
-
-    def pull(self, source: int, count: int) -> list[tuple[Name, Message]]:
-        """See Link. Nothing of such a run is saved in its middle."""
-        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
-
-    def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
-        """See Link."""
-        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
-
-    def state(self) -> None:
-        """See Link."""
-        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
-
-    def load(self, state: None) -> None:
-        """See Link."""
-        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
 
     def close(self) -> None:
         """See Link."""

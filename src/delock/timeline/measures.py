@@ -46,7 +46,7 @@ def idle(timeline: Timeline, whole: bool = False) -> list[float]:
     begin, end = (timeline.begin, timeline.end) if whole else steady(timeline)[:2]
     if end <= begin:
         return [0.0] * timeline.K
-    return [1 - sum(_overlap(span, begin, end) for span in column) / (end - begin) for column in timeline.columns]
+    return [1 - sum(overlap(span.start, span.end, begin, end) for span in column) / (end - begin) for column in timeline.columns]
 
 
 def messages(timeline: Timeline) -> list[tuple[int, int]]:
@@ -87,5 +87,6 @@ def _trains(op: Op) -> bool:
     return isinstance(op, Backward) and op.part != "input"
 
 
-def _overlap(span: Span, begin: float, end: float) -> float:
-    return max(0.0, min(span.end, end) - max(span.start, begin))
+def overlap(start: float, stop: float, begin: float, end: float) -> float:
+    """Seconds that two intervals have in common."""
+    return max(0.0, min(stop, end) - max(start, begin))

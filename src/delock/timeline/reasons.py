@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from delock.ops import Backward, Forward, Update
-from delock.timeline.measures import steady
+from delock.ops import Backward, Forward, Op, Update
+from delock.timeline.measures import overlap, steady
 from delock.timeline.spans import Span, Timeline
 
 KINDS = ("forward", "backward", "update", "wait: activation", "wait: error", "wait: update", "between ops")
@@ -23,31 +23,19 @@ def reasons(timeline: Timeline) -> list[dict[str, float]]:
 def _shares(column: Iterable[Span], begin: float, end: float) -> dict[str, float]:
     found = dict.fromkeys(KINDS, 0.0)
     for span in column:
-        found[_kind(span)] += _overlap(span.start, span.end, begin, end)
-        found[f"wait: {_awaited(span)}"] += _overlap(span.start - span.waited, span.start, begin, end)
+        kind, awaited = _names(span.op)
+        found[kind] += overlap(span.start, span.end, begin, end)
+        found[f"wait: {awaited}"] += overlap(span.start - span.waited, span.start, begin, end)
     found["between ops"] = max(0.0, end - begin - sum(found.values()))
     return {kind: seconds / (end - begin) if end > begin else 0.0 for kind, seconds in found.items()}
 
 
-def _kind(span: Span) -> str:
-    match span.op:
+def _names(op: Op) -> tuple[str, str]:
+    """What an op is counted as, and what it waits for."""
+    match op:
         case Forward():
-            return "forward"
+            return "forward", "activation"
         case Backward():
-            return "backward"
+            return "backward", "error"
         case Update():
-            return "update"
-
-
-def _awaited(span: Span) -> str:
-    match span.op:
-        case Forward():
-            return "activation"
-        case Backward():
-            return "error"
-        case Update():
-            return "update"
-
-
-def _overlap(start: float, stop: float, begin: float, end: float) -> float:
-    return max(0.0, min(stop, end) - max(start, begin))
+            return "update", "update"
