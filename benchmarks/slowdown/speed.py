@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from delock.data import as_loader
 from delock.launch.processes import run_processes
 from delock.methods import DGL, AsyncDGL, Method
+from delock.nets.emulated import Emulated
 from delock.ops import Update
 from delock.plan import Course
 from delock.records import TurnsRecord
@@ -33,40 +32,16 @@ UNIT = 0.01  # seconds
 SLOWDOWNS = (1.0, 1.5, 2.0, 4.0)
 
 
-class Wait(torch.autograd.Function):
-    """The identity, with a wait forward and one twice as long backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
-        """x itself, `seconds` later."""
-        time.sleep(seconds)
-        ctx.seconds = seconds
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Its error, twice the seconds later."""
-        time.sleep(2 * ctx.seconds)
-        return d, None
-
-
-class Slow(nn.Module):
-    """A linear layer that takes as long as it is told: (B, FEATURES) -> (B, FEATURES)."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.scale, self.seconds = nn.Parameter(torch.ones(FEATURES)), seconds
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x times the weights, in the time of three UNITs with its backward."""
-        return Wait.apply(x * self.scale, self.seconds)
+def waiting(seconds: float) -> nn.Module:
+    """(B, FEATURES) -> (B, FEATURES) in so many seconds forward and twice as many backward."""
+    return Emulated((FEATURES,), seconds, 2 * seconds)
 
 
 def jobs(method: Method, factor: float) -> list[Job]:
     """Six stages; stage SLOW takes `factor` times as long."""
     torch.manual_seed(0)
     batches = [(torch.randn(BATCH, FEATURES), torch.randint(10, (BATCH,))) for _ in range(8)]
-    stages = [nn.Sequential(Slow(UNIT * (factor if k == SLOW else 1)), *([nn.Linear(FEATURES, 10)] * (k == K - 1))) for k in range(K)]
+    stages = [nn.Sequential(waiting(UNIT * (factor if k == SLOW else 1)), *([nn.Linear(FEATURES, 10)] * (k == K - 1))) for k in range(K)]
     return [
         Job(
             k=k,
