@@ -4,8 +4,10 @@
 
 Every stage waits 120 ms forward and 240 ms backward around real messages of 1 MB. In a slow tick a stage takes 1 + s times as long: each
 stage with probability 1/K in every tick ("random"), or stage 1 in every tick ("fixed"). A cell is the share of the clean speed that is
-kept: measured (simulated; measured time over simulated time, less 1). Free-running DGL has no plan: its stages never wait, so its simulated
-time is the sum of a stage's own ticks, and its speed the updates per second of a stage, the mean over the stages.
+kept: measured (simulated; measured time over simulated time, less 1). The simulator knows what an op and a message cost beside the wait:
+that is measured first, with one stage and with two, for waits and messages of a batch and of a micro-batch. Free-running DGL has no
+plan: its stages never wait, so its simulated time is the sum of a stage's own ticks, and its speed the updates per second of a stage, the
+mean over the stages.
 """
 
 from __future__ import annotations
@@ -62,9 +64,18 @@ def length(method: Method) -> int:
     return LONG if isinstance(method, delock.BP) else STEPS
 
 
-def measured(method: Method, slow: Slowdown | None) -> float:
+def overhead(parts: int) -> tuple[float, float]:
+    """Seconds that an op takes beside its wait, and a message on its way: backpropagation in one stage and in two, with waits as long."""
+    waits = (FORWARD / parts, BACKWARD / parts)
+    op = (measured(delock.BP(), None, K=1, rows=ROWS // parts, waits=waits) - sum(waits)) / 2
+    return op, max(0.0, measured(delock.BP(), None, K=2, rows=ROWS // parts, waits=waits) / 2 - sum(waits) - 2 * op)
+
+
+def measured(
+    method: Method, slow: Slowdown | None, *, K: int = K, rows: int = ROWS, waits: tuple[float, float] = (FORWARD, BACKWARD)
+) -> float:
     """Seconds per batch, between batch WARM and the last that the last stage has done; free-running: see `paces`."""
-    made: tuple[Tensor, Tensor] = torch.randn(ROWS, FEATURES), torch.randint(10, (ROWS,))
+    made: tuple[Tensor, Tensor] = torch.randn(rows, FEATURES), torch.randint(10, (rows,))
     ends: list[float] = []
     turns: list[list[Turn]] = [[] for _ in range(K)]
 
@@ -84,7 +95,7 @@ def measured(method: Method, slow: Slowdown | None) -> float:
         cuts=list(range(1, K)),
         heads=[nn.Linear(FEATURES, 10) for _ in range(K - 1)] if isinstance(method, delock.AsyncDGL) else None,
         steps=steps,
-        emulate=Emulation(FORWARD, BACKWARD),
+        emulate=Emulation(*waits),
         slow=slow,
         link=LINK if not isinstance(method, delock.AsyncDGL) else "gloo",
         pin=False,
@@ -96,14 +107,16 @@ def measured(method: Method, slow: Slowdown | None) -> float:
     return (ends[-1] - ends[WARM]) / (steps - 1 - WARM)
 
 
-def simulated(method: Method, slow: Slowdown | None) -> float:
-    """The same, from the plan on the clock."""
+def simulated(method: Method, slow: Slowdown | None, op: float, delay: float) -> float:
+    """The same, from the plan on the clock, with what an op takes beside its wait, and a message on its way."""
     steps = length(method)
     if isinstance(method, delock.AsyncDGL):
         extra = [sum(slow.extra(n, k) if slow else 0.0 for n in range(WARM + 1, steps)) / (steps - 1 - WARM) for k in range(K)]
-        return paces([(1 + more) * (FORWARD + BACKWARD) for more in extra])
+        return paces([(1 + more) * (FORWARD + BACKWARD) + 2 * op for more in extra])
     share = 1 / method.parts
-    costs = Costs((share * FORWARD,) * K, (share * BACKWARD,) * K, capacity=capacities(method, K), slow=slow)
+    delays = (delay,) * (K - 1)
+    forward, backward = (share * FORWARD + op,) * K, (share * BACKWARD + op,) * K
+    costs = Costs(forward, backward, up=delays, down=delays, capacity=capacities(method, K), slow=slow)
     column = simulate(unroll(method, K, steps), costs).columns[-1]
     ends = [span.end for span in column if isinstance(span.op, Backward)][method.parts - 1 :: method.parts]
     return (ends[-1] - ends[WARM]) / (steps - 1 - WARM)
@@ -136,6 +149,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
+    costs = {parts: overhead(parts) for parts in {method.parts for method in METHODS}}
+    for parts, (op, delay) in sorted(costs.items()):
+        print(f"1/{parts} of a batch: an op takes {1000 * op:.2f} ms beside its wait, a message {1000 * delay:.2f} ms", flush=True)
     rows: list[dict[str, Any]] = []
     lines = ["| stragglers | method | " + " | ".join(f"s = {s:g}" for s in EXTRA) + " |", "|---|---|" + "---:|" * len(EXTRA)]
     for kind in ("random", "fixed"):
@@ -146,7 +162,8 @@ def main() -> None:
                 if not slow and kind == "fixed":
                     row = next(r for r in rows if r["s"] == 0 and r["method"] == title(method)) | {"kind": kind}
                 else:
-                    row = {"kind": kind, "method": title(method), "s": s, "ms": measured(method, slow), "due": simulated(method, slow)}
+                    due = simulated(method, slow, *costs[method.parts])
+                    row = {"kind": kind, "method": title(method), "s": s, "ms": measured(method, slow), "due": due}
                 rows.append(row)
                 clean = next(r for r in rows if r["s"] == 0 and r["method"] == title(method))
                 row |= {"measured": clean["ms"] / row["ms"], "simulated": clean["due"] / row["due"]}
