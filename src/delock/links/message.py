@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -72,19 +73,39 @@ def settle(tree: Tree) -> Tree:
 
 
 def _settled(leaf: Tensor) -> bool:
-    return _strides(leaf) == leaf.stride() and leaf.data_ptr() % ALIGN == 0
+    return _dense(leaf.shape, leaf.stride()) == leaf.stride() and leaf.data_ptr() % ALIGN == 0
 
 
 def _settle(leaf: Tensor) -> Tensor:
-    return torch.empty_strided(leaf.shape, _strides(leaf), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+    strides = _dense(leaf.shape, leaf.stride())
+    return torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=leaf.device).copy_(leaf)
 
 
-# layout of the bytes: PREFIX | JSON text | pad | tensor | pad | tensor ...      every tensor starts at a multiple of ALIGN
+# layout of the bytes: PREFIX | JSON text | pad | tensor | pad | tensor | pad      every tensor starts at a multiple of ALIGN
 PREFIX = struct.Struct("<qcqqdqq")  # length of all, kind, batch, loss, weight, samples, length of the JSON text
 ALIGN = 64  # bytes: a cache line, and what vector loads like
 
-Meta: TypeAlias = tuple[str, tuple[int, ...], tuple[int, ...], bool]
-"""A tensor in the header: dtype, shape, strides, and whether it travels apart from the bytes."""
+Meta: TypeAlias = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], bool]
+"""What a tensor is: dtype, shape, strides, and whether it travels apart from the bytes."""
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in the bytes, and as what."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    apart: bool
+    offset: int  # in elements of its dtype
+
+
+class Layout(NamedTuple):
+    """How the bytes of a message lie: a run has a handful of layouts, and each travels thousands of times."""
+
+    text: bytes
+    tree: Any
+    places: tuple[Place, ...]
+    length: int
 
 
 def fresh(length: int) -> Tensor:
@@ -100,50 +121,43 @@ def pack(
     Dense tensors keep their strides (channels_last stays so), others become contiguous. `room(bytes)`: where it is to lie, a uint8
     tensor of that length which begins at a multiple of ALIGN.
     """
-    leaves: list[Tensor] = []
-    tree = flatten((message.values, message.targets), leaves)
-    metas = tuple((str(leaf.dtype)[6:], tuple(leaf.shape), _strides(leaf), apart(leaf)) for leaf in leaves)
-    text, offsets, length = _layout(tree, metas)
-    packed = room(length)
-    head = PREFIX.pack(length, name[0].encode(), name[1], name[2], message.weight, message.samples, len(text)) + text
-    packed[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    layout, leaves = _laid_out(message, apart)
+    packed = room(layout.length)
+    head = PREFIX.pack(layout.length, name[0].encode(), name[1], name[2], message.weight, message.samples, len(layout.text)) + layout.text
+    ctypes.memmove(packed.data_ptr(), head, len(head))
     others = []
-    for leaf, (_, shape, strides, elsewhere), offset in zip(leaves, metas, offsets, strict=True):
-        if elsewhere:
-            others.append(_line(leaf.detach() if _strides(leaf) == leaf.stride() else _settle(leaf.detach())))
+    for leaf, place in zip(leaves, layout.places, strict=True):
+        if place.apart:
+            others.append(_line(leaf.detach() if place.strides == leaf.stride() else _settle(leaf.detach())))
         else:
-            _view(packed, offset, leaf.dtype, shape, strides).copy_(leaf.detach())
+            _view(packed, place).copy_(leaf.detach())
     return packed, others
 
 
 def packed_length(message: Message) -> int:
     """Bytes that `pack` would make of the message."""
-    leaves: list[Tensor] = []
-    tree = flatten((message.values, message.targets), leaves)
-    metas = tuple((str(leaf.dtype)[6:], tuple(leaf.shape), _strides(leaf), False) for leaf in leaves)
-    return _layout(tree, metas)[2]
+    return _laid_out(message, lambda leaf: False)[0].length
 
 
 def length_of(start: Tensor) -> int:
     """Bytes of the whole message whose first bytes these are."""
-    return int(PREFIX.unpack(bytes(start[: PREFIX.size].numpy()))[0])
+    return int(PREFIX.unpack(ctypes.string_at(start.data_ptr(), PREFIX.size))[0])
 
 
 def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]], None] | None = None) -> tuple[Name, Message]:
     """Name and message on that device; on the CPU the tensors are views of `packed`. `fetch` fills tensors that travelled apart."""
-    _, kind, batch, loss, weight, count, chars = PREFIX.unpack(bytes(packed[: PREFIX.size].numpy()))
-    tree, metas, offsets = _read_layout(bytes(packed[PREFIX.size : PREFIX.size + chars].numpy()))
-    if not all(apart for *_, apart in metas):
+    begin = packed.data_ptr()
+    _, kind, batch, loss, weight, count, chars = PREFIX.unpack(ctypes.string_at(begin, PREFIX.size))
+    layout = _read_layout(ctypes.string_at(begin + PREFIX.size, chars))
+    if device.type != "cpu" and not all(place.apart for place in layout.places):
         packed = packed.to(device)
     leaves = [
-        torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device=device)
-        if apart
-        else _view(packed, offset, getattr(torch, dtype), shape, strides)
-        for (dtype, shape, strides, apart), offset in zip(metas, offsets, strict=True)
+        torch.empty_strided(place.shape, place.strides, dtype=place.dtype, device=device) if place.apart else _view(packed, place)
+        for place in layout.places
     ]
     if fetch:
-        fetch([_line(leaf) for leaf, (*_, apart) in zip(leaves, metas, strict=True) if apart])
-    values, targets = unflatten(tree, leaves)
+        fetch([_line(leaf) for leaf, place in zip(leaves, layout.places, strict=True) if place.apart])
+    values, targets = unflatten(layout.tree, leaves)
     return (kind.decode(), batch, loss), Message(values, targets, weight, count)
 
 
@@ -152,40 +166,53 @@ def _line(leaf: Tensor) -> Tensor:
     return leaf.as_strided((leaf.numel(),), (1,))
 
 
-def _strides(leaf: Tensor) -> tuple[int, ...]:
-    """The tensor's own strides where it fills its memory without gaps or overlaps, else those of a contiguous one."""
-    if leaf.is_contiguous():
-        return leaf.stride()
-    expected = 1
-    for size, stride in sorted(zip(leaf.shape, leaf.stride(), strict=True), key=lambda pair: (pair[1], pair[0])):
-        if size != 1:
-            if stride != expected:
-                return torch.empty(leaf.shape, device="meta").stride()
-            expected *= size
-    return leaf.stride()
+def _view(packed: Tensor, place: Place) -> Tensor:
+    return packed.view(place.dtype).as_strided(place.shape, place.strides, place.offset)
 
 
-@lru_cache(maxsize=256)  # a run has a handful of layouts, and each travels thousands of times
-def _layout(tree: Any, metas: tuple[Meta, ...]) -> tuple[bytes, tuple[int, ...], int]:
-    text = json.dumps([tree, metas], separators=(",", ":")).encode()
-    return text, *_offsets(PREFIX.size + len(text), metas)
-
-
-def _offsets(end: int, metas: tuple[Meta, ...]) -> tuple[tuple[int, ...], int]:
-    offsets = []
-    for dtype, shape, _, apart in metas:
-        offsets.append(-(-end // ALIGN) * ALIGN)
-        end = offsets[-1] + (0 if apart else torch.Size(shape).numel() * getattr(torch, dtype).itemsize)
-    return tuple(offsets), end
+def _laid_out(message: Message, apart: Callable[[Tensor], bool]) -> tuple[Layout, list[Tensor]]:
+    leaves: list[Tensor] = []
+    tree = flatten((message.values, message.targets), leaves)
+    return _layout(tree, tuple([(leaf.dtype, leaf.shape, leaf.stride(), apart(leaf)) for leaf in leaves])), leaves
 
 
 @lru_cache(maxsize=256)
-def _read_layout(text: bytes) -> tuple[Any, tuple[Meta, ...], tuple[int, ...]]:
+def _layout(tree: Any, metas: tuple[Meta, ...]) -> Layout:
+    """Where the tensors of that tree lie, each as dense as it can be."""
+    settled = [(dtype, tuple(shape), _dense(shape, strides), apart) for dtype, shape, strides, apart in metas]
+    text = json.dumps([tree, [(str(dtype)[6:], *rest) for dtype, *rest in settled]], separators=(",", ":")).encode()
+    return Layout(text, tree, *_places(PREFIX.size + len(text), settled))
+
+
+@lru_cache(maxsize=256)
+def _read_layout(text: bytes) -> Layout:
+    """The same on the other side, from the header."""
     tree, listed = json.loads(text)
-    metas = tuple((dtype, tuple(shape), tuple(strides), apart) for dtype, shape, strides, apart in listed)
-    return tree, metas, _offsets(PREFIX.size + len(text), metas)[0]
+    metas = [(getattr(torch, dtype), tuple(shape), tuple(strides), apart) for dtype, shape, strides, apart in listed]
+    return Layout(text, tree, *_places(PREFIX.size + len(text), metas))
 
 
-def _view(packed: Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    count = torch.Size(shape).numel()
-    return packed[offset : offset + count * dtype.itemsize].view(dtype).as_strided(shape, strides)
+def _places(end: int, metas: list[Meta]) -> tuple[tuple[Place, ...], int]:
+    """The places of tensors that begin after so many bytes, and the bytes of all: whole ALIGNs, so that they can be viewed as any dtype."""
+    places = []
+    for dtype, shape, strides, apart in metas:
+        start = _rounded(end)
+        places.append(Place(dtype, shape, strides, apart, start // dtype.itemsize))
+        end = start + (0 if apart else torch.Size(shape).numel() * dtype.itemsize)
+    return tuple(places), _rounded(end)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // ALIGN) * ALIGN
+
+
+@lru_cache(maxsize=256)
+def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """These strides where they fill memory without gaps or overlaps, else those of a contiguous tensor."""
+    expected = 1
+    for size, stride in sorted(zip(shape, strides, strict=True), key=lambda pair: (pair[1], pair[0])):
+        if size != 1:
+            if stride != expected:
+                return torch.empty(shape, device="meta").stride()
+            expected *= size
+    return strides

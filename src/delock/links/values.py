@@ -61,13 +61,22 @@ class Sent:
     """What one end of a link has sent, by neighbour."""
 
     def __init__(self) -> None:
-        self.to: dict[int, Traffic] = {}
+        self.sums: dict[int, list[int]] = {}  # neighbour -> the numbers of its Traffic
+
+    @property
+    def to(self) -> dict[int, Traffic]:
+        """Neighbour -> what went there."""
+        return {peer: Traffic(*sums) for peer, sums in self.sums.items()}
 
     def count(self, to: int, name: Name, message: Message, length: int) -> None:
         """One message of `length` bytes in all; norms of gradients count as headers do."""
-        found = [_sizes(value) for value in items(message.values)] if name[0] in ("h", "e", "d") else []
-        raw, encoded, codebooks = (sum(of) for of in zip(*found, strict=True)) if found else (0, 0, 0)
-        self.to[to] = self.to.get(to, Traffic()) + Traffic(1, raw, encoded, codebooks, length - encoded - codebooks)
+        raw = encoded = codebooks = 0
+        for value in items(message.values) if name[0] in ("h", "e", "d") else ():
+            own = _sizes(value)
+            raw, encoded, codebooks = raw + own[0], encoded + own[1], codebooks + own[2]
+        sums = self.sums.setdefault(to, [0] * 5)
+        for i, more in enumerate((1, raw, encoded, codebooks, length - encoded - codebooks)):
+            sums[i] += more
 
 
 def _sizes(value: Tensor | Payload) -> tuple[int, int, int]:
