@@ -1,106 +1,189 @@
-"""Samples per second on the same work: plain PyTorch beside two stages in two processes, interleaved rounds in one run.
+"""Samples per second of FDG, ADL, DDG and DGL in two stages, beside what people use today on the same two cores.
 
-    python benchmarks/throughput/run.py $DELOCK_DATA --rounds 5 --out benchmarks/throughput
+    python benchmarks/throughput/run.py --rounds 5 --out benchmarks/throughput
 
-Every contender trains ResNet-20 on the same augmented batches with SGD; the rate is taken between batch WARM and the end.
+For each configuration - a work in a layout and a precision - one pair of processes builds every contender once; then they take turns,
+A B C A B C. A contender that fails is left out from then on, and the table says why. Results are written after every configuration.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import platform
-import statistics
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from ceiling import ddg_period
+from figure import figure
+from ours import METHODS
+from pair import CONTENDERS, Begun, Task, Turned, pair
+from report import table
+from share import Share, Told
+from works import CONFIGURATIONS, SGD, WORKS, Ready, pays
 
-import delock
-from delock.data import Data, load
+from delock.computing import Computing
+from delock.errors import DelockError
 from delock.launch.processes import run_processes
-from delock.launch.rank import Rank
-from delock.nets import build
-from delock.records import Event, StepRecord
+from delock.methods import DGL
+from delock.nets.measure import balance
+from delock.nets.split import stages
+from delock.setup import Spec, prepare
 
-WARM, STEPS, BATCH = 8, 40, 128
-SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
-
-
-def plain(rank: Rank, data: Data) -> float:
-    """The loop that everybody writes."""
-    model = build("resnet20", classes=data.classes, in_channels=data.channels, image_size=data.image_size).train()
-    optimizer = SGD(model.parameters())
-    begun = 0.0
-    for step, (x, y) in enumerate(data.train.epoch(0)):
-        if step == WARM:
-            begun = time.perf_counter()
-        if step == STEPS:
-            break
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return (STEPS - WARM) * BATCH / (time.perf_counter() - begun)
+PATIENCE = 60.0  # seconds without a sign of life
+Found = dict[str, Any]  # of a configuration, as results.json has it
 
 
-def plain_in_process(data: Data, threads: int) -> float:
-    """In a process of its own, set up like a stage: same allocator, threads and pinning."""
-    return run_processes(plain, [data], threads=threads)[0]
+def share(work: str, how: Computing) -> Share:
+    """Everything that contenders are built from; the cuts by the costs of the layers, measured here and now as `fit` does."""
+    found = WORKS[work]
+    batches, model = found.batches(), found.model()
+    spec = Spec(
+        model=model,
+        train=Ready(batches),
+        test=None,
+        loss=found.loss,
+        method=DGL(),
+        optimizer=SGD,
+        schedule=None,
+        stages=2,
+        cuts=None,
+        epochs=None,
+        steps=1,
+        eval_every=None,
+        clip=None,
+        metrics={},
+        heads=None,
+        seed=0,
+        device="cpu",
+        threads=1,
+        amp=how.amp,
+        layout="channels-last" if how.channels_last else "default",
+        chunks=1,
+        slow=None,
+        emulate=None,
+        link="gloo",
+        log_every=1 << 30,
+        trace=True,
+        workers="processes",
+    )
+    local = prepare(spec, None)  # DGL's, with a head for stage 0
+    whole = replace(local, heads={})
+    jobs = {name: (local if method.local_losses else whole).jobs(replace(spec, method=method)) for name, method in METHODS.items()}
+    in_four = balance([cost.total_s for cost in local.costs], 4, [cost.params for cost in local.costs])
+    quarters = stages(local.parts, in_four)
+    return Share(work, how, model, list(local.modules), list(quarters), local.heads[0], jobs, batches, os.sched_getaffinity(0))
 
 
-def stages(data: Data, method: delock.Method, cuts: list[int | str] | None) -> float:
-    """Two stages, a process with one thread each."""
-    marks: list[StepRecord] = []
+class Log:
+    """What the ranks tell of a configuration."""
 
-    def hear(event: Event) -> None:
-        if isinstance(event, StepRecord):
-            marks.append(event)
+    def __init__(self, title: str) -> None:
+        self.title, self.current = title, ""
+        self.turns: dict[str, dict[int, dict[int, Turned]]] = {}  # contender -> round -> rank
+        self.failed: dict[str, str] = {}
 
-    model = build("resnet20", classes=data.classes, in_channels=data.channels, image_size=data.image_size)
-    delock.fit(model, data.train, loss=cross_entropy, method=method, optimizer=SGD, cuts=cuts, steps=STEPS, log_every=WARM, on_event=hear)
-    first, last = marks[0], marks[-1]
-    return (last.samples - first.samples) / (last.seconds - first.seconds)
+    def hear(self, rank: int, event: object) -> None:
+        """Of what a rank emits, the turns; the library's own events are left alone."""
+        if isinstance(event, Begun):
+            self.current = event.name
+        if isinstance(event, Turned):
+            both = self.turns.setdefault(event.name, {}).setdefault(event.round, {})
+            both[rank] = event
+            if len(both) == 2:
+                ms = 1e3 * max(one.told.seconds for one in both.values())
+                print(f"{self.title}  round {event.round + 1}  {event.name:26s} {ms:8.1f} ms per batch", flush=True)
+
+    def rounds(self, name: str) -> dict[int, list[Told]]:
+        """The turns that both ranks have had: round -> what rank 0 and rank 1 tell."""
+        done = {number: both for number, both in self.turns.get(name, {}).items() if len(both) == 2}
+        return {number: [both[rank].told for rank in (0, 1)] for number, both in sorted(done.items())}
+
+    def left(self, names: list[str], rounds: int) -> range:
+        """The rounds that are not complete: every contender's but those of the failed."""
+        complete = min((max(self.rounds(name), default=-1) + 1 for name in names), default=rounds)
+        return range(complete, rounds)
+
+
+def measured(share: Share, title: str, names: list[str], rounds: int, seconds: float) -> Log:
+    """All turns of a configuration. A contender that fails costs its own turns; the others go on in a new pair of processes."""
+    log = Log(title)
+    while names and (left := log.left(names, rounds)):
+        task = Task(share, names, left, seconds)
+        try:
+            run_processes(pair, [task, task], threads=1, patience=PATIENCE, on_event=log.hear)
+        except DelockError as error:
+            if not log.current:
+                raise
+            log.failed[log.current] = str(error)
+            print(f"{title}  {log.current} failed: {error}", flush=True)
+            names = [name for name in names if name != log.current]
+            log.current = ""
+    return log
+
+
+def collected(log: Log, share: Share, rounds: int) -> Found:
+    """A configuration as results.json has it: samples per second round by round (null where there are none), first losses, failures."""
+    rows = len(share.batches[0][0])
+    rates: dict[str, list[float | None]] = {}
+    for name in log.turns:
+        periods = {number: max(told.seconds for told in both) for number, both in log.rounds(name).items()}
+        rates[name] = [rows / periods[number] if number in periods else None for number in range(rounds)]
+    ceilings = log.rounds("ceiling")
+    if ceilings:
+        rates["DDG, simulated"] = [rows / ddg_period(ceilings[n]) if n in ceilings else None for n in range(rounds)]
+    return {
+        "batch": rows,
+        "layers": share.layers,
+        "rates": rates,
+        "batches": {name: both[0][0].batches for name, both in log.turns.items() if 0 in both},
+        "losses": {name: first_losses(log.rounds(name).get(-1, [])) for name in log.turns if not name.startswith("ceiling")},
+        "failed": log.failed,
+        "where": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, Python {platform.python_version()}",
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def first_losses(both: list[Told]) -> list[float]:
+    """Of the first batches that a contender learned from: the mean over the ranks that have one."""
+    known = [told.losses for told in both if told.losses]
+    return [sum(losses) / len(losses) for losses in zip(*known, strict=True)]
+
+
+def asked(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Work and configuration, by name."""
+    for work in options.work:
+        for configuration in options.configuration:
+            if pays(WORKS[work], CONFIGURATIONS[configuration]):
+                yield work, configuration
 
 
 def main() -> None:
-    """Run the rounds, print and write the table."""
+    """Every configuration, and everything written anew after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data_dir", help="CIFAR-10 as an image folder: train/<class>/*.jpg, test/<class>/*.jpg")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cuts", nargs="*", default=None)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a measurement, about")
+    parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--configuration", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    data = load("folder", data_dir=options.data_dir, batch_size=BATCH)
-    methods = [delock.BP(), delock.OneFOneB(4), delock.DDG(), delock.FDG(), delock.DSP()]
-    contenders = {
-        "plain, 1 thread": lambda: plain_in_process(data, 1),
-        "plain, 2 threads": lambda: plain_in_process(data, 2),
-        **{f"{method.name}, 2 stages": functools.partial(stages, data, method, options.cuts) for method in methods},
-    }
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(options.rounds):
-        for name, measure in contenders.items():
-            rates[name].append(measure())
-            print(f"round {number + 1}  {name:18s} {rates[name][-1]:8.0f} samples/s", flush=True)
-    table = report(rates)
-    print(table)
-    if options.out:
-        (options.out / "table.md").write_text(table)
-        (options.out / "rates.json").write_text(json.dumps(rates, indent=1))
-
-
-def report(rates: dict[str, list[float]]) -> str:
-    """A GitHub table: medians, ranges, and the median of the ratios to plain PyTorch with one thread, round by round."""
-    base = rates["plain, 1 thread"]
-    lines = ["| contender | samples/s | range | x plain, 1 thread |", "|---|---|---|---|"]
-    for name, found in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(found, base, strict=True))
-        lines.append(f"| {name} | {statistics.median(found):.0f} | {min(found):.0f} .. {max(found):.0f} | {ratio:.2f} |")
-    where = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, Python {platform.python_version()}"
-    return "\n".join(lines) + f"\n\nResNet-20, batch {BATCH}, median of {len(base)} interleaved rounds of {STEPS - WARM} batches; {where}\n"
+    path = options.out / "results.json"
+    results: dict[str, Found] = json.loads(path.read_text()) if path.exists() else {}
+    for work, configuration in asked(options):
+        title, begun = f"{work}, {configuration}", time.perf_counter()
+        made = share(work, CONFIGURATIONS[configuration])
+        log = measured(made, title, options.contender, options.rounds, options.seconds)
+        results[title] = collected(log, made, options.rounds) | {"work": WORKS[work].title, "seconds": time.perf_counter() - begun}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        (options.out / "table.md").write_text(table(results))
+        figure(results, options.out / "rates")
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ results. OPTIONS are the benchmark's own: delock bench NAME --help shows them.
 
 examples:
   delock bench
-  delock bench throughput $DELOCK_DATA --rounds 5
+  delock bench throughput --rounds 5
   delock bench slowdown/speed --out /tmp"""
 
 

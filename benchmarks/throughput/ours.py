@@ -1,0 +1,41 @@
+"""The library's own methods, by the function that its processes run, on either link; every turn is a run of its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from share import Here, Told, Turn
+
+from delock.links.meet import LinkKind
+from delock.methods import ADL, DDG, DGL, FDG, Method
+from delock.ops import Backward
+from delock.plan import Course
+from delock.train import Job, run_rank
+
+METHODS: dict[str, Method] = {"FDG": FDG(), "ADL": ADL(accumulate=2), "DDG": DDG(), "DGL": DGL()}
+LINKS: tuple[LinkKind, ...] = ("gloo", "shared")
+FROM = 2  # the clock starts when the Backward of this batch has ended
+
+
+def ours(method: str, link: LinkKind, here: Here) -> Turn:
+    """Stage `rank` of the method."""
+    job = replace(here.share.jobs[method][here.number], link=link)
+    return partial(_turn, here, job)
+
+
+def _turn(here: Here, job: Job, n: int) -> Told:
+    """Seconds per batch between the ends of two Backwards n batches apart.
+
+    The last of them comes before the stage has nothing more to forward: n Forwards, n Backwards and their Updates lie between.
+    """
+    batches = FROM + n + job.method.delay(0, job.K) + 1
+    module, head = copy.deepcopy((job.module, job.head))
+    result = run_rank(here.rank, replace(job, module=module, head=head, course=Course(batches)))
+    ends = [span.end for span in result.spans if isinstance(span.op, Backward)]
+    return Told((ends[FROM + n] - ends[FROM]) / n, result.losses)
+
+
+OURS: dict[str, Callable[[Here], Turn]] = {f"{method}, {link}": partial(ours, method, link) for method in METHODS for link in LINKS}

@@ -1,0 +1,76 @@
+"""The two ranks of a configuration: every contender is built once, then they take turns, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from ceiling import CEILINGS
+from ours import OURS
+from peers import PEERS
+from share import Here, Share, Told, Turn
+from works import WORKS
+
+from delock.launch.rank import Rank
+
+CONTENDERS: Mapping[str, Callable[[Here], Turn]] = {**PEERS, **CEILINGS, **OURS}
+FIRST = 2  # batches on the clock in the turn before the first round
+
+
+@dataclass
+class Task:
+    """What a rank is asked for: turns of so many seconds, by these contenders, in these rounds."""
+
+    share: Share
+    names: list[str]
+    rounds: range
+    seconds: float
+
+
+@dataclass
+class Begun:
+    """A contender is about to be built, or to have its turn."""
+
+    name: str
+
+
+@dataclass
+class Turned:
+    """A contender has had its turn, the one before the first round being number -1; `batches`: on the clock."""
+
+    name: str
+    round: int
+    batches: int
+    told: Told
+
+
+def pair(rank: Rank, task: Task) -> None:
+    """Take part in everything; what comes out is emitted as it comes."""
+    here = Here(rank, WORKS[task.share.work], task.share)
+    turns: dict[str, tuple[Turn, int]] = {}
+    for name in task.names:
+        _begin(rank, name, "the first turn")
+        turn = CONTENDERS[name](here)
+        dist.barrier()
+        told = turn(FIRST)
+        rank.emit(Turned(name, -1, FIRST, told))
+        turns[name] = turn, _batches(told.seconds, task.seconds)
+    for number in task.rounds:
+        for name, (turn, batches) in turns.items():
+            _begin(rank, name, f"round {number + 1}")
+            dist.barrier()
+            rank.emit(Turned(name, number, batches, turn(batches)))
+
+
+def _begin(rank: Rank, name: str, when: str) -> None:
+    rank.emit(Begun(name))
+    rank.progress.at(name[:32], when)
+
+
+def _batches(own: float, seconds: float) -> int:
+    """Batches that take about so many seconds by the slower rank, two at least; even, because ADL updates after every second one."""
+    slower = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(slower, dist.ReduceOp.MAX)
+    return max(2, 2 * round(seconds / float(slower) / 2))

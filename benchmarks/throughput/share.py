@@ -1,0 +1,133 @@
+"""What every contender of a configuration is made from, and what it tells: the network and its cuts, the clock, the losses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from works import SGD, Batch, Work
+
+from delock.computing import Computing
+from delock.launch.rank import Rank
+from delock.train import Job
+
+WARM = 1  # steps of a contender before its clock starts, every time it has its turn
+
+
+@dataclass
+class Share:
+    """What both ranks know of a configuration."""
+
+    work: str
+    how: Computing
+    model: nn.Module
+    halves: list[nn.Module]  # the two stages
+    quarters: list[nn.Module]  # the network in four
+    head: nn.Module  # of stage 0, for a loss of its own
+    jobs: dict[str, list[Job]]  # of the library's methods: one for each stage
+    batches: list[Batch]
+    cores: set[int]  # that the benchmark may use
+
+    @property
+    def layers(self) -> list[int]:
+        """How many each of the two stages has."""
+        return [len(list(half.children())) for half in self.halves]
+
+
+@dataclass
+class Told:
+    """What one rank tells of one turn: seconds per batch (0 where it only waited), and the losses of its batches in order."""
+
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    costs: tuple[float, float, float] | None = None  # of the ceiling: seconds of a forward, a backward, an update
+
+
+@dataclass
+class Here:
+    """A rank with all that a contender is built from."""
+
+    rank: Rank
+    work: Work
+    share: Share
+
+    @property
+    def number(self) -> int:
+        """0 or 1."""
+        return self.rank.rank
+
+    def part(self, module: nn.Module, *, travels: bool = False) -> Part:
+        """A copy of a module to train in the configuration's layout and precision; `travels`: its input and output go through gloo."""
+        return Part(copy.deepcopy(module), self.share.how, travels)
+
+    def batch(self, i: int) -> Batch:
+        """Number i, running round."""
+        return self.share.batches[i % len(self.share.batches)]
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The work's, in the configuration's precision."""
+        with self.share.how.context(torch.device("cpu")):
+            return self.work.loss(outputs, targets)
+
+
+class Part(nn.Module):
+    """A module in a layout and precision, as its user has to write it; what `travels` is made fit for gloo."""
+
+    def __init__(self, module: nn.Module, how: Computing, travels: bool) -> None:
+        super().__init__()
+        self.module, self.how, self.travels = how.prepared(module).train(), how, travels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The module's output."""
+        anew = self.travels and self.how.channels_last and x.requires_grad and x.dim() == 4
+        entered = _Entrance.apply(x) if anew else self.how.laid_out(x)
+        with self.how.context(x.device):
+            y: Tensor = self.module(entered)
+        return y.contiguous() if self.travels else y
+
+
+class _Entrance(torch.autograd.Function):
+    """Images come in laid out by default, because gloo refuses others, and are laid out anew; so are their gradients on their way back."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
+class Trained:
+    """A contender whose every step is one batch, forward, backward and update, on this rank."""
+
+    def __init__(self, here: Here, modules: Sequence[nn.Module], step: Callable[[Batch], Tensor | None]) -> None:
+        self.here, self.step, self.done = here, step, 0
+        self.optimizer = SGD([w for module in modules for w in module.parameters()])
+
+    def turn(self, n: int) -> Told:
+        """WARM batches, and n on the clock."""
+        losses = [self._one() for _ in range(WARM)]
+        begun = perf_counter()
+        losses += [self._one() for _ in range(n)]
+        seconds = (perf_counter() - begun) / n
+        return Told(seconds, [float(loss) for loss in losses if loss is not None])
+
+    def _one(self) -> Tensor | None:
+        loss = self.step(self.here.batch(self.done))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        return loss
+
+
+def idle(n: int) -> Told:
+    """The turn of a rank that has nothing to do."""
+    return Told()
+
+
+Turn = Callable[[int], Told]
