@@ -270,6 +270,7 @@ def test_to_wait_for_room_is_no_work(hands: Hands) -> None:
     lower, upper = (engine.log for engine in chain.engines)
     assert lower.seconds == {"forward": 6, "backward": 6 * 2, "update": 0, "waiting": 6 * 3, "evaluation": 2 * 2 * (50 + 3)}
     assert upper.seconds == {"forward": 6 * 3, "backward": 6 * 6, "update": 0, "waiting": 6 * 3, "evaluation": 2 * 2 * 70}
+    assert [sum(span.full for span in log.spans or []) for log in (lower, upper)] == [6 * 3 + 2 * 2 * 3, 6 * 3], "why it waited"
 
 
 @pytest.mark.parametrize("method", [BP(), FDG(), DSP()], ids=str)

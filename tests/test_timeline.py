@@ -119,6 +119,8 @@ def test_a_full_link_holds_its_sender() -> None:
     held = simulate(plan, replace(costs, capacity=(2,))).columns[0]
     # stage 1 takes batches 0, 1, 2 at 1, 21, 41; batch 2 is put on the link of two when batch 0 is gone, batch 3 when batch 1 is
     assert [(span.end, span.waited) for span in held[:5]] == [(1, 0), (2, 0), (3, 0), (4, 0), (22, 17)]
+    assert [span.full for span in held[:5]] == [0, 0, 0, 0, 17]
+    assert all(span.full == 0 for span in free)
 
 
 @pytest.mark.parametrize("barrier", [False, True])

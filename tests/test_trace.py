@@ -10,8 +10,9 @@ import pytest
 from delock.cli import main
 from delock.draw import chrome
 from delock.methods import BP, FDG
+from delock.ops import Backward, Forward, Update
 from delock.plan import unroll
-from delock.timeline import KINDS, Costs, reasons, simulate
+from delock.timeline import KINDS, Costs, Span, Timeline, reasons, simulate
 
 
 def test_shares_of_a_simulated_run() -> None:
@@ -25,6 +26,18 @@ def test_shares_of_a_simulated_run() -> None:
     for share in found:
         assert set(share) == set(KINDS)
         assert sum(share.values()) == pytest.approx(1)
+
+
+def test_shares_of_waits_and_copies() -> None:
+    """Ten seconds of which an op takes four, a quarter of them copying, after three for its input and two for room; one belongs to none."""
+    column = [Span(0, Update(), 0.0, 0.0, 0, 0, 0.0)]
+    for b in range(30):
+        column += [Span(0, Forward(b), 10 * b + 5.0, 10 * b + 9.0, b, b, 5.0, full=2.0, copied=1.0)]
+        column += [Span(0, Backward(b, 0), 10 * b + 9.0, 10 * b + 9.0, b, b, 0.0)]
+        column += [Span(0, Update(), 10 * b + 10.0, 10 * b + 10.0, b, b, 0.0)]
+    shares = reasons(Timeline((tuple(column),)))[0]
+    found = {kind: round(share, 9) for kind, share in shares.items() if share > 1e-9}
+    assert found == {"forward": 0.3, "copy": 0.1, "wait: slot": 0.2, "wait: activation": 0.3, "between ops": 0.1}
 
 
 def test_trace_events(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -39,6 +40,15 @@ class Progress(Protocol):
         """An op begins."""
 
 
+@dataclass(slots=True)
+class Spent:
+    """Seconds of an op that were not computing."""
+
+    waited: float = 0.0  # for messages, and for room in a link
+    full: float = 0.0  # of these, for room
+    copied: float = 0.0  # on laying out, encoding and decoding messages
+
+
 class Log:
     """What one stage did: time by kind, staleness as it happened, losses, and the spans themselves if `spans` is given."""
 
@@ -51,8 +61,9 @@ class Log:
         self.last = 0.0
         self.asked: float | None = None  # since when the stage has waited for something to do; it ends with the op to come
 
-    def op(self, k: int, step: Step, version: int, start: float, end: float, waited: float) -> None:
-        """One op took place at a version of the weights from `start` to `end`, `waited` of it spent on messages (seconds)."""
+    def op(self, k: int, step: Step, version: int, start: float, end: float, spent: Spent) -> None:
+        """One op took place at a version of the weights from `start` to `end` (seconds)."""
+        waited = spent.waited
         if self.asked is not None:
             start, waited, self.asked = self.asked, waited + start - self.asked, None
         self.first = start if self.first is None else self.first
@@ -61,7 +72,7 @@ class Log:
         self.seconds[kind] += end - start - (0.0 if kind == "evaluation" else waited)
         self.seconds["waiting"] += 0.0 if kind == "evaluation" else waited
         if self.spans is not None:
-            self.spans.append(Span(k, step.op, start + waited, end, version, step.tick, waited))
+            self.spans.append(Span(k, step.op, start + waited, end, version, step.tick, waited, spent.full, spent.copied))
 
     def stale(self, updates: int, batches: int) -> None:
         """A batch's last Backward was done: its gradient is `updates` old, its forward `batches` ago."""
@@ -105,7 +116,7 @@ class Engine:
         self.log = log or Log()
         self.on_loss, self.on_output = on_loss, on_output
         self.slow, self.linger = slow, linger
-        self.waited = 0.0
+        self.spent = Spent()
         self.norms = torch.zeros(0)  # stage 0: of all gradients of the network, for the coming Update
         self.in_flight: Counter[int] = Counter()  # messages sent by a neighbour in windows so far, and not yet received
 
@@ -119,7 +130,7 @@ class Engine:
         """Do one step: wait for what it needs, compute, send what it gives."""
         if self.progress:
             self.progress.at(label(step.op), explained(step, self.parts))
-        version, start, self.waited = self.stage.version, perf_counter(), 0.0
+        version, start, self.spent = self.stage.version, perf_counter(), Spent()
         match step.op:
             case Forward() as op:
                 self._forward(step, op)
@@ -127,7 +138,7 @@ class Engine:
                 self._backward(step, op)
             case Update() as op:
                 self._update(step, op)
-        self.log.op(self.stage.k, step, version, start, perf_counter(), self.waited)
+        self.log.op(self.stage.k, step, version, start, perf_counter(), self.spent)
 
     def _forward(self, step: Step, op: Forward) -> None:
         k, kind = self.stage.k, "e" if op.evaluates else "h"
@@ -209,11 +220,18 @@ class Engine:
     def _receive(self, source: int, name: tuple[str, int, int]) -> Message:
         asked = perf_counter()
         message = self.link.receive(source, name)
-        self.waited += perf_counter() - asked
-        return decoded(message)
+        arrived = perf_counter()
+        message = decoded(message)
+        self.spent.waited += arrived - asked
+        self.spent.copied += perf_counter() - arrived
+        return message
 
     def _send(self, to: int, name: tuple[str, int, int], message: Message) -> None:
-        self.waited += self.link.send(to, name, message)
+        asked = perf_counter()
+        full = self.link.send(to, name, message)
+        self.spent.waited += full
+        self.spent.full += full
+        self.spent.copied += perf_counter() - asked - full
 
     # ---- saving what is in flight --------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,8 @@ def _box(name: str, category: str, k: int, start: float, seconds: float, args: E
 
 
 def _facts(span: Span) -> Event:
-    facts: Event = {"version": span.version, "tick": span.tick, "waited_ms": 1e3 * span.waited}
+    seconds = {"waited_ms": span.waited, "of it for room_ms": span.full, "messages_ms": span.copied}
+    facts: Event = {"version": span.version, "tick": span.tick, **{name: 1e3 * value for name, value in seconds.items()}}
     match span.op:
         case Forward(batch, source=source):
             return {"batch": batch, **({} if source is None else {"source": source}), **facts}

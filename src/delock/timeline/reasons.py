@@ -8,13 +8,14 @@ from delock.ops import Backward, Forward, Op, Update
 from delock.timeline.measures import overlap, steady
 from delock.timeline.spans import Span, Timeline
 
-KINDS = ("forward", "backward", "update", "wait: activation", "wait: error", "wait: update", "between ops")
+KINDS = ("forward", "backward", "update", "copy", "wait: activation", "wait: error", "wait: update", "wait: slot", "between ops")
 
 
 def reasons(timeline: Timeline) -> list[dict[str, float]]:
     """Per stage the shares of the steady stretch, which add up to 1: the KINDS above.
 
-    "between ops" is what no op accounts for: the engine, garbage, other programs; of a simulated timeline nothing.
+    "copy" is what laying out, encoding and decoding messages takes, "wait: slot" what a full link does. "between ops" is what no op
+    accounts for: the engine, garbage, other programs; of a simulated timeline nothing.
     """
     begin, end = steady(timeline)[:2]
     return [_shares(column, begin, end) for column in timeline.columns]
@@ -24,8 +25,13 @@ def _shares(column: Iterable[Span], begin: float, end: float) -> dict[str, float
     found = dict.fromkeys(KINDS, 0.0)
     for span in column:
         kind, awaited = _names(span.op)
-        found[kind] += overlap(span.start, span.end, begin, end)
-        found[f"wait: {awaited}"] += overlap(span.start - span.waited, span.start, begin, end)
+        inside = overlap(span.start, span.end, begin, end)
+        copied = inside * span.copied / (span.end - span.start) if inside else 0.0
+        found[kind] += inside - copied
+        found["copy"] += copied
+        arrived = span.start - span.waited + span.full
+        found["wait: slot"] += overlap(span.start - span.waited, arrived, begin, end)
+        found[f"wait: {awaited}"] += overlap(arrived, span.start, begin, end)
     found["between ops"] = max(0.0, end - begin - sum(found.values()))
     return {kind: seconds / (end - begin) if end > begin else 0.0 for kind, seconds in found.items()}
 

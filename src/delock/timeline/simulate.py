@@ -40,6 +40,7 @@ class _Clock:
         self.taken: dict[Name, float] = {}
         self.queues: dict[tuple[int, bool], list[Name]] = {(k, up): [] for k in range(plan.K) for up in (True, False)}
         self.inputs: list[set[int]] = [set() for _ in plan.columns]  # batches whose graph was not kept
+        self.full = [0.0] * plan.K  # seconds that a stage has just waited for room in a link
         self.unsent: list[tuple[int, bool] | None] = [None] * plan.K  # the full link, if any, that a stage's last message waits for
 
     def run(self, until: int) -> None:
@@ -79,8 +80,9 @@ class _Clock:
 
     def record(self, k: int, step: Step, start: float, end: float) -> None:
         before = self.spans[k][-1].end if self.spans[k] else 0.0
-        self.spans[k].append(Span(k, step.op, start, end, step.version, step.tick, max(0.0, start - before)))
-        self.free[k] = end
+        waited = max(0.0, start - before)
+        self.spans[k].append(Span(k, step.op, start, end, step.version, step.tick, waited, full=min(waited, self.full[k])))
+        self.free[k], self.full[k] = end, 0.0
         self.at[k] += 1
         for name in gives(k, step.op):
             if step.up or step.down:
@@ -103,7 +105,8 @@ class _Clock:
             earlier = queue[-1 - capacity]
             if earlier not in self.taken:
                 return False
-            self.free[k] = max(self.free[k], self.taken[earlier])
+            self.full[k] = max(0.0, self.taken[earlier] - self.free[k])
+            self.free[k] += self.full[k]
         self.sent[name] = self.free[k]
         self.missing.discard(name)
         self.unsent[k] = None

@@ -21,6 +21,8 @@ class Span:
     version: int  # Updates that the stage had made before it
     tick: int
     waited: float  # seconds before start in which nothing had arrived, a link was full or a barrier closed
+    full: float = 0.0  # of these, those in which a link was full
+    copied: float = 0.0  # of end - start, seconds in which messages were laid out, encoded and decoded
 
 
 @dataclass(frozen=True, slots=True)
