@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "delock"
 FLOORS = (
     ("ops", "computing", "links", "codecs", "data", "nets", "records", "keys", "errors", "feed", "memory", "replay"),
     ("plan", "methods", "stage"),
-    ("engine", "free", "timeline", "config"),
+    ("engine", "free", "captured", "timeline", "config"),
     ("train", "report", "tables", "draw", "runfolder", "recipes"),
     ("launch", "setup", "fitting"),
     ("cli", "__main__"),

@@ -178,7 +178,7 @@ class Engine:
         if step.last:
             self.log.stale(self.stage.version - memory.taken, step.tick - memory.step.tick)
         if loss is not None:
-            self._judge(step, op, loss, memory.message.samples)
+            self.judge(step, op, loss, memory.message.samples)
 
     # Clipping over the network: with their last Backwards the stages pass down the norms of all gradients above, in one row; stage 0
     # knows them all in the order of the layers, whatever the cuts, and |g| goes up with the Updates.
@@ -205,7 +205,8 @@ class Engine:
             self._send(k + 1, name, Message(norm))
         return norm
 
-    def _judge(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
+    def judge(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
+        """Tell a loss that this stage has computed. Raises NonFinite for one that is no number."""
         value = loss.item()
         if not math.isfinite(value):
             updates = f"{self.stage.version} update{'s' if self.stage.version != 1 else ''}"

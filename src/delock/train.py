@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from delock import memory
+from delock.captured import Ticks, capturable, cycle, lanes
 from delock.codecs import Codec
 from delock.computing import PLAIN, Computing
 from delock.data.loader import Loader
@@ -276,13 +278,17 @@ def run_inline(
     emit: Callable[[Event], None],
     threads: int | None = None,
     turns: Sequence[Sequence[Turn]] | None = None,
+    captured: bool = False,
 ) -> list[StageResult]:
     """Train all stages in this process. torch's random state and thread count are as before afterwards.
 
-    turns: what the stages of a free-running run did, per stage, to be done again.
+    turns: what the stages of a free-running run did, per stage, to be done again. captured: every tick is a CUDA graph, its stages on
+    streams; on a CPU the same static memory without graphs, for tests.
     Raises StageFailed, with stage, op and the original traceback, when a stage raises.
     """
     box, plans, read = _way(jobs, turns)
+    if captured:
+        jobs = [replace(job, optimizer=capturable(job.optimizer)) for job in jobs]
     before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -291,11 +297,18 @@ def run_inline(
             workers = [Worker(job, box.end(job.k), device, emit) for job in jobs]
             for worker in workers:
                 worker.tracker.logs = [other.log for other in workers]
+            engines = [worker.engine for worker in workers]
+            execute = _ticks(jobs[0], engines, device).run if captured else partial(run_here, engines=engines)
             for plan in plans:
-                run_here(plan, [worker.engine for worker in workers])
+                execute(plan)
             return [worker.result(alone=len(jobs) == 1, read=read[worker.job.k] if read else None) for worker in workers]
         finally:
             torch.set_num_threads(before)
+
+
+def _ticks(job: Job, engines: Sequence[Engine], device: torch.device) -> Ticks:
+    made = cycle(job.method, job.K, job.course.clip)
+    return Ticks(engines, made, lanes(device, job.K), batches=job.course.batches, every=job.log_every)
 
 
 def _way(
