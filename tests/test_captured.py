@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -12,20 +12,23 @@ import pytest
 import torch
 from torch import nn
 
+import delock
 from delock.captured import Cycle, Lanes, Ticks, capturable, cycle, lanes
 from delock.captured.branch import Branch
 from delock.captured.cycle import laid_out
 from delock.captured.lanes import Turns
 from delock.captured.slots import Slots
+from delock.codecs import parse
 from delock.engine import NonFinite
 from delock.errors import UsageError
 from delock.links.message import Message
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method
 from delock.plan import unroll
+from delock.setup import Spec, refuse_uncapturable
 from delock.train import Job, StageResult, run_inline
 
 from harness import CPU, assert_equal, inline, jobs
-from workloads import sgd, warm_up
+from workloads import Samples, class_loss, mlp, sgd, warm_up
 
 METHODS: list[Method] = [
     BP(),
@@ -298,6 +301,34 @@ def test_the_optimizer_keeps_its_groups() -> None:
     ours.step()
     assert torch.equal(weights[0], torch.full((2,), 0.5))
     assert torch.equal(weights[1], torch.full((3,), 1 - 0.125 * 1.25))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"device": "cpu"}, 'captured ticks need a GPU, but device is "cpu": use device "cuda"'),
+        ({"workers": "processes"}, "captured ticks run all stages in one process"),
+        ({"trace": True}, "captured does not go with trace"),
+        ({"codec": parse("bf16")}, "captured does not go with codecs"),
+        ({"train": Samples("image", 30, 8)}, "batches of one size, but here they have 8 and 6 samples"),
+        ({}, ""),
+    ],
+    ids=str,
+)
+def test_what_is_refused_before_anything_is_measured(changed: dict[str, Any], said: str) -> None:
+    options: dict[str, Any] = dict.fromkeys(field.name for field in fields(Spec))
+    asked = Spec(**options | {"device": "cuda", "workers": "inline", "train": Samples("image", 32, 8)} | changed)
+    if not said:
+        refuse_uncapturable(asked)
+        return
+    with pytest.raises(UsageError, match=said):
+        refuse_uncapturable(asked)
+
+
+def test_fit_on_a_cpu_says_that_it_needs_a_gpu() -> None:
+    batches = [(torch.zeros(4, 12), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(UsageError, match="captured ticks need a GPU"):
+        delock.fit(mlp(5), batches, loss=class_loss, optimizer=partial(torch.optim.SGD, lr=0.1), steps=1, workers="inline", captured=True)
 
 
 # ---- on a GPU: not run yet, for want of one --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from delock.links.meet import LinkKind
 from delock.methods import Method, make
 from delock.methods.base import at_least
 from delock.records import Event, Result, Started, Turn
-from delock.setup import Layout, Setup, Spec, prepare, refuse_wrong_link, refuse_wrong_workers
+from delock.setup import Layout, Setup, Spec, prepare, refuse_uncapturable, refuse_wrong_link, refuse_wrong_workers
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 from delock.timeline import Emulation, Slowdown
 from delock.train import Metric, StageResult, run_inline, run_rank
@@ -61,6 +61,7 @@ def fit(
     emulate: Emulation | None = None,
     trace: bool = False,
     turns: Sequence[Sequence[Turn]] | None = None,
+    captured: bool = False,
     on_event: Callable[[Event], None] | None = None,
 ) -> Result | None:
     """Train `model` on several workers, one stage each, and leave the trained weights in it.
@@ -95,6 +96,8 @@ def fit(
     slow        ticks in which a stage is made to take longer (delock.timeline.Slowdown)
     emulate     stages wait instead of computing (delock.timeline.Emulation), with messages as large as the model's; nothing is learned
     turns       what the stages of an earlier free-running run did, from its TurnsRecords, per stage: it is done again (workers="inline")
+    captured    with device "cuda" and workers "inline": every tick is a CUDA graph, its stages on streams (delock.captured). Not yet run
+                on a GPU. For one forward and one backward per tick, SGD, no dropout, and batches of one size
     on_event    called with Started, StepRecord (every `log_every` batches) and EvaluationRecord as they come; with a free-running
                 method also with TurnsRecord
 
@@ -138,6 +141,8 @@ def fit(
         workers="torchrun" if under_torchrun() else workers,
     )
     refuse_wrong_link(spec.method, link, device)
+    if captured:
+        refuse_uncapturable(spec)
     if turns is not None and spec.workers != "inline":
         raise UsageError("recorded turns are done again in one process: use workers=\"inline\"")
     tell = on_event or (lambda event: None)
@@ -163,7 +168,7 @@ def fit(
     started_here = setup.started(spec)
     tell(started_here)
     if spec.workers == "inline":
-        results = run_inline(setup.jobs(spec), torch.device(device), tell, threads, turns)
+        results = run_inline(setup.jobs(spec), torch.device(device), tell, threads, turns, captured)
     else:
         results = run_processes(
             run_rank,

@@ -181,6 +181,7 @@ def fit_config(
         amp=machine.amp == "bf16",
         layout=machine.layout,
         chunks=machine.chunks,
+        captured=machine.captured,
         slow=straggler(machine.straggle, config.network.stages or 1, training.seed) if machine.straggle else None,
         emulate=Emulation.parse(machine.emulate) if machine.emulate else None,
         trace=config.output.trace,

@@ -202,6 +202,8 @@ class MachineOptions:
     """Of images in memory; auto tries both on one batch and takes the faster."""
     chunks: int = 1
     """Slices in which a batch goes through a stage, so that each may stay in the cache; batch norm is then over a slice."""
+    captured: bool = False
+    """With --device cuda --workers inline: every tick as a CUDA graph, the stages on streams of one GPU. Not yet run on a GPU."""
     straggle: Annotated[str | None, shown("no stage", "STAGE:S")] = None
     """Make a stage slower: 1:0.5, stage 1 takes half as long again; random:0.5, every stage does in one of K ticks."""
     emulate: Annotated[str | None, shown("no", "F:B")] = None

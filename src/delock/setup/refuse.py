@@ -32,6 +32,23 @@ def refuse_wrong_link(method: Method, link: str, device: str) -> None:
         raise UsageError(f'{method.name} drops messages that come too late, which only gloo can do: use link "auto" or "gloo"')
 
 
+def refuse_uncapturable(spec: Spec) -> None:
+    """Raise UsageError where ticks cannot be CUDA graphs, as far as that can be told from what was asked for."""
+    if torch.device(spec.device).type != "cuda":
+        raise UsageError(f'captured ticks need a GPU, but device is "{spec.device}": use device "cuda", or leave captured out')
+    if spec.workers != "inline":
+        raise UsageError(f"captured ticks run all stages in one process, but workers is {spec.workers}: use workers inline")
+    beside = {"codecs": spec.codec or spec.error_codec, "straggle": spec.slow, "emulate": spec.emulate, "trace": spec.trace}
+    for name, given in beside.items():
+        if given:
+            raise UsageError(f"captured does not go with {name}: leave one of them out")
+    if len(sizes := sorted(set(spec.train.sizes() or []), reverse=True)) > 1:
+        raise UsageError(
+            f"captured ticks have memory for batches of one size, but here they have {' and '.join(map(str, sizes))} samples: "
+            "use a batch size that divides the samples, or drop the last batch"
+        )
+
+
 def refuse_unfit(parts: list[Atom], K: int, cuts: Sequence[int | str] | None, method: Method, sizes: list[int] | None) -> None:
     """Raise UsageError where network, cuts, method and the sizes of the batches (where known) do not go together: nothing is computed."""
     if len(parts) < K:
