@@ -98,16 +98,19 @@ class Streams:
         """See Lanes. Raises StageFailed where something may not be captured.
 
         Graphs of one memory pool may only be replayed in the order of their capture as long as nothing outlives a replay; what does (the
-        activations that a backward in another graph will read) lies in a pool that no other graph allocates from.
+        activations that a backward in another graph will read) lies in a pool that no other graph allocates from. "thread_local": other
+        threads, such as a data loader's that pins memory, may use the GPU meanwhile.
         """
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=None if apart else self.pool, stream=self.main):
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, None if apart else self.pool, self.main, "thread_local"):
                 self._forked(work)
-        except RuntimeError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # the end of a capture says only that it failed; what stands behind it says why
             raise StageFailed(
-                f"a tick could not be captured as a CUDA graph: {error}\nNetwork and loss may not ask for a number that the GPU has "
-                "computed (.item(), indexing by a mask, BatchNorm with momentum=None)"
+                f"a tick could not be captured as a CUDA graph: {error.__context__ or error}\nNetwork and loss may not ask for a "
+                "number that the GPU has computed (.item(), indexing by a mask, BatchNorm with momentum=None)"
             ) from error
         return graph.replay
 
