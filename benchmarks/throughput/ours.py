@@ -17,7 +17,7 @@ from delock.train import Job, run_rank
 
 METHODS: dict[str, Method] = {"FDG": FDG(), "ADL": ADL(accumulate=2), "DDG": DDG(), "DGL": DGL()}
 LINKS: tuple[LinkKind, ...] = ("gloo", "shared")
-FROM = 2  # the clock starts when the Backward of this batch has ended
+FROM = 1  # the clock starts when the Backward of this batch has ended
 
 
 def ours(method: str, link: LinkKind, here: Here) -> Turn:

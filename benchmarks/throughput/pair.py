@@ -9,19 +9,19 @@ import torch
 import torch.distributed as dist
 from ceiling import CEILINGS
 from ours import OURS
-from peers import PEERS
+from peers import PEERS, SCHEDULES
 from share import Here, Share, Told, Turn
 from works import WORKS
 
 from delock.launch.rank import Rank
 
 CONTENDERS: Mapping[str, Callable[[Here], Turn]] = {**PEERS, **CEILINGS, **OURS}
-FIRST = 2  # batches on the clock in the turn before the first round
+EVEN = {*OURS, *CEILINGS}  # of whose batches an even number is on the clock: ADL updates after every second one
 
 
 @dataclass
 class Task:
-    """What a rank is asked for: turns of so many seconds, by these contenders, in these rounds."""
+    """What a rank is asked for: turns of about so many seconds, by these contenders, in these rounds."""
 
     share: Share
     names: list[str]
@@ -54,9 +54,10 @@ def pair(rank: Rank, task: Task) -> None:
         _begin(rank, name, "the first turn")
         turn = CONTENDERS[name](here)
         dist.barrier()
-        told = turn(FIRST)
-        rank.emit(Turned(name, -1, FIRST, told))
-        turns[name] = turn, _batches(told.seconds, task.seconds)
+        fewest = 2 if name in EVEN else 1
+        told = turn(fewest)
+        rank.emit(Turned(name, -1, fewest, told))
+        turns[name] = turn, _batches(told.seconds, task.seconds / 2 if name in SCHEDULES else task.seconds, fewest)
     for number in task.rounds:
         for name, (turn, batches) in turns.items():
             _begin(rank, name, f"round {number + 1}")
@@ -69,8 +70,8 @@ def _begin(rank: Rank, name: str, when: str) -> None:
     rank.progress.at(name[:32], when)
 
 
-def _batches(own: float, seconds: float) -> int:
-    """Batches that take about so many seconds by the slower rank, two at least; even, because ADL updates after every second one."""
+def _batches(own: float, seconds: float, fewest: int) -> int:
+    """Batches that take about so many seconds by the slower rank, a multiple of the fewest."""
     slower = torch.tensor(own, dtype=torch.float64)
     dist.all_reduce(slower, dist.ReduceOp.MAX)
-    return max(2, 2 * round(seconds / float(slower) / 2))
+    return max(1, round(seconds / float(slower) / fewest)) * fewest

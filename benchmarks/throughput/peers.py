@@ -17,7 +17,7 @@ from works import Batch
 
 CPU = torch.device("cpu")
 SINGLE: dict[str, Any] = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B, "ZB1P": ScheduleInterleavedZeroBubble}
-MICRO = (2, 4, 8)  # micro-batches of a batch
+MICRO, FOLDED = (2, 4, 8), (4,)  # micro-batches of a batch; of ZBV, whose pattern takes more than two
 
 
 def plain(here: Here) -> Turn:
@@ -133,11 +133,14 @@ def output_of(here: Here, modules: list[nn.Module], rows: int) -> Tensor:
     return h
 
 
+SCHEDULES: dict[str, Callable[[Here], Turn]] = {
+    **{f"{name}, {micro} micro-batches": partial(pipeline, name, micro) for name in SINGLE for micro in MICRO},
+    **{f"ZBV, {micro} micro-batches": partial(folded, micro) for micro in FOLDED},
+}
 PEERS: dict[str, Callable[[Here], Turn]] = {
     "plain, 1 thread": plain,
     "plain, 2 threads": plain_on_all,
     "naive model parallelism": naive,
-    **{f"{name}, {micro} micro-batches": partial(pipeline, name, micro) for name in SINGLE for micro in MICRO},
-    **{f"ZBV, {micro} micro-batches": partial(folded, micro) for micro in MICRO},
+    **SCHEDULES,
     "DDP, half batches": data_parallel,
 }

@@ -14,7 +14,6 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,18 @@ from ours import METHODS
 from pair import CONTENDERS, Begun, Task, Turned, pair
 from report import table
 from share import Share, Told
-from works import CONFIGURATIONS, SGD, WORKS, Ready, pays
+from torch import nn
+from works import CONFIGURATIONS, ENDLESS, SGD, WORKS, Ready, Work, pays
 
 from delock.computing import Computing
 from delock.errors import DelockError
 from delock.launch.processes import run_processes
-from delock.methods import DGL
-from delock.nets.measure import balance
-from delock.nets.split import stages
-from delock.setup import Spec, prepare
+from delock.methods import Method
+from delock.nets.heads import build_head, choose
+from delock.nets.measure import balance, measure
+from delock.nets.split import StageModule, atoms, stages
+from delock.plan import Course
+from delock.train import Job
 
 PATIENCE = 60.0  # seconds without a sign of life
 Found = dict[str, Any]  # of a configuration, as results.json has it
@@ -43,41 +45,37 @@ def share(work: str, how: Computing) -> Share:
     """Everything that contenders are built from; the cuts by the costs of the layers, measured here and now as `fit` does."""
     found = WORKS[work]
     batches, model = found.batches(), found.model()
-    spec = Spec(
-        model=model,
-        train=Ready(batches),
-        test=None,
-        loss=found.loss,
-        method=DGL(),
+    parts = atoms(model)
+    torch.set_num_threads(1)
+    costs = measure(parts, *batches[0], found.loss, how=how)
+    halves, quarters = (stages(parts, balance([c.total_s for c in costs], K, [c.params for c in costs])) for K in (2, 4))
+    shape = costs[len(halves[0]) - 1].shape
+    head = build_head(choose(shape), shape, costs[-1].shape[-1])
+    jobs = {name: [job(k, module, head, method, found, how) for k, module in enumerate(halves)] for name, method in METHODS.items()}
+    return Share(work, how, model, list(halves), list(quarters), head, jobs, batches, os.sched_getaffinity(0))
+
+
+def job(k: int, module: StageModule, head: nn.Module, method: Method, work: Work, how: Computing) -> Job:
+    """What `fit` would send to the process of stage k; the number of batches and the link are filled in there."""
+    return Job(
+        k=k,
+        K=2,
+        module=module,
+        names=module.original,
+        method=method,
+        course=Course(1),
+        per_epoch=ENDLESS,
         optimizer=SGD,
         schedule=None,
-        stages=2,
-        cuts=None,
-        epochs=None,
-        steps=1,
-        eval_every=None,
-        clip=None,
+        loss=work.loss,
         metrics={},
-        heads=None,
         seed=0,
-        device="cpu",
-        threads=1,
-        amp=how.amp,
-        layout="channels-last" if how.channels_last else "default",
-        chunks=1,
-        slow=None,
-        emulate=None,
-        link="gloo",
-        log_every=1 << 30,
+        train=Ready(work.batches()) if k == 0 else None,
+        head=head if k in method.headed(2) else None,
+        how=how,
+        log_every=ENDLESS,
         trace=True,
-        workers="processes",
     )
-    local = prepare(spec, None)  # DGL's, with a head for stage 0
-    whole = replace(local, heads={})
-    jobs = {name: (local if method.local_losses else whole).jobs(replace(spec, method=method)) for name, method in METHODS.items()}
-    in_four = balance([cost.total_s for cost in local.costs], 4, [cost.params for cost in local.costs])
-    quarters = stages(local.parts, in_four)
-    return Share(work, how, model, list(local.modules), list(quarters), local.heads[0], jobs, batches, os.sched_getaffinity(0))
 
 
 class Log:
@@ -167,10 +165,9 @@ def main() -> None:
     """Every configuration, and everything written anew after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a measurement, about")
+    parser.add_argument("--seconds", type=float, default=0.8, help="of a measurement, about; of torch's schedules half")
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--configuration", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
-    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     path = options.out / "results.json"
@@ -178,7 +175,7 @@ def main() -> None:
     for work, configuration in asked(options):
         title, begun = f"{work}, {configuration}", time.perf_counter()
         made = share(work, CONFIGURATIONS[configuration])
-        log = measured(made, title, options.contender, options.rounds, options.seconds)
+        log = measured(made, title, list(CONTENDERS), options.rounds, options.seconds)
         results[title] = collected(log, made, options.rounds) | {"work": WORKS[work].title, "seconds": time.perf_counter() - begun}
         path.write_text(json.dumps(results, indent=1) + "\n")
         (options.out / "table.md").write_text(table(results))
