@@ -23,6 +23,7 @@ class StagePrediction:
     idle: float  # share of the steady period
     head_flops: float | None = None  # multiply-adds of its auxiliary head over its own; None without a head, and where not known
     head_parameters: float | None = None  # the same of parameters
+    memory: int | None = None  # bytes: the peak above what the built stage holds; None where the plan does not tell
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from delock.records import StageReport, Started, Traffic, mean
+from delock.records import StagePrediction, StageReport, Started, Traffic, mean
 
 Cells = list[str]  # a head may be of two lines
 SHOWN = 5  # stages in a row of a comparison
@@ -18,6 +18,7 @@ def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
     """Head and rows of what is known of every stage before the run; an auxiliary head's cost is a share of its stage's."""
     headed = [s for s in started.stages if s.head_flops is not None]
     head = ["stage", "layers", "parameters", "forward", "backward", STALENESS, LAYERWISE, IDLE]
+    head += ["memory\n(grows by)"]
     head += ["head\n(flops)", "head\n(parameters)"] if headed else []
     sends = SENDS if any(books for _, books in started.encoded) else SENDS[:2] if started.encoded else ()
     head += sends
@@ -31,6 +32,7 @@ def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
             f"{s.staleness:.2f}",
             str(s.layer_staleness),
             percent(s.idle),
+            memory(s.memory),
             *([_cell(s.head_flops, percent1), _cell(s.head_parameters, percent1)] if headed else []),
             *_sends(started, s.stage)[: len(sends)],
         ]
@@ -46,12 +48,19 @@ def _sends(started: Started, k: int) -> Cells:
     return [megabytes(payload + books), f"{raw / payload:.1f}", f"{raw / (payload + books):.1f}"]
 
 
-def stage_table(reports: Sequence[StageReport]) -> tuple[Cells, list[Cells]]:
-    """Head and rows of what every stage did."""
-    head = ["stage", "updates", IDLE, STALENESS, LAYERWISE, "peak memory"]
+def stage_table(reports: Sequence[StageReport], predicted: Sequence[StagePrediction]) -> tuple[Cells, list[Cells]]:
+    """Head and rows of what every stage did; memory beside its prediction: what the stage grew by, as far as it can be told apart."""
+    head = ["stage", "updates", IDLE, STALENESS, LAYERWISE, "peak\nmemory", "grown by", "predicted"]
     rows = [
-        [str(r.stage), str(r.updates), percent(r.idle), f"{r.mean_staleness:.2f}", f"{r.mean_layer_staleness:g}", memory(r.peak_memory)]
-        for r in reports
+        [
+            str(r.stage),
+            str(r.updates),
+            percent(r.idle),
+            f"{r.mean_staleness:.2f}",
+            f"{r.mean_layer_staleness:g}",
+            *map(memory, (r.peak_memory, r.memory_growth, before.memory)),
+        ]
+        for r, before in zip(reports, predicted, strict=True)
     ]
     if any(r.reuse for r in reports):
         head += BUFFERS
@@ -152,8 +161,8 @@ def per_second(samples_per_second: float, tokens: int | None) -> str:
     return f"{samples_per_second * tokens:,.0f} tokens/s" if tokens else f"{samples_per_second:,.0f} samples/s"
 
 
-def memory(count: int) -> str:
-    """Bytes as MB; a dash where the system did not tell."""
+def memory(count: int | None) -> str:
+    """Bytes as MB; a dash where they are not known."""
     return f"{count / 1e6:.0f} MB" if count else "-"
 
 

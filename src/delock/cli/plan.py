@@ -26,7 +26,7 @@ from delock.errors import UsageError
 from delock.methods import Method, options, title
 from delock.plan import chart, unroll
 from delock.runfolder import dumps
-from delock.tables import IDLE, LAYERWISE, STALENESS, Cells, milliseconds, per_second, percent
+from delock.tables import IDLE, LAYERWISE, STALENESS, Cells, memory, milliseconds, per_second, percent
 from delock.timeline import Costs, Prediction, capacities, predict, simulate
 
 ABOUT = """Show a method's schedule, staleness, memory and speed; nothing is trained.
@@ -137,7 +137,7 @@ def find(config: PlanConfig) -> Answer:
         network = NetworkOptions(model=asked.profile)
         dataset = DatasetOptions(data=asked.data, data_dir=asked.data_dir, image_size=asked.image_size, batch_size=asked.batch_size)
         workload = resolve(TrainConfig(network=network, dataset=dataset, language=config.language))
-        measured = measure_model(workload, K, threads=asked.threads)
+        measured = measure_model(workload, method, K, threads=asked.threads)
     costs = cost_model(config.costs, method, K, measured)
     clocks = [predict(method, K, clock) for clock in (costs, replace(costs, barrier=True))]
     return Answer(config, method, costs, measured, picture, *clocks)
@@ -227,11 +227,11 @@ def stage_rows(speed: Prediction) -> tuple[Cells, list[Cells]]:
 
 
 def profile_rows(measured: Profile) -> tuple[Cells, list[Cells]]:
-    """Head and rows of what was measured."""
-    head = ["stage", "layers", "parameters", "forward", "backward", "sends up"]
+    """Head and rows of what was measured, and the memory that a stage's process will grow by in training."""
+    head = ["stage", "layers", "parameters", "forward", "backward", "sends up", "memory"]
     sends = [*(f"{size / 1e6:.2f} MB" for size in measured.messages), "-"]
-    columns = zip(measured.layers, measured.parameters, measured.forward, measured.backward, sends, strict=True)
+    columns = zip(measured.layers, measured.parameters, measured.forward, measured.backward, sends, measured.memory, strict=True)
     return head, [
-        [f"{k}", f"{layers}", f"{parameters:,}", milliseconds(forward), milliseconds(backward), sent]
-        for k, (layers, parameters, forward, backward, sent) in enumerate(columns)
+        [f"{k}", f"{layers}", f"{parameters:,}", milliseconds(forward), milliseconds(backward), sent, memory(held)]
+        for k, (layers, parameters, forward, backward, sent, held) in enumerate(columns)
     ]

@@ -44,7 +44,7 @@ def run(words: Sequence[str]) -> int:
         raise
     if story.result:
         screen.line("\nmeasured, per stage (staleness: means, warm-up included):")
-        screen.table(*stage_table(story.result.stages))
+        screen.table(*stage_table(story.result.stages, story.result.started.stages))
         if config.output.trace:
             keep(story, folder, screen)
         screen.line(closing(story))

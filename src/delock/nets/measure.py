@@ -1,4 +1,4 @@
-"""What each atom costs, measured, and the cuts that make the dearest stage as cheap as can be."""
+"""What each atom costs and holds, measured, and the cuts that make the dearest stage as cheap as can be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_map_only
 
 from delock.computing import PLAIN, Computing
 from delock.errors import UsageError
+from delock.nets.observe import AtomMemory, Value, observe, tensors
 from delock.nets.split import Atom
 
-Value: TypeAlias = Tensor | tuple[Tensor, ...]  # what goes from atom to atom
+MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # what a module raises that is given what it does not take
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class AtomCost:
     """Cost of one atom on one batch: seconds, bytes of its output (what a link carries if cut behind it), and number of parameters.
 
     `shape` is that of its output for one sample, without the batch; empty for a tuple of tensors. `outputs`: shape, with the batch, and
-    dtype of every tensor of it.
+    dtype of every tensor of it. `memory`: what it holds; None where that cannot be counted.
     """
 
     forward_s: float
@@ -36,6 +37,7 @@ class AtomCost:
     params: int
     shape: tuple[int, ...] = ()
     outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    memory: AtomMemory | None = None
 
     @property
     def total_s(self) -> float:
@@ -49,42 +51,47 @@ def measure(
     targets: Any,
     loss: Callable[[Any, Any], Tensor],
     *,
-    repeats: int = 3,
+    repeats: int = 2,
     device: torch.device | str = "cpu",
     how: Computing = PLAIN,
+    learns: bool = False,
 ) -> list[AtomCost]:
     """Cost of each atom in training mode on one batch: median over `repeats`; the last atom's includes the loss.
 
+    A run before them, which warms up, is the one whose memory is counted.
+
     inputs: a tensor or tuple of tensors, any dtype, as the model takes them; targets: any pytree of tensors, as the loss takes them.
     Works on a copy of one atom at a time, so weights, statistics and the random state stay as they are and memory is that of one atom.
-    As in training, an atom's backward makes the gradient of its input only if something before it learns.
+    As in training, an atom's backward makes the gradient of its input only if something before it learns; `learns`: before the first.
     Raises UsageError if an atom or the loss does not take what it is given.
     """
     device = torch.device(device)
     costs = []
     value: Value = tree_map_only(Tensor, lambda x: how.laid_out(x.to(device)), inputs)
     targets = tree_map_only(Tensor, lambda x: x.to(device), targets)
-    learns = (False,) * len(_tensors(value))  # per tensor: does it want a gradient
+    wants = tuple(learns and x.is_floating_point() for x in tensors(value))  # per tensor: a gradient
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         for i, atom in enumerate(atoms):
             last = i == len(atoms) - 1
             module = how.prepared(copy.deepcopy(atom.module).to(device)).train()
+            behind = (lambda h: loss(h, targets)) if last else None
+            memory = _observed(module, value, wants, behind, device, how)
             runs = []
             for _ in range(repeats):
                 try:
-                    forward_s, backward_s, out = _run(module, value, learns, (lambda h: loss(h, targets)) if last else None, device, how)
+                    forward_s, backward_s, out = _run(module, value, wants, behind, device, how)
                 except (torch.OutOfMemoryError, UsageError):
                     raise
-                except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                except MISFITS as error:
                     raise UsageError(_complaint(i, atom, value, last, error)) from error
                 runs.append((forward_s, backward_s))
             forwards, backwards = zip(*runs, strict=True)
-            out_bytes = sum(x.numel() * x.element_size() for x in _tensors(out))
+            out_bytes = sum(x.numel() * x.element_size() for x in tensors(out))
             params = sum(p.numel() for p in module.parameters())
             shape = tuple(out.shape[1:]) if isinstance(out, Tensor) else ()
-            outputs = tuple((tuple(x.shape), x.dtype) for x in _tensors(out))
-            costs.append(AtomCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params, shape, outputs))
-            learns = tuple(x.requires_grad for x in _tensors(out))
+            outputs = tuple((tuple(x.shape), x.dtype) for x in tensors(out))
+            costs.append(AtomCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params, shape, outputs, memory))
+            wants = tuple(x.requires_grad for x in tensors(out))
             value = tree_map_only(Tensor, Tensor.detach, out)
     return costs
 
@@ -127,11 +134,21 @@ def _cheapest(cost: np.ndarray[Any, Any], bare: np.ndarray[Any, Any], K: int, jo
     return cuts[::-1], float(value[n])
 
 
+def _observed(
+    module: nn.Module, value: Value, wants: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, how: Computing
+) -> AtomMemory | None:
+    """None for a module that cannot be observed: whether it can be trained the runs to come will tell, without what counts the bytes."""
+    try:
+        return observe(module, value, wants, loss, device, how)
+    except (*MISFITS, AttributeError):
+        return None
+
+
 def _run(
-    module: nn.Module, value: Value, learns: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, how: Computing
+    module: nn.Module, value: Value, wants: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, how: Computing
 ) -> tuple[float, float, Value]:
     """Seconds of one forward and of one backward, and the output with its graph spent."""
-    leaves = [x.detach().requires_grad_(learn) for x, learn in zip(_tensors(value), learns, strict=True)]
+    leaves = [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), wants, strict=True)]
     given = [x.clone() for x in leaves]  # an atom may write on its input
     wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
     began = _now(device)
@@ -140,7 +157,7 @@ def _run(
         returned = f"a {type(module).__name__} returns a {type(out).__name__}"
         raise UsageError(f"{returned}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
     with how.context(device):
-        ends = [x for x in _tensors(out if loss is None else loss(out)) if x.requires_grad]
+        ends = [x for x in tensors(out if loss is None else loss(out)) if x.requires_grad]
     forward_s = _now(device) - began
     if not ends:
         return forward_s, 0.0, out
@@ -156,11 +173,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _tensors(value: Value) -> tuple[Tensor, ...]:
-    return (value,) if isinstance(value, Tensor) else value
-
-
 def _complaint(i: int, atom: Atom, value: Value, last: bool, error: Exception) -> str:
-    shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in _tensors(value))
+    shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors(value))
     name = f"{i} ({atom.prefix})" if atom.prefix else f"{i}"
     return f"layer {name}{', or the loss behind it,' if last else ''} does not take its input {shapes}: {error}"

@@ -20,11 +20,11 @@ def choice(spec: Spec, parts: list[Atom], inputs: Any, targets: Any) -> tuple[Co
     return min(tried, key=lambda pair: sum(cost.total_s for cost in pair[1]))
 
 
-def measured(spec: Spec, how: Computing, parts: list[Atom], inputs: Any, targets: Any) -> list[AtomCost]:
-    """What every atom costs on a batch, with the threads of a stage."""
+def measured(spec: Spec, how: Computing, parts: list[Atom], inputs: Any, targets: Any, *, learns: bool = False) -> list[AtomCost]:
+    """What every atom costs on a batch, with the threads of a stage; `learns`: the inputs want gradients."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(spec.threads)
-        return measure(parts, inputs, targets, spec.loss, device=spec.device, how=how)
+        return measure(parts, inputs, targets, spec.loss, device=spec.device, how=how, learns=learns)
     finally:
         torch.set_num_threads(before)

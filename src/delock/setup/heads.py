@@ -12,6 +12,7 @@ from delock.computing import Computing
 from delock.errors import UsageError
 from delock.keys import key
 from delock.nets.heads import HeadShare, build_head, choose, head_share
+from delock.nets.measure import AtomCost
 from delock.nets.split import Atom
 from delock.setup.costs import measured
 from delock.setup.spec import Spec
@@ -37,10 +38,11 @@ def _head(spec: Spec, k: int, shape: tuple[int, ...], logits: tuple[int, ...]) -
     return build_head(spec.heads or choose(shape), shape, logits[-1], seed=key(spec.seed, "head", k))
 
 
-def head_cost(spec: Spec, how: Computing, k: int, head: nn.Module, shape: tuple[int, ...], targets: Any) -> float:
+def head_cost(spec: Spec, how: Computing, k: int, head: nn.Module, shape: tuple[int, ...], targets: Any) -> AtomCost:
+    """What the head of stage k costs on a whole batch. Raises UsageError where it does not take the stage's outputs."""
     try:
         outputs = torch.zeros(shape, dtype=next((w.dtype for w in head.parameters()), None))
-        return measured(spec, how, [Atom(f"head of stage {k}", head)], outputs, targets)[0].total_s
+        return measured(spec, how, [Atom(f"head of stage {k}", head)], outputs, targets, learns=True)[0]
     except UsageError as error:
         raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from None
 

@@ -16,7 +16,7 @@ from delock.nets.split import atoms, has_batch_norm, resolve_cuts, stages
 from delock.setup.costs import choice
 from delock.setup.heads import auxiliary, head_cost, head_shares
 from delock.setup.refuse import refuse_single_samples, refuse_unfit, refuse_unfit_codecs
-from delock.setup.setup import Setup
+from delock.setup.setup import Batch, Setup
 from delock.setup.spec import Spec
 from delock.timeline import Emulation
 
@@ -40,12 +40,13 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
     if any(map(has_batch_norm, normed)):
         refuse_single_samples(spec.train.sizes() or [], spec.method.parts * spec.chunks)
     shaped = {k: costs[found[k] - 1].shape for k in heads}
-    seconds = {k: head_cost(spec, how, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]}
+    head_costs = {k: head_cost(spec, how, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]}
+    batch = Batch.of(inputs, targets)
     if spec.emulate:
-        return Setup(course, parts, found, costs, samples(inputs), how, *_emulated(spec, spec.emulate, [*found, len(parts)], costs))
+        return Setup(course, parts, found, costs, batch, how, *_emulated(spec, spec.emulate, [*found, len(parts)], costs))
     modules = stages(parts, found)
     shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
-    return Setup(course, parts, found, costs, samples(inputs), how, modules, heads, seconds, shares)
+    return Setup(course, parts, found, costs, batch, how, modules, heads, head_costs, shares)
 
 
 def _emulated(

@@ -5,25 +5,46 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from delock.codecs import Codec
 from delock.codecs.coding import predicted
 from delock.computing import Computing
+from delock.feed import samples
+from delock.links.message import flatten
 from delock.methods import AsyncDGL, Method, title
 from delock.nets.emulated import Emulated
 from delock.nets.heads import HeadShare
 from delock.nets.measure import AtomCost
+from delock.nets.observe import tensors
 from delock.nets.split import Atom, StageModule
 from delock.plan import Course
 from delock.records import StagePrediction, Started
+from delock.setup.memory import Outputs, Ways, stage_sizes
 from delock.setup.spec import Spec
-from delock.timeline import Costs, predict
+from delock.timeline import Costs, peaks, predict
 from delock.train import Job
 
 SLOW_BATCHES = 400  # enough for a mean over random slow ticks
 SLOW = 20  # an op on a machine that others use too may take so many times what it took when it was measured
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch that was measured: samples, shape and dtype of every tensor of the inputs, bytes of the labels."""
+
+    rows: int
+    inputs: Outputs
+    targets: int
+
+    @classmethod
+    def of(cls, inputs: Any, targets: Any) -> Batch:
+        """Of a loader's batch."""
+        leaves: list[Tensor] = []
+        flatten(targets, leaves)
+        return cls(samples(inputs), tuple((tuple(x.shape), x.dtype) for x in tensors(inputs)), sum(x.nbytes for x in leaves))
 
 
 @dataclass
@@ -34,11 +55,11 @@ class Setup:
     parts: list[Atom]
     cuts: tuple[int, ...]
     costs: list[AtomCost]
-    rows: int  # samples in the batch that was measured
+    batch: Batch
     how: Computing
     modules: Sequence[StageModule | Emulated] = ()
     heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
-    head_seconds: dict[int, float] = field(default_factory=dict)  # stage -> its head forward and backward, on a whole batch
+    head_costs: dict[int, AtomCost] = field(default_factory=dict)  # stage -> its head, on a whole batch
     head_shares: dict[int, HeadShare] = field(default_factory=dict)  # stage -> what its head costs beside it
 
     @property
@@ -94,7 +115,7 @@ class Setup:
         waits = spec.emulate
         forward = tuple(share * (waits.forward if waits else sum(cost.forward_s for cost in atoms)) for atoms in own)
         backward = tuple(share * (waits.backward if waits else sum(cost.backward_s for cost in atoms)) for atoms in own)
-        head = tuple(share * self.head_seconds.get(k, 0.0) for k in range(self.K))
+        head = tuple(share * (self.head_costs[k].total_s if k in self.head_costs else 0.0) for k in range(self.K))
         forecast = predict(spec.method, self.K, Costs(forward, backward, head=head, slow=spec.slow), SLOW_BATCHES if spec.slow else None)
         own_pace = max(slowdown(spec.method, k) * (forward[k] + backward[k] + head[k]) for k in range(self.K))
         period = max(forecast.period, own_pace) if spec.workers != "inline" else sum(forward + backward + head) * spec.method.parts
@@ -110,8 +131,9 @@ class Setup:
                 idle=f.idle,
                 head_flops=beside.flops if (beside := self.head_shares.get(k)) else None,
                 head_parameters=beside.params if beside else None,
+                memory=most,
             )
-            for k, f in enumerate(forecast.stages)
+            for k, (f, most) in enumerate(zip(forecast.stages, self.memory(spec), strict=True))
         )
         return Started(
             method=title(spec.method),
@@ -120,11 +142,27 @@ class Setup:
             epochs=self.course.batches / len(spec.train),
             cuts=self.cuts,
             stages=predictions,
-            samples_per_second=self.rows / period,
+            samples_per_second=self.batch.rows / period,
             layout="channels last" if self.how.channels_last else "default",
             messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
             encoded=tuple(self._encoded(spec.codec, cut, spec.method.parts) for cut in self.cuts) if spec.codec else (),
         )
+
+    def memory(self, spec: Spec) -> list[int | None]:
+        """Bytes that every stage will hold at its peak above what it holds when it is built; None where that cannot be told.
+
+        What free-running stages hold depends on how they run.
+        """
+        if spec.emulate or isinstance(spec.method, AsyncDGL) or self.heads.keys() - self.head_costs.keys():
+            return [None] * self.K
+        ways = Ways(spec, self.K, [self.costs[cut - 1] for cut in self.cuts], self.batch.targets)
+        heads = {k: (head, self.head_costs[k]) for k, head in self.heads.items()}
+        sizes = [
+            stage_sizes(spec, k, ways, self.costs[a:b], module, heads.get(k), self.batch.inputs)
+            for k, ((a, b), module) in enumerate(zip(self.bounds(), self.modules, strict=True))
+        ]
+        known = [one for one in sizes if one]
+        return [*peaks(spec.method, known, self.course.batches)] if len(known) == self.K else [None] * self.K
 
     def _encoded(self, codec: Codec, cut: int, parts: int) -> tuple[float, float]:
         """Bytes of the activation there once encoded, and of codebooks: means over the messages."""

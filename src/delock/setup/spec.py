@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
@@ -34,27 +34,27 @@ class Spec:
     loss: Loss
     method: Method
     optimizer: OptimizerFactory
-    schedule: ScheduleFactory | None
-    stages: int | None
-    cuts: Sequence[int | str] | None
-    epochs: int | None
-    steps: int | None
-    eval_every: int | None
-    clip: float | None
-    metrics: Mapping[str, Metric]
-    heads: str | Sequence[nn.Module] | None
-    seed: int
-    device: str
-    threads: int
-    amp: bool
-    layout: Layout
-    chunks: int
-    slow: Slowdown | None
-    emulate: Emulation | None
-    link: LinkKind
-    log_every: int
-    trace: bool
-    workers: str
+    schedule: ScheduleFactory | None = None
+    stages: int | None = None
+    cuts: Sequence[int | str] | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    eval_every: int | None = None
+    clip: float | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    heads: str | Sequence[nn.Module] | None = None
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    amp: bool = False
+    layout: Layout = "default"
+    chunks: int = 1
+    slow: Slowdown | None = None
+    emulate: Emulation | None = None
+    link: LinkKind = "gloo"
+    log_every: int = 10
+    trace: bool = False
+    workers: str = "processes"
     codec: Codec | None = None
     error_codec: Codec | None = None
     setup: Setup | None = None  # under torchrun: what this rank has prepared

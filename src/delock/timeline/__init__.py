@@ -3,6 +3,7 @@
 from delock.timeline.costs import Costs, Slowdown
 from delock.timeline.emulation import Emulation, straggler
 from delock.timeline.measures import idle, messages, period, steady, throughput
+from delock.timeline.memory import Sizes, Way, peaks
 from delock.timeline.predict import Prediction, StageForecast, capacities, predict
 from delock.timeline.reasons import KINDS, reasons
 from delock.timeline.simulate import simulate
@@ -15,16 +16,19 @@ __all__ = [
     "Emulation",
     "InFlight",
     "Prediction",
+    "Sizes",
     "Slowdown",
     "Span",
     "StageForecast",
     "Timeline",
+    "Way",
     "capacities",
     "gradient_staleness",
     "idle",
     "in_flight",
     "layer_staleness",
     "messages",
+    "peaks",
     "period",
     "predict",
     "reasons",

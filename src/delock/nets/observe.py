@@ -1,0 +1,151 @@
+"""One forward and backward of an atom with all bytes counted: what its graph holds, and how much more lives at the peaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from delock.computing import Computing
+from delock.nets.live import Live, storage_bytes, storage_of
+
+Value: TypeAlias = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor that an atom returns."""
+
+    size: int  # bytes of its storage
+    source: int | None  # number of the input in whose storage it lies, if it is a view of one or was written there
+    kept: bool  # the atom's graph holds it
+
+
+@dataclass(frozen=True, slots=True)
+class AtomMemory:
+    """Bytes of an atom on one batch. The graph is what lives between forward and backward beside weights, buffers, inputs and outputs."""
+
+    weights: int  # parameters that learn
+    largest: int  # the largest of them
+    buffers: int
+    graph: int
+    kept: tuple[bool, ...]  # inputs that the graph holds
+    writes: bool  # it writes to an input
+    outputs: tuple[Output, ...]
+    passing_through: int  # the most while it goes forward without a graph, above what was there: outputs included
+    forward: int  # the same with a graph, that included
+    loss: int  # what the loss behind it holds until its backward
+    losing: int  # the most while that is computed
+    backward: int  # the most in its backward above what was there at its begin, where errors of the outputs are somebody else's
+    passing: int  # the same, with these errors, which go as soon as they are used
+    flows: int  # errors that flow into layers with weights
+
+
+def observe(
+    module: nn.Module, value: Value, learns: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, how: Computing
+) -> AtomMemory:
+    """What one forward and backward of the module hold; like `measure`, and with the batch in one piece.
+
+    The errors that come from behind are as large as the outputs and free to go, as inside a stage, not a tensor that somebody keeps.
+    """
+    leaves = [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
+    given = [x.clone() for x in leaves]
+    weights = [p for p in module.parameters() if p.requires_grad]
+    wanted = [x for x in (*leaves, *weights) if x.requires_grad]
+    live, saved, flows = Live(), set[int](), list[int]()
+    live.ignore([*leaves, *given, *module.parameters(), *module.buffers()])
+    before = [x._version for x in given]
+    passing_through = _without_graph(module, value, learns, device, how)
+    with live:
+        with saved_tensors_hooks(_noting(saved), lambda kept: kept), _told_outputs(module, flows):
+            out = _apply(module, value, given, device, how)
+        forward, held = live.peak, live.from_here()
+        sources = {storage_of(x): i for i, x in enumerate(given)}
+        outputs = [Output(storage_bytes(x), sources.get(storage_of(x)), storage_of(x) in saved) for x in tensors(out)]
+        own = {storage_of(x): storage_bytes(x) for x in tensors(out) if storage_of(x) not in sources}
+        with how.context(device):
+            ends = [x for x in tensors(out if loss is None else loss(out)) if x.requires_grad]
+        losing, begun = live.peak - held, live.from_here()
+        if ends and wanted:
+            roots = ends if loss else [_with_error(x, live) for x in ends]
+            torch.autograd.grad(roots, wanted, [torch.ones_like(root) for root in roots], allow_unused=True)
+    sizes = [storage_bytes(w) for w in weights]
+    return AtomMemory(
+        weights=sum(sizes),
+        largest=max(sizes, default=0),
+        buffers=sum(map(storage_bytes, module.buffers())),
+        graph=held - sum(own.values()),
+        kept=tuple(storage_of(x) in saved for x in given),
+        writes=any(x._version != was for x, was in zip(given, before, strict=True)),
+        outputs=tuple(outputs),
+        passing_through=passing_through,
+        forward=forward,
+        loss=begun - held,
+        losing=losing,
+        backward=live.bare - begun,
+        passing=live.peak - begun,
+        flows=sum(flows),
+    )
+
+
+def tensors(value: Value) -> tuple[Tensor, ...]:
+    """One alone, or those of a tuple."""
+    return (value,) if isinstance(value, Tensor) else value
+
+
+def _apply(module: nn.Module, like: Value, given: Sequence[Tensor], device: torch.device, how: Computing) -> Value:
+    out: Value = replace(how, chunks=1).apply(module, given[0] if isinstance(like, Tensor) else tuple(given), device)
+    return out
+
+
+def _without_graph(module: nn.Module, value: Value, learns: Sequence[bool], device: torch.device, how: Computing) -> int:
+    """The peak of a forward that only passes on."""
+    live, given = Live(), [x.detach().clone().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
+    live.ignore([*given, *module.parameters(), *module.buffers()])
+    with live, torch.no_grad():
+        _apply(module, value, given, device, how)
+    return live.peak
+
+
+def _noting(saved: set[int]) -> Callable[[Tensor], Tensor]:
+    def pack(tensor: Tensor) -> Tensor:
+        saved.add(storage_of(tensor))
+        return tensor.detach()  # the tensor itself would keep a graph alive that is dropped without a backward
+
+    return pack
+
+
+@contextmanager
+def _told_outputs(module: nn.Module, flows: list[int]) -> Iterator[None]:
+    """Within it, the bytes that modules with parameters of their own return."""
+
+    def look(module: nn.Module, given: Any, out: Any) -> None:
+        flows.extend(x.nbytes for x in tree_leaves(out) if isinstance(x, Tensor))
+
+    hooks = [one.register_forward_hook(look) for one in module.modules() if any(True for _ in one.parameters(recurse=False))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_error(out: Tensor, live: Live) -> Tensor:
+    """A number whose gradient sends an error as large as `out` into it, which nobody holds but the backward."""
+    shape, strides = out.shape, out.stride()
+
+    def fresh(error: Tensor) -> Tensor:
+        live.setting_apart = True
+        try:
+            return torch.empty_strided(shape, strides, dtype=error.dtype, device=error.device).fill_(1)
+        finally:
+            live.setting_apart = False
+
+    out.register_hook(fresh)  # type: ignore[no-untyped-call]
+    return out.sum()

@@ -1,0 +1,134 @@
+"""How much memory every stage will need: what its atoms, its head, its optimizer and its links hold, walked along the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from delock.codecs import Codec
+from delock.codecs.coding import predicted
+from delock.nets.live import Live
+from delock.nets.measure import AtomCost
+from delock.nets.observe import AtomMemory
+from delock.setup.chain import Chain
+from delock.setup.spec import Spec
+from delock.stage import OptimizerFactory
+from delock.timeline import Sizes, Way
+
+Outputs = Sequence[tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of every tensor of a message
+
+
+class Ways:
+    """What the links carry: bytes of a message, of its tensors, and how many an end keeps."""
+
+    def __init__(self, spec: Spec, K: int, cut: Sequence[AtomCost], targets: int) -> None:
+        self.spec, self.K, self.cut, self.targets = spec, K, cut, targets
+        self.share = 1 / spec.method.parts
+
+    def up(self, link: int) -> Way:
+        """Activations with their labels."""
+        tensors = self._encoded(self.spec.codec, self.cut[link].outputs)
+        return Way(round(self.share * (tensors + self.targets)), self._depth(link))
+
+    def down(self, link: int) -> Way:
+        """Errors of the outputs that have one."""
+        return Way(round(self.share * self._encoded(self.spec.error_codec, _floating(self.cut[link].outputs))), self._depth(link))
+
+    def received(self, way: Way, codec: Codec | None, outputs: Outputs) -> int:
+        """What a message is when it is in use: encoded tensors are decoded beside it."""
+        return way.message + (round(self.share * _bytes(outputs)) if codec else 0)
+
+    def _depth(self, link: int) -> int:
+        """gloo posts receives ahead and keeps what it has sent; other links lend what the other end has."""
+        gloo = self.spec.workers != "inline" and self.spec.link == "gloo" and torch.device(self.spec.device).type == "cpu"
+        return self.spec.method.capacity(link, self.K) if gloo else 0
+
+    def _encoded(self, codec: Codec | None, outputs: Outputs) -> float:
+        if codec is None:
+            return _bytes(outputs)
+        return sum(map(sum, (predicted(codec, shape, dtype) for shape, dtype in outputs)))
+
+
+def stage_sizes(
+    spec: Spec, k: int, ways: Ways, atoms: Sequence[AtomCost], module: nn.Module, head: tuple[nn.Module, AtomCost] | None, batch: Outputs
+) -> Sizes | None:
+    """What stage k holds; None where something cannot be counted. `batch`: the inputs of the network."""
+    memories = [atom.memory for atom in atoms if atom.memory]
+    learned = partial(_optimizer, spec, k, module, head[0] if head else None)
+    if len(memories) < len(atoms) or (head and not head[1].memory) or (optimizer := learned()) is None:
+        return None
+    below, last = (ways.cut[k - 1].outputs if k else batch), k == ways.K - 1
+    chain = Chain(memories, [_bytes([one]) for one in below], ways.share)
+    up_in, down_in = Way() if k == 0 else ways.up(k - 1), Way() if last else ways.down(k)
+    state, step = optimizer
+    return Sizes(
+        weights=sum(one.weights for one in memories),
+        largest=max(one.largest for one in memories),
+        state=state,
+        step=step,
+        input=ways.received(up_in, spec.codec, below) if k else round(_bytes(below) + ways.targets),
+        graph=chain.graph,
+        output=chain.output,
+        delta=round(ways.share * _bytes(_floating(below))) if k else 0,
+        error=0 if last else ways.received(down_in, spec.error_codec, _floating(ways.cut[k].outputs)),
+        forward=chain.forward,
+        alone=chain.alone,
+        backward=chain.backward(frees=True),
+        retaining=chain.backward(frees=False),
+        flows=chain.flows,
+        head=_head_peak(head[1].memory) if head and head[1].memory else 0,
+        head_weights=head[1].memory.weights if head and head[1].memory else 0,
+        feeds=spec.method.parts if k == 0 else 0,
+        up_in=up_in,
+        up_out=Way() if last else ways.up(k),
+        down_in=down_in,
+        down_out=Way() if k == 0 else ways.down(k - 1),
+    )
+
+
+def _head_peak(head: AtomMemory) -> int:
+    """The most while a head goes forward and backward, the error of the stage's outputs included."""
+    chain = Chain([head], [0] * len(head.kept), 1.0)
+    return max(chain.forward, chain.graph + chain.output + chain.backward(frees=True))
+
+
+def _optimizer(spec: Spec, k: int, module: nn.Module, head: nn.Module | None) -> tuple[int, int] | None:
+    """Bytes of the state of stage k's optimizer, and how much more lives in a step; seen on weights without memory where it can be.
+
+    None where its step cannot be taken alone; whether it can be used the stage will tell.
+    """
+    names = getattr(module, "original", {})
+    weights = [(names.get(name, name), w) for name, w in module.named_parameters() if w.requires_grad]
+    weights += [(f"heads.{k}.{name}", w) for name, w in head.named_parameters() if w.requires_grad] if head else []
+    devices = ("meta", spec.device) if torch.device(spec.device).type == "cpu" else (spec.device,)  # a GPU's steps are others
+    for device in devices if weights else ():
+        try:
+            return _steps(spec.optimizer, weights, device)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            continue
+    return None if weights else (0, 0)
+
+
+def _steps(optimizer: OptimizerFactory, weights: Sequence[tuple[str, Tensor]], device: str) -> tuple[int, int]:
+    doubles = [(name, nn.Parameter(torch.zeros_like(w, device=device))) for name, w in weights]
+    for _, double in doubles:
+        double.grad = torch.zeros_like(double)
+    live = Live()
+    live.ignore(tensor for _, double in doubles for tensor in (double, double.grad) if tensor is not None)
+    one = optimizer(doubles)
+    with live:
+        one.step()
+        state = live.from_here()
+        one.step()
+    return state, live.peak - state
+
+
+def _floating(outputs: Outputs) -> Outputs:
+    return [(shape, dtype) for shape, dtype in outputs if dtype.is_floating_point or dtype.is_complex]
+
+
+def _bytes(outputs: Outputs) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in outputs)

@@ -1,0 +1,218 @@
+"""Memory as a pass over a column of a plan: the most bytes that a stage holds above what it held when it was built."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from delock.methods import Method
+from delock.ops import Backward, Forward, Update
+from delock.plan import Step, unroll
+
+DEEP = 1 << 30  # more messages than any link keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What crosses a link in one direction: bytes of a message, and how many messages an end keeps beside those in use.
+
+    gloo keeps `depth` at either end: sent ones until so many newer are on their way, and buffers posted for those to come.
+    """
+
+    message: int = 0
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of one stage. An op's are of a (micro-)batch; a peak is above what lives when the op begins.
+
+    A graph is what autograd holds beside weights, the input and the outputs.
+    """
+
+    weights: int  # those that learn
+    largest: int  # of the weights, one by one
+    state: int  # of the optimizer, for the head too: there from the first Update on
+    step: int  # peak of a later step of the optimizer
+    input: int  # what a received message holds; stage 0: a whole batch
+    graph: int
+    output: int  # what the outputs lie in, where that is not the input
+    delta: int  # errors of the inputs
+    error: int  # errors of the outputs
+    forward: int  # peak, graph and outputs included
+    alone: int  # the same without a graph
+    backward: int  # peak, the graph freed on its way; gradients of the weights and of the inputs included, and its own loss, if any
+    retaining: int  # the same where the graph is needed once more
+    flows: int = 0  # errors into layers with weights: between the halves of a backward they are held
+    head: int = 0  # peak of the auxiliary head forward and backward, its gradient included
+    head_weights: int = 0
+    feeds: int = 0  # stage 0: micro-batches that are views of one batch
+    up_in: Way = Way()  # from the stage below
+    up_out: Way = Way()
+    down_in: Way = Way()  # from the stage above
+    down_out: Way = Way()
+
+
+def peaks(method: Method, stages: Sequence[Sizes], batches: int) -> list[int]:
+    """The prediction for every stage of a run of `batches`. A plan repeats itself soon, so the first few of them tell."""
+    K = len(stages)
+    deepest = max(way.depth for own in stages for way in (own.up_out, own.down_out))
+    enough = 2 * method.span(K) + 3 * method.batches_per_update + deepest
+    plan = unroll(method, K, min(batches, enough))
+    return [peak(column, k, sizes) for k, (column, sizes) in enumerate(zip(plan.columns, stages, strict=True))]
+
+
+def peak(column: Iterable[Step], k: int, sizes: Sizes) -> int:
+    """The most bytes that stage k holds while it executes its column, above what it held when it was built."""
+    stage = Holding(k, sizes)
+    for step in column:
+        stage.execute(step)
+    return stage.most
+
+
+@dataclass(slots=True)
+class Held:
+    """A batch between its Forward and its last Backward."""
+
+    graph: bool
+    version: int | None  # of the weights, where the graph has a copy of them
+
+
+class Holding:
+    """What stage k holds, step by step, in the order in which the engine and the stage take and leave it."""
+
+    def __init__(self, k: int, sizes: Sizes) -> None:
+        self.k, self.sizes = k, sizes
+        self.most = 0
+        self.batches: dict[int, Held] = {}
+        self.newest: int | None = None  # the batch that the feed read last, and holds
+        self.snapshot: int | None = None  # version of the current weights, once they have been copied
+        self.grads = self.head_grads = self.state = self.caught = 0
+        self.backwards = 0  # since the last Update
+        self.sent: Counter[str] = Counter()
+        self.posted: set[str] = set()
+
+    @property
+    def graphs(self) -> int:
+        """Live graphs."""
+        return sum(held.graph for held in self.batches.values())
+
+    @property
+    def versions(self) -> int:
+        """Copies of the weights."""
+        return len({self.snapshot, *(held.version for held in self.batches.values())} - {None})
+
+    @property
+    def now(self) -> int:
+        """Bytes between two steps."""
+        s = self.sizes
+        inputs = {batch // s.feeds for batch in self.batches} | {self.newest} if s.feeds else set(self.batches)
+        kept = [*((self._way(name), count) for name, count in self.sent.items()), *((self._way(name), DEEP) for name in self.posted)]
+        links = sum(min(count, way.depth) * way.message for way, count in kept)
+        tensors = len(inputs) * s.input + self.graphs * (s.graph + s.output) + self.versions * s.weights
+        return tensors + links + self.grads + self.head_grads + self.state + self.caught
+
+    def rise(self, more: int) -> None:
+        """For a moment there is so much more than between two steps."""
+        self.most = max(self.most, self.now + more)
+
+    def execute(self, step: Step) -> None:
+        """One step. An evaluation holds no graph, and one message at a time."""
+        match step.op:
+            case Forward() as op if op.train:
+                self._forward(step, op)
+            case Backward() as op:
+                self._backward(step, op)
+            case Update() as op:
+                self._update(op)
+
+    def _forward(self, step: Step, op: Forward) -> None:
+        s = self.sizes
+        own = self._read(op)
+        if step.snapshot:
+            self.snapshot = step.version
+        self.rise(own + (s.forward if step.keep == "graph" else s.alone))
+        if step.keep == "graph":
+            self.batches[op.batch] = Held(True, step.version if step.snapshot else None)
+            own = 0
+        elif step.keep == "input":
+            self.batches[op.batch] = Held(False, None)
+            own = s.output
+        else:
+            own += s.output
+        if step.up:
+            self._send("up_out", own)
+
+    def _read(self, op: Forward) -> int:
+        """Have the input; returns its bytes where nothing that is counted between steps holds it yet."""
+        s = self.sizes
+        if not s.feeds:
+            self.posted.add("up_in")
+            return s.input
+        if self.newest != op.batch // s.feeds:
+            self.rise(s.input)  # the batch before goes when this one has come
+            self.newest = op.batch // s.feeds
+        return 0
+
+    def _backward(self, step: Step, op: Backward) -> None:
+        s, held = self.sizes, self.batches[op.batch]
+        if not held.graph:
+            self.rise(s.forward)
+            held.graph = True
+        above = self._error(op)  # what the op holds itself
+        if op.part == "weights":
+            self.rise(s.weights)
+            self.caught -= s.flows + s.delta
+        elif op.part == "input":
+            self.rise(above + s.retaining - s.weights + (s.flows if step.halved else 0))
+            self.caught += s.flows + s.delta if step.halved else 0
+        else:
+            self.rise(above + (s.backward if step.last else s.retaining))
+        if step.last:
+            held.graph = False
+            above += s.output
+        if op.part != "input":
+            self._learn(op, above)
+        if step.down:
+            self._send("down_out", above + s.delta)
+        if step.last:
+            del self.batches[op.batch]
+
+    def _error(self, op: Backward) -> int:
+        """Have the error of the outputs, from the stage above or the own head; the last stage's loss is a part of its backward."""
+        s = self.sizes
+        if op.part == "weights" or (op.loss == self.k and not s.head):
+            return 0
+        if op.loss == self.k:
+            self.rise(s.head)
+            self.head_grads = s.head_weights
+            return s.error
+        self.posted.add("down_in")
+        return s.error if op.shrink == 1 else 2 * s.error
+
+    def _learn(self, op: Backward, above: int) -> None:
+        """Add new gradients to old ones, which go one by one."""
+        s = self.sizes
+        if op.weight != 1:
+            self.rise(above + 2 * s.weights)
+        if self.grads:
+            self.rise(above + s.weights + s.largest)
+        self.grads = s.weights
+        self.backwards += 1
+
+    def _update(self, op: Update) -> None:
+        s, grads = self.sizes, self.grads + self.head_grads
+        mean = grads if op.reduce == "mean" and self.backwards > 1 else 0
+        self.rise(mean + s.step + s.state - self.state)
+        self.state, self.grads, self.head_grads, self.backwards, self.snapshot = s.state, 0, 0, 0, None
+
+    def _send(self, way: str, above: int) -> None:
+        """Pack a message, beside `above`; then the oldest of those sent goes, when there are too many."""
+        packed = self._way(way)
+        self.rise(above + (packed.message if packed.depth else 0))
+        self.sent[way] += 1
+
+    def _way(self, name: str) -> Way:
+        way: Way = getattr(self.sizes, name)
+        return way

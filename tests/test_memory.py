@@ -1,0 +1,282 @@
+"""Predicted memory against what is counted by hand, against what stages really hold, and against what torch's allocator hands out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
+
+import delock
+from delock.computing import PLAIN, Computing
+from delock.launch.processes import run_processes
+from delock.launch.rank import Rank
+from delock.links.mailbox import Mailbox
+from delock.links.meet import connect
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
+from delock.nets import build
+from delock.nets.live import Live
+from delock.nets.observe import AtomMemory, Output, observe
+from delock.plan import unroll, walk, windows
+from delock.records import Event, StageReport, Started
+from delock.setup import Spec, prepare
+from delock.setup.chain import Chain as Atoms
+from delock.tables import prediction_table, stage_table
+from delock.timeline import Sizes, Way, peaks
+from delock.timeline.memory import Holding
+from delock.train import Job, Worker
+
+from harness import every_method
+from harness import jobs as tiny_jobs
+
+CPU = torch.device("cpu")
+NOTHING = Sizes(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def most(method: Method, K: int, **bytes_: Any) -> list[int]:
+    """The peaks of K stages of which some sizes are not 0."""
+    return peaks(method, [replace(NOTHING, feeds=method.parts * (k == 0), **bytes_) for k in range(K)], 40)
+
+
+# ---- by hand -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", range(1, 5))
+def test_graphs(K: int) -> None:
+    """A graph is 1 byte from its Forward to its last Backward; all else weighs nothing."""
+    held = partial(most, K=K, graph=1, forward=1)
+    for k in range(K):
+        d, D = K - 1 - k, 2 * (K - 1 - k)
+        assert held(BP())[k] == held(DGL())[k] == held(Interlocking(1))[k] == 1
+        assert held(GPipe(4))[k] == 4
+        assert held(OneFOneB(4))[k] == min(4, K - k)
+        assert held(DDG())[k] == d + 1
+        assert held(FDG())[k] == held(FDG(at="mixed"))[k] == held(ADL(2))[k] == D + 1
+        assert held(FDG(order="backward-first"))[k] == max(1, D)
+        assert held(DSP())[k] == held(FR())[k] == 1
+
+
+@pytest.mark.parametrize("K", range(2, 5))
+def test_weights(K: int) -> None:
+    """10 bytes of weights: copies where a stashed Backward crosses an Update, a gradient, and the optimizer's 20 and 3 in a step."""
+    held = partial(most, K=K, weights=10, largest=10, backward=10, retaining=10, state=20, step=3)
+    for k in range(K):
+        d, D = K - 1 - k, 2 * (K - 1 - k)
+        assert held(BP())[k] == held(FDG(at="mixed"))[k] == held(DSP())[k] == held(FR())[k] == 10 + 20 + 3
+        # the copy for the graph that goes with a Backward is gone by the Update
+        assert held(DDG())[k] == (10 + 20 + 3 if k == K - 1 else 10 * (d + 1) + 10 + 20)
+        assert held(FDG())[k] == (10 + 20 + 3 if k == K - 1 else 10 * (D + 1) + 10 + 20)
+    # a second gradient is added out of place to the first; the mean of two is a third
+    assert held(BP(accumulate=2)) == [10 + 10 + 20 + 10] * K
+    assert held(ADL(2, at="mixed")) == [max(20 + 10 + 10 + 10, 20 + 10 + 10 + 3)] * K
+
+
+def test_inputs_and_links() -> None:
+    """1 byte for an input; 100 for a message up, 10000 for one down, where gloo keeps three at each end, and one while it is packed."""
+    assert most(FR(), 3, input=1) == [3, 2, 1]
+    assert most(BP(), 2, input=1) == [2, 1]  # the feed holds the batch that it read last until it has the next
+    assert most(GPipe(4), 2, input=4) == [8, 16]  # stage 0: parts are views of their batch
+    up, down = Way(100, 3), Way(10000, 3)
+    first = replace(NOTHING, feeds=1, up_out=up, down_in=down)
+    last = replace(NOTHING, up_in=up, down_out=down)
+    assert peaks(FDG(), [first, last], 40) == [100 * 4 + 10000 * 3, 100 * 3 + 10000 * 4]
+    assert peaks(FDG(), [first, last], 2) == [100 * 2 + 10000 * 3, 100 * 3 + 10000 * 2]  # a run too short to fill them
+    assert peaks(DGL(), [first, last], 40) == [100 * 4, 100 * 3]
+
+
+def test_a_graph_that_is_needed_again_is_not_freed_on_the_way() -> None:
+    held = most(Interlocking(2, combine="sum", send="late"), 3, graph=5, forward=5, backward=1, retaining=7)
+    assert held == [5 + 7, 5 + 7, 5 + 1]
+
+
+def memory_of(**bytes_: Any) -> AtomMemory:
+    """An atom that holds nothing but what is said."""
+    base: dict[str, Any] = dict.fromkeys(AtomMemory.__slots__, 0)
+    return AtomMemory(**{**base, "kept": (False,), "writes": False, "outputs": (Output(8, None, False),), **bytes_})
+
+
+def test_a_tensor_between_two_atoms_is_held_once() -> None:
+    holds = memory_of(kept=(True,), outputs=(Output(8, None, True),), graph=100)
+    view = memory_of(outputs=(Output(8, 0, False),))
+    assert Atoms([holds, view, holds], [8], 1.0).graph == 100 + 8 + 100  # the input and the output are counted elsewhere
+    assert Atoms([holds, view, holds], [8], 0.5).graph == 104
+    assert Atoms([memory_of(), memory_of()], [8], 1.0).graph == 0
+    writes = memory_of(writes=True, kept=(True,), outputs=(Output(8, 0, True),))
+    assert Atoms([writes, holds], [8], 1.0).graph == 8 + 100  # the stage gives it a copy of the input
+    assert Atoms([holds], [8], 1.0).output == 8
+    assert Atoms([view], [8], 1.0).output == 0
+
+
+def test_a_backward_frees_what_it_has_used() -> None:
+    atom = memory_of(graph=100, weights=10, backward=30, passing=40)
+    chain = Atoms([atom] * 3, [8], 1.0)
+    assert chain.backward(frees=True) == 30  # at the last atom; the next has 100 less, 10 of gradients and an error more
+    assert chain.backward(frees=False) == 40 + 10 + 10
+
+
+# ---- what stages hold --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", every_method(3), ids=str)
+def test_what_is_predicted_is_what_stages_hold(method: Method) -> None:
+    """Graphs, copies of weights, batches and gradients after every step of a run in one process."""
+    box = Mailbox()
+    workers = [Worker(job, box.end(job.k), CPU, lambda event: None) for job in tiny_jobs("conv", 3, method, evaluate=False)]
+    holding = [Holding(k, replace(NOTHING, weights=1, feeds=method.parts * (k == 0))) for k in range(3)]
+    with torch.random.fork_rng(devices=[]):
+        for k, step in walk(unroll(method, 3, workers[0].job.course.batches)):
+            workers[k].engine.execute(step)
+            holding[k].execute(step)
+            stage, seen = workers[k].stage, holding[k]
+            assert seen.batches.keys() == stage.memory.keys()
+            assert seen.graphs == sum(memory.outputs is not None for memory in stage.memory.values())
+            copies = [stage.snapshot, *(memory.weights for memory in stage.memory.values())]
+            assert seen.versions == len({id(copy) for copy in copies if copy is not None})
+            assert bool(seen.grads) == any(g is not None for g in stage.learner.grads[: len(stage.body.weights)])
+
+
+# ---- what the allocator hands out --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Random batches, each in memory of its own."""
+
+    make: Callable[[torch.Generator], tuple[Tensor, Tensor]]
+
+    def __len__(self) -> int:
+        return 9
+
+    def sizes(self) -> list[int]:
+        """Rows of every batch."""
+        return [32]
+
+    def epoch(self, e: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same in every epoch."""
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(len(self)):
+            yield self.make(generator)
+
+
+def images(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(32, 3, 16, 16), (32,)."""
+    return torch.randn(32, 3, 16, 16, generator=generator), torch.randint(10, (32,), generator=generator)
+
+
+def handed_out(rank: Rank, job: Job) -> int:
+    """The most bytes that torch's allocator had handed out at one time, of those it was asked for once stage job.k was built."""
+    depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
+    link = connect(job.link, depth, rank.device, rank.progress)
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        for plan in windows(job.method, job.K, job.course, job.window):
+            worker.engine.run(plan)
+        link.close()  # before the profiler goes: gloo's receives tell it of their ends
+    path = Path(f"trace-{rank.rank}.json").absolute()
+    seen.export_chrome_trace(str(path))
+    return max(map(int, re.findall(r'"Total Allocated": (\d+)', path.read_text())))
+
+
+@pytest.mark.parametrize("method", [GPipe(2), FDG(), DSP()], ids=str)
+def test_the_prediction_is_what_the_allocator_hands_out(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = build("resnet8", classes=10, in_channels=3, image_size=16)
+    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    spec = Spec(model, Batches(images), None, cross_entropy, method, sgd, cuts=[4], epochs=1)
+    setup = prepare(spec, [4])
+    predicted = [stage.memory for stage in setup.started(spec).stages]
+    measured = run_processes(handed_out, setup.jobs(spec))
+    assert all(found > 1e6 for found in measured)
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("how", [PLAIN, Computing(channels_last=True), Computing(amp=True)], ids=str)
+def test_what_is_observed_of_a_block(how: Computing) -> None:
+    """A residual block of 16 channels; what its graph holds beside x: conv, norm and relu, conv."""
+    model = build("resnet8", classes=10, in_channels=3, image_size=16)
+    block = how.prepared(model.get_submodule("layer1.0"))
+    x = how.laid_out(torch.randn(32, 16, 16, 16))
+    one = x.nbytes
+    seen = observe(block.train(), x, [True], None, CPU, how)
+    stored = [o.size for o in seen.outputs]
+    assert (stored, seen.writes) == ([one], False)
+    halves = 2 if how.amp else 1  # convolutions make and keep half as many bytes
+    assert seen.graph == pytest.approx(3 * one if not how.amp else (4 * one) / halves, rel=0.02)
+    assert seen.kept == (not how.amp,)
+    assert seen.forward >= seen.graph + one
+    assert 0 < seen.passing_through < seen.forward
+    assert seen.weights == sum(p.nbytes for p in block.parameters())
+
+
+def test_counting_bytes() -> None:
+    x = torch.zeros(1000)
+    live = Live()
+    live.ignore([x])
+    with live:
+        y = x.view(10, 100)
+        assert live.now == 0
+        z = y + 1
+        assert (live.now, live.peak) == (4000, 4000)
+        del z
+        assert (live.now, live.from_here()) == (0, 0)
+        w = (x * 2).exp()
+        assert (live.now, live.peak) == (4000, 8000)
+    del w
+    assert live.now == 0
+
+
+# ---- where it is shown -------------------------------------------------------------------------------------------------------------
+
+
+def started(method: str | Method, **options: Any) -> Started:
+    """What is told before a run in one process."""
+    told: list[Event] = []
+    given = {"loss": cross_entropy, "method": method, "cuts": [2], "steps": 3, "workers": "inline", "on_event": told.append, **options}
+    data = [(torch.randn(4, 6), torch.randint(3, (4,)))] * 3
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    delock.fit(model, data, **{"optimizer": sgd, **given})
+    return next(event for event in told if isinstance(event, Started))
+
+
+def test_tables_show_the_prediction_beside_what_is_measured() -> None:
+    before = started("fdg")
+    assert all(stage.memory for stage in before.stages)
+    head, rows = prediction_table(before)
+    big = [replace(stage, memory=mega * 10**6) for stage, mega in zip(before.stages, (12, 5), strict=True)]
+    head, rows = prediction_table(replace(before, stages=tuple(big)))
+    assert [row[head.index("memory\n(grows by)")] for row in rows] == ["12 MB", "5 MB"]
+    report = StageReport(0, 1, 1, 0, 0, 0, 0, 0, 1, {}, {}, peak_memory=200_000_000, memory_growth=13_000_000)
+    head, rows = stage_table([report], big[:1])
+    assert rows[0][head.index("grown by") :] == ["13 MB", "12 MB"]
+    assert stage_table([report], [replace(big[0], memory=None)])[1][0][-1] == "-"
+
+
+
+
+def test_what_is_not_predicted_is_not_told() -> None:
+    """Free-running stages, and an optimizer whose step cannot be taken alone."""
+    assert {stage.memory for stage in started(AsyncDGL(turns="round-robin")).stages} == {None}
+    assert {stage.memory for stage in started("fdg", optimizer=asks_back).stages} == {None}
+
+
+def asks_back(params: Any) -> torch.optim.Optimizer:
+    """An optimizer that refuses its first two steps, which are those of the prediction."""
+    one = torch.optim.SGD(params, lr=0.1)
+    step = one.step
+
+    def refusing() -> None:
+        if any(group["params"][0].is_meta or group["params"][0].grad.count_nonzero() == 0 for group in one.param_groups):
+            raise RuntimeError("no")
+        step()
+
+    one.step = refusing  # type: ignore[method-assign, assignment]
+    return one
