@@ -103,15 +103,21 @@ class Log:
         return {number: [both[rank].told for rank in (0, 1)] for number, both in sorted(done.items())}
 
     def left(self, names: list[str], rounds: int) -> range:
-        """The rounds that are not complete: every contender's but those of the failed."""
+        """The rounds that these contenders have not all completed."""
         complete = min((max(self.rounds(name), default=-1) + 1 for name in names), default=rounds)
         return range(complete, rounds)
+
+    def forget(self, names: list[str], again: range) -> None:
+        """What was told of first turns and of rounds that are done again: a turn is of two ranks of one pair."""
+        for name in names:
+            self.turns[name] = {number: both for number, both in self.turns.get(name, {}).items() if 0 <= number < again.start}
 
 
 def measured(share: Share, title: str, names: list[str], rounds: int, seconds: float) -> Log:
     """All turns of a configuration. A contender that fails costs its own turns; the others go on in a new pair of processes."""
     log = Log(title)
     while names and (left := log.left(names, rounds)):
+        log.forget(names, left)
         task = Task(share, names, left, seconds)
         try:
             run_processes(pair, [task, task], threads=1, patience=PATIENCE, on_event=log.hear)
