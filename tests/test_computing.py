@@ -17,7 +17,7 @@ from delock.methods import BP, DGL, DSP, FDG, Interlocking, Method
 from delock.nets import build
 
 from harness import assert_equal, in_processes, inline, jobs
-from workloads import WORK, Samples, sgd
+from workloads import WORK, Samples, sgd, without_norm_and_dropout
 
 WAYS = (Computing(amp=True), Computing(channels_last=True), Computing(True, True))
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
@@ -100,17 +100,6 @@ def test_slices_have_the_gradient_of_the_whole_but_for_batch_norm(work: str) -> 
     for losses, weights in runs[1:]:
         assert losses == pytest.approx(runs[0][0], abs=1e-10)
         assert all(torch.allclose(a, b, rtol=0, atol=1e-10) for a, b in zip(weights, runs[0][1], strict=True))
-
-
-def without_norm_and_dropout(module: nn.Module) -> nn.Module:
-    """The module with batch norm and dropout in eval mode for good: the one is per slice, the other draws per slice."""
-    for child in module.modules():
-        if isinstance(child, nn.Dropout):
-            child.p = 0.0
-        for name, inner in child.named_children():
-            if isinstance(inner, nn.BatchNorm1d | nn.BatchNorm2d):
-                setattr(child, name, nn.Identity())
-    return module
 
 
 def test_slices_in_processes_equal_one_process() -> None:

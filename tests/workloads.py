@@ -50,6 +50,17 @@ def _built(pieces: Callable[[], list[nn.Module]], n_stages: int, dtype: torch.dt
     return [nn.Sequential(*made[a:z]).to(dtype) for a, z in itertools.pairwise(bounds)]
 
 
+def without_norm_and_dropout(module: nn.Module) -> nn.Module:
+    """The module with batch norm left out, and dropout at rate 0: what they do depends on slices, parts and layouts."""
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+        for name, inner in child.named_children():
+            if isinstance(inner, nn.BatchNorm1d | nn.BatchNorm2d):
+                setattr(child, name, nn.Identity())
+    return module
+
+
 def _conv_pieces() -> list[nn.Module]:
     def block(c: int, c_out: int, stride: int, *rest: nn.Module) -> nn.Module:
         conv = nn.Conv2d(c, c_out, 3, stride, padding=1, bias=False)

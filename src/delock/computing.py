@@ -1,4 +1,4 @@
-"""How a stage computes: the layout of images in memory, the precision of matrix products and convolutions, a batch whole or in slices."""
+"""How a stage computes: layout of images, precision of products and convolutions, a batch whole or in slices, compiled or not."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ class Computing:
     """amp: bfloat16 by autocast, weights and optimizer in their own precision. channels_last: convolutions' weights and images so.
 
     chunks: a batch goes through a stage in so many slices, each of which may stay in the cache from layer to layer. Gradients are those
-    of the whole batch but for rounding; batch norm takes its statistics over a slice, as GPipe does.
+    of the whole batch but for rounding; batch norm takes its statistics over a slice, as GPipe does. compile: by torch.compile.
     """
 
     amp: bool = False
     channels_last: bool = False
     chunks: int = 1
+    compile: bool = False
 
     def prepared(self, module: nn.Module) -> nn.Module:
         """The module with its weights laid out."""
         return module.to(memory_format=torch.channels_last) if self.channels_last else module
 
     def laid_out(self, tensor: Tensor) -> Tensor:
-        """An input, images (B, C, H, W) laid out."""
-        if self.channels_last and tensor.dim() == 4 and tensor.is_floating_point():
-            return tensor.contiguous(memory_format=torch.channels_last)
-        return tensor
+        """An input, images (B, C, H, W) laid out; compiled code is for given strides, so all inputs of a shape get the same."""
+        images = self.channels_last and tensor.dim() == 4 and tensor.is_floating_point()
+        form = torch.channels_last if images else torch.contiguous_format
+        if self.compile:  # contiguous() leaves the strides of dimensions of size 1 as they are
+            made = torch.empty_like(tensor, memory_format=form)
+            return tensor if tensor.stride() == made.stride() else made.copy_(tensor)
+        return tensor.contiguous(memory_format=form) if images else tensor
 
     def apply(self, module: Callable[[Tree], Tree], given: Tree, device: torch.device) -> Tree:
         """module(given), a tensor or a tuple of tensors."""

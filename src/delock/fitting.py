@@ -57,6 +57,7 @@ def fit(
     amp: bool = False,
     layout: Layout = "default",
     chunks: int = 1,
+    compile: bool = False,
     slow: Slowdown | None = None,
     emulate: Emulation | None = None,
     trace: bool = False,
@@ -93,6 +94,7 @@ def fit(
     amp         compute in bfloat16 by autocast; weights, gradients and optimizer stay as they are
     layout      of images in memory: "default", "channels-last", or "auto", the one that is faster in a trial of all layers
     chunks      slices in which a batch goes through a stage, so that each may stay in the cache; batch norm is then per slice
+    compile     every stage by torch.compile, before the first batch; evaluation, and batches smaller than the first, stay uncompiled
     slow        ticks in which a stage is made to take longer (delock.timeline.Slowdown)
     emulate     stages wait instead of computing (delock.timeline.Emulation), with messages as large as the model's; nothing is learned
     turns       what the stages of an earlier free-running run did, from its TurnsRecords, per stage: it is done again (workers="inline")
@@ -135,6 +137,7 @@ def fit(
         amp=amp,
         layout=layout,
         chunks=chunks,
+        compile=compile,
         slow=slow,
         emulate=emulate,
         trace=trace,

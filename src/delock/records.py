@@ -38,6 +38,7 @@ class Started:
     stages: tuple[StagePrediction, ...]
     samples_per_second: float  # predicted
     layout: str = "default"  # of images in memory, or "channels last"
+    compiled: bool = False  # by torch.compile; what layers cost was measured before
     messages: tuple[int, ...] = ()  # bytes of an activation on each link
     encoded: tuple[tuple[float, float], ...] = ()  # with a codec: of it encoded, and of codebooks, means over the messages of each link
 

@@ -79,6 +79,7 @@ def opening(config: TrainConfig, started: Started) -> str:
     epochs = f"{started.epochs:.4g} epoch" + ("s" if started.epochs != 1 else "")
     length = f"{epochs} ({started.batches} batches of {config.dataset.batch_size})"
     layout = f", {started.layout}" if started.layout != "default" else ""
+    layout += ", compiled" if started.compiled else ""
     emulated = ", emulated: stages wait, and nothing is learned" if config.machine.emulate else ""
     return f"{started.method}: {config.network.model} on {config.dataset.data}, {stages}, {length}{layout}{emulated}"
 

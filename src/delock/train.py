@@ -24,6 +24,7 @@ from delock.links.coded import CodedLink
 from delock.links.free import FreeLink
 from delock.links.mailbox import Mailbox
 from delock.links.meet import LinkKind, connect
+from delock.links.message import Tree
 from delock.links.neighbours import Watch
 from delock.links.shelf import Shelf
 from delock.methods import AsyncDGL, Method
@@ -33,6 +34,7 @@ from delock.plan.turns import drawn, reads, recorded
 from delock.records import EvaluationRecord, Event, StageReport, StepRecord, Traffic, Turn
 from delock.replay import Account, ReplayBuffer
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory, Stage
+from delock.stage.compiled import pieces, zeros
 from delock.timeline import Slowdown, Span
 
 Metric = Callable[[Any, Any], Any]
@@ -62,6 +64,7 @@ class Job:
     link: LinkKind = "gloo"  # between processes
     slow: Slowdown | None = None  # ticks in which the stage is made to take longer
     how: Computing = PLAIN
+    example: Tree = None  # on the meta device: a batch as it enters the stage, where that is compiled
     emulated: bool = False  # the module only waits, so a straggler waits as well
     log_every: int = 10
     window: int = 256
@@ -186,6 +189,8 @@ class Worker:
             mixed=getattr(job.method, "at", None) == "mixed",
             how=job.how,
         )
+        if job.how.compile:
+            self.rehearse()
         self.log = Log(spans=[] if job.trace else None)
         self.tracker = Tracker(job, self.log, emit, device)
         self.sent = link.sent
@@ -202,6 +207,11 @@ class Worker:
             linger=time.sleep if job.emulated else busy,
         )
         self.held = memory.reset_peak(device)
+
+    def rehearse(self) -> None:
+        """Compile the stage for the parts of a batch, outside all measured times."""
+        for part in pieces(self.job.example, self.job.method.parts):
+            self.stage.rehearse(zeros(part, self.device))
 
     def result(self, *, alone: bool, read: Account | None = None) -> StageResult:
         """The account of a finished run; `alone`: no other stage shares this process' memory; `read`: from a replay buffer."""
@@ -256,6 +266,7 @@ def run_rank(rank: RankLike, job: Job) -> StageResult:
         return _run_free(rank, job, job.method, watch)
     link = connect(job.link, depth, rank.device, watch)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    _begin_together(job)
     for plan in windows(job.method, job.K, job.course, job.window):
         worker.engine.run(plan)
     result = worker.result(alone=True)
@@ -267,9 +278,16 @@ def _run_free(rank: RankLike, job: Job, method: AsyncDGL, watch: Watch) -> Stage
     buffer: ReplayBuffer[Message] = ReplayBuffer(method.buffer, method.max_reuse)
     link = FreeLink(job.k, job.K, buffer, rank.device, watch, lambda: worker.stage.version)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    _begin_together(job)
     FreeRun(worker.engine, link, method, job.course, rank.emit).run()
     link.close()
     return worker.result(alone=True, read=buffer.close())
+
+
+def _begin_together(job: Job) -> None:
+    """Where stages are compiled, wait for the slowest: else the others would wait in their first op, in measured time."""
+    if job.how.compile:
+        torch.distributed.barrier()
 
 
 def run_inline(

@@ -59,6 +59,8 @@ class Session:
                 self.screen.line(opening(config, event))
                 self.screen.line(f"predicted: {per_second(event.samples_per_second, tokens(config))}; per stage:")
                 self.screen.table(*prediction_table(event))
+                if event.compiled:
+                    self.screen.line("compiling every stage, outside all measured times: often half a minute, less the second time")
                 self.screen.phase("training", event.batches)
                 return
             case StepRecord():
@@ -182,6 +184,7 @@ def fit_config(
         layout=machine.layout,
         chunks=machine.chunks,
         captured=machine.captured,
+        compile=machine.compile,
         slow=straggler(machine.straggle, config.network.stages or 1, training.seed) if machine.straggle else None,
         emulate=Emulation.parse(machine.emulate) if machine.emulate else None,
         trace=config.output.trace,

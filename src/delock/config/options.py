@@ -202,6 +202,8 @@ class MachineOptions:
     """Of images in memory; auto tries both on one batch and takes the faster."""
     chunks: int = 1
     """Slices in which a batch goes through a stage, so that each may stay in the cache; batch norm is then over a slice."""
+    compile: bool = False
+    """Compile every stage by torch.compile, before the first batch."""
     captured: bool = False
     """With --device cuda --workers inline: every tick as a CUDA graph, the stages on streams of one GPU. Not yet run on a GPU."""
     straggle: Annotated[str | None, shown("no stage", "STAGE:S")] = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from delock.errors import UsageError
 from delock.feed import samples
@@ -26,6 +28,8 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
     course = spec.course()
     if spec.slow and isinstance(spec.method, AsyncDGL) and spec.method.noise:
         raise UsageError("noise and straggle both make stages slower: use one of them")
+    if spec.compile and spec.emulate:
+        raise UsageError("emulated stages compute nothing, so there is nothing to compile: leave compile or emulate out")
     parts = atoms(spec.model)
     K = _number_of_stages(spec, cuts, len(parts))
     refuse_unfit(parts, K, cuts, spec.method, spec.train.sizes())
@@ -46,7 +50,9 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
         return Setup(course, parts, found, costs, batch, how, *_emulated(spec, spec.emulate, [*found, len(parts)], costs))
     modules = stages(parts, found)
     shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
-    return Setup(course, parts, found, costs, batch, how, modules, heads, head_costs, shares)
+    if spec.compile:  # what layers cost was measured before
+        how, inputs = replace(how, compile=True), tree_map_only(Tensor, lambda x: x.to("meta"), inputs)
+    return Setup(course, parts, found, costs, batch, how, modules, heads, head_costs, shares, inputs if spec.compile else None)
 
 
 def _emulated(

@@ -39,6 +39,7 @@ def refuse_uncapturable(spec: Spec) -> None:
     if spec.workers != "inline":
         raise UsageError(f"captured ticks run all stages in one process, but workers is {spec.workers}: use workers inline")
     beside = {"codecs": spec.codec or spec.error_codec, "straggle": spec.slow, "emulate": spec.emulate, "trace": spec.trace}
+    beside |= {"compile": spec.compile}
     for name, given in beside.items():
         if given:
             raise UsageError(f"captured does not go with {name}: leave one of them out")

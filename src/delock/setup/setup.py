@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from delock.codecs import Codec
 from delock.codecs.coding import predicted
 from delock.computing import Computing
 from delock.feed import samples
-from delock.links.message import flatten
+from delock.links.message import Tree, flatten
 from delock.methods import AsyncDGL, Method, title
 from delock.nets.emulated import Emulated
 from delock.nets.heads import HeadShare
@@ -61,6 +62,7 @@ class Setup:
     heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
     head_costs: dict[int, AtomCost] = field(default_factory=dict)  # stage -> its head, on a whole batch
     head_shares: dict[int, HeadShare] = field(default_factory=dict)  # stage -> what its head costs beside it
+    inputs: Tree = None  # on the meta device: a batch as it enters the network, for stages that are compiled
 
     @property
     def K(self) -> int:
@@ -102,6 +104,7 @@ class Setup:
                 slow=spec.slow,
                 how=self.how,
                 emulated=spec.emulate is not None,
+                example=self._entering(k) if spec.compile else None,
                 log_every=spec.log_every,
                 trace=spec.trace,
             )
@@ -144,6 +147,7 @@ class Setup:
             stages=predictions,
             samples_per_second=self.batch.rows / period,
             layout="channels last" if self.how.channels_last else "default",
+            compiled=self.how.compile,
             messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
             encoded=tuple(self._encoded(spec.codec, cut, spec.method.parts) for cut in self.cuts) if spec.codec else (),
         )
@@ -151,9 +155,9 @@ class Setup:
     def memory(self, spec: Spec) -> list[int | None]:
         """Bytes that every stage will hold at its peak above what it holds when it is built; None where that cannot be told.
 
-        What free-running stages hold depends on how they run.
+        What free-running stages hold depends on how they run, and what compiled ones hold on the compiler.
         """
-        if spec.emulate or isinstance(spec.method, AsyncDGL) or self.heads.keys() - self.head_costs.keys():
+        if spec.emulate or spec.compile or isinstance(spec.method, AsyncDGL) or self.heads.keys() - self.head_costs.keys():
             return [None] * self.K
         ways = Ways(spec, self.K, [self.costs[cut - 1] for cut in self.cuts], self.batch.targets)
         heads = {k: (head, self.head_costs[k]) for k, head in self.heads.items()}
@@ -163,6 +167,14 @@ class Setup:
         ]
         known = [one for one in sizes if one]
         return [*peaks(spec.method, known, self.course.batches)] if len(known) == self.K else [None] * self.K
+
+    def _entering(self, k: int) -> Tree:
+        """A batch as it enters stage k, on the meta device."""
+        if k == 0:
+            return self.inputs
+        cost = self.costs[self.cuts[k - 1] - 1]
+        made = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in cost.outputs)
+        return made[0] if cost.shape or (len(made) == 1 and made[0].dim() < 2) else made
 
     def _encoded(self, codec: Codec, cut: int, parts: int) -> tuple[float, float]:
         """Bytes of the activation there once encoded, and of codebooks: means over the messages."""

@@ -49,6 +49,7 @@ class Spec:
     amp: bool = False
     layout: Layout = "default"
     chunks: int = 1
+    compile: bool = False
     slow: Slowdown | None = None
     emulate: Emulation | None = None
     link: LinkKind = "gloo"

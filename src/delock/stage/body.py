@@ -14,7 +14,8 @@ from delock.computing import PLAIN, Computing
 from delock.errors import UsageError
 from delock.keys import key
 from delock.links.message import Tree
-from delock.stage.values import address, like, tensors, with_leaves
+from delock.stage.compiled import Compiled
+from delock.stage.values import address, floating, like, tensors, with_leaves
 
 Weights = dict[str, Tensor]
 _REPARAMETRIZING = frozenset({"WeightNorm", "SpectralNorm"})
@@ -23,12 +24,13 @@ _REPARAMETRIZING = frozenset({"WeightNorm", "SpectralNorm"})
 class Body:
     """A module in training mode on a device. It is called with one argument, a tensor or a tuple of tensors, and returns the same.
 
-    `how`: the layout of its tensors, and the precision it computes in. Dropout draws from torch's default generator of the device, seeded
-    with key(*name, batch) before every call that learns.
+    `how`: the layout of its tensors, the precision it computes in, and whether it is compiled, by `rehearse`, before it is used. Dropout
+    draws from torch's default generator of the device, seeded with key(*name, batch) before every call that learns.
     """
 
     def __init__(self, module: nn.Module, name: tuple[int | str, ...], device: torch.device, how: Computing = PLAIN) -> None:
         self.module, self.name, self.device, self.how = how.prepared(module.to(device)).train(), name, device, how
+        self.compiled = Compiled(self.module) if how.compile else None
         self.weights: Weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.own: frozenset[int] | None = None  # addresses of weights and buffers; None: not asked for yet
         self.clones_inputs: bool | None = None  # whether the module writes to its input; None: not seen yet
@@ -46,9 +48,30 @@ class Body:
             instead |= {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         self._seed(batch)
         entered = self._enter(values, leaves)
+        module, under = (self.compiled, "inner.") if self.compiled else (self.module, "")
         if not instead:
-            return self.how.apply(self.module, entered, self.device)
-        return self.how.apply(lambda given: functional_call(self.module, instead, (given,)), entered, self.device)
+            return self.how.apply(module, entered, self.device)
+        named = {f"{under}{name}": tensor for name, tensor in instead.items()}
+        return self.how.apply(lambda given: functional_call(module, named, (given,)), entered, self.device)
+
+    def rehearse(self, values: Tree, leaves: tuple[Tensor, ...], what: str) -> Tree:
+        """Compile forward and backward for inputs like these. Returns outputs, with a graph.
+
+        Weights and buffers stay as they are. Raises UsageError, about `what`, where torch.compile cannot.
+        """
+        compiled, self.compiled = self.compiled, None
+        assert compiled is not None
+        with torch.no_grad():
+            self(0, values, leaves, again=True)  # sees whether the inputs are written to, and fails as the module fails
+        self.compiled = compiled
+        with compiled.compiling(what):
+            with torch.enable_grad():
+                outputs = self(0, values, leaves, again=True)
+            roots = [h for h in floating(outputs) if h.requires_grad]
+            wanted = [t for t in (*leaves, *self.weights.values()) if t.requires_grad]
+            if roots:  # kept, as by the first of several losses: else the graph could be gone through only once
+                torch.autograd.grad(roots, wanted, [torch.ones_like(h) for h in roots], retain_graph=True, allow_unused=True)
+        return outputs
 
     def evaluate(self, values: Tree) -> Tree:
         """f(values) in eval mode, without a graph."""
@@ -96,7 +119,7 @@ class Body:
 
 def copies(weights: Mapping[str, Tensor]) -> Weights:
     """The weights as they are now, as leaves of graphs to come."""
-    return {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
+    return {name: nn.Parameter(w.detach().clone()) for name, w in weights.items()}  # Parameters, as compiled code expects
 
 
 def refuse_derived_weights(module: nn.Module) -> None:

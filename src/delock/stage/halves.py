@@ -50,6 +50,14 @@ def halves(
     return grads, later
 
 
+def together(
+    roots: Sequence[Tensor], seeds: Sequence[Tensor | None], leaves: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Grads, Later]:
+    """What `halves` gives, where the graph is a single node, as that of compiled code: all gradients at once, those of the weights kept."""
+    found = _grad(roots, [*leaves, *weights], seeds, True)
+    return found[: len(leaves)], lambda retain: found[len(leaves) :]
+
+
 def _grad(roots: Sequence[Any], inputs: Sequence[Tensor], seeds: Sequence[Tensor | None], retain: bool) -> Grads:
     if not (roots and inputs):
         return (None,) * len(inputs)

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from delock.computing import PLAIN, Computing
 from delock.errors import UsageError
-from delock.links.message import Message
+from delock.links.message import Message, Tree
 from delock.ops import Backward, Forward, Update
 from delock.plan import Step
 from delock.stage.body import Body, Weights, copies, refuse_derived_weights
-from delock.stage.halves import Grads, halves
+from delock.stage.halves import Grads, halves, together
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
 from delock.stage.memory import Memory
 from delock.stage.values import floating, leaves_of, like, with_leaves
@@ -60,6 +60,8 @@ class Stage:
             refuse_derived_weights(module)
             if how.amp:
                 raise UsageError('at="mixed" does not go with amp: autocast computes with copies of the weights, and graphs keep them')
+            if how.compile:
+                raise UsageError('at="mixed" does not go with compile: compiled graphs may keep tensors computed from the weights')
         named = [((names or {}).get(name, name), w) for name, w in self.body.weights.items()]
         named += [(f"heads.{k}.{name}", w) for name, w in self.head.weights.items()] if self.head else []
         self.learner = Learner(named, optimizer, schedule, mixed)
@@ -86,6 +88,14 @@ class Stage:
         """Learning rate of the coming Update (of the first parameter group)."""
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else 0.0
 
+    def rehearse(self, values: Tree) -> None:
+        """Compile body and head for inputs like `values`."""
+        leaves = leaves_of(values, wanted=self.k > 0)
+        outputs = self.body.rehearse(values, leaves, f"stage {self.k}")
+        if self.head:
+            entering = leaves_of(outputs, wanted=True)
+            self.head.rehearse(like(outputs, with_leaves(outputs, entering)), entering, f"the head of stage {self.k}")
+
     # ---- Forward -------------------------------------------------------------------------------------------------------------------
 
     def forward(self, step: Step, message: Message) -> Message:
@@ -104,6 +114,9 @@ class Stage:
             outputs = memory.outputs
             if self.mixed and self.resumable:
                 memory.weights = self.current()
+        elif self.how.compile:  # by the code of its replay, for masks of its own could not be trusted to be the same
+            self.build(memory, None)
+            outputs, memory.outputs, memory.leaves = memory.outputs, None, ()
         else:
             with torch.no_grad():
                 outputs = self.body(op.batch, message.values)
@@ -164,7 +177,8 @@ class Stage:
         leaves = list(memory.leaves) if step.down else []
         weights = list((memory.weights if memory.step.snapshot else self.body.weights).values())  # type: ignore[union-attr]
         if op.part == "input" and step.halved:
-            passed_on, later = halves(roots, seeds, leaves, weights)
+            cut = together if self.how.compile else halves
+            passed_on, later = cut(roots, seeds, leaves, weights)
             memory.halves[op.loss] = later, passed_on
             return passed_on
         wanted = leaves + (weights if op.part == "both" else [])
