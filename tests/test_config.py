@@ -171,6 +171,23 @@ def test_optimizers_and_schedules_travel_to_processes(make: SGD | Adam | AdamW) 
     assert bool((weight < 1).all())
 
 
+@pytest.mark.parametrize("make", [SGD(0.1, 0.9, 5e-4, True), SGD(0.1), Adam(0.01, 0.1), AdamW(0.01, 0.1)], ids=str)
+def test_a_fused_step_is_the_plain_one_but_for_rounding(make: SGD | Adam | AdamW) -> None:
+    start = torch.linspace(-1, 1, 12).view(4, 3)
+    made = [make([("w", torch.nn.Parameter(start.clone()))]) for _ in range(2)]
+    for group in made[1].param_groups:
+        group.update(fused=False, foreach=False)
+    for optimizer in made:
+        (weight,) = optimizer.param_groups[0]["params"]
+        for i in range(3):
+            weight.grad = torch.cos(start + i)
+            optimizer.step()
+    assert [optimizer.param_groups[0]["fused"] for optimizer in made] == [make != SGD(0.1), False]
+    weights = [optimizer.param_groups[0]["params"][0] for optimizer in made]
+    assert torch.allclose(*weights, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(weights[0], start)
+
+
 def test_accuracy_is_a_share() -> None:
     assert accuracy(torch.tensor([[1.0, 0], [0, 1], [0, 1]]), torch.tensor([0, 1, 0])) == pytest.approx(2 / 3)
 

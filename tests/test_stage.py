@@ -16,6 +16,7 @@ from torch.nn.functional import mse_loss
 from torch.nn.utils import parametrizations, prune
 from torch.optim import lr_scheduler
 
+from delock import recipes
 from delock.errors import UsageError
 from delock.links.message import Message
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method
@@ -270,6 +271,7 @@ VARIANTS: dict[str, MakeOptimizer] = {
     "nesterov foreach": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True, foreach=True),
     "adam foreach": lambda params: torch.optim.Adam(params, lr=0.01, foreach=True),
     "adam fused": lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
+    "the command line's sgd": recipes.SGD(lr=0.05, momentum=0.9, weight_decay=0.05, nesterov=True),
 }
 
 
