@@ -52,7 +52,7 @@ def fit(
     pin: bool = True,
     port: int = 0,
     patience: float = 120.0,
-    link: LinkKind = "gloo",
+    link: LinkKind = "auto",
     log_every: int = 10,
     amp: bool = False,
     layout: Layout = "default",
@@ -89,7 +89,7 @@ def fit(
                 `threads` threads in all; under torchrun its ranks are used, and only rank 0 gets the Result, the others None
     device      "cpu", "cuda" (stage k on GPU k; inline: all stages on one), "cuda:1"
     patience    seconds without any progress after which a hung run is ended (more where one op is measured to take long); 0: never
-    link        between two processes: "gloo", "shared" (memory that both see; the tensors on the CPU), or "auto": shared where both are
+    link        between two processes: "gloo", "shared" (memory that both see; the tensors on the CPU), or "auto": that where both are
                 on one host, else gloo; with device "cuda" always NCCL
     amp         compute in bfloat16 by autocast; weights, gradients and optimizer stay as they are
     layout      of images in memory: "default", "channels-last", or "auto", the one that is faster in a trial of all layers

@@ -192,7 +192,7 @@ class MachineOptions:
     """Threads per stage."""
     pin: bool = True
     """Give each stage's process cores of its own, where the system can."""
-    link: Literal["auto", "gloo", "shared"] = "gloo"
+    link: Literal["auto", "gloo", "shared"] = "auto"
     """Between the processes: gloo, shared memory, or auto, shared memory where two stages are on one host."""
     port: int = 0
     """Port at which the processes meet; 0 is any free one."""
