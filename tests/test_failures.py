@@ -176,9 +176,10 @@ def test_a_comparison_refuses_a_bad_row_before_it_trains_the_first(
         ("--link-delay nan", "link-delay is nan"),
         ("--profile mlp --threads 0", "threads is 0"),
         ("--profile mlp --batch-size 0", "batch-size is 0"),
-        ("--profile mlp --stages 9", "cannot make 9 stages of 5 layers"),
+        ("--profile mlp --stages 9", "cannot cut a network of 5 layers into 9 stages"),
         ("--picture nowhere/p.png", "there is no folder nowhere"),
         ("--method ddg --beta 0.5", "ddg has no option 'beta'"),
+        ("--method dgl-async --noise 0.5", "noise slows one of several free-running stages"),
     ],
 )
 def test_a_plan_that_is_refused(here: Path, capsys: pytest.CaptureFixture[str], words: str, expected: str) -> None:

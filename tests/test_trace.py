@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from delock.cli import main
+from delock.cli.tracing import forecast
+from delock.config import TrainConfig, build, resolve
 from delock.draw import chrome
-from delock.methods import BP, FDG
+from delock.methods import BP, FDG, make
 from delock.ops import Backward, Forward, Update
 from delock.plan import unroll
-from delock.timeline import KINDS, Costs, Span, Timeline, reasons, simulate
+from delock.report import Story
+from delock.setup import Spec, prepare
+from delock.timeline import KINDS, Costs, Slowdown, Span, Timeline, reasons, simulate, throughput
+
+from workloads import Samples, class_loss
 
 
 def test_shares_of_a_simulated_run() -> None:
@@ -50,6 +59,19 @@ def test_trace_events(tmp_path: Path) -> None:
         assert [event["dur"] / 1e6 for event in own] == pytest.approx([span.end - span.start for span in column])
         waits = sum(event["dur"] for event in boxes if event["tid"] == k and event["name"] == "wait")
         assert waits / 1e6 == pytest.approx(sum(span.waited for span in column))
+
+
+@pytest.mark.parametrize(("method", "slow"), [("dgl", Slowdown(2.0, victim=1)), ("dgl", None), ("fdg", Slowdown(3.0, victim=0))], ids=str)
+def test_the_picture_forecasts_what_the_table_says(method: str, slow: Slowdown | None) -> None:
+    """Heads and stragglers are in both."""
+    stages = [nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(2)] + [nn.Linear(12, 10)]
+    heads = [nn.Sequential(nn.Linear(12, 400), nn.Linear(400, 10)) for _ in range(2)] if method == "dgl" else None
+    data = Samples("vector", 32, 8, torch.float32)
+    spec = Spec(stages, data, None, class_loss, make(method), partial(torch.optim.SGD, lr=0.1), steps=400, heads=heads, slow=slow)
+    started = prepare(spec, None).started(spec)
+    assert [stage.head > 0 for stage in started.stages] == [method == "dgl", method == "dgl", False]
+    drawn = forecast(Story(resolve(build(TrainConfig, {"method": method, "stages": 3}, "test"))), started)
+    assert 8 * throughput(drawn) == pytest.approx(started.samples_per_second, rel=0.02)
 
 
 def test_a_traced_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

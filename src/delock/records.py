@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from delock.timeline import Span
+    from delock.timeline import Slowdown, Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class StagePrediction:
     head_flops: float | None = None  # multiply-adds of its auxiliary head over its own; None without a head, and where not known
     head_parameters: float | None = None  # the same of parameters
     memory: int | None = None  # bytes: the peak above what the built stage holds; None where the plan does not tell
+    head: float = 0.0  # seconds per (micro-)batch of its auxiliary head, forward and backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Started:
     samples_per_second: float  # predicted
     layout: str = "default"  # of images in memory, or "channels last"
     compiled: bool = False  # by torch.compile; what layers cost was measured before
+    slow: Slowdown | None = None  # ticks in which stages are made to take longer
     messages: tuple[int, ...] = ()  # bytes of an activation on each link
     encoded: tuple[tuple[float, float], ...] = ()  # with a codec: of it encoded, and of codebooks, means over the messages of each link
 

@@ -23,7 +23,7 @@ from delock.config import (
     shown,
 )
 from delock.errors import UsageError
-from delock.methods import Method, options, title
+from delock.methods import AsyncDGL, Method, options, title
 from delock.plan import chart, unroll
 from delock.runfolder import dumps
 from delock.tables import IDLE, LAYERWISE, STALENESS, Cells, memory, milliseconds, per_second, percent
@@ -129,7 +129,7 @@ def run(words: Sequence[str]) -> int:
 def find(config: PlanConfig) -> Answer:
     """Unroll, measure if asked to, and time on both clocks. Raises UsageError for what does not fit."""
     method, K, asked = make_method(config.algorithm), config.plan.stages, config.profile
-    _check(config)
+    _check(config, method)
     slots = config.plan.slots if config.plan.slots is not None else max(8, (get_terminal_size((180, 24)).columns - 12) // CELL)
     picture = chart(unroll(method, K, slots), slots)
     measured = None
@@ -143,7 +143,9 @@ def find(config: PlanConfig) -> Answer:
     return Answer(config, method, costs, measured, picture, *clocks)
 
 
-def _check(config: PlanConfig) -> None:
+def _check(config: PlanConfig, method: Method) -> None:
+    if isinstance(method, AsyncDGL) and method.noise:
+        raise UsageError("noise slows one of several free-running stages, but a plan is of equal ones: leave it out; train counts it")
     costs = {name.replace("_", "-"): (value, 0.0) for name, value in asdict(config.costs).items()}
     rest = {"slots": (config.plan.slots, 1), "batch-size": (config.profile.batch_size, 1), "threads": (config.profile.threads, 1)}
     refuse_below({"stages": (config.plan.stages, 1), **costs, **rest})

@@ -33,16 +33,14 @@ def keep(story: Story, folder: RunFolder, screen: Screen) -> None:
 
 
 def forecast(story: Story, started: Started) -> Timeline:
-    """The plan on the clock, with the costs that were measured before the run; free-running stages as if all were equally fast."""
+    """The plan on the clock, with the costs that were measured before the run; free-running stages as if they waited for each other."""
     method, K = make_method(story.config.algorithm), len(started.stages)
-    forward, backward = (tuple(getattr(stage, name) for stage in started.stages) for name in ("forward", "backward"))
     batches = min(started.batches, 2 * method.span(K) + 12)
-    slow = [method.slowdown(k) if isinstance(method, AsyncDGL) else 1.0 for k in range(K)]
-    costs = Costs(
-        tuple(s * cost for s, cost in zip(slow, forward, strict=True)),
-        tuple(s * cost for s, cost in zip(slow, backward, strict=True)),
-        capacity=capacities(method, K),
+    scale = [method.slowdown(k) if isinstance(method, AsyncDGL) else 1.0 for k in range(K)]
+    forward, backward, head = (
+        tuple(s * getattr(stage, name) for s, stage in zip(scale, started.stages, strict=True)) for name in ("forward", "backward", "head")
     )
+    costs = Costs(forward, backward, head=head, capacity=capacities(method, K), slow=started.slow)
     return simulate(unroll(method, K, batches), costs)
 
 
@@ -53,7 +51,7 @@ def _from(timeline: Timeline, begin: float) -> Timeline:
 
 def _batch(started: Started) -> float:
     """Seconds of a batch on all stages, one after the other."""
-    return sum(stage.forward + stage.backward for stage in started.stages)
+    return sum(stage.forward + stage.backward + stage.head for stage in started.stages)
 
 
 def _table(timeline: Timeline) -> tuple[Cells, list[Cells]]:

@@ -135,6 +135,7 @@ class Setup:
                 head_flops=beside.flops if (beside := self.head_shares.get(k)) else None,
                 head_parameters=beside.params if beside else None,
                 memory=most,
+                head=head[k],
             )
             for k, (f, most) in enumerate(zip(forecast.stages, self.memory(spec), strict=True))
         )
@@ -148,6 +149,7 @@ class Setup:
             samples_per_second=self.batch.rows / period,
             layout="channels last" if self.how.channels_last else "default",
             compiled=self.how.compile,
+            slow=spec.slow,
             messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
             encoded=tuple(self._encoded(spec.codec, cut, spec.method.parts) for cut in self.cuts) if spec.codec else (),
         )
