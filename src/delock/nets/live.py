@@ -26,6 +26,11 @@ class Live(TorchDispatchMode):
         self.setting_apart = False
         self.known: dict[int, Any] = {}  # storage -> what counts it off when it dies
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch loads its compiler at the first operation, which takes seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
@@ -70,15 +75,18 @@ class Live(TorchDispatchMode):
 
 
 def workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes that a kernel takes and gives back: oneDNN, which computes convolutions on a CPU, has a layout of its own, and for the gradient
-    of the kernel reorders error and input to it, unless they are channels_last.
+    """Bytes that kernels of a CPU take and give back, where they are as large as activations.
+
+    oneDNN computes convolutions in a layout of its own: for the gradient of the kernel error and input are reordered to it, for that of
+    the input one of them, unless they are channels_last. The backward of batch norm makes its result twice.
     """
-    if func is not torch.ops.aten.convolution_backward.default or args[0].device.type != "cpu":
-        return 0
-    error, given = args[:2]
-    if error.dim() == 4 and any(x.is_contiguous(memory_format=torch.channels_last) for x in (error, given)):
-        return 0
-    return int(error.nbytes + given.nbytes)
+    if func is torch.ops.aten.native_batch_norm_backward.default and args[0].device.type == "cpu":
+        return int(args[1].nbytes) if args[9][0] else 0
+    if func is torch.ops.aten.convolution_backward.default and args[0].device.type == "cpu":
+        error, given, wanted = args[0], args[1], args[10]
+        if not (error.dim() == 4 and any(x.is_contiguous(memory_format=torch.channels_last) for x in (error, given))):
+            return int(error.nbytes + (given.nbytes if wanted[1] else 0))
+    return 0
 
 
 def _drop(known: dict[int, Any], key: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -45,6 +45,7 @@ class AtomMemory:
     backward: int  # the most in its backward above what was there at its begin, where errors of the outputs are somebody else's
     passing: int  # the same, with these errors, which go as soon as they are used
     flows: int  # errors that flow into layers with weights
+    layered: int  # of the graph, what nothing but such layers hold
 
 
 def observe(
@@ -58,17 +59,18 @@ def observe(
     given = [x.clone() for x in leaves]
     weights = [p for p in module.parameters() if p.requires_grad]
     wanted = [x for x in (*leaves, *weights) if x.requires_grad]
-    live, saved, flows = Live(), set[int](), list[int]()
+    live, saved = Live(), _Saved()
     live.ignore([*leaves, *given, *module.parameters(), *module.buffers()])
     before = [x._version for x in given]
     passing_through = _without_graph(module, value, learns, device, how)
     with live:
-        with saved_tensors_hooks(_noting(saved), lambda kept: kept), _told_outputs(module, flows):
+        with saved_tensors_hooks(saved.note, lambda kept: kept), saved.watching(module):
             out = _apply(module, value, given, device, how)
         forward, held = live.peak, live.from_here()
         sources = {storage_of(x): i for i, x in enumerate(given)}
-        outputs = [Output(storage_bytes(x), sources.get(storage_of(x)), storage_of(x) in saved) for x in tensors(out)]
+        outputs = [Output(storage_bytes(x), sources.get(storage_of(x)), storage_of(x) in saved.holders) for x in tensors(out)]
         own = {storage_of(x): storage_bytes(x) for x in tensors(out) if storage_of(x) not in sources}
+        layered = saved.layered([*own, *map(storage_of, (*leaves, *given, *module.parameters(), *module.buffers()))])
         with how.context(device):
             ends = [x for x in tensors(out if loss is None else loss(out)) if x.requires_grad]
         losing, begun = live.peak - held, live.from_here()
@@ -81,7 +83,7 @@ def observe(
         largest=max(sizes, default=0),
         buffers=sum(map(storage_bytes, module.buffers())),
         graph=held - sum(own.values()),
-        kept=tuple(storage_of(x) in saved for x in given),
+        kept=tuple(storage_of(x) in saved.holders for x in given),
         writes=any(x._version != was for x, was in zip(given, before, strict=True)),
         outputs=tuple(outputs),
         passing_through=passing_through,
@@ -90,7 +92,8 @@ def observe(
         losing=losing,
         backward=live.bare - begun,
         passing=live.peak - begun,
-        flows=sum(flows),
+        flows=saved.flows,
+        layered=layered,
     )
 
 
@@ -113,27 +116,42 @@ def _without_graph(module: nn.Module, value: Value, learns: Sequence[bool], devi
     return live.peak
 
 
-def _noting(saved: set[int]) -> Callable[[Tensor], Tensor]:
-    def pack(tensor: Tensor) -> Tensor:
-        saved.add(storage_of(tensor))
+class _Saved:
+    """What autograd saves in a forward, and what modules with parameters of their own have to do with it."""
+
+    def __init__(self) -> None:
+        self.holders: dict[int, set[bool]] = {}  # storage -> whether such a module saved it, others, or both
+        self.sizes: dict[int, int] = {}
+        self.flows = 0  # bytes that such modules return, and so of the errors that come to them
+        self.inside = 0
+
+    def note(self, tensor: Tensor) -> Tensor:
+        """A hook for what is saved."""
+        self.holders.setdefault(storage_of(tensor), set()).add(self.inside > 0)
+        self.sizes[storage_of(tensor)] = storage_bytes(tensor)
         return tensor.detach()  # the tensor itself would keep a graph alive that is dropped without a backward
 
-    return pack
+    def layered(self, apart: Iterable[int]) -> int:
+        """Bytes that only such modules saved, without some storages."""
+        return sum(self.sizes[one] for one in self.holders.keys() - set(apart) if self.holders[one] == {True})
 
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Within it, the module's forward is looked at."""
+        layers = [one for one in module.modules() if any(True for _ in one.parameters(recurse=False))]
+        hooks = [hook for one in layers for hook in (one.register_forward_pre_hook(self._enter), one.register_forward_hook(self._leave))]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-@contextmanager
-def _told_outputs(module: nn.Module, flows: list[int]) -> Iterator[None]:
-    """Within it, the bytes that modules with parameters of their own return."""
+    def _enter(self, *_: Any) -> None:
+        self.inside += 1
 
-    def look(module: nn.Module, given: Any, out: Any) -> None:
-        flows.extend(x.nbytes for x in tree_leaves(out) if isinstance(x, Tensor))
-
-    hooks = [one.register_forward_hook(look) for one in module.modules() if any(True for _ in one.parameters(recurse=False))]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def _leave(self, module: nn.Module, given: Any, out: Any) -> None:
+        self.inside -= 1
+        self.flows += sum(x.nbytes for x in tree_leaves(out) if isinstance(x, Tensor))
 
 
 def _with_error(out: Tensor, live: Live) -> Tensor:

@@ -82,6 +82,11 @@ class Chain:
         """Errors into layers with weights."""
         return round(self.share * sum(atom.flows for atom in self.atoms))
 
+    @property
+    def layered(self) -> int:
+        """Of the graph, what nothing but layers with weights hold."""
+        return round(self.share * sum(atom.layered for atom in self.atoms))
+
 
 def _bytes(storages: Iterable[Storage]) -> int:
     return sum(one.size for one in storages if not one.message)

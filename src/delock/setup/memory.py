@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
-from torch import Tensor, nn
 
 from delock.codecs import Codec
 from delock.codecs.coding import predicted
-from delock.nets.live import Live
 from delock.nets.measure import AtomCost
 from delock.nets.observe import AtomMemory
 from delock.setup.chain import Chain
+from delock.setup.optimizer import Steps
 from delock.setup.spec import Spec
-from delock.stage import OptimizerFactory
 from delock.timeline import Sizes, Way
 
 Outputs = Sequence[tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of every tensor of a message
@@ -53,12 +50,11 @@ class Ways:
 
 
 def stage_sizes(
-    spec: Spec, k: int, ways: Ways, atoms: Sequence[AtomCost], module: nn.Module, head: tuple[nn.Module, AtomCost] | None, batch: Outputs
+    spec: Spec, k: int, ways: Ways, atoms: Sequence[AtomCost], head: AtomCost | None, optimizer: Steps | None, batch: Outputs
 ) -> Sizes | None:
     """What stage k holds; None where something cannot be counted. `batch`: the inputs of the network."""
     memories = [atom.memory for atom in atoms if atom.memory]
-    learned = partial(_optimizer, spec, k, module, head[0] if head else None)
-    if len(memories) < len(atoms) or (head and not head[1].memory) or (optimizer := learned()) is None:
+    if len(memories) < len(atoms) or (head and not head.memory) or optimizer is None:
         return None
     below, last = (ways.cut[k - 1].outputs if k else batch), k == ways.K - 1
     chain = Chain(memories, [_bytes([one]) for one in below], ways.share)
@@ -79,8 +75,9 @@ def stage_sizes(
         backward=chain.backward(frees=True),
         retaining=chain.backward(frees=False),
         flows=chain.flows,
-        head=_head_peak(head[1].memory) if head and head[1].memory else 0,
-        head_weights=head[1].memory.weights if head and head[1].memory else 0,
+        layered=chain.layered,
+        head=_head_peak(head.memory) if head and head.memory else 0,
+        head_weights=head.memory.weights if head and head.memory else 0,
         feeds=spec.method.parts if k == 0 else 0,
         up_in=up_in,
         up_out=Way() if last else ways.up(k),
@@ -93,37 +90,6 @@ def _head_peak(head: AtomMemory) -> int:
     """The most while a head goes forward and backward, the error of the stage's outputs included."""
     chain = Chain([head], [0] * len(head.kept), 1.0)
     return max(chain.forward, chain.graph + chain.output + chain.backward(frees=True))
-
-
-def _optimizer(spec: Spec, k: int, module: nn.Module, head: nn.Module | None) -> tuple[int, int] | None:
-    """Bytes of the state of stage k's optimizer, and how much more lives in a step; seen on weights without memory where it can be.
-
-    None where its step cannot be taken alone; whether it can be used the stage will tell.
-    """
-    names = getattr(module, "original", {})
-    weights = [(names.get(name, name), w) for name, w in module.named_parameters() if w.requires_grad]
-    weights += [(f"heads.{k}.{name}", w) for name, w in head.named_parameters() if w.requires_grad] if head else []
-    devices = ("meta", spec.device) if torch.device(spec.device).type == "cpu" else (spec.device,)  # a GPU's steps are others
-    for device in devices if weights else ():
-        try:
-            return _steps(spec.optimizer, weights, device)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
-            continue
-    return None if weights else (0, 0)
-
-
-def _steps(optimizer: OptimizerFactory, weights: Sequence[tuple[str, Tensor]], device: str) -> tuple[int, int]:
-    doubles = [(name, nn.Parameter(torch.zeros_like(w, device=device))) for name, w in weights]
-    for _, double in doubles:
-        double.grad = torch.zeros_like(double)
-    live = Live()
-    live.ignore(tensor for _, double in doubles for tensor in (double, double.grad) if tensor is not None)
-    one = optimizer(doubles)
-    with live:
-        one.step()
-        state = live.from_here()
-        one.step()
-    return state, live.peak - state
 
 
 def _floating(outputs: Outputs) -> Outputs:

@@ -24,6 +24,7 @@ from delock.nets.split import Atom, StageModule
 from delock.plan import Course
 from delock.records import StagePrediction, Started
 from delock.setup.memory import Outputs, Ways, stage_sizes
+from delock.setup.optimizer import learned, optimizers
 from delock.setup.spec import Spec
 from delock.timeline import Costs, peaks, predict
 from delock.train import Job
@@ -162,10 +163,10 @@ class Setup:
         if spec.emulate or spec.compile or isinstance(spec.method, AsyncDGL) or self.heads.keys() - self.head_costs.keys():
             return [None] * self.K
         ways = Ways(spec, self.K, [self.costs[cut - 1] for cut in self.cuts], self.batch.targets)
-        heads = {k: (head, self.head_costs[k]) for k, head in self.heads.items()}
+        learning = optimizers(spec, [learned(module, self.heads.get(k), k) for k, module in enumerate(self.modules)])
         sizes = [
-            stage_sizes(spec, k, ways, self.costs[a:b], module, heads.get(k), self.batch.inputs)
-            for k, ((a, b), module) in enumerate(zip(self.bounds(), self.modules, strict=True))
+            stage_sizes(spec, k, ways, self.costs[a:b], self.head_costs.get(k), optimizer, self.batch.inputs)
+            for k, ((a, b), optimizer) in enumerate(zip(self.bounds(), learning, strict=True))
         ]
         known = [one for one in sizes if one]
         return [*peaks(spec.method, known, self.course.batches)] if len(known) == self.K else [None] * self.K

@@ -45,6 +45,7 @@ class Sizes:
     backward: int  # peak, the graph freed on its way; gradients of the weights and of the inputs included, and its own loss, if any
     retaining: int  # the same where the graph is needed once more
     flows: int = 0  # errors into layers with weights: between the halves of a backward they are held
+    layered: int = 0  # of the graph, what nothing but these layers hold: the second half frees it
     head: int = 0  # peak of the auxiliary head forward and backward, its gradient included
     head_weights: int = 0
     feeds: int = 0  # stage 0: micro-batches that are views of one batch
@@ -162,7 +163,7 @@ class Holding:
             held.graph = True
         above = self._error(op)  # what the op holds itself
         if op.part == "weights":
-            self.rise(s.weights)
+            self.rise(max(0, s.weights - (s.layered if step.last else 0)))
             self.caught -= s.flows + s.delta
         elif op.part == "input":
             self.rise(above + s.retaining - s.weights + (s.flows if step.halved else 0))
