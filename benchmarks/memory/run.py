@@ -1,0 +1,263 @@
+"""Memory of every stage: predicted from plan and profile, handed out by torch's allocator, and resident in the stage's process.
+
+    python benchmarks/memory/run.py --out benchmarks/memory
+
+All in bytes above what the stage holds when it is built, at the most. Predicted: before the start, from one batch. Live: what torch's
+allocator has handed out and not got back, counted by torch's profiler. Resident: growth of the process, in a run without a profiler;
+`files` of it are pages of programs that were not executed before. Mapped: the same, for some methods, with large blocks that go back to
+the system when they are freed, instead of a heap that is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
+
+import delock
+from delock.draw.figure import BLUE, GREEN, GREY, ORANGE, new, save, style
+from delock.launch.processes import run_processes
+from delock.launch.rank import Rank
+from delock.links.meet import connect
+from delock.methods import title
+from delock.nets import build
+from delock.nets.gpt import gpt, nats
+from delock.plan import windows
+from delock.setup import Setup, Spec, prepare
+from delock.train import Job, Worker, run_rank
+
+METHODS: list[delock.Method] = [
+    *(delock.BP(), delock.GPipe(4), delock.OneFOneB(4), delock.DDG(), delock.FR()),
+    *(delock.FDG(), delock.FDG(at="mixed"), delock.FDG(order="backward-first"), delock.ADL(2), delock.DSP()),
+    *(delock.DGL(), delock.Interlocking(2)),
+]
+MAPPED = ("bp", "fdg", "dsp")
+MMAP_THRESHOLD, MMAP_MAX = -3, -4  # malloc.h
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A loader of random batches, each in memory of its own, as a data set makes them."""
+
+    make: Callable[[torch.Generator], tuple[Tensor, Tensor]]
+    rows: int
+
+    def __len__(self) -> int:
+        return 100
+
+    def sizes(self) -> list[int]:
+        """Rows of every batch."""
+        return [self.rows]
+
+    def epoch(self, e: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Others in every epoch."""
+        generator = torch.Generator().manual_seed(e)
+        for _ in range(len(self)):
+            yield self.make(generator)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A network with its data and its loss."""
+
+    name: str
+    network: Callable[[], nn.Module]
+    data: Batches
+    loss: Callable[[Any, Any], Tensor]
+
+
+def images(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(rows, 3, 32, 32), (rows,)."""
+    return torch.randn(rows, 3, 32, 32, generator=generator), torch.randint(10, (rows,), generator=generator)
+
+
+def text(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(rows, length) tokens, and the next of each."""
+    tokens = torch.randint(96, (rows, length + 1), generator=generator)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def works(scale: float) -> list[Work]:
+    """Much memory in activations, and much in weights; more than 500 MB in all with backpropagation and a scale of 1."""
+    resnet = partial(build, "resnet20", classes=10, in_channels=3, image_size=32)
+    big = partial(gpt, 96, depth=8, width=64 * round(12 * scale), heads=4, context=32)
+    rows = 4 * round(52 * scale)
+    return [
+        Work("ResNet-20", resnet, Batches(partial(images, rows), rows), cross_entropy),
+        Work("GPT", big, Batches(partial(text, 4, 32), 4), nats),
+    ]
+
+
+def spec_of(work: Work, method: delock.Method, K: int) -> Spec:
+    """The work as `fit` would be asked for it, until the plan repeats itself and every link has been full."""
+    optimizer = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
+    return Spec(work.network(), work.data, None, work.loss, method, optimizer, stages=K, steps=2 * K + 3, log_every=1000)
+
+
+def live(rank: Rank, job: Job) -> int:
+    """Train stage job.k; the most bytes that torch's allocator had handed out at one time, of those it was asked for after the building."""
+    depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
+    link = connect(job.link, depth, rank.device, rank.progress)
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        for plan in windows(job.method, job.K, job.course, job.window):
+            worker.engine.run(plan)
+        link.close()  # before the profiler goes: gloo's receives tell it of their ends
+    with tempfile.TemporaryDirectory() as folder:
+        seen.export_chrome_trace(f"{folder}/trace.json")
+        trace = Path(f"{folder}/trace.json").read_text()
+    return max(map(int, re.findall(r'"Total Allocated": (\d+)', trace)))
+
+
+def resident(rank: Rank, job: Job) -> tuple[int, int]:
+    """Train stage job.k; growth of the process, and how much of the program files it has come to hold."""
+    before = files()
+    return run_rank(rank, job).report.memory_growth, files() - before
+
+
+def mapped(rank: Rank, job: Job) -> tuple[int, int]:
+    """The same, with every large block mapped by itself, so that nothing is kept which is free."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(MMAP_MAX, 1 << 16)
+    libc.mallopt(MMAP_THRESHOLD, 128 << 10)
+    return resident(rank, job)
+
+
+def files() -> int:
+    """Bytes of files, as programs and their libraries are, that are resident now."""
+    found = re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One stage of a run, in bytes; `mapped` as resident without files, 0 where it was not measured."""
+
+    work: str
+    K: int
+    method: str
+    stage: int
+    predicted: int
+    live: int
+    resident: int
+    files: int
+    mapped: int
+
+    def off(self, measured: float) -> float:
+        """By which part of it a measured number is missed."""
+        return self.predicted / measured - 1
+
+
+def cells(work: Work, K: int, method: delock.Method, setup: Setup) -> list[Cell]:
+    """Every stage of a run."""
+    spec = spec_of(work, method, K)
+    predicted = [stage.memory or 0 for stage in setup.started(spec).stages]
+    handed_out = run_processes(live, setup.jobs(spec))
+    grown = run_processes(resident, setup.jobs(spec))
+    large = run_processes(mapped, setup.jobs(spec)) if title(method) in MAPPED else [(0, 0)] * K
+    found = zip(predicted, handed_out, grown, large, strict=True)
+    return [Cell(work.name, K, title(method), k, p, l, *g, m[0] - m[1]) for k, (p, l, g, m) in enumerate(found)]
+
+
+def run(work: Work, K: int) -> Iterator[list[Cell]]:
+    """Every method, on the same cuts."""
+    plain = prepare(spec_of(work, METHODS[0], K), None)
+    for method in METHODS:
+        setup = prepare(spec_of(work, method, K), plain.cuts) if method.local_losses else replace(plain)
+        yield cells(work, K, method, setup)
+
+
+def row(own: list[Cell]) -> str:
+    """One line on the stages of a run: megabytes from stage 0 on, and the worst deviation of the prediction."""
+
+    def column(values: list[int]) -> list[str]:
+        if not all(values):
+            return ["-", "-"]
+        worst = max((cell.off(value) for cell, value in zip(own, values, strict=True)), key=abs)
+        return [" / ".join(f"{value / 1e6:.0f}" for value in values), f"{100 * worst:+.1f} %"]
+
+    measured = [[c.live for c in own], [c.mapped for c in own], [c.resident - c.files for c in own]]
+    predicted = " / ".join(f"{c.predicted / 1e6:.0f}" for c in own)
+    programs = " / ".join(f"{c.files / 1e6:.0f}" for c in own)
+    columns = [own[0].work, str(own[0].K), own[0].method, predicted, *(cell for values in measured for cell in column(values)), programs]
+    return f"| {' | '.join(columns)} |"
+
+
+def table(rows: list[list[Cell]]) -> str:
+    """All runs, and what the worst and the median stage of each measure is."""
+    head = ["work", "K", "method", "predicted MB", "live", "off", "mapped", "off", "resident, kept heap", "off", "program files"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(row, rows)]
+    every = [cell for own in rows for cell in own]
+    for name, pairs in measures(every).items():
+        off = sorted(abs(cell.off(value)) for cell, value in pairs)
+        share = sum(one <= 0.1 for one in off) / len(off)
+        median, most = 100 * off[len(off) // 2], 100 * off[-1]
+        lines.append(f"\n{name}: within 10 % on {100 * share:.0f} % of {len(off)} stages, median {median:.1f} %, at most {most:.1f} % off")
+    where = f"{os.cpu_count()} cores ({platform.machine()}), {' '.join(platform.libc_ver())}, torch {torch.__version__}"
+    how = "off: the worst stage. SGD with momentum, links by gloo, one thread per stage"
+    return "\n".join(lines) + f"\n\nPer stage, from stage 0 on; {how}; {where}\n"
+
+
+def measures(every: list[Cell]) -> dict[str, list[tuple[Cell, int]]]:
+    """The three measured numbers of all stages that have them."""
+    found = {
+        "live": [(cell, cell.live) for cell in every],
+        "mapped": [(cell, cell.mapped) for cell in every],
+        "resident, kept heap": [(cell, cell.resident - cell.files) for cell in every],
+    }
+    return {name: [(cell, value) for cell, value in pairs if value] for name, pairs in found.items()}
+
+
+def draw(every: list[Cell], out: Path) -> None:
+    """Measured over predicted, a point per stage."""
+    with style():
+        figure = new(4.2, 3.8)
+        axis = figure.subplots()
+        for (name, pairs), colour in zip(reversed(measures(every).items()), (ORANGE, GREEN, BLUE), strict=True):
+            xs, ys = [cell.predicted / 1e6 for cell, _ in pairs], [value / 1e6 for _, value in pairs]
+            axis.plot(xs, ys, "o", color=colour, markersize=4, alpha=0.7, label=name)
+        ends = [min(cell.predicted for cell in every) / 1e6, max(cell.predicted for cell in every) / 1e6]
+        for factor, line in ((1.0, "-"), (1.1, ":"), (0.9, ":")):
+            axis.plot(ends, [factor * end for end in ends], line, color=GREY, linewidth=0.8, label="± 10 %" if factor == 1.1 else None)
+        axis.set(xscale="log", yscale="log", xlabel="predicted (MB)", ylabel="measured (MB)")
+        axis.legend()
+        save(figure, out / "memory")
+
+
+def main() -> None:
+    """Write the table, the figure and every number."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the batch of the images and the width of the GPT")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[list[Cell]] = []
+    for work in works(options.scale):
+        for K in (2, 4):
+            for own in run(work, K):
+                rows.append(own)
+                print(row(own), flush=True)
+    every = [cell for own in rows for cell in own]
+    (options.out / "cells.json").write_text(json.dumps([asdict(cell) for cell in every], indent=1) + "\n")
+    (options.out / "table.md").write_text(table(rows))
+    draw(every, options.out)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
