@@ -94,7 +94,7 @@ def text(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Te
 def works(scale: float) -> list[Work]:
     """Much memory in activations, and much in weights; more than 500 MB in all with backpropagation and a scale of 1."""
     resnet = partial(build, "resnet20", classes=10, in_channels=3, image_size=32)
-    big = partial(gpt, 96, depth=8, width=64 * round(12 * scale), heads=4, context=32)
+    big = partial(gpt, 96, depth=8, width=64 * round(14 * scale), heads=4, context=32)
     rows = 4 * round(52 * scale)
     return [
         Work("ResNet-20", resnet, Batches(partial(images, rows), rows), cross_entropy),
