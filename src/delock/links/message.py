@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -108,29 +109,41 @@ class Layout(NamedTuple):
     length: int
 
 
-def fresh(length: int) -> Tensor:
-    """Memory for a message of so many bytes."""
-    return torch.empty(length, dtype=torch.uint8)
+class Room(NamedTuple):
+    """Memory for a message: a uint8 tensor that begins at a multiple of ALIGN, and a view of it for every tensor that is to lie there."""
+
+    packed: Tensor
+    views: Sequence[Tensor]
+
+
+def fresh(layout: Layout) -> Room:
+    """Memory that nothing else uses."""
+    return viewed(torch.empty(layout.length, dtype=torch.uint8), layout)
+
+
+def viewed(packed: Tensor, layout: Layout) -> Room:
+    """That memory, with views of it."""
+    return Room(packed, [_view(packed, place) for place in layout.places if not place.apart])
 
 
 def pack(
-    name: Name, message: Message, apart: Callable[[Tensor], bool] = lambda leaf: False, room: Callable[[int], Tensor] = fresh
+    name: Name, message: Message, apart: Callable[[Tensor], bool] = lambda leaf: False, room: Callable[[Layout], Room] = fresh
 ) -> tuple[Tensor, list[Tensor]]:
     """The message as one uint8 tensor on the CPU, and the tensors for which `apart` holds, which the caller sends by another way.
 
-    Dense tensors keep their strides (channels_last stays so), others become contiguous. `room(bytes)`: where it is to lie, a uint8
-    tensor of that length which begins at a multiple of ALIGN.
+    Dense tensors keep their strides (channels_last stays so), others become contiguous. `room`: where it is to lie.
     """
     layout, leaves = _laid_out(message, apart)
-    packed = room(layout.length)
+    packed, views = room(layout)
     head = PREFIX.pack(layout.length, name[0].encode(), name[1], name[2], message.weight, message.samples, len(layout.text)) + layout.text
     ctypes.memmove(packed.data_ptr(), head, len(head))
     others = []
+    inside = iter(views)
     for leaf, place in zip(leaves, layout.places, strict=True):
         if place.apart:
             others.append(_line(leaf.detach() if place.strides == leaf.stride() else _settle(leaf.detach())))
         else:
-            _view(packed, place).copy_(leaf.detach())
+            next(inside).copy_(leaf.detach() if leaf.requires_grad else leaf)
     return packed, others
 
 
@@ -159,6 +172,22 @@ def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]],
         fetch([_line(leaf) for leaf, place in zip(leaves, layout.places, strict=True) if place.apart])
     values, targets = unflatten(layout.tree, leaves)
     return (kind.decode(), batch, loss), Message(values, targets, weight, count)
+
+
+def lent(memory: memoryview) -> tuple[Name, Message]:
+    """Name and message that lie in memory of somebody else's: every tensor in it holds on to `memory`, and nothing else does."""
+    _, kind, batch, loss, weight, count, chars = PREFIX.unpack_from(memory)
+    layout = _read_layout(bytes(memory[PREFIX.size : PREFIX.size + chars]))
+    values, targets = unflatten(layout.tree, [_borrowed(memory, place) for place in layout.places])
+    return (kind.decode(), batch, loss), Message(values, targets, weight, count)
+
+
+def _borrowed(memory: memoryview, place: Place) -> Tensor:
+    count = math.prod(place.shape)
+    if count == 0:
+        return torch.empty_strided(place.shape, place.strides, dtype=place.dtype)
+    flat = torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.offset * place.dtype.itemsize)
+    return flat.as_strided(place.shape, place.strides)
 
 
 def _line(leaf: Tensor) -> Tensor:

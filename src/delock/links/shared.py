@@ -26,14 +26,14 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import partial
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from delock.links.message import Message, Name, pack, unpack
+from delock.links.message import Layout, Message, Name, Room, lent, pack, viewed
 
-CPU = torch.device("cpu")
 LIMIT = 30 * 60  # seconds of the longest wait, as gloo's
 PAGE = 4096  # bytes: slots are of whole pages, so that messages that differ little need no new one
 RECORD = struct.Struct("=iiq")  # what, slot, bytes of a message or of a slot; the socket carries nothing else
@@ -60,12 +60,14 @@ class SharedChannel:
         self.room = depth  # messages that may be sent before the peer has to take one
         self.slots: list[Tensor] = []  # to write to
         self.sizes: list[int] = []  # of these, in bytes
+        self.rooms: dict[int, tuple[Layout, Room]] = {}  # how the last message in each lies
         self.free: list[int] = []  # those without a message; the last one freed, still in the cache, is the last
         self.fresh: dict[int, int] = {}  # slots that the peer has not been told of: file descriptors
         self.chosen = 0  # the slot packed last
         self.theirs: dict[int, memoryview] = {}  # the peer's slots, to read from
         self.descriptors: deque[int] = deque()  # of the peer's slots to come
         self.arrived: deque[tuple[int, int]] = deque()  # messages that have not been taken: slot, length
+        self.lent: dict[int, object] = {}  # slots of the peer's: who tells when the last tensor in it has died
         self.died: deque[int] = deque()  # slots of the peer in which no tensor is left, not yet told
         self.rest = b""  # of a record that has come in part
         self.ended = False  # the peer has nothing more to say
@@ -77,7 +79,16 @@ class SharedChannel:
         length = len(pack(name, message, room=self._room)[0])
         return (self.chosen, length), length
 
-    def _room(self, length: int) -> Tensor:
+    def _room(self, layout: Layout) -> Room:
+        """A slot, with the views of a message that is laid out as the one before it there."""
+        chosen = self.chosen = self._slot(layout.length)
+        before, room = self.rooms.get(chosen, (None, None))
+        if room is None or before is not layout:
+            room = viewed(self.slots[chosen][: layout.length], layout)
+            self.rooms[chosen] = layout, room
+        return room
+
+    def _slot(self, length: int) -> int:
         if self._fitting(length) is None:
             self._hear(socket.MSG_DONTWAIT)  # of slots that have become free
         chosen = self._fitting(length)
@@ -87,10 +98,10 @@ class SharedChannel:
             self.fresh[chosen] = _memory(size)
             self.slots[chosen : chosen + 1] = [_mapped(self.fresh[chosen], size)]
             self.sizes[chosen : chosen + 1] = [size]
+            self.rooms.pop(chosen, None)
         if chosen in self.free:
             self.free.remove(chosen)
-        self.chosen = chosen
-        return self.slots[chosen][:length]
+        return chosen
 
     def _fitting(self, length: int) -> int | None:
         """The smallest free slot that is large enough."""
@@ -122,9 +133,12 @@ class SharedChannel:
             self._hear()
         slot, length = self.arrived.popleft()
         self._tell(RECORD.pack(Told.TAKEN, slot, 0))
-        held = self.theirs[slot][:length]  # the views' storage holds this, and nothing else does
-        weakref.finalize(held, self.died.append, slot).atexit = False
-        return unpack(torch.frombuffer(held, dtype=torch.uint8), CPU)
+        held = self.theirs[slot][:length]
+        self.lent[slot] = weakref.ref(held, partial(self._died, slot))
+        return lent(held)
+
+    def _died(self, slot: int, held: object) -> None:
+        self.died.append(slot)
 
     # ---- the socket ------------------------------------------------------------------------------------------------------------------
 
@@ -135,7 +149,10 @@ class SharedChannel:
             records = RECORD.pack(Told.FREE, self.died.popleft(), 0) + records
         while records:
             try:
-                sent = self.connection.sendmsg([records], beside, socket.MSG_DONTWAIT)
+                if beside:
+                    sent = self.connection.sendmsg([records], beside, socket.MSG_DONTWAIT)
+                else:
+                    sent = self.connection.send(records, socket.MSG_DONTWAIT)
                 records, beside = records[sent:], []
             except BlockingIOError:  # the peer has much to read, and may be stuck alike until we read what it has written
                 self._until_ready()
