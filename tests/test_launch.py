@@ -120,6 +120,10 @@ def environment(rank: Rank, name: str) -> tuple[str | None, int, set[int]]:
     return os.environ.get(name), torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
+def born_with(rank: Rank, payload: object) -> str:
+    return Path("/proc/self/environ").read_text()
+
+
 def slow_set_up(rank: Rank, seconds: float) -> int:
     tell_pid(rank)
     if rank.rank == 0:
@@ -153,6 +157,17 @@ def test_ranks_see_the_environment_of_now_and_their_threads(monkeypatch: pytest.
     monkeypatch.setenv("DELOCK_TEST_NAME", "now")
     [(value, threads, _)] = run_processes(environment, ["DELOCK_TEST_NAME"], threads=2)
     assert (value, threads) == ("now", 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system does not tell what a process was started with")
+def test_ranks_are_born_with_a_heap_that_joins_small_blocks() -> None:
+    """The C library reads its settings once, when a program starts; a rank and the caller see their own environment as it was."""
+    before = os.environ.get("GLIBC_TUNABLES")
+    [begun] = run_processes(born_with, [None])
+    assert "GLIBC_TUNABLES=glibc.malloc.tcache_count=0" in begun
+    assert "glibc.malloc.mxfast=0" in begun, "glibc may have put an end to the first setting, but the second is there"
+    assert os.environ.get("GLIBC_TUNABLES") == before
+    assert run_processes(environment, ["GLIBC_TUNABLES"])[0][0] == before
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system binds no process to a core")
