@@ -45,6 +45,7 @@ METHODS: tuple[Method, ...] = (
     delock.OneFOneB(8),
     delock.DDG(),
     delock.FDG(),
+    delock.ADL(K),
     delock.DSP(p=1, q=1),
     delock.DSP(p=2, q=2),
     delock.DSP(p=3, q=3),
@@ -144,35 +145,49 @@ def figure(rows: list[dict[str, Any]], stem: Path) -> None:
         drawn.savefig(stem.with_suffix(suffix), dpi=120)
 
 
+def cells(method: Method, kind: str, costs: tuple[float, float]) -> list[dict[str, Any]]:
+    """A row of the table: one run for every s."""
+    found: list[dict[str, Any]] = []
+    for s in EXTRA:
+        slow = slowdown(kind, s)
+        due = simulated(method, slow, *costs)
+        found.append({"kind": kind, "method": title(method), "s": s, "ms": measured(method, slow), "due": due})
+        found[-1] |= {"measured": found[0]["ms"] / found[-1]["ms"], "simulated": found[0]["due"] / due}
+        print(found[-1], flush=True)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line per kind of stragglers and method."""
+    lines = ["| stragglers | method | " + " | ".join(f"s = {s:g}" for s in EXTRA) + " |", "|---|---|" + "---:|" * len(EXTRA)]
+    for kind, method in dict.fromkeys((row["kind"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["kind"], row["method"]) == (kind, method)]
+        shown = [f"{r['measured']:.2f} ({r['simulated']:.2f}; {100 * (r['ms'] / r['due'] - 1):+.1f} %)" for r in own]
+        lines.append(f"| {kind} | {method} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Everything, then table and figure."""
+    """What is asked for, then table and figure of all that is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
-    costs = {parts: overhead(parts) for parts in {method.parts for method in METHODS}}
+    parser.add_argument("--method", nargs="+", choices=[title(method) for method in METHODS], default=[title(method) for method in METHODS])
+    parser.add_argument("--out", type=Path, required=True, help="folder; methods that are not asked for keep what its runs.json has")
+    options = parser.parse_args()
+    asked = [method for method in METHODS if title(method) in options.method]
+    path = options.out / "runs.json"
+    known: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    costs = {parts: overhead(parts) for parts in {method.parts for method in asked}}
     for parts, (op, delay) in sorted(costs.items()):
         print(f"1/{parts} of a batch: an op takes {1000 * op:.2f} ms beside its wait, a message {1000 * delay:.2f} ms", flush=True)
-    rows: list[dict[str, Any]] = []
-    lines = ["| stragglers | method | " + " | ".join(f"s = {s:g}" for s in EXTRA) + " |", "|---|---|" + "---:|" * len(EXTRA)]
     for kind in ("random", "fixed"):
-        for method in METHODS:
-            cells = []
-            for s in EXTRA:
-                slow = slowdown(kind, s)
-                if not slow and kind == "fixed":
-                    row = next(r for r in rows if r["s"] == 0 and r["method"] == title(method)) | {"kind": kind}
-                else:
-                    due = simulated(method, slow, *costs[method.parts])
-                    row = {"kind": kind, "method": title(method), "s": s, "ms": measured(method, slow), "due": due}
-                rows.append(row)
-                clean = next(r for r in rows if r["s"] == 0 and r["method"] == title(method))
-                row |= {"measured": clean["ms"] / row["ms"], "simulated": clean["due"] / row["due"]}
-                cells.append(f"{row['measured']:.2f} ({row['simulated']:.2f}; {100 * (row['ms'] / row['due'] - 1):+.1f} %)")
-            lines.append(f"| {kind} | {title(method)} | " + " | ".join(cells) + " |")
-            print(lines[-1], flush=True)
-            (out / "runs.json").write_text(json.dumps(rows) + "\n")
-            (out / "table.md").write_text("\n".join(lines) + "\n")
-    figure(rows, out / "speed")
+        for method in asked:
+            known = [row for row in known if (row["kind"], row["method"]) != (kind, title(method))]
+            known += cells(method, kind, costs[method.parts])
+            known.sort(key=lambda row: (row["kind"] == "fixed", [title(m) for m in METHODS].index(row["method"]), row["s"]))
+            path.write_text(json.dumps(known) + "\n")
+    (options.out / "table.md").write_text(table(known))
+    print(table(known))
+    figure(known, options.out / "speed")
 
 
 if __name__ == "__main__":
