@@ -483,7 +483,8 @@ def test_the_median_of_the_repeats_is_taken(monkeypatch):
     fake = SimpleNamespace(perf_counter=lambda: next(clock))
     monkeypatch.setattr(sys.modules["delock.nets.measure"], "time", fake)  # the package's `measure` is the function
     (cost,) = measure(atoms([nn.Linear(2, 1)]), torch.ones(3, 2), torch.ones(3, 1), nn.functional.mse_loss, repeats=3)
-    assert replace(cost, memory=None) == AtomCost(forward_s=5, backward_s=3, out_bytes=12, params=3, shape=(1,), outputs=(((3, 1), torch.float32),))
+    expected = AtomCost(forward_s=5, backward_s=3, out_bytes=12, params=3, shape=(1,), outputs=(((3, 1), torch.float32),))
+    assert replace(cost, memory=None) == expected
 
 
 class Tokens(nn.Module):
