@@ -123,13 +123,12 @@ def live(rank: Rank, job: Job) -> int:
     return max(map(int, re.findall(r'"Total Allocated": (\d+)', trace)))
 
 
-def resident(rank: Rank, job: Job) -> tuple[int, int]:
-    """Train stage job.k; growth of the process, and how much of the program files it has come to hold."""
-    before = files()
-    return run_rank(rank, job).report.memory_growth, files() - before
+def resident(rank: Rank, job: Job) -> int:
+    """Train stage job.k; growth of the process, without pages of program files."""
+    return run_rank(rank, job).report.memory_growth
 
 
-def mapped(rank: Rank, job: Job) -> tuple[int, int]:
+def mapped(rank: Rank, job: Job) -> int:
     """The same, with every large block mapped by itself, so that nothing is kept which is free."""
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_MAX, 1 << 16)
@@ -137,16 +136,9 @@ def mapped(rank: Rank, job: Job) -> tuple[int, int]:
     return resident(rank, job)
 
 
-def files() -> int:
-    """Bytes of files, as programs and their libraries are, that are resident now."""
-    found = re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
-
-
 @dataclass(frozen=True)
 class Cell:
-    """One stage of a run, in bytes; `mapped` as resident without files, 0 where it was not measured."""
+    """One stage of a run, in bytes; `mapped` is 0 where it was not measured."""
 
     work: str
     K: int
@@ -155,7 +147,6 @@ class Cell:
     predicted: int
     live: int
     resident: int
-    files: int
     mapped: int
 
     def off(self, measured: float) -> float:
@@ -169,9 +160,9 @@ def cells(work: Work, K: int, method: delock.Method, setup: Setup) -> list[Cell]
     predicted = [stage.memory or 0 for stage in setup.started(spec).stages]
     handed_out = run_processes(live, setup.jobs(spec))
     grown = run_processes(resident, setup.jobs(spec))
-    large = run_processes(mapped, setup.jobs(spec)) if title(method) in MAPPED else [(0, 0)] * K
+    large = run_processes(mapped, setup.jobs(spec)) if title(method) in MAPPED else [0] * K
     found = zip(predicted, handed_out, grown, large, strict=True)
-    return [Cell(work.name, K, title(method), k, p, l, *g, m[0] - m[1]) for k, (p, l, g, m) in enumerate(found)]
+    return [Cell(work.name, K, title(method), k, p, l, g, m) for k, (p, l, g, m) in enumerate(found)]
 
 
 def run(work: Work, K: int) -> Iterator[list[Cell]]:
@@ -191,16 +182,15 @@ def row(own: list[Cell]) -> str:
         worst = max((cell.off(value) for cell, value in zip(own, values, strict=True)), key=abs)
         return [" / ".join(f"{value / 1e6:.0f}" for value in values), f"{100 * worst:+.1f} %"]
 
-    measured = [[c.live for c in own], [c.mapped for c in own], [c.resident - c.files for c in own]]
+    measured = [[c.live for c in own], [c.mapped for c in own], [c.resident for c in own]]
     predicted = " / ".join(f"{c.predicted / 1e6:.0f}" for c in own)
-    programs = " / ".join(f"{c.files / 1e6:.0f}" for c in own)
-    columns = [own[0].work, str(own[0].K), own[0].method, predicted, *(cell for values in measured for cell in column(values)), programs]
+    columns = [own[0].work, str(own[0].K), own[0].method, predicted, *(cell for values in measured for cell in column(values))]
     return f"| {' | '.join(columns)} |"
 
 
 def table(rows: list[list[Cell]]) -> str:
     """All runs, and what the worst and the median stage of each measure is."""
-    head = ["work", "K", "method", "predicted MB", "live", "off", "mapped", "off", "resident, kept heap", "off", "program files"]
+    head = ["work", "K", "method", "predicted MB", "live", "off", "mapped", "off", "resident, kept heap", "off"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(row, rows)]
     every = [cell for own in rows for cell in own]
     for name, pairs in measures(every).items():
@@ -218,7 +208,7 @@ def measures(every: list[Cell]) -> dict[str, list[tuple[Cell, int]]]:
     found = {
         "live": [(cell, cell.live) for cell in every],
         "mapped": [(cell, cell.mapped) for cell in every],
-        "resident, kept heap": [(cell, cell.resident - cell.files) for cell in every],
+        "resident, kept heap": [(cell, cell.resident) for cell in every],
     }
     return {name: [(cell, value) for cell, value in pairs if value] for name, pairs in found.items()}
 

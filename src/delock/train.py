@@ -206,7 +206,7 @@ class Worker:
             slow=job.slow,
             linger=time.sleep if job.emulated else busy,
         )
-        self.held = memory.reset_peak(device)
+        self.held = memory.reset_peak(device) - memory.programs(device)
 
     def rehearse(self) -> None:
         """Compile the stage for the parts of a batch, outside all measured times."""
@@ -226,7 +226,7 @@ class Worker:
             staleness=_sorted(log.staleness),
             layer_staleness=_sorted(log.layer_staleness),
             peak_memory=peak,
-            memory_growth=max(0, peak - self.held) if alone else 0,
+            memory_growth=max(0, peak - memory.programs(self.device) - self.held) if alone else 0,
             reuse=_sorted(read.reuse) if read else {},
             visits_behind=_sorted(read.visits) if read else {},
             versions_behind=_sorted(read.versions) if read else {},
