@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.profiler import ProfilerActivity, profile
 
 import delock
+from delock import memory
 from delock.computing import PLAIN, Computing
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links.mailbox import Mailbox
-from delock.links.meet import connect
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
 from delock.nets import build
 from delock.nets.live import Live
 from delock.nets.observe import AtomMemory, Output, observe
-from delock.plan import unroll, walk, windows
+from delock.plan import unroll, walk
 from delock.records import Event, StageReport, Started
 from delock.setup import Spec, prepare
 from delock.setup.chain import Chain as Atoms
 from delock.tables import prediction_table, stage_table
 from delock.timeline import Sizes, Way, peaks
 from delock.timeline.memory import Holding
-from delock.train import Job, Worker
+from delock.train import Job, Worker, joined
 
 from harness import every_method
 from harness import jobs as tiny_jobs
@@ -173,21 +170,18 @@ def images(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def handed_out(rank: Rank, job: Job) -> int:
     """The most bytes that torch's allocator had handed out at one time, of those it was asked for once stage job.k was built."""
-    depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
-    link = connect(job.link, depth, rank.device, rank.progress)
+    link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        for plan in windows(job.method, job.K, job.course, job.window):
-            worker.engine.run(plan)
+
+    def train() -> None:
+        worker.run()
         link.close()  # before the profiler goes: gloo's receives tell it of their ends
-    path = Path(f"trace-{rank.rank}.json").absolute()
-    seen.export_chrome_trace(str(path))
-    return max(map(int, re.findall(r'"Total Allocated": (\d+)', path.read_text())))
+
+    return memory.handed_out(train)
 
 
 @pytest.mark.parametrize("method", [GPipe(2), FDG(), DSP()], ids=str)
-def test_the_prediction_is_what_the_allocator_hands_out(method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_prediction_is_what_the_allocator_hands_out(method: Method) -> None:
     model = build("resnet8", classes=10, in_channels=3, image_size=16)
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
     spec = Spec(model, Batches(images), None, cross_entropy, method, sgd, cuts=[4], epochs=1)

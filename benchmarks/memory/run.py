@@ -15,8 +15,6 @@ import ctypes
 import json
 import os
 import platform
-import re
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,19 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.profiler import ProfilerActivity, profile
 
 import delock
+from delock import memory
 from delock.draw.figure import BLUE, GREEN, GREY, ORANGE, new, save, style
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
-from delock.links.meet import connect
 from delock.methods import title
 from delock.nets import build
 from delock.nets.gpt import gpt, nats
-from delock.plan import windows
 from delock.setup import Setup, Spec, prepare
-from delock.train import Job, Worker, run_rank
+from delock.train import Job, Worker, joined, run_rank
 
 METHODS: list[delock.Method] = [
     *(delock.BP(), delock.GPipe(4), delock.OneFOneB(4), delock.DDG(), delock.FR()),
@@ -110,17 +106,14 @@ def spec_of(work: Work, method: delock.Method, K: int) -> Spec:
 
 def live(rank: Rank, job: Job) -> int:
     """Train stage job.k; the most bytes that torch's allocator had handed out at one time, of those it was asked for after the building."""
-    depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
-    link = connect(job.link, depth, rank.device, rank.progress)
+    link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        for plan in windows(job.method, job.K, job.course, job.window):
-            worker.engine.run(plan)
+
+    def train() -> None:
+        worker.run()
         link.close()  # before the profiler goes: gloo's receives tell it of their ends
-    with tempfile.TemporaryDirectory() as folder:
-        seen.export_chrome_trace(f"{folder}/trace.json")
-        trace = Path(f"{folder}/trace.json").read_text()
-    return max(map(int, re.findall(r'"Total Allocated": (\d+)', trace)))
+
+    return memory.handed_out(train)
 
 
 def resident(rank: Rank, job: Job) -> int:

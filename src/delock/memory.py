@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 STATUS = Path("/proc/self/status")  # Linux
 CLEAR = Path("/proc/self/clear_refs")
@@ -28,6 +32,19 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM") or _highest()
+
+
+def handed_out(act: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator for the CPU had handed out at one time while `act` ran, of those it was then asked for.
+
+    By torch's profiler, which slows it down and writes a trace to a temporary folder: for checks of a prediction, not for training.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        act()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        return max(map(int, re.findall(r'"Total Allocated": (\d+)', path.read_text())))
 
 
 def programs(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from delock.links.free import FreeLink
 from delock.links.mailbox import Mailbox
 from delock.links.meet import LinkKind, connect
 from delock.links.message import Tree
-from delock.links.neighbours import Watch
+from delock.links.neighbours import RankLink, Watch
 from delock.links.shelf import Shelf
 from delock.methods import AsyncDGL, Method
 from delock.ops import Backward, Forward
@@ -213,6 +213,11 @@ class Worker:
         for part in pieces(self.job.example, self.job.method.parts):
             self.stage.rehearse(zeros(part, self.device))
 
+    def run(self) -> None:
+        """The whole plan, window by window, beside the other ranks."""
+        for plan in windows(self.job.method, self.job.K, self.job.course, self.job.window):
+            self.engine.run(plan)
+
     def result(self, *, alone: bool, read: Account | None = None) -> StageResult:
         """The account of a finished run; `alone`: no other stage shares this process' memory; `read`: from a replay buffer."""
         log, tracker = self.log, self.tracker
@@ -260,18 +265,21 @@ def _home(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def run_rank(rank: RankLike, job: Job) -> StageResult:
     """Train stage job.k in this process; the other stages are the other ranks of the default process group."""
-    depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
-    watch: Watch = rank.progress
     if isinstance(job.method, AsyncDGL):
-        return _run_free(rank, job, job.method, watch)
-    link = connect(job.link, depth, rank.device, watch)
+        return _run_free(rank, job, job.method, rank.progress)
+    link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     _begin_together(job)
-    for plan in windows(job.method, job.K, job.course, job.window):
-        worker.engine.run(plan)
+    worker.run()
     result = worker.result(alone=True)
     link.close()
     return result
+
+
+def joined(rank: RankLike, job: Job) -> RankLink:
+    """The link of stage job.k to its neighbours, with room for the messages that the method's lags ask for. Ranks call it together."""
+    depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
+    return connect(job.link, depth, rank.device, rank.progress)
 
 
 def _run_free(rank: RankLike, job: Job, method: AsyncDGL, watch: Watch) -> StageResult:
