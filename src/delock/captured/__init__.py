@@ -7,7 +7,7 @@
     ticks   the run: copy a batch in, replay, keep the books
 
 What has been run: everything here on CPUs, where it gives the numbers of the plain engine bit for bit (tests/test_captured.py). What
-has not: `lanes.Streams`, the forty lines that need a GPU, because the machines at hand had none; its tests skip there with that reason.
+has not: `lanes.Streams`, the sixty lines that need a GPU, because the machines at hand had none; its tests skip there with that reason.
 """
 
 from delock.captured.cycle import Cycle, cycle
