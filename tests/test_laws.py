@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "delock"
 FLOORS = (
-    ("ops", "computing", "links", "codecs", "data", "nets", "records", "keys", "errors", "feed", "memory", "replay"),
+    ("ops", "computing", "links", "codecs", "data", "nets", "records", "keys", "errors", "feed", "heap", "memory", "replay"),
     ("plan", "methods", "stage"),
     ("engine", "free", "captured", "timeline", "config"),
     ("train", "report", "tables", "draw", "runfolder", "recipes"),

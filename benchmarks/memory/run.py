@@ -2,19 +2,19 @@
 
     python benchmarks/memory/run.py --out benchmarks/memory
 
-All in bytes above what the stage holds when it is built, at the most. Predicted: before the start, from one batch. Live: what torch's
-allocator has handed out and not got back, counted by torch's profiler. Resident: growth of the process, in a run without a profiler;
-`files` of it are pages of programs that were not executed before. Mapped: the same, for some methods, with large blocks that go back to
-the system when they are freed, instead of a heap that is kept.
+All in bytes above what the stage holds when it is built, at the most. Predicted: before the start, from one batch. Live: what torch has
+handed out and not got back, shared memory included, counted by torch's profiler. Resident: growth of the process, without pages of program
+files, in a run without a profiler: with the allocator that Delock has found on this system, and with glibc's.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import delock
-from delock import memory
+from delock import heap, memory
 from delock.draw.figure import BLUE, GREEN, GREY, ORANGE, new, save, style
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
@@ -41,8 +41,8 @@ METHODS: list[delock.Method] = [
     *(delock.FDG(), delock.FDG(at="mixed"), delock.FDG(order="backward-first"), delock.ADL(2), delock.DSP()),
     *(delock.DGL(), delock.Interlocking(2)),
 ]
-MAPPED = ("bp", "fdg", "dsp")
-MMAP_THRESHOLD, MMAP_MAX = -3, -4  # malloc.h
+STAGES = (2, 4)
+NAMES = ("live", "resident", "resident, glibc")
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,18 @@ def resident(rank: Rank, job: Job) -> int:
     return run_rank(rank, job).report.memory_growth
 
 
-def mapped(rank: Rank, job: Job) -> int:
-    """The same, with every large block mapped by itself, so that nothing is kept which is free."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(MMAP_MAX, 1 << 16)
-    libc.mallopt(MMAP_THRESHOLD, 128 << 10)
-    return resident(rank, job)
+def served(rank: Rank, payload: None) -> str:
+    """The allocator of a stage's process."""
+    return heap.allocator()
+
+
+Cuts = dict[str, tuple[int, ...]]
+"""Where each work is cut into each number of stages: the same in all runs."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One stage of a run, in bytes; `mapped` is 0 where it was not measured."""
+    """One stage of a run, in bytes."""
 
     work: str
     K: int
@@ -140,42 +141,61 @@ class Cell:
     predicted: int
     live: int
     resident: int
-    mapped: int
+    glibc: int
 
     def off(self, measured: float) -> float:
         """By which part of it a measured number is missed."""
         return self.predicted / measured - 1
 
 
-def cells(work: Work, K: int, method: delock.Method, setup: Setup) -> list[Cell]:
-    """Every stage of a run."""
-    spec = spec_of(work, method, K)
-    predicted = [stage.memory or 0 for stage in setup.started(spec).stages]
-    handed_out = run_processes(live, setup.jobs(spec))
-    grown = run_processes(resident, setup.jobs(spec))
-    large = run_processes(mapped, setup.jobs(spec)) if title(method) in MAPPED else [0] * K
-    found = zip(predicted, handed_out, grown, large, strict=True)
-    return [Cell(work.name, K, title(method), k, p, l, g, m) for k, (p, l, g, m) in enumerate(found)]
-
-
-def run(work: Work, K: int) -> Iterator[list[Cell]]:
-    """Every method, on the same cuts."""
-    plain = prepare(spec_of(work, METHODS[0], K), None)
+def prepared(work: Work, K: int, cuts: Cuts) -> Iterator[tuple[str, Spec, Setup]]:
+    """Every method with its name, on the same cuts."""
+    plain = prepare(spec_of(work, METHODS[0], K), cuts.get(f"{work.name} {K}"))
+    cuts[f"{work.name} {K}"] = plain.cuts
     for method in METHODS:
-        setup = prepare(spec_of(work, method, K), plain.cuts) if method.local_losses else replace(plain)
-        yield cells(work, K, method, setup)
+        spec = spec_of(work, method, K)
+        yield f"{work.name} {K} {title(method)}", spec, prepare(spec, plain.cuts) if method.local_losses else replace(plain)
+
+
+def grown(works: list[Work], cuts: Cuts) -> dict[str, list[int]]:
+    """What every stage of every run has grown by."""
+    runs = (run for work in works for K in STAGES for run in prepared(work, K, cuts))
+    return {name: run_processes(resident, setup.jobs(spec)) for name, spec, setup in runs}
+
+
+def grown_with_glibc(scale: float, cuts: Cuts) -> dict[str, list[int]]:
+    """The same in a program whose stages are born with the C library's own heap."""
+    command = [sys.executable, __file__, "--scale", str(scale), "--cuts", json.dumps(cuts), "--out", os.devnull]
+    done = subprocess.run(command, env={**os.environ, heap.PRELOAD: ""}, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, list[int]] = json.loads(done.stdout)
+    return found
+
+
+def run(works: list[Work], scale: float) -> Iterator[list[Cell]]:
+    """Every run, of one line of the table each."""
+    cuts: Cuts = {}
+    found: list[tuple[Work, int, str, str, list[int], list[int], list[int]]] = []
+    for work in works:
+        for K in STAGES:
+            for name, spec, setup in prepared(work, K, cuts):
+                print(name, file=sys.stderr, flush=True)
+                predicted = [stage.memory or 0 for stage in setup.started(spec).stages]
+                measured = run_processes(live, setup.jobs(spec)), run_processes(resident, setup.jobs(spec))
+                found.append((work, K, name, title(spec.method), predicted, *measured))
+    other = grown_with_glibc(scale, cuts)
+    for work, K, name, method, *numbers in found:
+        columns = enumerate(zip(*numbers, other[name], strict=True))
+        yield [Cell(work.name, K, method, k, *four) for k, four in columns]
 
 
 def row(own: list[Cell]) -> str:
     """One line on the stages of a run: megabytes from stage 0 on, and the worst deviation of the prediction."""
 
     def column(values: list[int]) -> list[str]:
-        if not all(values):
-            return ["-", "-"]
         worst = max((cell.off(value) for cell, value in zip(own, values, strict=True)), key=abs)
         return [" / ".join(f"{value / 1e6:.0f}" for value in values), f"{100 * worst:+.1f} %"]
 
-    measured = [[c.live for c in own], [c.mapped for c in own], [c.resident for c in own]]
+    measured = [[c.live for c in own], [c.resident for c in own], [c.glibc for c in own]]
     predicted = " / ".join(f"{c.predicted / 1e6:.0f}" for c in own)
     columns = [own[0].work, str(own[0].K), own[0].method, predicted, *(cell for values in measured for cell in column(values))]
     return f"| {' | '.join(columns)} |"
@@ -183,7 +203,7 @@ def row(own: list[Cell]) -> str:
 
 def table(rows: list[list[Cell]]) -> str:
     """All runs, and what the worst and the median stage of each measure is."""
-    head = ["work", "K", "method", "predicted MB", "live", "off", "mapped", "off", "resident, kept heap", "off"]
+    head = ["work", "K", "method", "predicted MB", *(cell for name in NAMES for cell in (name, "off"))]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(row, rows)]
     every = [cell for own in rows for cell in own]
     for name, pairs in measures(every).items():
@@ -192,18 +212,15 @@ def table(rows: list[list[Cell]]) -> str:
         median, most = 100 * off[len(off) // 2], 100 * off[-1]
         lines.append(f"\n{name}: within 10 % on {100 * share:.0f} % of {len(off)} stages, median {median:.1f} %, at most {most:.1f} % off")
     where = f"{os.cpu_count()} cores ({platform.machine()}), {' '.join(platform.libc_ver())}, torch {torch.__version__}"
-    how = "off: the worst stage. SGD with momentum, links by gloo, one thread per stage"
-    return "\n".join(lines) + f"\n\nPer stage, from stage 0 on; {how}; {where}\n"
+    how = "off: the worst stage. SGD with momentum, shared memory between the stages, one thread per stage"
+    [allocator] = run_processes(served, [None])
+    return "\n".join(lines) + f"\n\nPer stage, from stage 0 on; {how}; resident: {allocator}; {where}\n"
 
 
 def measures(every: list[Cell]) -> dict[str, list[tuple[Cell, int]]]:
-    """The three measured numbers of all stages that have them."""
-    found = {
-        "live": [(cell, cell.live) for cell in every],
-        "mapped": [(cell, cell.mapped) for cell in every],
-        "resident, kept heap": [(cell, cell.resident) for cell in every],
-    }
-    return {name: [(cell, value) for cell, value in pairs if value] for name, pairs in found.items()}
+    """The three measured numbers of all stages."""
+    columns = [(cell, (cell.live, cell.resident, cell.glibc)) for cell in every]
+    return {name: [(cell, numbers[i]) for cell, numbers in columns] for i, name in enumerate(NAMES)}
 
 
 def draw(every: list[Cell], out: Path) -> None:
@@ -227,14 +244,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="of the batch of the images and the width of the GPT")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cuts", type=json.loads, help=argparse.SUPPRESS)  # this program calls itself for another heap
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[list[Cell]] = []
-    for work in works(options.scale):
-        for K in (2, 4):
-            for own in run(work, K):
-                rows.append(own)
-                print(row(own), flush=True)
+    if options.cuts:
+        print(json.dumps(grown(works(options.scale), options.cuts)))
+        return
+    rows = list(run(works(options.scale), options.scale))
     every = [cell for own in rows for cell in own]
     (options.out / "cells.json").write_text(json.dumps([asdict(cell) for cell in every], indent=1) + "\n")
     (options.out / "table.md").write_text(table(rows))

@@ -13,15 +13,18 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from delock import heap
+
 STATUS = Path("/proc/self/status")  # Linux
 CLEAR = Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: torch.device) -> int:
-    """Forget the peak so far; returns the bytes held now."""
+    """Forget the peak so far; returns the bytes held now, free ones returned to the system."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    heap.give_back()
     with contextlib.suppress(OSError):
         CLEAR.write_text("5")  # resets the high-water mark
     return _status("VmRSS") or _highest()

@@ -138,6 +138,7 @@ class StageReport:
     layer_staleness: dict[int, int]  # histogram of layer-wise staleness: batches -> batches
     peak_memory: int  # bytes: of the process on CPU (0 where it cannot be told), of the allocator on a GPU
     memory_growth: int  # bytes: the peak above what the built stage held before the first batch, without pages of program files
+    allocator: str = ""  # of the process: tcmalloc, jemalloc, glibc; "" on a GPU and where it cannot be told
     reuse: dict[int, int] = field(default_factory=dict)  # replay buffer, histograms: times that a batch was read -> batches
     visits_behind: dict[int, int] = field(default_factory=dict)  # visits of the stage below from batch read to newest put -> reads
     versions_behind: dict[int, int] = field(default_factory=dict)  # the same in its updates

@@ -148,6 +148,7 @@ def stage(report: StageReport) -> dict[str, Any]:
         **({"versions_behind_histogram": _histogram(report.versions_behind)} if report.reuse else {}),
         "peak_memory": report.peak_memory,
         "memory_growth": report.memory_growth,
+        "allocator": report.allocator,
         "sent_up": sent(report.sent_up),
         "sent_down": sent(report.sent_down),
     }

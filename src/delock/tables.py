@@ -50,7 +50,9 @@ def _sends(started: Started, k: int) -> Cells:
 
 def stage_table(reports: Sequence[StageReport], predicted: Sequence[StagePrediction]) -> tuple[Cells, list[Cells]]:
     """Head and rows of what every stage did; memory beside its prediction: what the stage grew by, as far as it can be told apart."""
-    head = ["stage", "updates", IDLE, STALENESS, LAYERWISE, "peak\nmemory", "grown by", "predicted"]
+    served = "/".join(sorted({r.allocator for r in reports} - {""}))
+    grown = f"grown by\n({served})" if served else "grown by"
+    head = ["stage", "updates", IDLE, STALENESS, LAYERWISE, "peak\nmemory", grown, "predicted"]
     rows = [
         [
             str(r.stage),

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from delock import memory
+from delock import heap, memory
 from delock.captured import Ticks, capturable, cycle, lanes
 from delock.codecs import Codec
 from delock.computing import PLAIN, Computing
@@ -232,6 +232,7 @@ class Worker:
             layer_staleness=_sorted(log.layer_staleness),
             peak_memory=peak,
             memory_growth=max(0, peak - memory.programs(self.device) - self.held) if alone else 0,
+            allocator=heap.allocator() if self.device.type == "cpu" else "",
             reuse=_sorted(read.reuse) if read else {},
             visits_behind=_sorted(read.visits) if read else {},
             versions_behind=_sorted(read.versions) if read else {},

@@ -16,11 +16,9 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import current_process
 from typing import TypeAlias
 
-RankContext: TypeAlias = ForkServerContext | SpawnContext
+from delock import heap
 
-# glibc cuts what aligned memory leaves over into small blocks and keeps these for small requests: between them a large block that was freed
-# is too short for the next tensor of its size, and the heap grows by a half. Without the caches they join it again.
-TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+RankContext: TypeAlias = ForkServerContext | SpawnContext
 
 PRELOAD = ("torch", "torch.distributed", "delock.launch.child", "delock.launch.warm")
 
@@ -40,7 +38,7 @@ def context(preload: Sequence[str] = ()) -> RankContext:
     ranks.set_forkserver_preload([*PRELOAD, *preload])
     resource_tracker.ensure_running()  # first: starting it from below would unblock SIGINT again
     before = _server()
-    with _interrupts_blocked(), _heap_tuned():
+    with _interrupts_blocked(), heap.tuned():
         forkserver.ensure_running()
     if _server() not in (before, None):
         util.Finalize(None, _end, (_server(),), exitpriority=-1)  # below 0: when all processes have been joined
@@ -72,17 +70,3 @@ def _interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _heap_tuned() -> Iterator[None]:
-    """The server, and with it every rank, is born with these settings of the C library, which reads them at its start and never again."""
-    before = os.environ.get("GLIBC_TUNABLES")
-    os.environ["GLIBC_TUNABLES"] = f"{TUNABLES}:{before}" if before else TUNABLES  # the last one counts: the user's
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["GLIBC_TUNABLES"]
-        else:
-            os.environ["GLIBC_TUNABLES"] = before

@@ -1,16 +1,13 @@
-"""How a rank's process is set up to compute: threads, cores, and the C allocator."""
+"""How a rank's process is set up to compute: threads, cores, and its heap."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
 import torch
 
-# malloc.h. Large freed blocks otherwise go back to the kernel and are faulted in again: 13 % of a ResNet-20's time, and more
-# for schedules that keep few graphs alive, so an untuned comparison between methods is biased.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+from delock import heap
 
 
 def share_cores(world: int, threads: int) -> list[set[int] | None]:
@@ -26,16 +23,7 @@ def settle(threads: int, cores: set[int] | None) -> None:
     if cores is not None:
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
-    keep_memory()
-
-
-def keep_memory() -> None:
-    """Tell glibc to keep freed memory for the next batch; does nothing with another C library."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # as a size_t: never
-        libc.mallopt(_M_TOP_PAD, 64 << 20)
+    heap.keep()
 
 
 def _cores() -> list[int]:

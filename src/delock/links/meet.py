@@ -33,6 +33,11 @@ def refuse_link(kind: str, device: str) -> None:
         raise UsageError('link is "shared", but this system lacks what it takes (Linux with memfd_create and /proc): use link "auto"')
 
 
+def shares(kind: str, device: str) -> bool:
+    """Whether that kind joins processes of one host by memory that they share."""
+    return kind != "gloo" and torch.device(device).type == "cpu" and _host() is not None
+
+
 def connect(kind: LinkKind, depth: dict[int, int], device: torch.device, watch: Watch) -> RankLink:
     """This rank's link to its neighbours, the ranks in `depth`: how many messages may wait for each. All ranks call it together.
 

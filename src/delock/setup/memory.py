@@ -19,10 +19,13 @@ Outputs = Sequence[tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of ev
 
 
 class Ways:
-    """What the links carry: bytes of a message, of its tensors, and how many an end keeps."""
+    """What the links carry: bytes of a message, of its tensors, and how many an end keeps.
 
-    def __init__(self, spec: Spec, K: int, cut: Sequence[AtomCost], targets: int) -> None:
-        self.spec, self.K, self.cut, self.targets = spec, K, cut, targets
+    `slots`: per link those of activations and of errors in shared memory, where messages then lie while they are in use; None: no such.
+    """
+
+    def __init__(self, spec: Spec, K: int, cut: Sequence[AtomCost], targets: int, slots: Sequence[tuple[int, int]] | None) -> None:
+        self.spec, self.K, self.cut, self.targets, self.slots = spec, K, cut, targets, slots
         self.share = 1 / spec.method.parts
 
     def up(self, link: int) -> Way:
@@ -36,11 +39,18 @@ class Ways:
 
     def received(self, way: Way, codec: Codec | None, outputs: Outputs) -> int:
         """What a message is when it is in use: encoded tensors are decoded beside it."""
-        return way.message + (round(self.share * _bytes(outputs)) if codec else 0)
+        return way.message * (self.slots is None) + (round(self.share * _bytes(outputs)) if codec else 0)
+
+    def shared(self, link: int) -> int:
+        """Bytes of the slots of a link; both ends have all of them."""
+        if not self.slots:
+            return 0
+        activations, errors = self.slots[link]
+        return activations * self.up(link).message + errors * self.down(link).message
 
     def _depth(self, link: int) -> int:
-        """gloo posts receives ahead and keeps what it has sent; other links lend what the other end has."""
-        gloo = self.spec.workers != "inline" and self.spec.link == "gloo" and torch.device(self.spec.device).type == "cpu"
+        """gloo posts receives ahead and keeps what it has sent; in one process the message is what the other stage has."""
+        gloo = self.spec.workers != "inline" and self.slots is None and torch.device(self.spec.device).type == "cpu"
         return self.spec.method.capacity(link, self.K) if gloo else 0
 
     def _encoded(self, codec: Codec | None, outputs: Outputs) -> float:
@@ -78,6 +88,7 @@ def stage_sizes(
         layered=chain.layered,
         head=_head_peak(head.memory) if head and head.memory else 0,
         head_weights=head.memory.weights if head and head.memory else 0,
+        slots=sum(map(ways.shared, range(max(0, k - 1), min(k + 1, ways.K - 1)))),
         feeds=spec.method.parts if k == 0 else 0,
         up_in=up_in,
         up_out=Way() if last else ways.up(k),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from delock.codecs import Codec
 from delock.codecs.coding import predicted
 from delock.computing import Computing
 from delock.feed import samples
+from delock.links.meet import shares
 from delock.links.message import Tree, flatten
 from delock.methods import AsyncDGL, Method, title
 from delock.nets.emulated import Emulated
@@ -21,12 +22,12 @@ from delock.nets.heads import HeadShare
 from delock.nets.measure import AtomCost
 from delock.nets.observe import tensors
 from delock.nets.split import Atom, StageModule
-from delock.plan import Course
+from delock.plan import Course, unroll
 from delock.records import StagePrediction, Started
 from delock.setup.memory import Outputs, Ways, stage_sizes
 from delock.setup.optimizer import learned, optimizers
 from delock.setup.spec import Spec
-from delock.timeline import Costs, peaks, predict
+from delock.timeline import Costs, capacities, peaks, predict, repeating, simulate, slots
 from delock.train import Job
 
 SLOW_BATCHES = 400  # enough for a mean over random slow ticks
@@ -115,12 +116,10 @@ class Setup:
     def started(self, spec: Spec) -> Started:
         """What will run, with what the plan and the measured costs predict."""
         own = [self.costs[a:b] for a, b in self.bounds()]
-        share = 1 / spec.method.parts  # costs are of a whole batch, ops of a part
-        waits = spec.emulate
-        forward = tuple(share * (waits.forward if waits else sum(cost.forward_s for cost in atoms)) for atoms in own)
-        backward = tuple(share * (waits.backward if waits else sum(cost.backward_s for cost in atoms)) for atoms in own)
-        head = tuple(share * (self.head_costs[k].total_s if k in self.head_costs else 0.0) for k in range(self.K))
-        forecast = predict(spec.method, self.K, Costs(forward, backward, head=head, slow=spec.slow), SLOW_BATCHES if spec.slow else None)
+        share = 1 / spec.method.parts
+        costs = self.ops(spec)
+        forward, backward, head = costs.forward, costs.backward, costs.head
+        forecast = predict(spec.method, self.K, costs, SLOW_BATCHES if spec.slow else None)
         own_pace = max(slowdown(spec.method, k) * (forward[k] + backward[k] + head[k]) for k in range(self.K))
         period = max(forecast.period, own_pace) if spec.workers != "inline" else sum(forward + backward + head) * spec.method.parts
         predictions = tuple(
@@ -155,6 +154,23 @@ class Setup:
             encoded=tuple(self._encoded(spec.codec, cut, spec.method.parts) for cut in self.cuts) if spec.codec else (),
         )
 
+    def ops(self, spec: Spec) -> Costs:
+        """What the ops of every stage cost: of a method that does a batch in parts, those of a part."""
+        own = [self.costs[a:b] for a, b in self.bounds()]
+        share, waits = 1 / spec.method.parts, spec.emulate
+        forward = tuple(share * (waits.forward if waits else sum(cost.forward_s for cost in atoms)) for atoms in own)
+        backward = tuple(share * (waits.backward if waits else sum(cost.backward_s for cost in atoms)) for atoms in own)
+        head = tuple(share * (self.head_costs[k].total_s if k in self.head_costs else 0.0) for k in range(self.K))
+        return Costs(forward, backward, head=head, slow=spec.slow)
+
+    def slots(self, spec: Spec) -> list[tuple[int, int]] | None:
+        """Slots of activations and of errors that every link of shared memory comes to have; None where links are of another kind."""
+        if spec.workers == "inline" or not shares(spec.link, spec.device):
+            return None
+        plan = unroll(spec.method, self.K, min(self.course.batches, repeating(spec.method, self.K)))
+        timeline = simulate(plan, replace(self.ops(spec), capacity=capacities(spec.method, self.K)))
+        return slots(timeline, decoded=(spec.codec is not None, spec.error_codec is not None))
+
     def memory(self, spec: Spec) -> list[int | None]:
         """Bytes that every stage will hold at its peak above what it holds when it is built; None where that cannot be told.
 
@@ -162,7 +178,7 @@ class Setup:
         """
         if spec.emulate or spec.compile or isinstance(spec.method, AsyncDGL) or self.heads.keys() - self.head_costs.keys():
             return [None] * self.K
-        ways = Ways(spec, self.K, [self.costs[cut - 1] for cut in self.cuts], self.batch.targets)
+        ways = Ways(spec, self.K, [self.costs[cut - 1] for cut in self.cuts], self.batch.targets, self.slots(spec))
         learning = optimizers(spec, [learned(module, self.heads.get(k), k) for k, module in enumerate(self.modules)])
         sizes = [
             stage_sizes(spec, k, ways, self.costs[a:b], self.head_costs.get(k), optimizer, self.batch.inputs)

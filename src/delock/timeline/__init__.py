@@ -3,10 +3,11 @@
 from delock.timeline.costs import Costs, Slowdown
 from delock.timeline.emulation import Emulation, straggler
 from delock.timeline.measures import idle, messages, period, steady, throughput
-from delock.timeline.memory import Sizes, Way, peaks
+from delock.timeline.memory import Sizes, Way, peaks, repeating
 from delock.timeline.predict import Prediction, StageForecast, capacities, predict
 from delock.timeline.reasons import KINDS, reasons
 from delock.timeline.simulate import simulate
+from delock.timeline.slots import slots
 from delock.timeline.spans import Span, Timeline
 from delock.timeline.staleness import InFlight, gradient_staleness, in_flight, layer_staleness, warm_mean
 
@@ -32,7 +33,9 @@ __all__ = [
     "period",
     "predict",
     "reasons",
+    "repeating",
     "simulate",
+    "slots",
     "steady",
     "straggler",
     "throughput",

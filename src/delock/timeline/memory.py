@@ -48,6 +48,7 @@ class Sizes:
     layered: int = 0  # of the graph, what nothing but these layers hold: the second half frees it
     head: int = 0  # peak of the auxiliary head forward and backward, its gradient included
     head_weights: int = 0
+    slots: int = 0  # of all memory shared with neighbours, which stays
     feeds: int = 0  # stage 0: micro-batches that are views of one batch
     up_in: Way = Way()  # from the stage below
     up_out: Way = Way()
@@ -58,10 +59,14 @@ class Sizes:
 def peaks(method: Method, stages: Sequence[Sizes], batches: int) -> list[int]:
     """The prediction for every stage of a run of `batches`. A plan repeats itself soon, so the first few of them tell."""
     K = len(stages)
-    deepest = max(way.depth for own in stages for way in (own.up_out, own.down_out))
-    enough = 2 * method.span(K) + 3 * method.batches_per_update + deepest
-    plan = unroll(method, K, min(batches, enough))
+    plan = unroll(method, K, min(batches, repeating(method, K)))
     return [peak(column, k, sizes) for k, (column, sizes) in enumerate(zip(plan.columns, stages, strict=True))]
+
+
+def repeating(method: Method, K: int) -> int:
+    """Batches after which no stage holds more than before, and no link."""
+    deepest = max((method.capacity(k, K) for k in range(K - 1)), default=0)
+    return 2 * method.span(K) + 3 * method.batches_per_update + deepest
 
 
 def peak(column: Iterable[Step], k: int, sizes: Sizes) -> int:
@@ -112,7 +117,7 @@ class Holding:
         kept = [*((self._way(name), count) for name, count in self.sent.items()), *((self._way(name), DEEP) for name in self.posted)]
         links = sum(min(count, way.depth) * way.message for way, count in kept)
         tensors = len(inputs) * s.input + self.graphs * (s.graph + s.output) + self.versions * s.weights
-        return tensors + links + self.grads + self.head_grads + self.state + self.caught
+        return s.slots + tensors + links + self.grads + self.head_grads + self.state + self.caught
 
     def rise(self, more: int) -> None:
         """For a moment there is so much more than between two steps."""
