@@ -52,7 +52,7 @@ class Spec:
     compile: bool = False
     slow: Slowdown | None = None
     emulate: Emulation | None = None
-    link: LinkKind = "gloo"
+    link: LinkKind = "auto"
     log_every: int = 10
     trace: bool = False
     workers: str = "processes"
