@@ -105,15 +105,13 @@ def spec_of(work: Work, method: delock.Method, K: int) -> Spec:
 
 
 def live(rank: Rank, job: Job) -> int:
-    """Train stage job.k; the most bytes that torch's allocator had handed out at one time, of those it was asked for after the building."""
+    """Train stage job.k; the most bytes that torch's allocator had handed out at one time, of those it was asked for after the building,
+    and what the links came to share."""
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
-
-    def train() -> None:
-        worker.run()
-        link.close()  # before the profiler goes: gloo's receives tell it of their ends
-
-    return memory.handed_out(train)
+    handed_out = memory.handed_out(worker.run)
+    link.close()
+    return handed_out + link.shared
 
 
 def resident(rank: Rank, job: Job) -> int:
