@@ -18,6 +18,7 @@ from delock.computing import PLAIN, Computing
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links.mailbox import Mailbox
+from delock.links.meet import shares
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
 from delock.nets import build
 from delock.nets.live import Live
@@ -169,7 +170,8 @@ def images(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def handed_out(rank: Rank, job: Job) -> int:
-    """The most bytes that torch's allocator had handed out at one time, of those it was asked for once stage job.k was built."""
+    """The most bytes that torch's allocator had handed out at one time, of those it was asked for once stage job.k was built, and what
+    the links came to share."""
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
 
@@ -177,19 +179,34 @@ def handed_out(rank: Rank, job: Job) -> int:
         worker.run()
         link.close()  # before the profiler goes: gloo's receives tell it of their ends
 
-    return memory.handed_out(train)
+    return memory.handed_out(train) + link.shared
 
 
 @pytest.mark.parametrize("method", [GPipe(2), FDG(), DSP()], ids=str)
 def test_the_prediction_is_what_the_allocator_hands_out(method: Method) -> None:
     model = build("resnet8", classes=10, in_channels=3, image_size=16)
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    spec = Spec(model, Batches(images), None, cross_entropy, method, sgd, cuts=[4], epochs=1)
+    spec = Spec(model, Batches(images), None, cross_entropy, method, sgd, cuts=[4], epochs=1, link="gloo")
     setup = prepare(spec, [4])
     predicted = [stage.memory for stage in setup.started(spec).stages]
     measured = run_processes(handed_out, setup.jobs(spec))
     assert all(found > 1e6 for found in measured)
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.skipif(not shares("shared", "cpu"), reason="this system has no shared memory for stages")
+def test_messages_in_use_lie_in_slots() -> None:
+    """Inputs and errors cost nothing beside the slots of both links, which stay."""
+    model = build("resnet8", classes=10, in_channels=3, image_size=16)
+    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    spec = Spec(model, Batches(images), None, cross_entropy, BP(), sgd, cuts=[4, 6], epochs=1, link="shared")
+    setup = prepare(spec, [4, 6])
+    assert setup.slots(spec) == [(2, 1), (2, 1)]
+    predicted = [stage.memory for stage in setup.started(spec).stages]
+    measured = run_processes(handed_out, setup.jobs(spec))
+    assert predicted == pytest.approx(measured, rel=0.1)
+    assert setup.slots(replace(spec, link="gloo")) is None
+    assert setup.slots(replace(spec, workers="inline")) is None
 
 
 @pytest.mark.parametrize("how", [PLAIN, Computing(channels_last=True), Computing(amp=True)], ids=str)

@@ -27,7 +27,12 @@ def reset_peak(device: torch.device) -> int:
     heap.give_back()
     with contextlib.suppress(OSError):
         CLEAR.write_text("5")  # resets the high-water mark
-    return _status("VmRSS") or _highest()
+    return resident() or _highest()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now; 0 where the system does not tell."""
+    return _status("VmRSS")
 
 
 def peak(device: torch.device) -> int:
