@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,17 @@ def test_what_torch_cannot_compile_is_a_usage_error(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UsageError, match=r"does not take stage 7: no; leave compile out$"):
         body.rehearse(torch.zeros(2, 2), (), "stage 7")
     assert body.compiled.stance == "eager_on_recompile"
+
+
+def test_a_torch_without_the_setting_for_a_second_backward_compiles_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is private, so it may go; a network that needs it not is not hindered."""
+    import torch._functorch.config  # there as long as this file runs
+
+    monkeypatch.delattr(torch._functorch, "config")
+    monkeypatch.setitem(sys.modules, "torch._functorch.config", None)
+    body = Body(nn.Linear(2, 2), (0, 1), torch.device("cpu"), COMPILED)
+    monkeypatch.setattr(body.compiled, "run", body.module)
+    body.rehearse(torch.zeros(2, 2), (), "it")
 
 
 def test_every_size_of_part_is_compiled_once() -> None:

@@ -14,7 +14,7 @@ from delock.computing import PLAIN, Computing
 from delock.errors import UsageError
 from delock.keys import key
 from delock.links.message import Tree
-from delock.stage.compiled import Compiled
+from delock.stage.compiled import Compiled, statistics
 from delock.stage.values import address, floating, like, tensors, with_leaves
 
 Weights = dict[str, Tensor]
@@ -46,6 +46,8 @@ class Body:
         instead: dict[str, Tensor] = dict(weights or {})
         if again:
             instead |= {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        elif self.compiled:
+            instead |= statistics(self.module)
         self._seed(batch)
         entered = self._enter(values, leaves)
         module, under = (self.compiled, "inner.") if self.compiled else (self.module, "")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.nn.modules.batchnorm import _NormBase
 
 from delock.errors import UsageError
 from delock.links.message import Tree
 from delock.stage.values import like, tensors
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of batch norms
 
 
 class Compiled(nn.Module):
@@ -35,9 +35,7 @@ class Compiled(nn.Module):
         self.stance: Literal["default", "eager_on_recompile"] = "eager_on_recompile"
 
     def forward(self, given: Tree) -> Tree:
-        # Running statistics are written by autograd's rules here, but not in an uncompiled forward, whose graph would seem to be damaged.
-        statistics = tuple(b for m in self.inner.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False))
-        with torch.compiler.set_stance(self.stance), _unsafe_preserve_version_counter(statistics):
+        with torch.compiler.set_stance(self.stance):
             return self.run(given)
 
     @contextmanager
@@ -48,7 +46,7 @@ class Compiled(nn.Module):
         """
         self.stance = "default"
         try:
-            with torch._functorch.config.patch(donated_buffer=False):
+            with _undonated():
                 yield
         except UsageError:
             raise
@@ -56,6 +54,26 @@ class Compiled(nn.Module):
             raise UsageError(_complaint(what, error)) from error
         finally:
             self.stance = "eager_on_recompile"
+
+
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """The statistics that batch norms keep, by name, as tensors of their own over the same memory, to be swapped in for a compiled call.
+
+    Compiled code writes them by autograd's rules, an uncompiled batch norm does not: with versions of their own they may be written while
+    graphs of other batches hold them.
+    """
+    return {name: buffer.data for name, buffer in module.named_buffers() if name.rpartition(".")[2] in STATISTICS}
+
+
+def _undonated() -> AbstractContextManager[object]:
+    """Within it, what is compiled may go backward twice. A torch without the setting says so itself where it cannot."""
+    try:
+        from torch._functorch import config
+
+        undonated: AbstractContextManager[object] = config.patch(donated_buffer=False)
+    except (ImportError, AttributeError):
+        return nullcontext()
+    return undonated
 
 
 def _complaint(what: str, error: Exception) -> str:
