@@ -157,15 +157,18 @@ def test_what_torch_cannot_compile_is_a_usage_error(monkeypatch: pytest.MonkeyPa
     assert body.compiled.stance == "eager_on_recompile"
 
 
-def test_a_torch_without_the_setting_for_a_second_backward_compiles_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name is private, so it may go; a network that needs it not is not hindered."""
+def test_a_torch_without_the_setting_for_a_second_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is private, so it may go."""
     import torch._functorch.config  # there as long as this file runs
 
-    monkeypatch.delattr(torch._functorch, "config")
-    monkeypatch.setitem(sys.modules, "torch._functorch.config", None)
-    body = Body(nn.Linear(2, 2), (0, 1), torch.device("cpu"), COMPILED)
-    monkeypatch.setattr(body.compiled, "run", body.module)
-    body.rehearse(torch.zeros(2, 2), (), "it")
+    with monkeypatch.context() as without:
+        without.delattr(torch._functorch, "config")
+        without.setitem(sys.modules, "torch._functorch.config", None)
+        undonated = compiled._undonated()
+    with undonated:
+        assert torch._functorch.config.donated_buffer
+    with compiled._undonated():
+        assert not torch._functorch.config.donated_buffer
 
 
 def test_every_size_of_part_is_compiled_once() -> None:
