@@ -12,7 +12,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -48,12 +48,12 @@ def environment(given: Mapping[str, str], library: Path | None) -> dict[str, str
     return added
 
 
-def installed() -> Path | None:
-    """The allocator that a process of this system had best be born with; None: there is none but the C library's."""
+def installed(files: Sequence[str] = FILES) -> Path | None:
+    """The first of these allocators that this system has; None: there is none but the C library's."""
     if sys.platform != "linux":
         return None
     folders = (f"/usr/lib/{platform.machine()}-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib", f"{sys.prefix}/lib")
-    return next((path for file in FILES for folder in folders if (path := Path(folder, file)).exists()), None)
+    return next((path for file in files for folder in folders if (path := Path(folder, file)).exists()), None)
 
 
 @contextmanager

@@ -1,0 +1,103 @@
+"""Speed and memory under every allocator that is installed, in two stages: glibc's, jemalloc, tcmalloc.
+
+    python benchmarks/throughput/heaps.py --rounds 5 --out benchmarks/throughput
+
+An allocator serves a process from its start on, so every turn is a program of its own; they take turns, A B C A B C. Each trains a
+work with DDG on one core per stage, as a user would, and says how long a batch took and by how much every stage grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+import torch
+from works import SGD, WORKS, Ready
+
+import delock
+from delock import heap
+
+BATCHES = {"resnet20": 24, "conv": 24, "mlp": 60, "gpt": 14}  # some seconds each
+Turn = tuple[float, list[int]]  # milliseconds a batch, bytes that every stage grew by
+
+
+def train(name: str) -> Turn:
+    """One turn, in this program."""
+    work, batches = WORKS[name], BATCHES[name]
+    result = delock.fit(
+        work.model(), Ready(work.batches()), loss=work.loss, method="ddg", stages=2, optimizer=SGD, steps=batches, log_every=batches
+    )
+    return 1000 * result.seconds / batches, [stage.memory_growth for stage in result.stages]
+
+
+def turn(name: str, library: str) -> Turn:
+    """One turn in a program whose stages are born with that library; none: with the C library alone."""
+    command = [sys.executable, __file__, "--train", name]
+    done = subprocess.run(command, env={**os.environ, **served(library)}, stdout=subprocess.PIPE, text=True, check=True)
+    milliseconds, grown = json.loads(done.stdout)
+    return milliseconds, grown
+
+
+def served(library: str) -> Mapping[str, str]:
+    """The environment for that; the fork server has it from its program."""
+    return heap.environment({heap.PRELOAD: library}, None) | {heap.PRELOAD: library}
+
+
+def libraries() -> dict[str, str]:
+    """What is installed, by name."""
+    found = {"glibc": ""}
+    for file in heap.FILES:
+        path = heap.installed((file,))
+        if path:
+            found.setdefault(file[3:11], str(path))
+    return found
+
+
+def row(name: str, turns: Mapping[str, list[Turn]]) -> str:
+    """A work: median and range of every allocator's times, their ratio to glibc's, the larger stage's growth."""
+    base = median(ms for ms, _ in turns["glibc"])
+    cells = [WORKS[name].title]
+    for own in turns.values():
+        times = [ms for ms, _ in own]
+        grown = [median(grown[k] for _, grown in own) / 1e6 for k in range(2)]
+        cells.append(f"{median(times):.0f} ({min(times):.0f} .. {max(times):.0f}), {median(times) / base:.3f}")
+        cells.append(" / ".join(f"{mega:.0f}" for mega in grown))
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--train", choices=tuple(WORKS), help=argparse.SUPPRESS)  # this program calls itself
+    options = parser.parse_args()
+    if options.train:
+        print(json.dumps(train(options.train)))
+        return
+    found = libraries()
+    head = ["work", *itertools.chain(*((f"{name}: ms a batch, over glibc's", "grown by MB") for name in found))]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in WORKS:
+        turns: dict[str, list[Turn]] = defaultdict(list)
+        for _ in range(options.rounds):
+            for allocator, library in found.items():
+                turns[allocator].append(turn(name, library))
+        lines.append(row(name, turns))
+        print(lines[-1], flush=True)
+    where = f"{os.cpu_count()} cores ({platform.machine()}), {' '.join(platform.libc_ver())}, torch {torch.__version__}"
+    lines.append(f"\nDDG, two stages; medians of {options.rounds} interleaved programs, (range); {where}")
+    (options.out / "heaps.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
