@@ -36,7 +36,7 @@ from harness import every_method
 from harness import jobs as tiny_jobs
 
 CPU = torch.device("cpu")
-NOTHING = Sizes(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+NOTHING = Sizes(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def most(method: Method, K: int, **bytes_: Any) -> list[int]:
@@ -114,10 +114,10 @@ def test_a_tensor_between_two_atoms_is_held_once() -> None:
 
 
 def test_a_backward_frees_what_it_has_used() -> None:
-    atom = memory_of(graph=100, weights=10, backward=30, passing=40)
+    atom = memory_of(graph=100, weights=10, backward=30, passing=40, retaining=45)
     chain = Atoms([atom] * 3, [8], 1.0)
     assert chain.backward(frees=True) == 30  # at the last atom; the next has 100 less, 10 of gradients and an error more
-    assert chain.backward(frees=False) == 40 + 10 + 10
+    assert chain.backward(frees=False) == 45 + 10 + 10
 
 
 # ---- what stages hold --------------------------------------------------------------------------------------------------------------
@@ -170,8 +170,7 @@ def images(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def handed_out(rank: Rank, job: Job) -> int:
-    """The most bytes that torch's allocator had handed out at one time, of those it was asked for once stage job.k was built, and what
-    the links came to share."""
+    """The most bytes that torch had handed out at one time, of those it was asked for once stage job.k was built."""
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
 
@@ -179,7 +178,7 @@ def handed_out(rank: Rank, job: Job) -> int:
         worker.run()
         link.close()  # before the profiler goes: gloo's receives tell it of their ends
 
-    return memory.handed_out(train) + link.shared
+    return memory.handed_out(train)
 
 
 @pytest.mark.parametrize("method", [GPipe(2), FDG(), DSP()], ids=str)

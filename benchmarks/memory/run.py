@@ -89,11 +89,11 @@ def text(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Te
 
 def works(scale: float) -> list[Work]:
     """Much memory in activations, and much in weights; more than 500 MB in all with backpropagation and a scale of 1."""
-    resnet = partial(build, "resnet20", classes=10, in_channels=3, image_size=32)
-    big = partial(gpt, 96, depth=8, width=64 * round(14 * scale), heads=4, context=32)
-    rows = 4 * round(52 * scale)
+    resnet = partial(build, "resnet56", classes=10, in_channels=3, image_size=32)
+    big = partial(gpt, 96, depth=24, width=64 * round(8 * scale), heads=4, context=32)
+    rows = 4 * round(21 * scale)
     return [
-        Work("ResNet-20", resnet, Batches(partial(images, rows), rows), cross_entropy),
+        Work("ResNet-56", resnet, Batches(partial(images, rows), rows), cross_entropy),
         Work("GPT", big, Batches(partial(text, 4, 32), 4), nats),
     ]
 
@@ -105,13 +105,12 @@ def spec_of(work: Work, method: delock.Method, K: int) -> Spec:
 
 
 def live(rank: Rank, job: Job) -> int:
-    """Train stage job.k; the most bytes that torch's allocator had handed out at one time, of those it was asked for after the building,
-    and what the links came to share."""
+    """Train stage job.k; the most bytes that torch had handed out at one time, of those it was asked for after the building."""
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     handed_out = memory.handed_out(worker.run)
     link.close()
-    return handed_out + link.shared
+    return handed_out
 
 
 def resident(rank: Rank, job: Job) -> int:

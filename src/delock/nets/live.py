@@ -77,15 +77,17 @@ class Live(TorchDispatchMode):
 def workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that kernels of a CPU take and give back, where they are as large as activations.
 
-    oneDNN computes convolutions in a layout of its own: for the gradient of the kernel error and input are reordered to it, for that of
-    the input one of them, unless they are channels_last. The backward of batch norm makes its result twice.
+    oneDNN computes convolutions in a layout of its own, unless they are channels_last. For the gradient of the kernel error and input
+    are reordered to it; for that of the input the error is, or the result from it: twice where the convolution has strides. The backward
+    of batch norm makes its result twice.
     """
     if func is torch.ops.aten.native_batch_norm_backward.default and args[0].device.type == "cpu":
         return int(args[1].nbytes) if args[9][0] else 0
     if func is torch.ops.aten.convolution_backward.default and args[0].device.type == "cpu":
-        error, given, wanted = args[0], args[1], args[10]
+        error, given, strides, wanted = args[0], args[1], args[4], args[10]
         if not (error.dim() == 4 and any(x.is_contiguous(memory_format=torch.channels_last) for x in (error, given))):
-            return int(error.nbytes + (given.nbytes if wanted[1] else 0))
+            back = 2 * given.nbytes if max(strides) > 1 else max(given.nbytes, error.nbytes)
+            return int(max(back * wanted[0], (given.nbytes + error.nbytes) * wanted[1]))
     return 0
 
 

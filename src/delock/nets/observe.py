@@ -44,6 +44,7 @@ class AtomMemory:
     losing: int  # the most while that is computed
     backward: int  # the most in its backward above what was there at its begin, where errors of the outputs are somebody else's
     passing: int  # the same, with these errors, which go as soon as they are used
+    retaining: int  # the same, where the graph stays
     flows: int  # errors that flow into layers with weights
     layered: int  # of the graph, what nothing but such layers hold
 
@@ -63,6 +64,7 @@ def observe(
     live.ignore([*leaves, *given, *module.parameters(), *module.buffers()])
     before = [x._version for x in given]
     passing_through = _without_graph(module, value, learns, device, how)
+    retaining = _with_graph_kept(module, value, learns, loss, device, how)
     with live:
         with saved_tensors_hooks(saved.note, lambda kept: kept), saved.watching(module):
             out = _apply(module, value, given, device, how)
@@ -92,6 +94,7 @@ def observe(
         losing=losing,
         backward=live.bare - begun,
         passing=live.peak - begun,
+        retaining=retaining,
         flows=saved.flows,
         layered=layered,
     )
@@ -114,6 +117,25 @@ def _without_graph(module: nn.Module, value: Value, learns: Sequence[bool], devi
     with live, torch.no_grad():
         _apply(module, value, given, device, how)
     return live.peak
+
+
+def _with_graph_kept(
+    module: nn.Module, value: Value, learns: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, how: Computing
+) -> int:
+    """The peak of a backward through a graph that another one needs, above what was there at its begin."""
+    live, leaves = Live(), [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
+    wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
+    given = [x.clone() for x in leaves]
+    live.ignore([*leaves, *given, *module.parameters(), *module.buffers()])
+    with live:
+        out = _apply(module, value, given, device, how)
+        with how.context(device):
+            ends = [x for x in tensors(out if loss is None else loss(out)) if x.requires_grad]
+        begun = live.from_here()
+        if ends and wanted:
+            roots = ends if loss else [_with_error(x, live) for x in ends]
+            torch.autograd.grad(roots, wanted, [torch.ones_like(root) for root in roots], retain_graph=True, allow_unused=True)
+    return live.peak - begun
 
 
 class _Saved:

@@ -72,6 +72,7 @@ class Chain:
         for i in reversed(range(n)):
             atom = self.atoms[i]
             own = atom.loss + atom.backward if i == n - 1 else atom.passing  # above the atom's own graph
+            own += 0 if frees else atom.retaining - atom.passing
             gradients = min(own, atom.weights)
             peaks.append(self.share * (own - gradients - (whole - self._left(i + 1)) * frees) + gradients + behind)
             behind += atom.weights

@@ -80,6 +80,7 @@ def stage_sizes(
         output=chain.output,
         delta=round(ways.share * _bytes(_floating(below))) if k else 0,
         error=0 if last else ways.received(down_in, spec.error_codec, _floating(ways.cut[k].outputs)),
+        made=0 if last else round(ways.share * _bytes(_floating(ways.cut[k].outputs))),
         forward=chain.forward,
         alone=chain.alone,
         backward=chain.backward(frees=True),

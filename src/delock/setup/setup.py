@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -164,12 +165,19 @@ class Setup:
         return Costs(forward, backward, head=head, slow=spec.slow)
 
     def slots(self, spec: Spec) -> list[tuple[int, int]] | None:
-        """Slots of activations and of errors that every link of shared memory comes to have; None where links are of another kind."""
+        """Slots of activations and of errors that every link of shared memory comes to have; None where links are of another kind.
+
+        The most of two runs, one with the measured costs, one of stages that are alike: stages that share cores are neither quite.
+        """
         if spec.workers == "inline" or not shares(spec.link, spec.device):
             return None
         plan = unroll(spec.method, self.K, min(self.course.batches, repeating(spec.method, self.K)))
-        timeline = simulate(plan, replace(self.ops(spec), capacity=capacities(spec.method, self.K)))
-        return slots(timeline, decoded=(spec.codec is not None, spec.error_codec is not None))
+        measured = replace(self.ops(spec), capacity=capacities(spec.method, self.K))
+        forward, backward, head = ((fmean(own),) * self.K for own in (measured.forward, measured.backward, measured.head))
+        even = replace(measured, forward=forward, backward=backward, head=head)
+        decoded = spec.codec is not None, spec.error_codec is not None
+        runs = [slots(simulate(plan, costs), decoded) for costs in (measured, even)]
+        return [(max(up for up, _ in link), max(down for _, down in link)) for link in zip(*runs, strict=True)]
 
     def memory(self, spec: Spec) -> list[int | None]:
         """Bytes that every stage will hold at its peak above what it holds when it is built; None where that cannot be told.

@@ -39,7 +39,8 @@ class Sizes:
     graph: int
     output: int  # what the outputs lie in, where that is not the input
     delta: int  # errors of the inputs
-    error: int  # errors of the outputs
+    error: int  # errors of the outputs as they are received; those in shared memory take nothing beside it
+    made: int  # the same where the stage makes them: by its own head, or by shrinking what it received
     forward: int  # peak, graph and outputs included
     alone: int  # the same without a graph
     backward: int  # peak, the graph freed on its way; gradients of the weights and of the inputs included, and its own loss, if any
@@ -193,9 +194,9 @@ class Holding:
         if op.loss == self.k:
             self.rise(s.head)
             self.head_grads = s.head_weights
-            return s.error
+            return s.made
         self.posted.add("down_in")
-        return s.error if op.shrink == 1 else 2 * s.error
+        return s.error if op.shrink == 1 else s.error + s.made
 
     def _learn(self, op: Backward, above: int) -> None:
         """Add new gradients to old ones, which go one by one."""
