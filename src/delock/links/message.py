@@ -159,9 +159,7 @@ def length_of(start: Tensor) -> int:
 
 def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]], None] | None = None) -> tuple[Name, Message]:
     """Name and message on that device; on the CPU the tensors are views of `packed`. `fetch` fills tensors that travelled apart."""
-    begin = packed.data_ptr()
-    _, kind, batch, loss, weight, count, chars = PREFIX.unpack(ctypes.string_at(begin, PREFIX.size))
-    layout = _read_layout(ctypes.string_at(begin + PREFIX.size, chars))
+    name, layout, weight, count = _opened(packed.numpy().data)
     if device.type != "cpu" and not all(place.apart for place in layout.places):
         packed = packed.to(device)
     leaves = [
@@ -171,15 +169,20 @@ def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]],
     if fetch:
         fetch([_line(leaf) for leaf, place in zip(leaves, layout.places, strict=True) if place.apart])
     values, targets = unflatten(layout.tree, leaves)
-    return (kind.decode(), batch, loss), Message(values, targets, weight, count)
+    return name, Message(values, targets, weight, count)
 
 
 def lent(memory: memoryview) -> tuple[Name, Message]:
     """Name and message that lie in memory of somebody else's: every tensor in it holds on to `memory`, and nothing else does."""
-    _, kind, batch, loss, weight, count, chars = PREFIX.unpack_from(memory)
-    layout = _read_layout(bytes(memory[PREFIX.size : PREFIX.size + chars]))
+    name, layout, weight, count = _opened(memory)
     values, targets = unflatten(layout.tree, [_borrowed(memory, place) for place in layout.places])
-    return (kind.decode(), batch, loss), Message(values, targets, weight, count)
+    return name, Message(values, targets, weight, count)
+
+
+def _opened(memory: memoryview) -> tuple[Name, Layout, float, int]:
+    """What a message begins with: its name, how it lies, weight and samples."""
+    _, kind, batch, loss, weight, count, chars = PREFIX.unpack_from(memory)
+    return (kind.decode(), batch, loss), _read_layout(bytes(memory[PREFIX.size : PREFIX.size + chars])), weight, count
 
 
 def _borrowed(memory: memoryview, place: Place) -> Tensor:
