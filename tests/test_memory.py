@@ -39,9 +39,14 @@ CPU = torch.device("cpu")
 NOTHING = Sizes(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
+def lives(method: Method, stages: list[Sizes], batches: int) -> list[int]:
+    """The peaks of what lives."""
+    return [one.live for one in peaks(method, stages, batches)]
+
+
 def most(method: Method, K: int, **bytes_: Any) -> list[int]:
     """The peaks of K stages of which some sizes are not 0."""
-    return peaks(method, [replace(NOTHING, feeds=method.parts * (k == 0), **bytes_) for k in range(K)], 40)
+    return lives(method, [replace(NOTHING, feeds=method.parts * (k == 0), **bytes_) for k in range(K)], 40)
 
 
 # ---- by hand -----------------------------------------------------------------------------------------------------------------------
@@ -85,9 +90,9 @@ def test_inputs_and_links() -> None:
     up, down = Way(100, 3), Way(10000, 3)
     first = replace(NOTHING, feeds=1, up_out=up, down_in=down)
     last = replace(NOTHING, up_in=up, down_out=down)
-    assert peaks(FDG(), [first, last], 40) == [100 * 4 + 10000 * 3, 100 * 3 + 10000 * 4]
-    assert peaks(FDG(), [first, last], 2) == [100 * 2 + 10000 * 3, 100 * 3 + 10000 * 2]  # a run too short to fill them
-    assert peaks(DGL(), [first, last], 40) == [100 * 4, 100 * 3]
+    assert lives(FDG(), [first, last], 40) == [100 * 4 + 10000 * 3, 100 * 3 + 10000 * 4]
+    assert lives(FDG(), [first, last], 2) == [100 * 2 + 10000 * 3, 100 * 3 + 10000 * 2]  # a run too short to fill them
+    assert lives(DGL(), [first, last], 40) == [100 * 4, 100 * 3]
 
 
 def test_a_graph_that_is_needed_again_is_not_freed_on_the_way() -> None:
@@ -187,7 +192,7 @@ def test_the_prediction_is_what_the_allocator_hands_out(method: Method) -> None:
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
     spec = Spec(model, Batches(images), None, cross_entropy, method, sgd, cuts=[4], epochs=1, link="gloo")
     setup = prepare(spec, [4])
-    predicted = [stage.memory for stage in setup.started(spec).stages]
+    predicted = [stage.live for stage in setup.started(spec).stages]
     measured = run_processes(handed_out, setup.jobs(spec))
     assert all(found > 1e6 for found in measured)
     assert predicted == pytest.approx(measured, rel=0.1)
@@ -201,7 +206,7 @@ def test_messages_in_use_lie_in_slots() -> None:
     spec = Spec(model, Batches(images), None, cross_entropy, BP(), sgd, cuts=[4, 6], epochs=1, link="shared")
     setup = prepare(spec, [4, 6])
     assert setup.slots(spec) == [(2, 1), (2, 1)]
-    predicted = [stage.memory for stage in setup.started(spec).stages]
+    predicted = [stage.live for stage in setup.started(spec).stages]
     measured = run_processes(handed_out, setup.jobs(spec))
     assert predicted == pytest.approx(measured, rel=0.1)
     assert setup.slots(replace(spec, link="gloo")) is None

@@ -2,9 +2,10 @@
 
     python benchmarks/memory/run.py --out benchmarks/memory
 
-All in bytes above what the stage holds when it is built, at the most. Predicted: before the start, from one batch. Live: what torch has
-handed out and not got back, shared memory included, counted by torch's profiler. Resident: growth of the process, without pages of program
-files, in a run without a profiler: with the allocator that Delock has found on this system, and with glibc's.
+All in bytes above what the stage holds when it is built, at the most. Predicted, before the start, from one batch: what will live at one
+time, and what the process will grow by. Live: what torch has handed out and not got back, shared memory included, counted by torch's
+profiler. Resident: growth of the process, without pages of program files, in a run without a profiler: with the allocator that Delock has
+found on this system, and with glibc's.
 """
 
 from __future__ import annotations
@@ -135,14 +136,11 @@ class Cell:
     K: int
     method: str
     stage: int
-    predicted: int
-    live: int
+    lives: int  # predicted
+    grows: int
+    live: int  # measured
     resident: int
     glibc: int
-
-    def off(self, measured: float) -> float:
-        """By which part of it a measured number is missed."""
-        return self.predicted / measured - 1
 
 
 def prepared(work: Work, K: int, cuts: Cuts) -> Iterator[tuple[str, Spec, Setup]]:
@@ -171,40 +169,42 @@ def grown_with_glibc(scale: float, cuts: Cuts) -> dict[str, list[int]]:
 def run(works: list[Work], scale: float) -> Iterator[list[Cell]]:
     """Every run, of one line of the table each."""
     cuts: Cuts = {}
-    found: list[tuple[Work, int, str, str, list[int], list[int], list[int]]] = []
+    found: list[tuple[Work, int, str, str, list[int], list[int], list[int], list[int]]] = []
     for work in works:
         for K in STAGES:
             for name, spec, setup in prepared(work, K, cuts):
                 print(name, file=sys.stderr, flush=True)
-                predicted = [stage.memory or 0 for stage in setup.started(spec).stages]
+                stages = setup.started(spec).stages
+                predicted = [stage.live or 0 for stage in stages], [stage.memory or 0 for stage in stages]
                 measured = run_processes(live, setup.jobs(spec)), run_processes(resident, setup.jobs(spec))
-                found.append((work, K, name, title(spec.method), predicted, *measured))
+                found.append((work, K, name, title(spec.method), *predicted, *measured))
     other = grown_with_glibc(scale, cuts)
     for work, K, name, method, *numbers in found:
         columns = enumerate(zip(*numbers, other[name], strict=True))
-        yield [Cell(work.name, K, method, k, *four) for k, four in columns]
+        yield [Cell(work.name, K, method, k, *five) for k, five in columns]
 
 
 def row(own: list[Cell]) -> str:
     """One line on the stages of a run: megabytes from stage 0 on, and the worst deviation of the prediction."""
 
-    def column(values: list[int]) -> list[str]:
-        worst = max((cell.off(value) for cell, value in zip(own, values, strict=True)), key=abs)
-        return [" / ".join(f"{value / 1e6:.0f}" for value in values), f"{100 * worst:+.1f} %"]
+    def each(values: list[int]) -> str:
+        return " / ".join(f"{value / 1e6:.0f}" for value in values)
 
-    measured = [[c.live for c in own], [c.resident for c in own], [c.glibc for c in own]]
-    predicted = " / ".join(f"{c.predicted / 1e6:.0f}" for c in own)
-    columns = [own[0].work, str(own[0].K), own[0].method, predicted, *(cell for values in measured for cell in column(values))]
-    return f"| {' | '.join(columns)} |"
+    predicted = [each([cell.lives for cell in own]), each([cell.grows for cell in own])]
+    measured = []
+    for pairs in measures(own).values():
+        worst = max((expected / value - 1 for expected, value in pairs), key=abs)
+        measured += [each([value for _, value in pairs]), f"{100 * worst:+.1f} %"]
+    return f"| {' | '.join([own[0].work, str(own[0].K), own[0].method, *predicted, *measured])} |"
 
 
 def table(rows: list[list[Cell]]) -> str:
     """All runs, and what the worst and the median stage of each measure is."""
-    head = ["work", "K", "method", "predicted MB", *(cell for name in NAMES for cell in (name, "off"))]
+    head = ["work", "K", "method", "will live, MB", "will grow by", *(cell for name in NAMES for cell in (name, "off"))]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(row, rows)]
     every = [cell for own in rows for cell in own]
     for name, pairs in measures(every).items():
-        off = sorted(abs(cell.off(value)) for cell, value in pairs)
+        off = sorted(abs(expected / value - 1) for expected, value in pairs)
         share = sum(one <= 0.1 for one in off) / len(off)
         median, most = 100 * off[len(off) // 2], 100 * off[-1]
         lines.append(f"\n{name}: within 10 % on {100 * share:.0f} % of {len(off)} stages, median {median:.1f} %, at most {most:.1f} % off")
@@ -214,10 +214,10 @@ def table(rows: list[list[Cell]]) -> str:
     return "\n".join(lines) + f"\n\nPer stage, from stage 0 on; {how}; resident: {allocator}; {where}\n"
 
 
-def measures(every: list[Cell]) -> dict[str, list[tuple[Cell, int]]]:
-    """The three measured numbers of all stages."""
-    columns = [(cell, (cell.live, cell.resident, cell.glibc)) for cell in every]
-    return {name: [(cell, numbers[i]) for cell, numbers in columns] for i, name in enumerate(NAMES)}
+def measures(every: list[Cell]) -> dict[str, list[tuple[int, int]]]:
+    """The three measured numbers of all stages, each behind its prediction."""
+    pairs = [((cell.lives, cell.live), (cell.grows, cell.resident), (cell.grows, cell.glibc)) for cell in every]
+    return {name: [three[i] for three in pairs] for i, name in enumerate(NAMES)}
 
 
 def draw(every: list[Cell], out: Path) -> None:
@@ -226,9 +226,9 @@ def draw(every: list[Cell], out: Path) -> None:
         figure = new(4.2, 3.8)
         axis = figure.subplots()
         for (name, pairs), colour in zip(reversed(measures(every).items()), (ORANGE, GREEN, BLUE), strict=True):
-            xs, ys = [cell.predicted / 1e6 for cell, _ in pairs], [value / 1e6 for _, value in pairs]
+            xs, ys = [expected / 1e6 for expected, _ in pairs], [value / 1e6 for _, value in pairs]
             axis.plot(xs, ys, "o", color=colour, markersize=4, alpha=0.7, label=name)
-        ends = [min(cell.predicted for cell in every) / 1e6, max(cell.predicted for cell in every) / 1e6]
+        ends = [min(cell.lives for cell in every) / 1e6, max(cell.grows for cell in every) / 1e6]
         for factor, line in ((1.0, "-"), (1.1, ":"), (0.9, ":")):
             axis.plot(ends, [factor * end for end in ends], line, color=GREY, linewidth=0.8, label="± 10 %" if factor == 1.1 else None)
         axis.set(xscale="log", yscale="log", xlabel="predicted (MB)", ylabel="measured (MB)")

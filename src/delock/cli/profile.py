@@ -21,7 +21,7 @@ class Profile:
     forward: tuple[float, ...]  # seconds
     backward: tuple[float, ...]  # seconds
     messages: tuple[int, ...]  # bytes of an activation on each link
-    memory: tuple[int | None, ...]  # bytes that each stage will hold at its peak above what it holds when it is built
+    memory: tuple[int | None, ...]  # bytes that each stage's process will grow by
     tokens: int | None  # in a sample of text
 
 
@@ -46,6 +46,6 @@ def measure_model(config: TrainConfig, method: Method, K: int, *, threads: int) 
         forward=tuple(sum(cost.forward_s for cost in stage) for stage in stages),
         backward=tuple(sum(cost.backward_s for cost in stage) for stage in stages),
         messages=tuple(setup.costs[cut - 1].out_bytes for cut in setup.cuts),
-        memory=tuple(setup.memory(spec)),
+        memory=tuple(held.resident if held else None for held in setup.memory(spec)),
         tokens=tokens(config),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from delock.nets.observe import AtomMemory
@@ -66,17 +66,24 @@ class Chain:
 
     def backward(self, *, frees: bool) -> int:
         """The most in a backward above its begin; `frees`: the graph goes as it is used, else it is needed once more."""
+        return round(max(map(sum, self._back(frees))))
+
+    def turned(self, *, frees: bool) -> int:
+        """The same without gradients of weights."""
+        return round(max(passing for passing, _ in self._back(frees)))
+
+    def _back(self, frees: bool) -> Iterator[tuple[float, float]]:
+        """At every atom of a backward, above its begin: activations and errors, gradients of weights."""
         whole, n = self._left(len(self.atoms)), len(self.atoms)
-        peaks = [self.share * self.atoms[-1].losing]
+        yield self.share * self.atoms[-1].losing, 0
         behind = 0  # gradients of the weights of atoms behind
         for i in reversed(range(n)):
             atom = self.atoms[i]
             own = atom.loss + atom.backward if i == n - 1 else atom.passing  # above the atom's own graph
             own += 0 if frees else atom.retaining - atom.passing
             gradients = min(own, atom.weights)
-            peaks.append(self.share * (own - gradients - (whole - self._left(i + 1)) * frees) + gradients + behind)
+            yield self.share * (own - gradients - (whole - self._left(i + 1)) * frees), gradients + behind
             behind += atom.weights
-        return round(max(peaks))
 
     @property
     def flows(self) -> int:

@@ -85,6 +85,8 @@ def stage_sizes(
         alone=chain.alone,
         backward=chain.backward(frees=True),
         retaining=chain.backward(frees=False),
+        turned=chain.turned(frees=True),
+        turning=chain.turned(frees=False),
         flows=chain.flows,
         layered=chain.layered,
         head=_head_peak(head.memory) if head and head.memory else 0,

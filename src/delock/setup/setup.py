@@ -28,7 +28,7 @@ from delock.records import StagePrediction, Started
 from delock.setup.memory import Outputs, Ways, stage_sizes
 from delock.setup.optimizer import learned, optimizers
 from delock.setup.spec import Spec
-from delock.timeline import Costs, capacities, peaks, predict, repeating, simulate, slots
+from delock.timeline import Costs, Footprint, capacities, peaks, predict, repeating, simulate, slots
 from delock.train import Job
 
 SLOW_BATCHES = 400  # enough for a mean over random slow ticks
@@ -135,7 +135,8 @@ class Setup:
                 idle=f.idle,
                 head_flops=beside.flops if (beside := self.head_shares.get(k)) else None,
                 head_parameters=beside.params if beside else None,
-                memory=most,
+                memory=most.resident if most else None,
+                live=most.live if most else None,
                 head=head[k],
             )
             for k, (f, most) in enumerate(zip(forecast.stages, self.memory(spec), strict=True))
@@ -179,8 +180,8 @@ class Setup:
         runs = [slots(simulate(plan, costs), decoded) for costs in (measured, even)]
         return [(max(up for up, _ in link), max(down for _, down in link)) for link in zip(*runs, strict=True)]
 
-    def memory(self, spec: Spec) -> list[int | None]:
-        """Bytes that every stage will hold at its peak above what it holds when it is built; None where that cannot be told.
+    def memory(self, spec: Spec) -> list[Footprint | None]:
+        """What every stage will hold at its peak above what it holds when it is built; None where that cannot be told.
 
         What free-running stages hold depends on how they run, and what compiled ones hold on the compiler.
         """

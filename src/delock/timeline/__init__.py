@@ -3,7 +3,7 @@
 from delock.timeline.costs import Costs, Slowdown
 from delock.timeline.emulation import Emulation, straggler
 from delock.timeline.measures import idle, messages, period, steady, throughput
-from delock.timeline.memory import Sizes, Way, peaks, repeating
+from delock.timeline.memory import Footprint, Sizes, Way, peaks, repeating
 from delock.timeline.predict import Prediction, StageForecast, capacities, predict
 from delock.timeline.reasons import KINDS, reasons
 from delock.timeline.simulate import simulate
@@ -15,6 +15,7 @@ __all__ = [
     "KINDS",
     "Costs",
     "Emulation",
+    "Footprint",
     "InFlight",
     "Prediction",
     "Sizes",

@@ -45,6 +45,8 @@ class Sizes:
     alone: int  # the same without a graph
     backward: int  # peak, the graph freed on its way; gradients of the weights and of the inputs included, and its own loss, if any
     retaining: int  # the same where the graph is needed once more
+    turned: int = 0  # of such peaks, that of activations and errors alone: where the graph is freed
+    turning: int = 0  # and where it stays
     flows: int = 0  # errors into layers with weights: between the halves of a backward they are held
     layered: int = 0  # of the graph, what nothing but these layers hold: the second half frees it
     head: int = 0  # peak of the auxiliary head forward and backward, its gradient included
@@ -57,7 +59,19 @@ class Sizes:
     down_out: Way = Way()
 
 
-def peaks(method: Method, stages: Sequence[Sizes], batches: int) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The most bytes that a stage holds above what it held when it was built.
+
+    `resident`: what its process grows by, with a heap that keeps what was freed. Gradients, copies of weights and optimizer state are of
+    the sizes of weights, activations and errors of others: the one seldom fits where the other was, so each has a peak of its own.
+    """
+
+    live: int
+    resident: int
+
+
+def peaks(method: Method, stages: Sequence[Sizes], batches: int) -> list[Footprint]:
     """The prediction for every stage of a run of `batches`. A plan repeats itself soon, so the first few of them tell."""
     K = len(stages)
     plan = unroll(method, K, min(batches, repeating(method, K)))
@@ -70,12 +84,12 @@ def repeating(method: Method, K: int) -> int:
     return 2 * method.span(K) + 3 * method.batches_per_update + deepest
 
 
-def peak(column: Iterable[Step], k: int, sizes: Sizes) -> int:
+def peak(column: Iterable[Step], k: int, sizes: Sizes) -> Footprint:
     """The most bytes that stage k holds while it executes its column, above what it held when it was built."""
     stage = Holding(k, sizes)
     for step in column:
         stage.execute(step)
-    return stage.most
+    return Footprint(stage.most, stage.most_passing + stage.most_learned)
 
 
 @dataclass(slots=True)
@@ -91,7 +105,7 @@ class Holding:
 
     def __init__(self, k: int, sizes: Sizes) -> None:
         self.k, self.sizes = k, sizes
-        self.most = 0
+        self.most = self.most_passing = self.most_learned = 0
         self.batches: dict[int, Held] = {}
         self.newest: int | None = None  # the batch that the feed read last, and holds
         self.snapshot: int | None = None  # version of the current weights, once they have been copied
@@ -113,16 +127,27 @@ class Holding:
     @property
     def now(self) -> int:
         """Bytes between two steps."""
+        return self.passing + self.learned
+
+    @property
+    def learned(self) -> int:
+        """Of these, what is of the sizes of weights."""
+        return self.versions * self.sizes.weights + self.grads + self.head_grads + self.state
+
+    @property
+    def passing(self) -> int:
+        """And what is of the sizes of activations."""
         s = self.sizes
         inputs = {batch // s.feeds for batch in self.batches} | {self.newest} if s.feeds else set(self.batches)
         kept = [*((self._way(name), count) for name, count in self.sent.items()), *((self._way(name), DEEP) for name in self.posted)]
         links = sum(min(count, way.depth) * way.message for way, count in kept)
-        tensors = len(inputs) * s.input + self.graphs * (s.graph + s.output) + self.versions * s.weights
-        return s.slots + tensors + links + self.grads + self.head_grads + self.state + self.caught
+        return s.slots + len(inputs) * s.input + self.graphs * (s.graph + s.output) + links + self.caught
 
-    def rise(self, more: int) -> None:
-        """For a moment there is so much more than between two steps."""
+    def rise(self, more: int, learned: int = 0, passing: int | None = None) -> None:
+        """For a moment there is so much more than between two steps; `learned`, `passing`: of that, the most of either kind."""
         self.most = max(self.most, self.now + more)
+        self.most_learned = max(self.most_learned, self.learned + learned)
+        self.most_passing = max(self.most_passing, self.passing + (more - learned if passing is None else passing))
 
     def execute(self, step: Step) -> None:
         """One step. An evaluation holds no graph, and one message at a time."""
@@ -169,13 +194,15 @@ class Holding:
             held.graph = True
         above = self._error(op)  # what the op holds itself
         if op.part == "weights":
-            self.rise(max(0, s.weights - (s.layered if step.last else 0)))
+            self.rise(max(0, s.weights - (s.layered if step.last else 0)), learned=s.weights, passing=0)
             self.caught -= s.flows + s.delta
         elif op.part == "input":
-            self.rise(above + s.retaining - s.weights + (s.flows if step.halved else 0))
+            flows = s.flows if step.halved else 0
+            self.rise(above + s.retaining - s.weights + flows, passing=above + s.turning + flows)
             self.caught += s.flows + s.delta if step.halved else 0
         else:
-            self.rise(above + (s.backward if step.last else s.retaining))
+            more, passing = (s.backward, s.turned) if step.last else (s.retaining, s.turning)
+            self.rise(above + more, learned=s.weights, passing=above + passing)
         if step.last:
             held.graph = False
             above += s.output
@@ -192,7 +219,7 @@ class Holding:
         if op.part == "weights" or (op.loss == self.k and not s.head):
             return 0
         if op.loss == self.k:
-            self.rise(s.head)
+            self.rise(s.head, learned=s.head_weights)
             self.head_grads = s.head_weights
             return s.made
         self.posted.add("down_in")
@@ -202,16 +229,17 @@ class Holding:
         """Add new gradients to old ones, which go one by one."""
         s = self.sizes
         if op.weight != 1:
-            self.rise(above + 2 * s.weights)
+            self.rise(above + 2 * s.weights, learned=2 * s.weights)
         if self.grads:
-            self.rise(above + s.weights + s.largest)
+            self.rise(above + s.weights + s.largest, learned=s.weights + s.largest)
         self.grads = s.weights
         self.backwards += 1
 
     def _update(self, op: Update) -> None:
         s, grads = self.sizes, self.grads + self.head_grads
         mean = grads if op.reduce == "mean" and self.backwards > 1 else 0
-        self.rise(mean + s.step + s.state - self.state)
+        more = mean + s.step + s.state - self.state
+        self.rise(more, learned=more)
         self.state, self.grads, self.head_grads, self.backwards, self.snapshot = s.state, 0, 0, 0, None
 
     def _send(self, way: str, above: int) -> None:
