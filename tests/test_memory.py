@@ -95,6 +95,17 @@ def test_inputs_and_links() -> None:
     assert lives(DGL(), [first, last], 40) == [100 * 4, 100 * 3]
 
 
+def test_a_process_grows_by_the_peaks_of_activations_and_of_weights() -> None:
+    """Activations are 7 at their peak, weights 10 + 20 + 3 in an Update, when no activation lives."""
+    sizes = replace(NOTHING, feeds=1, graph=7, forward=7, weights=10, largest=10, backward=10, state=20, step=3)
+    [found] = peaks(BP(), [sizes], 5)
+    assert (found.live, found.resident) == (7 + 10 + 20, 7 + 33)
+    [first, _] = peaks(FDG(), [sizes, replace(sizes, feeds=0)], 40)
+    assert first.resident == 3 * 7 + 3 * 10 + 10 + 20
+    [alone] = peaks(BP(), [replace(sizes, weights=0, backward=0, state=0, step=0)], 5)
+    assert alone.live == alone.resident == 7
+
+
 def test_a_graph_that_is_needed_again_is_not_freed_on_the_way() -> None:
     held = most(Interlocking(2, combine="sum", send="late"), 3, graph=5, forward=5, backward=1, retaining=7)
     assert held == [5 + 7, 5 + 7, 5 + 1]
