@@ -135,7 +135,7 @@ class Setup:
                 idle=f.idle,
                 head_flops=beside.flops if (beside := self.head_shares.get(k)) else None,
                 head_parameters=beside.params if beside else None,
-                memory=most.resident if most else None,
+                memory=most.grows(spec.device) if most else None,
                 live=most.live if most else None,
                 head=head[k],
             )

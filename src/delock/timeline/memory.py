@@ -70,6 +70,10 @@ class Footprint:
     live: int
     resident: int
 
+    def grows(self, device: str) -> int:
+        """What will be measured: a GPU's allocator counts what lives."""
+        return self.resident if device == "cpu" else self.live
+
 
 def peaks(method: Method, stages: Sequence[Sizes], batches: int) -> list[Footprint]:
     """The prediction for every stage of a run of `batches`. A plan repeats itself soon, so the first few of them tell."""
