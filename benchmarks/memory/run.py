@@ -3,9 +3,9 @@
     python benchmarks/memory/run.py --out benchmarks/memory
 
 All in bytes above what the stage holds when it is built, at the most. Predicted, before the start, from one batch: what will live at one
-time, and what the process will grow by. Live: what torch has handed out and not got back, shared memory included, counted by torch's
-profiler. Resident: growth of the process, without pages of program files, in a run without a profiler: with the allocator that Delock has
-found on this system, and with glibc's.
+time, and what the process will grow by. Live: what torch's allocator has handed out and not got back, counted by torch's profiler.
+Resident: growth of the process, shared memory included, pages of program files not, in a run without a profiler: with the allocator that
+Delock has found on this system, and with glibc's.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def spec_of(work: Work, method: delock.Method, K: int) -> Spec:
 
 
 def live(rank: Rank, job: Job) -> int:
-    """Train stage job.k; the most bytes that torch had handed out at one time, of those it was asked for after the building."""
+    """Train stage job.k; the most bytes that torch's allocator had handed out at one time, of those it was asked for after the building."""
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     handed_out = memory.handed_out(worker.run)

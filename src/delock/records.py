@@ -24,7 +24,7 @@ class StagePrediction:
     head_flops: float | None = None  # multiply-adds of its auxiliary head over its own; None without a head, and where not known
     head_parameters: float | None = None  # the same of parameters
     memory: int | None = None  # bytes: what the process (on a GPU: its tensors) will grow by; None where the plan does not tell
-    live: int | None = None  # bytes: of that, tensors that live at one time, and memory shared with neighbours
+    live: int | None = None  # bytes: of that, tensors that live at one time
     head: float = 0.0  # seconds per (micro-)batch of its auxiliary head, forward and backward
 
 

@@ -32,6 +32,7 @@ from delock.timeline import Costs, Footprint, capacities, peaks, predict, repeat
 from delock.train import Job
 
 SLOW_BATCHES = 400  # enough for a mean over random slow ticks
+DRIFT = 1.3  # so much slower than the others a stage may be for a while
 SLOW = 20  # an op on a machine that others use too may take so many times what it took when it was measured
 
 
@@ -168,16 +169,21 @@ class Setup:
     def slots(self, spec: Spec) -> list[tuple[int, int]] | None:
         """Slots of activations and of errors that every link of shared memory comes to have; None where links are of another kind.
 
-        The most of two runs, one with the measured costs, one of stages that are alike: stages that share cores are neither quite.
+        The most of several runs: with the measured costs, of stages that are alike, and of such with one of them a little slower. Stages
+        that share cores are now this, now that.
         """
         if spec.workers == "inline" or not shares(spec.link, spec.device):
             return None
         plan = unroll(spec.method, self.K, min(self.course.batches, repeating(spec.method, self.K)))
         measured = replace(self.ops(spec), capacity=capacities(spec.method, self.K))
-        forward, backward, head = ((fmean(own),) * self.K for own in (measured.forward, measured.backward, measured.head))
-        even = replace(measured, forward=forward, backward=backward, head=head)
+        alike = [fmean(own) for own in (measured.forward, measured.backward, measured.head)]
+
+        def even(slow: int | None) -> Costs:
+            forward, backward, head = (tuple(cost * (DRIFT if k == slow else 1) for k in range(self.K)) for cost in alike)
+            return replace(measured, forward=forward, backward=backward, head=head)
+
         decoded = spec.codec is not None, spec.error_codec is not None
-        runs = [slots(simulate(plan, costs), decoded) for costs in (measured, even)]
+        runs = [slots(simulate(plan, costs), decoded) for costs in (measured, *map(even, (None, *range(self.K))))]
         return [(max(up for up, _ in link), max(down for _, down in link)) for link in zip(*runs, strict=True)]
 
     def memory(self, spec: Spec) -> list[Footprint | None]:

@@ -63,8 +63,9 @@ class Sizes:
 class Footprint:
     """The most bytes that a stage holds above what it held when it was built.
 
-    `resident`: what its process grows by, with a heap that keeps what was freed. Gradients, copies of weights and optimizer state are of
-    the sizes of weights, activations and errors of others: the one seldom fits where the other was, so each has a peak of its own.
+    `live`: tensors. `resident`: what its process grows by, with memory shared with neighbours, in a heap that keeps what was freed.
+    Gradients, copies of weights and optimizer state are of the sizes of weights, activations and errors of others: the one seldom fits
+    where the other was, so each has a peak of its own.
     """
 
     live: int
@@ -93,7 +94,7 @@ def peak(column: Iterable[Step], k: int, sizes: Sizes) -> Footprint:
     stage = Holding(k, sizes)
     for step in column:
         stage.execute(step)
-    return Footprint(stage.most, stage.most_passing + stage.most_learned)
+    return Footprint(stage.most, sizes.slots + stage.most_passing + stage.most_learned)
 
 
 @dataclass(slots=True)
@@ -145,7 +146,7 @@ class Holding:
         inputs = {batch // s.feeds for batch in self.batches} | {self.newest} if s.feeds else set(self.batches)
         kept = [*((self._way(name), count) for name, count in self.sent.items()), *((self._way(name), DEEP) for name in self.posted)]
         links = sum(min(count, way.depth) * way.message for way, count in kept)
-        return s.slots + len(inputs) * s.input + self.graphs * (s.graph + s.output) + links + self.caught
+        return len(inputs) * s.input + self.graphs * (s.graph + s.output) + links + self.caught
 
     def rise(self, more: int, learned: int = 0, passing: int | None = None) -> None:
         """For a moment there is so much more than between two steps; `learned`, `passing`: of that, the most of either kind."""
