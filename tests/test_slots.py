@@ -9,6 +9,7 @@ import pytest
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links.meet import shares
+from delock.links.shared import SharedChannel
 from delock.methods import BP, DDG, DGL, FDG, FR, Interlocking, Method, OneFOneB
 from delock.plan import Course, unroll
 from delock.timeline import Costs, capacities, simulate, slots
@@ -72,7 +73,8 @@ def mapped(rank: Rank, job: Job) -> tuple[int, int]:
     Worker(job, link, rank.device, rank.emit, rank.progress).run()
     link.close()
     [channel] = link.channels.values()
-    return link.shared, len(channel.sizes) + len(channel.theirs)
+    assert isinstance(channel, SharedChannel)
+    return sum(channel.sizes) + sum(slot.nbytes for slot in channel.theirs.values()), len(channel.sizes) + len(channel.theirs)
 
 
 @pytest.mark.skipif(not shares("shared", "cpu"), reason="this system has no shared memory for stages")

@@ -139,7 +139,6 @@ class DistributedChannel:
     def __init__(self, peer: int, depth: int, device: torch.device, courier: Courier | None = None) -> None:
         self.peer, self.device, self.courier = peer, device, courier
         self.sender, self.receiver = Sender(peer, depth), Receiver(peer, depth)
-        self.shared = 0
 
     def pack(self, name: Name, message: Message) -> tuple[tuple[Tensor, list[Tensor]], int]:
         """See Channel."""

@@ -14,10 +14,6 @@ from delock.links.values import Library, Sent, lean
 class Channel(Protocol):
     """One end of the connection between two neighbouring ranks, both ways; messages arrive whole and in order."""
 
-    @property
-    def shared(self) -> int:
-        """Bytes of memory that both ends see."""
-
     def pack(self, name: Name, message: Message) -> tuple[Any, int]:
         """Lay a message out as it will travel; also says its bytes. What is packed is posted before the next one is packed."""
 
@@ -49,11 +45,6 @@ class RankLink:
         self.ahead: dict[int, deque[tuple[Name, Message]]] = {peer: deque() for peer in channels}
         self.libraries = {peer: Library() for peer in channels}
         self.sent = Sent()
-
-    @property
-    def shared(self) -> int:
-        """Bytes of memory shared with neighbours: they do not come from torch's allocator."""
-        return sum(channel.shared for channel in self.channels.values())
 
     def send(self, to: int, name: Name, message: Message) -> float:
         """See Link."""

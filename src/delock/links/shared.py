@@ -72,11 +72,6 @@ class SharedChannel:
         self.rest = b""  # of a record that has come in part
         self.ended = False  # the peer has nothing more to say
 
-    @property
-    def shared(self) -> int:
-        """See Channel: the slots of both."""
-        return sum(self.sizes) + sum(slot.nbytes for slot in self.theirs.values())
-
     # ---- sending ---------------------------------------------------------------------------------------------------------------------
 
     def pack(self, name: Name, message: Message) -> tuple[tuple[int, int], int]:
