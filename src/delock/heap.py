@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 Allocator: TypeAlias = Literal["tcmalloc", "jemalloc", "glibc", ""]
 """What serves a process; "" for a C library of which nothing is known here."""
 
-# the better ones first: (file, as the distributions name it)
+# the better ones first, as the distributions name their files
 FILES = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4", "libjemalloc.so.2")
 PRELOAD = "LD_PRELOAD"  # set by the user, to nothing even: then it is the user who chooses
 

@@ -58,14 +58,14 @@ def messages(timeline: Timeline) -> list[tuple[int, int]]:
             for name in _received(span):
                 if name in made:
                     lives.setdefault((min(name[0], span.stage), name[0] < span.stage), []).append((made[name], span.start))
-    return [(_peak(lives.get((k, True), [])), _peak(lives.get((k, False), []))) for k in range(timeline.K - 1)]
+    return [(at_once(lives.get((k, True), [])), at_once(lives.get((k, False), []))) for k in range(timeline.K - 1)]
 
 
 def _received(span: Span) -> list[Name]:
     return [name for name in needs(span.stage, span.op) if name[0] != span.stage]
 
 
-def _peak(lives: Iterable[tuple[float, float]]) -> int:
+def at_once(lives: Iterable[tuple[float, float]]) -> int:
     """The most intervals that hold one moment; one that ends as another begins overlaps it, as both need their place."""
     events = sorted(event for begin, end in lives for event in ((begin, -1), (max(begin, end), 1)))
     most = now = 0

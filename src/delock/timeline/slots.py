@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from delock.ops import Backward, Forward, Op
 from delock.plan import Name, gives, needs
+from delock.timeline.measures import at_once
 from delock.timeline.spans import Span, Timeline
 
 
@@ -24,12 +25,7 @@ def slots(timeline: Timeline, decoded: tuple[bool, bool] = (False, False)) -> li
 
     def most(sender: int, receiver: int, copied: bool) -> int:
         told = _told(timeline.columns[receiver], sender, made, copied)
-        busy: list[float] = []
-        count = 0
-        for name in sorted(told, key=made.__getitem__):
-            busy = [*(free for free in busy if free >= made[name]), told[name]]
-            count = max(count, len(busy))
-        return count
+        return at_once((made[name], free) for name, free in told.items())
 
     return [(most(k, k + 1, decoded[0]), most(k + 1, k, decoded[1])) for k in range(timeline.K - 1)]
 
