@@ -13,6 +13,7 @@ from peers import PEERS, SCHEDULES
 from share import Here, Share, Told, Turn
 from works import WORKS
 
+from delock import heap
 from delock.launch.rank import Rank
 
 CONTENDERS: Mapping[str, Callable[[Here], Turn]] = {**PEERS, **CEILINGS, **OURS}
@@ -31,9 +32,10 @@ class Task:
 
 @dataclass
 class Begun:
-    """A contender is about to be built, or to have its turn."""
+    """A contender is about to be built, or to have its turn, in a process with that allocator."""
 
     name: str
+    allocator: str
 
 
 @dataclass
@@ -66,7 +68,7 @@ def pair(rank: Rank, task: Task) -> None:
 
 
 def _begin(rank: Rank, name: str, when: str) -> None:
-    rank.emit(Begun(name))
+    rank.emit(Begun(name, heap.allocator()))
     rank.progress.at(name[:32], when)
 
 

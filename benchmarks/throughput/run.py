@@ -82,14 +82,14 @@ class Log:
     """What the ranks tell of a configuration."""
 
     def __init__(self, title: str) -> None:
-        self.title, self.current = title, ""
+        self.title, self.current, self.allocator = title, "", ""
         self.turns: dict[str, dict[int, dict[int, Turned]]] = {}  # contender -> round -> rank
         self.failed: dict[str, str] = {}
 
     def hear(self, rank: int, event: object) -> None:
         """Of what a rank emits, the turns; the library's own events are left alone."""
         if isinstance(event, Begun):
-            self.current = event.name
+            self.current, self.allocator = event.name, event.allocator
         if isinstance(event, Turned):
             both = self.turns.setdefault(event.name, {}).setdefault(event.round, {})
             both[rank] = event
@@ -134,6 +134,7 @@ def measured(share: Share, title: str, names: list[str], rounds: int, seconds: f
 def collected(log: Log, share: Share, rounds: int) -> Found:
     """A configuration as results.json has it: samples per second round by round (null where there are none), first losses, failures."""
     rows = len(share.batches[0][0])
+    software = f"torch {torch.__version__}, Python {platform.python_version()}, {log.allocator}"
     rates: dict[str, list[float | None]] = {}
     for name in log.turns:
         periods = {number: max(told.seconds for told in both) for number, both in log.rounds(name).items()}
@@ -148,7 +149,7 @@ def collected(log: Log, share: Share, rounds: int) -> Found:
         "batches": {name: both[0][0].batches for name, both in log.turns.items() if 0 in both},
         "losses": {name: first_losses(log.rounds(name).get(-1, [])) for name in log.turns if not name.startswith("ceiling")},
         "failed": log.failed,
-        "where": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, Python {platform.python_version()}",
+        "where": f"{os.cpu_count()} cores ({platform.machine()}), {software}",
         "when": time.strftime("%Y-%m-%d %H:%M"),
     }
 

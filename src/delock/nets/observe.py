@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -56,30 +57,23 @@ def observe(
 
     The errors that come from behind are as large as the outputs and free to go, as inside a stage, not a tensor that somebody keeps.
     """
-    leaves = [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
-    given = [x.clone() for x in leaves]
-    weights = [p for p in module.parameters() if p.requires_grad]
-    wanted = [x for x in (*leaves, *weights) if x.requires_grad]
-    live, saved = Live(), _Saved()
-    live.ignore([*leaves, *given, *module.parameters(), *module.buffers()])
+    fresh = partial(_Trial, module, value, learns, loss, device, how)
+    passing_through, retaining = fresh().passing_through(), fresh().retaining()
+    trial, saved = fresh(), _Saved()
+    live, given = trial.live, trial.given
     before = [x._version for x in given]
-    passing_through = _without_graph(module, value, learns, device, how)
-    retaining = _with_graph_kept(module, value, learns, loss, device, how)
     with live:
         with saved_tensors_hooks(saved.note, lambda kept: kept), saved.watching(module):
-            out = _apply(module, value, given, device, how)
+            out = trial.forward()
         forward, held = live.peak, live.from_here()
         sources = {storage_of(x): i for i, x in enumerate(given)}
         outputs = [Output(storage_bytes(x), sources.get(storage_of(x)), storage_of(x) in saved.holders) for x in tensors(out)]
         own = {storage_of(x): storage_bytes(x) for x in tensors(out) if storage_of(x) not in sources}
-        layered = saved.layered([*own, *map(storage_of, (*leaves, *given, *module.parameters(), *module.buffers()))])
-        with how.context(device):
-            ends = [x for x in tensors(out if loss is None else loss(out)) if x.requires_grad]
+        layered = saved.layered([*own, *map(storage_of, trial.there)])
+        ends = trial.ends(out)
         losing, begun = live.peak - held, live.from_here()
-        if ends and wanted:
-            roots = ends if loss else [_with_error(x, live) for x in ends]
-            torch.autograd.grad(roots, wanted, [torch.ones_like(root) for root in roots], allow_unused=True)
-    sizes = [storage_bytes(w) for w in weights]
+        trial.backward(ends, keep=False)
+    sizes = [storage_bytes(w) for w in module.parameters() if w.requires_grad]
     return AtomMemory(
         weights=sum(sizes),
         largest=max(sizes, default=0),
@@ -105,37 +99,56 @@ def tensors(value: Value) -> tuple[Tensor, ...]:
     return (value,) if isinstance(value, Tensor) else value
 
 
-def _apply(module: nn.Module, like: Value, given: Sequence[Tensor], device: torch.device, how: Computing) -> Value:
-    out: Value = replace(how, chunks=1).apply(module, given[0] if isinstance(like, Tensor) else tuple(given), device)
-    return out
+class _Trial:
+    """The module on inputs of its own; `live` counts what comes to be beside `there`."""
 
+    def __init__(
+        self,
+        module: nn.Module,
+        value: Value,
+        learns: Sequence[bool],
+        loss: Callable[[Any], Tensor] | None,
+        device: torch.device,
+        how: Computing,
+    ) -> None:
+        self.module, self.loss, self.device, self.how = module, loss, device, replace(how, chunks=1)
+        self.alone = isinstance(value, Tensor)
+        leaves = [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
+        self.given = [x.clone() for x in leaves]  # an atom may write on its input
+        self.wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
+        self.there = [*leaves, *self.given, *module.parameters(), *module.buffers()]
+        self.live = Live()
+        self.live.ignore(self.there)
 
-def _without_graph(module: nn.Module, value: Value, learns: Sequence[bool], device: torch.device, how: Computing) -> int:
-    """The peak of a forward that only passes on."""
-    live, given = Live(), [x.detach().clone().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
-    live.ignore([*given, *module.parameters(), *module.buffers()])
-    with live, torch.no_grad():
-        _apply(module, value, given, device, how)
-    return live.peak
+    def forward(self) -> Value:
+        out: Value = self.how.apply(self.module, self.given[0] if self.alone else tuple(self.given), self.device)
+        return out
 
+    def ends(self, out: Value) -> list[Tensor]:
+        """What a backward begins with: the loss, or the outputs that learn."""
+        with self.how.context(self.device):
+            return [x for x in tensors(out if self.loss is None else self.loss(out)) if x.requires_grad]
 
-def _with_graph_kept(
-    module: nn.Module, value: Value, learns: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, how: Computing
-) -> int:
-    """The peak of a backward through a graph that another one needs, above what was there at its begin."""
-    live, leaves = Live(), [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
-    wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
-    given = [x.clone() for x in leaves]
-    live.ignore([*leaves, *given, *module.parameters(), *module.buffers()])
-    with live:
-        out = _apply(module, value, given, device, how)
-        with how.context(device):
-            ends = [x for x in tensors(out if loss is None else loss(out)) if x.requires_grad]
-        begun = live.from_here()
-        if ends and wanted:
-            roots = ends if loss else [_with_error(x, live) for x in ends]
-            torch.autograd.grad(roots, wanted, [torch.ones_like(root) for root in roots], retain_graph=True, allow_unused=True)
-    return live.peak - begun
+    def backward(self, ends: Sequence[Tensor], keep: bool) -> None:
+        """keep: the graph, for another one."""
+        if ends and self.wanted:
+            roots = ends if self.loss else [_with_error(x, self.live) for x in ends]
+            torch.autograd.grad(roots, self.wanted, [torch.ones_like(root) for root in roots], retain_graph=keep, allow_unused=True)
+
+    def passing_through(self) -> int:
+        """The peak of a forward that only passes on."""
+        with self.live, torch.no_grad():
+            self.forward()
+        return self.live.peak
+
+    def retaining(self) -> int:
+        """The peak of a backward through a graph that another one needs, above what was there at its begin."""
+        with self.live:
+            out = self.forward()  # held, as the engine holds it
+            ends = self.ends(out)
+            begun = self.live.from_here()
+            self.backward(ends, keep=True)
+        return self.live.peak - begun
 
 
 class _Saved:

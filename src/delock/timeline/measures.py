@@ -55,13 +55,14 @@ def messages(timeline: Timeline) -> list[tuple[int, int]]:
     lives: dict[tuple[int, bool], list[tuple[float, float]]] = {}
     for column in timeline.columns:
         for span in column:
-            for name in _received(span):
+            for name in received(span):
                 if name in made:
                     lives.setdefault((min(name[0], span.stage), name[0] < span.stage), []).append((made[name], span.start))
     return [(at_once(lives.get((k, True), [])), at_once(lives.get((k, False), []))) for k in range(timeline.K - 1)]
 
 
-def _received(span: Span) -> list[Name]:
+def received(span: Span) -> list[Name]:
+    """What an op takes from neighbours."""
     return [name for name in needs(span.stage, span.op) if name[0] != span.stage]
 
 
