@@ -146,9 +146,7 @@ class _Slice:
         self.updates += 1
 
 
-def _slices(
-    stages: Sequence[nn.Module], make: MakeOptimizer, schedule: MakeSchedule | None, seed: int, data: bool = False
-) -> list[_Slice]:
+def _slices(stages: Sequence[nn.Module], make: MakeOptimizer, schedule: MakeSchedule | None, seed: int, data: bool = False) -> list[_Slice]:
     return [_Slice(k, module, make, schedule, seed, data) for k, module in enumerate(stages)]
 
 

@@ -147,7 +147,7 @@ def fit(
     if captured:
         refuse_uncapturable(spec)
     if turns is not None and spec.workers != "inline":
-        raise UsageError("recorded turns are done again in one process: use workers=\"inline\"")
+        raise UsageError('recorded turns are done again in one process: use workers="inline"')
     tell = on_event or (lambda event: None)
     results: list[StageResult] | None
     if spec.workers == "torchrun":

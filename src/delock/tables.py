@@ -175,5 +175,3 @@ def megabytes(count: float) -> str:
 
 def _cell(value: Any, text: Any) -> str:
     return "-" if value is None else str(text(value))
-
-

@@ -338,9 +338,7 @@ def _ticks(job: Job, engines: Sequence[Engine], device: torch.device) -> Ticks:
     return Ticks(engines, made, lanes(device, job.K), batches=job.course.batches, every=job.log_every)
 
 
-def _way(
-    jobs: Sequence[Job], turns: Sequence[Sequence[Turn]] | None
-) -> tuple[Mailbox | Shelf, Iterable[Plan], Sequence[Account] | None]:
+def _way(jobs: Sequence[Job], turns: Sequence[Sequence[Turn]] | None) -> tuple[Mailbox | Shelf, Iterable[Plan], Sequence[Account] | None]:
     """The links of a run in one process, its plans, and what will have been read from replay buffers."""
     job, K = jobs[0], len(jobs)
     if turns is not None:
@@ -350,4 +348,3 @@ def _way(
         plan, read = drawn(job.method, K, job.course, job.seed)
         return Shelf(reads(plan)), [plan], read
     return Mailbox(), windows(job.method, K, job.course, job.window), None
-

@@ -108,4 +108,3 @@ def _number(text: str) -> int | float | str:
         except ValueError:
             continue
     return text
-

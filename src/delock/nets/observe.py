@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -57,9 +56,8 @@ def observe(
 
     The errors that come from behind are as large as the outputs and free to go, as inside a stage, not a tensor that somebody keeps.
     """
-    fresh = partial(_Trial, module, value, learns, loss, device, how)
-    passing_through, retaining = fresh().passing_through(), fresh().retaining()
-    trial, saved = fresh(), _Saved()
+    passing_through = _Trial(module, value, learns, loss, device, how).passing_through()
+    trial, saved = _Trial(module, value, learns, loss, device, how), _Saved()
     live, given = trial.live, trial.given
     before = [x._version for x in given]
     with live:
@@ -72,7 +70,10 @@ def observe(
         layered = saved.layered([*own, *map(storage_of, trial.there)])
         ends = trial.ends(out)
         losing, begun = live.peak - held, live.from_here()
-        trial.backward(ends, keep=False)
+        roots = ends if loss else [_with_error(x, live) for x in ends]
+        trial.backward(roots, keep=True)
+        retaining, _ = live.peak - begun, live.from_here()
+        trial.backward(roots, keep=False)
     sizes = [storage_bytes(w) for w in module.parameters() if w.requires_grad]
     return AtomMemory(
         weights=sum(sizes),
@@ -125,14 +126,13 @@ class _Trial:
         return out
 
     def ends(self, out: Value) -> list[Tensor]:
-        """What a backward begins with: the loss, or the outputs that learn."""
+        """Where a backward begins: the loss, or the outputs that learn."""
         with self.how.context(self.device):
             return [x for x in tensors(out if self.loss is None else self.loss(out)) if x.requires_grad]
 
-    def backward(self, ends: Sequence[Tensor], keep: bool) -> None:
+    def backward(self, roots: Sequence[Tensor], keep: bool) -> None:
         """keep: the graph, for another one."""
-        if ends and self.wanted:
-            roots = ends if self.loss else [_with_error(x, self.live) for x in ends]
+        if roots and self.wanted:
             torch.autograd.grad(roots, self.wanted, [torch.ones_like(root) for root in roots], retain_graph=keep, allow_unused=True)
 
     def passing_through(self) -> int:
@@ -140,15 +140,6 @@ class _Trial:
         with self.live, torch.no_grad():
             self.forward()
         return self.live.peak
-
-    def retaining(self) -> int:
-        """The peak of a backward through a graph that another one needs, above what was there at its begin."""
-        with self.live:
-            out = self.forward()  # held, as the engine holds it
-            ends = self.ends(out)
-            begun = self.live.from_here()
-            self.backward(ends, keep=True)
-        return self.live.peak - begun
 
 
 class _Saved:

@@ -55,9 +55,7 @@ def prepare(spec: Spec, cuts: Sequence[int | str] | None) -> Setup:
     return Setup(course, parts, found, costs, batch, how, modules, heads, head_costs, shares, inputs if spec.compile else None)
 
 
-def _emulated(
-    spec: Spec, waits: Emulation, ends: Sequence[int], costs: Sequence[AtomCost]
-) -> tuple[list[Emulated], dict[int, nn.Module]]:
+def _emulated(spec: Spec, waits: Emulation, ends: Sequence[int], costs: Sequence[AtomCost]) -> tuple[list[Emulated], dict[int, nn.Module]]:
     """Stages that wait, and heads that cost nothing, with outputs as large as the real ones."""
     share = 1 / spec.method.parts
     shapes = [costs[end - 1].shape for end in ends]
