@@ -31,6 +31,16 @@ def sgd(params: Any) -> torch.optim.SGD:
     return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.05)
 
 
+def layers(*more: nn.Module, first: int = 4) -> list[nn.Module]:
+    """Three stages of vectors, and more."""
+    return seeded(lambda: [nn.Linear(first, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)), nn.Linear(4, 4), *more])
+
+
+def stage(module: nn.Module, k: int = 0, K: int = 1, **options: Any) -> Stage:
+    """A stage by itself."""
+    return Stage(module, k, K, **({"optimizer": sgd, "loss": mse_loss} | options))
+
+
 def vectors(n: int, features: int = 4, rows: int = 3, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
     """n batches of `rows` random vectors, with random vectors as targets."""
     g = torch.Generator().manual_seed(1)

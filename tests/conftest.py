@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +23,9 @@ def nothing_left() -> Iterator[None]:
     """Torch's random state and process group are the caller's."""
     yield
     assert not dist.is_initialized(), "the test left a process group open"
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decoded or downloaded goes into a folder of the test's own."""
+    monkeypatch.setenv("DELOCK_CACHE", str(tmp_path / "cache"))

@@ -117,6 +117,16 @@ def assert_equal(a: list[StageResult], b: list[StageResult]) -> None:
         assert one.report.layer_staleness == other.report.layer_staleness
 
 
+def same_state(a: Any, b: Any) -> bool:
+    """Whether two state dicts hold the same names and bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_batches(a: Any, b: Any) -> bool:
+    """Whether two lists of (inputs, labels) hold the same bits."""
+    return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True))
+
+
 def same_tree(a: Any, b: Any) -> None:
     """Two trees of dicts, lists and tensors are equal; tensors by torch.equal."""
     if isinstance(a, torch.Tensor):

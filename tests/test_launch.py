@@ -387,16 +387,30 @@ def test_progress_reads_as_written() -> None:
     assert reader.read().waits_for is None
 
 
+def nothing_stops(rank: int) -> str:
+    return ""
+
+
+def test_aside_an_op_nobody_is_late() -> None:
+    progress = Progress()
+    progress.at("F12")
+    progress.wait_for(1)
+    with progress.aside():
+        assert not progress.read().begun
+    assert (str(progress.read()), progress.read().waits_for) == ("in F12", 1)
+    assert Progress(bytearray(progress.raw())).read() == progress.read()
+
+
 def test_the_watch_blames_nobody_while_its_own_process_slept(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("delock.launch.watch.time.monotonic", lambda: now[0])
     record = Progress()
     record.at("F0")
-    watch = Watch([record], patience=2.0)
+    watch = Watch([record], 2.0, nothing_stops)
     looks = []
     for step in (0.0, 0.25, 3600.0, 0.25, 0.25, 0.25, 0.25, 0.25):  # a long on_event, or Ctrl-Z, in the middle
         now[0] += step
-        looks.append(watch.look({0: os.getpid()}))
+        looks.append(watch.look([0]))
     assert looks == [[]] * 7 + [[0]]
 
 
@@ -426,7 +440,7 @@ if sys.argv[1] == "greet":
         else:
             assert not events
 else:
-    run_torchrun(raise_in_one, lambda rank: sys.argv[1])
+    run_torchrun(raise_in_one, lambda rank: sys.argv[1], patience=2.0)
 """
 
 
@@ -452,6 +466,14 @@ def test_a_failing_rank_under_torchrun_is_told_once(tmp_path: Path) -> None:
     assert "error: stage 0" not in done.stderr
 
 
+def test_a_rank_that_hangs_under_torchrun_shows_its_stack(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "hang")
+    assert done.returncode != 0
+    assert done.stderr.count("error: stage ") == 1
+    assert "error: stage 1 hangs in F12 (epoch 1, batch 3): it has not moved for 2 s\nstage 0 waits for stage 1 in F12" in done.stderr
+    assert "in a_loop_without_end" in done.stderr
+
+
 def test_this_process_is_not_under_torchrun() -> None:
     assert not under_torchrun()
 
@@ -460,20 +482,19 @@ def test_who_waited_for_a_rank_that_is_done_now_has_time_to_go_on(monkeypatch: p
     clock = [0.0]
     monkeypatch.setattr("delock.launch.watch.time.monotonic", lambda: clock[0])
     records = [Progress(), Progress()]
-    looks = Watch(records, patience=1.0)
+    looks = Watch(records, 1.0, nothing_stops)
     for record in records:
         record.born()
     records[1].at("F0")
     records[1].wait_for(0)  # stage 0 sets itself up for a long time
 
-    def after(seconds: float, pids: dict[int, int]) -> list[int]:
+    def after(seconds: float, at_work: list[int]) -> list[int]:
         for _ in range(round(seconds / POLL)):
             clock[0] += POLL
-            found = looks.look(pids)
+            found = looks.look(at_work)
         return found
 
-    both = {0: os.getpid(), 1: os.getpid()}
-    assert after(5.0, both) == []
+    assert after(5.0, [0, 1]) == []
     records[0].at("F0")  # does what stage 1 waits for, and is done
-    assert after(POLL, {1: os.getpid()}) == []
-    assert after(1.0, {1: os.getpid()}) == [1]
+    assert after(POLL, [1]) == []
+    assert after(1.0, [1]) == [1]

@@ -14,9 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from delock.nets import MODELS, build
+
 CLASSES, TOKENS, LENGTH, FEATURES = 10, 13, 6, 12
 Kind = Literal["image", "token", "vector"]
 Net = Callable[..., list[nn.Module]]
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -203,6 +210,16 @@ WORK: dict[str, tuple[Net, Kind, Callable[..., Tensor]]] = {
     "mlp": (mlp, "vector", class_loss),
 }
 """What goes together: name -> (network, kind of data, loss)."""
+
+
+def digits(name: str, **more: Any) -> nn.Module:
+    """A model of the library's for grey images of 8 x 8 in ten classes."""
+    return build(name, **{"classes": 10, "in_channels": 1, "image_size": 8, **more})
+
+
+LARGE = ("resnet110", "resnet1202", "resnet34-cifar", "wrn-28-10", "vgg19", "dgl-cnn6")
+SMALL = [name for name in MODELS if name not in LARGE and not name.startswith("torchvision/")]
+"""Models of ours that any test may build."""
 
 
 # Optimizers -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -158,7 +159,8 @@ def fit(
                 started.append(event)
             tell(event)
 
-        results = run_torchrun(_torchrun_rank, lambda rank: spec, device=device, threads=threads, on_event=hear)
+        target = partial(_torchrun_rank, patience=patience)
+        results = run_torchrun(target, lambda rank: spec, device=device, threads=threads, patience=patience, on_event=hear)
         if results is None:
             return None
         assert spec.setup is not None
@@ -186,7 +188,7 @@ def fit(
     return _result(spec, setup, started_here, results)
 
 
-def _torchrun_rank(rank: Rank, spec: Spec) -> StageResult:
+def _torchrun_rank(rank: Rank, spec: Spec, patience: float) -> StageResult:
     """One rank under torchrun: rank 0 measures and cuts, and tells the others, so that all follow one plan."""
     K = spec.stages or (len(spec.cuts) + 1 if spec.cuts is not None else rank.world)
     if rank.world != K:
@@ -200,6 +202,7 @@ def _torchrun_rank(rank: Rank, spec: Spec) -> StageResult:
         told = [spec.setup.cuts]
     torch.distributed.broadcast_object_list(told, src=0)
     spec.setup = spec.setup or prepare(spec, told[0])
+    rank.be_patient(spec.setup.patience(patience, spec.method))
     return run_rank(rank, spec.setup.jobs(spec)[rank.rank])
 
 

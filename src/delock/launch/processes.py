@@ -26,7 +26,7 @@ from delock.launch.parcel import pack
 from delock.launch.progress import Progress
 from delock.launch.rank import TIMEOUT, Rank, backend_for
 from delock.launch.tune import share_cores
-from delock.launch.watch import POLL, Watch, own_frames
+from delock.launch.watch import POLL, Watch, own_frames, show_stack, stopped_by_signal
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -110,7 +110,7 @@ class _Team:
         self._ranks, self._jobs = ranks, jobs
         self._memory = [ranks.RawArray("c", Progress.SIZE) for _ in jobs]
         self._records = [Progress(memoryview(memory).cast("B")) for memory in self._memory]
-        self._watch = Watch(self._records, patience)
+        self._watch = Watch(self._records, patience, lambda rank: stopped_by_signal(self._pid(rank)))
         self._processes: list[BaseProcess] = []
         self._downs: list[Connection] = []
         self._ups: dict[Connection, int] = {}
@@ -189,10 +189,16 @@ class _Team:
         self._failures.append(died(rank, code, at, own_frames(Path(self._jobs[rank].stacks).read_text()) if at.born else ""))
 
     def _check(self) -> None:
-        pids = {rank: p.pid for rank, p in enumerate(self._processes) if rank not in self._results and p.pid is not None}
-        culprits = self._watch.look(pids)
+        at_work = [job.rank for job in self._jobs if job.rank not in self._results]
+        culprits = self._watch.look(at_work)
         if culprits:
-            raise StageFailed(self._watch.tell(culprits, pids, {job.rank: Path(job.stacks) for job in self._jobs}))
+            told = self._watch.tell(culprits, at_work, lambda rank: show_stack(self._pid(rank), Path(self._jobs[rank].stacks)))
+            raise StageFailed(told)
+
+    def _pid(self, rank: int) -> int:
+        pid = self._processes[rank].pid
+        assert pid is not None
+        return pid
 
     def _release(self) -> None:
         for down in self._downs:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -61,11 +63,25 @@ class Progress:
         """The wait is over, the op computes."""
         self._head(_COMPUTES, -1)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Something beside the ops, such as a user's callback: it takes as long as it takes, as setting up does."""
+        _, state, peer = _HEAD.unpack_from(self._memory)
+        self._head(_SETUP, peer)
+        try:
+            yield
+        finally:
+            self._head(state, peer)
+
     def read(self) -> Position:
         """The record as it stands; also for the watcher, on the same memory in another process."""
         moves, state, peer, op, batch = _RECORD.unpack_from(self._memory)
         waits_for = peer if state == _WAITS else None
         return Position(moves, state != _UNBORN, state in (_COMPUTES, _WAITS), waits_for, _text(op), _text(batch))
+
+    def raw(self) -> bytes:
+        """The record's SIZE bytes: a Progress on a copy of them reads the same."""
+        return bytes(self._memory)
 
     @property
     def moves(self) -> int:

@@ -13,12 +13,17 @@ from delock.launch.progress import Progress
 TIMEOUT = 30 * 60.0  # seconds; a wait that expires closes a gloo pair for good, so it must never do so in a healthy run
 
 
+def _known(seconds: float) -> None:
+    """The parent has been told before the start."""
+
+
 @dataclass(frozen=True)
 class Rank:
     """One worker. The default process group of torch.distributed is open while the target runs, and closed afterwards.
 
     `emit(event)`: hand a picklable value to the parent's on_event(rank, event); a rank's events arrive in order.
     `progress`: write to it at every op; a failure is reported, and a hang noticed, by what stands there.
+    `be_patient(seconds)`: what may be known only when the target runs, how long an op takes at most. Where a parent watches, it knows.
     """
 
     rank: int
@@ -26,10 +31,11 @@ class Rank:
     device: torch.device
     emit: Callable[[object], None]
     progress: Progress
+    be_patient: Callable[[float], None] = _known
 
 
 def device_of(device: str, local_rank: int) -> torch.device:
-    """"cuda" is GPU number `local_rank`; everything else is what it says. Makes a GPU the current one, as NCCL wants it."""
+    """ "cuda" is GPU number `local_rank`; everything else is what it says. Makes a GPU the current one, as NCCL wants it."""
     asked = torch.device(device)
     if asked.type != "cuda":
         return asked

@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.rendezvous import rendezvous
 
 from delock.errors import StageFailed
+from delock.launch.beats import Beats
 from delock.launch.failure import raised
 from delock.launch.progress import Progress
 from delock.launch.rank import TIMEOUT, Rank, backend_for, device_of
@@ -42,6 +43,7 @@ def run_torchrun(
     device: str = "cpu",
     backend: str | None = None,
     threads: int = 1,
+    patience: float = 60.0,
     timeout: float = TIMEOUT,
     on_event: OnEvent | None = None,
 ) -> list[R] | None:
@@ -51,7 +53,9 @@ def run_torchrun(
     GPU numbered LOCAL_RANK. Results and events must be picklable.
 
     A rank whose target raises prints stage, op and traceback to stderr and exits: with 2 for a UsageError, else with 1; torchrun then
-    stops the others. An exception of `on_event` is raised on rank 0.
+    stops the others. An exception of `on_event` is raised on rank 0. Where a rank has been at one op for `patience` seconds, or all have
+    waited for each other (0: never), the rank that sees it first prints who hangs, with the stack, and exits with 1; a target may set
+    another patience by `Rank.be_patient`.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     group, limit = backend_for(device, backend, int(os.environ.get("LOCAL_WORLD_SIZE", world))), timedelta(seconds=timeout)
@@ -63,11 +67,21 @@ def run_torchrun(
     space = f"delock/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{store.add(f'delock/runs/{rank}', 1)}"
     dist.init_process_group(group, store=PrefixStore(space, store), rank=rank, world_size=world, timeout=limit)
     post = _Post(rank, world, space, limit, on_event)
+    beats = Beats(rank, world, post.store, progress, patience, lambda culprit, message: _leave(post, culprit, message))
+
+    def emit(event: object) -> None:
+        with progress.aside():
+            post.emit(event)
+
     try:
-        result = target(Rank(rank, world, where, post.emit, progress), payload_of(rank))
-        results = _gather(rank, world, (result, post.emitted))
-        if results is not None:
-            post.close([emitted for _, emitted in results])
+        try:
+            result = target(Rank(rank, world, where, emit, progress, beats.be_patient), payload_of(rank))
+            beats.done()
+            results = _gather(rank, world, (result, post.emitted))
+            if results is not None:
+                post.close([emitted for _, emitted in results])
+        finally:
+            beats.stop()
         dist.barrier()  # rank 0 may host the store: the others leave when it has heard them
     except Exception as error:
         sys.exit(_tell(rank, error, progress, post))
@@ -92,12 +106,20 @@ def _tell(rank: int, error: BaseException, progress: Progress, post: _Post) -> i
     return 2 if failure.usage else 1
 
 
+def _leave(post: _Post, culprit: int, message: str) -> None:
+    """End this rank, whatever its main thread does; torchrun stops the others, who hear of the culprit before."""
+    post.claim(culprit, 0.0)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
 class _Post:
     """Events on their way to rank 0, through the store of the rendezvous and a connection to it that no other call holds up."""
 
     def __init__(self, rank: int, world: int, space: str, limit: timedelta, on_event: OnEvent | None) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = PrefixStore(f"{space}/post", TCPStore(host, port, is_master=False, timeout=limit))
+        self.store = PrefixStore(f"{space}/post", TCPStore(host, port, is_master=False, timeout=limit))
         self._rank, self._on_event = rank, on_event
         self._lock = threading.Lock()  # one on_event at a time
         self._read, self._expected = [0] * world, [-1] * world
@@ -114,7 +136,7 @@ class _Post:
             self._raise()
         else:
             message = pickle.dumps(event, protocol=pickle.HIGHEST_PROTOCOL)
-            self._store.set(f"{self._rank}/{self.emitted}", message)  # type: ignore[arg-type]  # takes bytes
+            self.store.set(f"{self._rank}/{self.emitted}", message)  # type: ignore[arg-type]  # takes bytes
 
     def close(self, emitted: Sequence[int]) -> None:
         """On rank 0: return when all events have been heard, `emitted` by each rank; raises what on_event raised."""
@@ -128,9 +150,9 @@ class _Post:
         """Say that `rank` has failed, unless another one says so first or within `seconds`; returns the one that was first."""
         deadline = time.monotonic() + seconds
         try:
-            while not self._store.check(["failed"]) and time.monotonic() < deadline:
+            while not self.store.check(["failed"]) and time.monotonic() < deadline:
                 time.sleep(_POLL)
-            return int(self._store.compare_set("failed", "", str(rank)))
+            return int(self.store.compare_set("failed", "", str(rank)))
         except RuntimeError:
             return rank  # the store is gone
 
@@ -145,10 +167,10 @@ class _Post:
 
     def _take(self, rank: int) -> bool:
         key = f"{rank}/{self._read[rank] + 1}"
-        if not self._store.check([key]):
+        if not self.store.check([key]):
             return False
-        event = pickle.loads(self._store.get(key))
-        self._store.delete_key(key)
+        event = pickle.loads(self.store.get(key))
+        self.store.delete_key(key)
         self._read[rank] += 1
         self._hear(rank, event)
         return True

@@ -1,0 +1,288 @@
+"""The link of free-running stages, with the test for its neighbours."""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import delock.links.free
+from delock.free import FreeRun
+from delock.links import Message, Name
+from delock.links.errors import LinkError
+from delock.links.free import DEPTH, END, FreeLink
+from delock.links.message import pack, unpack
+from delock.methods import AsyncDGL
+from delock.records import Turn, TurnsRecord
+from delock.replay import ReplayBuffer
+from delock.train import Worker
+
+from harness import CPU, jobs
+
+PATIENT = 20.0  # seconds that a test waits for what should come at once
+
+
+class Neighbours:
+    """What comes from each side, and what was sent there; `open` says whether the link up lets anything through."""
+
+    def __init__(self) -> None:
+        self.come: dict[int, queue.Queue[Tensor | Exception]] = {0: queue.Queue(), 2: queue.Queue()}
+        self.sent: dict[int, list[tuple[Name, Message]]] = {0: [], 2: []}
+        self.open = threading.Event()
+        self.waits: list[int | None] = []
+        self.links: list[FreeLink] = []
+
+    def comes(self, source: int, name: Name, values: Any = None) -> None:
+        self.come[source].put(pack(name, Message(values))[0])
+
+    def wait_for(self, peer: int) -> None:
+        self.waits.append(peer)
+
+    def go_on(self) -> None:
+        self.waits.append(None)
+
+    def end(self) -> None:
+        """Let the threads of a link go that was not closed."""
+        self.open.set()
+        for source in self.come:
+            self.comes(source, END)
+        for link in self.links:
+            with link.news:
+                link.evaluations.clear()
+                link.outgoing.append(pack(END, Message(None))[0])
+                link.leaving, link.closing = link.leaving + 1, True
+                link.news.notify_all()
+        until(lambda: all(link.working == 0 for link in self.links))
+        for link in self.links:
+            atexit.unregister(link._abandon)
+
+
+@pytest.fixture
+def neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Neighbours]:
+    """In place of the process group."""
+    there = Neighbours()
+
+    class Sender:
+        def __init__(self, peer: int, depth: int) -> None:
+            self.peer = peer
+
+        def send(self, packed: Tensor) -> None:
+            assert self.peer == 0 or there.open.wait(PATIENT)
+            there.sent[self.peer].append(unpack(packed, CPU))
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    class Receiver:
+        def __init__(self, peer: int, depth: int, limit: Any) -> None:
+            self.peer = peer
+
+        def receive(self) -> Tensor:
+            found = there.come[self.peer].get(timeout=PATIENT)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(delock.links.free, "Sender", Sender)
+    monkeypatch.setattr(delock.links.free, "Receiver", Receiver)
+    yield there
+    there.end()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait for what other threads do."""
+    deadline = time.monotonic() + PATIENT
+    while not holds():
+        assert time.monotonic() < deadline, "too late"
+        threading.Event().wait(0.001)
+
+
+def middle(neighbours: Neighbours, size: int = 2, max_reuse: int = 0) -> FreeLink:
+    """The link of stage 1 of 3, at version 5."""
+    neighbours.links.append(FreeLink(1, 3, ReplayBuffer(size, max_reuse), CPU, neighbours, lambda: 5))
+    return neighbours.links[-1]
+
+
+def test_what_comes_is_read_by_the_buffers_rule(neighbours: Neighbours) -> None:
+    link = middle(neighbours)
+    for n in range(3):
+        neighbours.comes(0, ("h", n, n), torch.full((2,), float(n)))
+    until(lambda: len(link.buffer.entries) == 2 and link.buffer.entries[-1].ordinal == 2)
+    read = []
+    for _ in range(3):
+        n = link.next()
+        assert n is not None
+        read.append((n, link.receive(0, ("h", n, 0)).values.tolist()))
+    assert read == [(2, [2, 2]), (1, [1, 1]), (2, [2, 2])]
+    assert link.buffer.account.versions == {0: 2, 1: 1}
+    assert neighbours.waits == [], "it waited although there was something"
+
+
+def test_the_first_batch_is_waited_for_and_so_is_the_next_when_all_are_used_up(neighbours: Neighbours) -> None:
+    link = middle(neighbours, max_reuse=1)
+    for n in range(2):
+        threading.Timer(0.05, neighbours.comes, (0, ("h", n, 0))).start()
+        assert link.next() == n
+        link.receive(0, ("h", n, 0))
+    assert neighbours.waits == [0, None] * 2, "the watch over stages that hang was not told"
+
+
+def test_a_batch_that_has_lost_its_place_takes_no_memory(neighbours: Neighbours) -> None:
+    link, alive = middle(neighbours), []
+    for n in range(5):
+        neighbours.comes(0, ("h", n, 0), torch.zeros(1000))
+        until(lambda n=n: bool(link.buffer.entries) and link.buffer.entries[-1].ordinal == n)  # type: ignore[misc]
+        alive.append(weakref.ref(link.buffer.entries[-1].item.values))
+        source = link.next()
+        assert source is not None
+        assert link.receive(0, ("h", source, 0)).values.shape == (1000,)
+    assert [ref() is not None for ref in alive] == [False] * 3 + [True] * 2
+
+
+def test_an_evaluation_comes_first_in_order_and_does_not_pile_up(neighbours: Neighbours) -> None:
+    link = middle(neighbours)
+    neighbours.comes(0, ("h", 0, 0))
+    for i in range(6):
+        neighbours.comes(0, ("e", i, 0), torch.tensor([i]))
+    until(lambda: neighbours.come[0].qsize() == 6 - DEPTH - 1)  # one is in the hands of the thread
+    assert link.next() is None
+    assert len(link.evaluations) == DEPTH
+    assert [link.receive(0, ("e", i, 0)).values.item() for i in range(6)] == list(range(6))
+    assert link.next() == 0
+    neighbours.comes(0, ("e", 7, 0))
+    with pytest.raises(LinkError, match="stage 0 sent evaluation batch 7 where evaluation batch 6 was due"):
+        link.receive(0, ("e", 6, 0))
+
+
+def test_two_are_on_their_way_up_and_the_rest_is_left_out(neighbours: Neighbours) -> None:
+    link = middle(neighbours)
+    for n in range(2):
+        assert link.ready
+        link.send(2, ("h", n, 0), Message(torch.zeros(1)))
+    assert not link.ready
+    neighbours.open.set()
+    until(lambda: link.ready)
+    link.send(2, ("e", 0, 0), Message(torch.zeros(1)))
+    until(lambda: len(neighbours.sent[2]) == 3)
+    assert [name for name, _ in neighbours.sent[2]] == [("h", 0, 5), ("h", 1, 5), ("e", 0, 5)]
+    assert link.sent.to[2].messages == 3
+
+
+def test_an_evaluation_waits_until_it_can_go_up(neighbours: Neighbours) -> None:
+    link = middle(neighbours)
+    threading.Timer(0.05, neighbours.open.set).start()
+    for i in range(4):
+        link.send(2, ("e", i, 0), Message(torch.zeros(1)))
+    assert [peer for peer in neighbours.waits if peer is not None] == [2] * (len(neighbours.waits) // 2) != []
+    until(lambda: len(neighbours.sent[2]) == 4)
+
+
+def test_the_end_is_told_down_and_up(neighbours: Neighbours) -> None:
+    link = middle(neighbours)
+    neighbours.open.set()
+    assert not link.stopped
+    link.pause(time.perf_counter() + 0.05)  # ends by itself: the way is free
+    neighbours.comes(2, END)
+    link.pause(time.perf_counter() + 3600)  # ends because nobody above wants more
+    assert link.stopped
+    assert not link.ready
+    link.stop()
+    assert neighbours.sent[0] == [(END, Message(None))]
+    neighbours.comes(0, ("e", 0, 0))
+    assert link.evaluation()
+    link.receive(0, ("e", 0, 0))
+    neighbours.comes(0, END)
+    assert not link.evaluation()
+    link.close()
+    assert [name for name, _ in neighbours.sent[2]] == [END]
+    assert link.working == 0
+
+
+def test_who_is_done_waits_for_a_free_way_but_not_with_an_evaluation(neighbours: Neighbours) -> None:
+    link = middle(neighbours)
+    for n in range(2):
+        link.send(2, ("h", n, 0), Message(None))
+    threading.Timer(0.05, neighbours.open.set).start()
+    link.pause(0.0)
+    assert link.ready
+    neighbours.comes(0, ("e", 0, 0))
+    until(lambda: link.evaluates)
+    link.pause(time.perf_counter() + 3600)
+
+
+@pytest.mark.parametrize("side", [0, 2])
+def test_what_fails_in_a_thread_is_raised_where_the_stage_waits(neighbours: Neighbours, side: int) -> None:
+    link = middle(neighbours)
+    neighbours.come[side].put(RuntimeError("Connection closed by peer"))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        link.next()
+    assert neighbours.waits[-1:] != [None], "what it waited for must stand, so that the failure is known as an echo"
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        link.send(2, ("e", 0, 0), Message(None))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        link.close()
+
+
+def test_a_program_that_ends_early_ends_the_threads(neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One waits for room, one for something to send, one for the stage above; torch lets go of those that it holds."""
+    link = middle(neighbours)
+    for i in range(DEPTH + 1):
+        neighbours.comes(0, ("e", i, 0))
+    until(lambda: neighbours.come[0].empty() and len(link.evaluations) == DEPTH)
+
+    class Work:
+        def wait(self, limit: timedelta) -> None:
+            neighbours.come[2].put(RuntimeError("Application timeout caused pair closure"))
+            raise RuntimeError("Timed out waiting 1ms for recv operation to complete")
+
+    monkeypatch.setattr(delock.links.free.dist, "irecv", lambda tensor, peer: Work())
+    link._abandon()
+    assert link.working == 0
+
+
+def test_a_link_that_takes_nothing_holds_nobody_up(neighbours: Neighbours) -> None:
+    """Stage 1 of 3 trains to its end, with the first two activations alone on their way, and does not compute what nobody can be given."""
+    made = jobs("conv", 3, AsyncDGL(1), epochs=20, evaluate=False)
+    link = middle(neighbours, size=1)
+    worker, turns = Worker(made[1], link, CPU, lambda event: None), list[Turn]()
+    outputs = made[0].module(made[0].train.inputs[:8]).detach()  # type: ignore[union-attr]
+    neighbours.come[0].put(pack(("h", 0, 0), Message(outputs, made[0].train.targets[:8], samples=8))[0])  # type: ignore[union-attr]
+
+    def tell(record: TurnsRecord) -> None:
+        turns.extend(record.turns)
+
+    def after() -> None:
+        """When all updates are made: stage 1 stands still, until the way is free, and the stages above are done."""
+        until(lambda: worker.stage.version == 60 and neighbours.waits[-1:] == [2])
+        neighbours.open.set()
+        until(lambda: len(neighbours.sent[2]) > 4)
+        neighbours.comes(2, END)
+        neighbours.comes(0, END)
+
+    helper = threading.Thread(target=after)
+    helper.start()
+    FreeRun(worker.engine, link, AsyncDGL(1), made[1].course, tell).run()
+    link.close()
+    helper.join(PATIENT)
+    assert [turn.ordinal for turn in turns] == list(range(len(turns)))
+    assert [turn.trains for turn in turns] == [i < 60 for i in range(len(turns))]
+    sent = [turn.ordinal for turn in turns if turn.sent]
+    assert len([n for n in sent if n < 60]) == 2
+    assert [name[1] for name, _ in neighbours.sent[2]] == [*sent, 0]  # and the end
+    assert all(turn.sent for turn in turns[60:-1]), "an activation was computed for nobody"
+    assert worker.stage.module.training
