@@ -35,7 +35,7 @@ class Rank:
 
 
 def device_of(device: str, local_rank: int) -> torch.device:
-    """ "cuda" is GPU number `local_rank`; everything else is what it says. Makes a GPU the current one, as NCCL wants it."""
+    """GPU number `local_rank` for "cuda"; everything else is what it says. Makes a GPU the current one, as NCCL wants it."""
     asked = torch.device(device)
     if asked.type != "cuda":
         return asked

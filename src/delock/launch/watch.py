@@ -102,7 +102,7 @@ def own_frames(dump: str) -> str:
 
 
 def stopped_by_signal(pid: int) -> str:
-    """ "is stopped by a signal" in state T (SIGSTOP, Ctrl-Z), where the system has /proc; else ""."""
+    """What to say of state T (SIGSTOP, Ctrl-Z), where the system has /proc; else ""."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
