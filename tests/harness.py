@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from delock.engine import run_here
 from delock.launch.processes import run_processes
+from delock.links.mailbox import Mailbox
 from delock.links.meet import LinkKind
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Interlocking, Method, OneFOneB
-from delock.plan import Course
+from delock.plan import Course, windows
 from delock.stage import OptimizerFactory
-from delock.train import Job, StageResult, run_inline, run_rank
+from delock.train import Job, StageResult, Worker, run_inline, run_rank
 
 from oracles_local import tiny_heads
 from workloads import WORK, Samples, sgd, warm_up
@@ -141,3 +145,34 @@ def same_tree(a: Any, b: Any) -> None:
             same_tree(x, y)
     else:
         assert a == b
+
+
+class Held:
+    """A run of all stages in this process, in windows of two ticks, held by its parts."""
+
+    def __init__(self, made: list[Job]) -> None:
+        box = Mailbox()
+        self.workers = [Worker(job, box.end(job.k), CPU, lambda event: None) for job in made]
+        self.engines = [worker.engine for worker in self.workers]
+        for engine in self.engines:
+            engine.stage.resumable = True
+        self.plans = list(windows(made[0].method, len(made), made[0].course, 2))
+
+    @property
+    def losses(self) -> list[float]:
+        return self.workers[-1].tracker.losses
+
+
+def whole_and_resumed(make: Callable[[], list[Job]], stop: int) -> tuple[Held, Held, list[float]]:
+    """A run without a break, one that goes on in new stages with the pickled state of another after `stop` windows; the losses of both."""
+    whole, first, second = (Held(make()) for _ in range(3))
+    for plan in whole.plans:
+        run_here(plan, whole.engines)
+    for plan in first.plans[:stop]:
+        run_here(plan, first.engines)
+    saved = pickle.dumps([engine.state() for engine in first.engines])
+    for engine, state in zip(second.engines, pickle.loads(saved), strict=True):
+        engine.load(state)
+    for plan in second.plans[stop:]:
+        run_here(plan, second.engines)
+    return whole, second, first.losses + second.losses

@@ -52,7 +52,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Ranks]]
     yield make
     for one in made:
         for beats in one.beats:
-            beats.stop()
+            beats.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "delock-beats"]
 
 
@@ -71,7 +71,7 @@ def test_who_gives_no_sign_of_life_is_named_though_it_waits(ranks: Callable[[flo
     three = ranks(0.5)
     three.begin(1, 2, 1)
     beats(three, 9)
-    three.beats[2].stop()
+    three.beats[2].close()
     culprit, message = three.blamed()
     assert culprit == 2
     assert message.startswith("stage 2 gives no sign of life in F7 (epoch 2)")

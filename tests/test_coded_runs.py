@@ -18,17 +18,14 @@ from delock.cli.rows import rows
 from delock.codecs import BF16, INT8, VQ, parse, parse_error
 from delock.codecs.coding import decode, encoder, predicted
 from delock.config import CompareConfig, TrainConfig, build, flat, resolve
-from delock.engine import run_here
 from delock.errors import UsageError
 from delock.keys import key
 from delock.links import Message
-from delock.links.mailbox import Mailbox
 from delock.links.values import Library, lean
 from delock.methods import BP, DGL, FDG, GPipe, Method
-from delock.plan import windows
-from delock.train import Job, Worker
+from delock.train import Job
 
-from harness import CPU, assert_equal, in_processes, inline, jobs, same_tree
+from harness import assert_equal, in_processes, inline, jobs, same_tree, whole_and_resumed
 from workloads import drawn
 
 SMALL_VQ = "vq:codes=8:dim=2:every=2"
@@ -114,34 +111,11 @@ def test_errors_are_those_at_the_decoded_activation(codec: str) -> None:
 @pytest.mark.parametrize(("method", "stop"), [(FDG(), 1), (FDG(), 3), (DGL(), 3)], ids=str)
 @pytest.mark.parametrize("codec", ["int8", "vq:codes=8:dim=2:every=3"])
 def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, stop: int, codec: str) -> None:
-    whole, first, second = (_Run(method, codec) for _ in range(3))
-    for plan in whole.plans:
-        run_here(plan, whole.engines)
-    for plan in first.plans[:stop]:
-        run_here(plan, first.engines)
-    saved = pickle.dumps([engine.state() for engine in first.engines])
-    for engine, state in zip(second.engines, pickle.loads(saved), strict=True):
-        engine.load(state)
-    for plan in second.plans[stop:]:
-        run_here(plan, second.engines)
+    whole, second, losses = whole_and_resumed(lambda: coded("conv", 3, method, codec, "int8"), stop)
     for a, b in zip(second.engines, whole.engines, strict=True):
         same_tree(a.stage.module.state_dict(), b.stage.module.state_dict())
         same_tree(a.link.state(), b.link.state())
-    assert first.losses + second.losses == whole.losses
-
-
-class _Run:
-    """A run over three stages in windows of two ticks, held by its parts."""
-
-    def __init__(self, method: Method, codec: str) -> None:
-        made, box = coded("conv", 3, method, codec, "int8"), Mailbox()
-        self.workers = [Worker(job, box.end(job.k), CPU, lambda event: None) for job in made]
-        self.engines = [worker.engine for worker in self.workers]
-        self.plans = list(windows(method, 3, made[0].course, 2))
-
-    @property
-    def losses(self) -> list[float]:
-        return self.workers[-1].tracker.losses
+    assert losses == whole.losses
 
 
 def test_a_resumed_sender_brings_its_codebook() -> None:

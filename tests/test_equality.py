@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-from typing import Any
-
 import pytest
 
-from delock.engine import run_here
-from delock.links.mailbox import Mailbox
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, Interlocking, Method, OneFOneB
-from delock.plan import windows
-from delock.train import Worker
 
-from harness import CPU, assert_equal, every_method, in_processes, inline, jobs, same_tree
+from harness import assert_equal, every_method, in_processes, inline, jobs, same_tree, whole_and_resumed
 
 
 @pytest.mark.parametrize("work", ["conv", "tuple"])
@@ -46,19 +39,7 @@ def test_windows_in_processes() -> None:
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_resumed_run_equals_an_uninterrupted_one(work: str, method: Method, stop: int) -> None:
     """Stop after `stop` windows of two ticks, carry the pickled state to new stages, go on: graphs, links and optimizers are as before."""
-    whole = _Run(work, method)
-    for plan in whole.plans:
-        run_here(plan, whole.engines)
-
-    first, second = _Run(work, method), _Run(work, method)
-    for plan in first.plans[:stop]:
-        run_here(plan, first.engines)
-    saved = pickle.dumps([engine.state() for engine in first.engines])
-    for engine, state in zip(second.engines, pickle.loads(saved), strict=True):
-        engine.load(state)
-    for plan in second.plans[stop:]:
-        run_here(plan, second.engines)
-
+    whole, second, losses = whole_and_resumed(lambda: jobs(work, 3, method), stop)
     for a, b in zip(second.engines, whole.engines, strict=True):
         same_tree(a.stage.module.state_dict(), b.stage.module.state_dict())
         assert (a.stage.head is None) == (b.stage.head is None)
@@ -67,22 +48,4 @@ def test_a_resumed_run_equals_an_uninterrupted_one(work: str, method: Method, st
         assert a.stage.optimizer
         assert b.stage.optimizer
         same_tree(a.stage.optimizer.state_dict(), b.stage.optimizer.state_dict())
-    joined = first.losses + second.losses
-    assert joined == whole.losses
-
-
-class _Run:
-    """A run over three stages in windows of two ticks, held by its parts."""
-
-    def __init__(self, work: str, method: Method) -> None:
-        made = jobs(work, 3, method)
-        box = Mailbox()
-        self.workers = [Worker(job, box.end(job.k), CPU, lambda event: None) for job in made]
-        self.engines = [worker.engine for worker in self.workers]
-        for engine in self.engines:
-            engine.stage.resumable = True
-        self.plans: list[Any] = list(windows(method, 3, made[0].course, 2))
-
-    @property
-    def losses(self) -> list[float]:
-        return self.workers[-1].tracker.losses
+    assert losses == whole.losses

@@ -49,7 +49,7 @@ class Beats:
         """This rank has nothing left to do: whoever waits for it no longer waits for an op."""
         self._done[self._rank] = True
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the thread."""
         self._over.set()
         self._thread.join(_JOIN)

@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from typing import TypeAlias, TypeVar
 
 import torch.distributed as dist
@@ -67,21 +69,18 @@ def run_torchrun(
     space = f"delock/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{store.add(f'delock/runs/{rank}', 1)}"
     dist.init_process_group(group, store=PrefixStore(space, store), rank=rank, world_size=world, timeout=limit)
     post = _Post(rank, world, space, limit, on_event)
-    beats = Beats(rank, world, post.store, progress, patience, lambda culprit, message: _leave(post, culprit, message))
 
     def emit(event: object) -> None:
         with progress.aside():
             post.emit(event)
 
     try:
-        try:
+        with closing(Beats(rank, world, post.store, progress, patience, partial(_leave, post))) as beats:
             result = target(Rank(rank, world, where, emit, progress, beats.be_patient), payload_of(rank))
             beats.done()
             results = _gather(rank, world, (result, post.emitted))
             if results is not None:
                 post.close([emitted for _, emitted in results])
-        finally:
-            beats.stop()
         dist.barrier()  # rank 0 may host the store: the others leave when it has heard them
     except Exception as error:
         sys.exit(_tell(rank, error, progress, post))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from delock.computing import PLAIN, Computing
 from delock.errors import UsageError
-from delock.nets.observe import AtomMemory, Value, observe, tensors
+from delock.nets.observe import AtomMemory, Trial, Value, observe, tensors
 from delock.nets.split import Atom
 
 MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # what a module raises that is given what it does not take
@@ -148,22 +148,19 @@ def _run(
     module: nn.Module, value: Value, wants: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, how: Computing
 ) -> tuple[float, float, Value]:
     """Seconds of one forward and of one backward, and the output with its graph spent."""
-    leaves = [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), wants, strict=True)]
-    given = [x.clone() for x in leaves]  # an atom may write on its input
-    wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
+    trial = Trial(module, value, wants, loss, device, how)
     began = _now(device)
-    out = how.apply(module, given[0] if isinstance(value, Tensor) else tuple(given), device)
+    out = trial.forward()
     if not (isinstance(out, Tensor) or (isinstance(out, tuple) and all(isinstance(x, Tensor) for x in out))):
         returned = f"a {type(module).__name__} returns a {type(out).__name__}"
         raise UsageError(f"{returned}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
-    with how.context(device):
-        ends = [x for x in tensors(out if loss is None else loss(out)) if x.requires_grad]
+    ends = trial.ends(out)
     forward_s = _now(device) - began
     if not ends:
         return forward_s, 0.0, out
     errors = [torch.ones_like(x) for x in ends]
     began = _now(device)
-    torch.autograd.grad(ends, wanted, errors, allow_unused=True)
+    trial.backward(ends, errors)
     return forward_s, _now(device) - began, out
 
 

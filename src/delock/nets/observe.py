@@ -56,9 +56,11 @@ def observe(
 
     The errors that come from behind are as large as the outputs and free to go, as inside a stage, not a tensor that somebody keeps.
     """
-    passing_through = _Trial(module, value, learns, loss, device, how).passing_through()
-    trial, saved = _Trial(module, value, learns, loss, device, how), _Saved()
-    live, given = trial.live, trial.given
+    how = replace(how, chunks=1)
+    passing_through = _passing_through(Trial(module, value, learns, loss, device, how))
+    trial, live, saved = Trial(module, value, learns, loss, device, how), Live(), _Saved()
+    live.ignore(trial.there)
+    given = trial.given
     before = [x._version for x in given]
     with live:
         with saved_tensors_hooks(saved.note, lambda kept: kept), saved.watching(module):
@@ -71,9 +73,9 @@ def observe(
         ends = trial.ends(out)
         losing, begun = live.peak - held, live.from_here()
         roots = ends if loss else [_with_error(x, live) for x in ends]
-        trial.backward(roots, keep=True)
+        trial.backward(roots, list(map(torch.ones_like, roots)), keep=True)
         retaining, _ = live.peak - begun, live.from_here()
-        trial.backward(roots, keep=False)
+        trial.backward(roots, list(map(torch.ones_like, roots)))
     sizes = [storage_bytes(w) for w in module.parameters() if w.requires_grad]
     return AtomMemory(
         weights=sum(sizes),
@@ -100,8 +102,8 @@ def tensors(value: Value) -> tuple[Tensor, ...]:
     return (value,) if isinstance(value, Tensor) else value
 
 
-class _Trial:
-    """The module on inputs of its own; `live` counts what comes to be beside `there`."""
+class Trial:
+    """The module on inputs of its own, forward and backward once; `there`: all tensors that it begins with."""
 
     def __init__(
         self,
@@ -112,16 +114,15 @@ class _Trial:
         device: torch.device,
         how: Computing,
     ) -> None:
-        self.module, self.loss, self.device, self.how = module, loss, device, replace(how, chunks=1)
+        self.module, self.loss, self.device, self.how = module, loss, device, how
         self.alone = isinstance(value, Tensor)
         leaves = [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
         self.given = [x.clone() for x in leaves]  # an atom may write on its input
         self.wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
         self.there = [*leaves, *self.given, *module.parameters(), *module.buffers()]
-        self.live = Live()
-        self.live.ignore(self.there)
 
     def forward(self) -> Value:
+        """The output with its graph."""
         out: Value = self.how.apply(self.module, self.given[0] if self.alone else tuple(self.given), self.device)
         return out
 
@@ -130,16 +131,19 @@ class _Trial:
         with self.how.context(self.device):
             return [x for x in tensors(out if self.loss is None else self.loss(out)) if x.requires_grad]
 
-    def backward(self, roots: Sequence[Tensor], keep: bool) -> None:
+    def backward(self, roots: Sequence[Tensor], errors: Sequence[Tensor], keep: bool = False) -> None:
         """keep: the graph, for another one."""
         if roots and self.wanted:
-            torch.autograd.grad(roots, self.wanted, [torch.ones_like(root) for root in roots], retain_graph=keep, allow_unused=True)
+            torch.autograd.grad(roots, self.wanted, errors, retain_graph=keep, allow_unused=True)
 
-    def passing_through(self) -> int:
-        """The peak of a forward that only passes on."""
-        with self.live, torch.no_grad():
-            self.forward()
-        return self.live.peak
+
+def _passing_through(trial: Trial) -> int:
+    """The peak of a forward that only passes on."""
+    live = Live()
+    live.ignore(trial.there)
+    with live, torch.no_grad():
+        trial.forward()
+    return live.peak
 
 
 class _Saved:
