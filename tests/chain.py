@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from delock.data.plain import as_loader
-from delock.engine import Engine, Log
-from delock.feed import Feed
+from delock.data.iterable import as_loader
+from delock.engine.engine import Engine
+from delock.engine.feed import Feed
+from delock.engine.log import StageLog
 from delock.links.mailbox import Mailbox
 from delock.methods import BP, Method
-from delock.plan import Course, Plan, Step, walk, windows
+from delock.plan import Plan, RunLength, Step, walk, windows
 from delock.stage import Stage
 from delock.timeline.spans import Span
 
@@ -72,7 +73,7 @@ class Chain:
         seed: int = 7,
     ) -> None:
         self.method, self.K = method, len(modules)
-        self.course = Course(len(batches), every, len(test or []))
+        self.length = RunLength(len(batches), every, len(test or []))
         self.box = Mailbox()
         self.losses: list[float] = []
         self.outputs: list[Any] = []
@@ -96,7 +97,7 @@ class Chain:
                 stage,
                 self.box.end(k),
                 feed=feed if k == 0 else None,
-                log=Log(spans=self.spans[k]),
+                log=StageLog(spans=self.spans[k]),
                 parts=method.parts,
                 on_loss=lambda step, loss, stage, samples: self.losses.append(loss),
                 on_output=lambda step, message: self.outputs.append(message.values),
@@ -106,7 +107,7 @@ class Chain:
 
     def plan(self) -> Plan:
         """The whole run."""
-        return next(windows(self.method, self.K, self.course, size=10**6))
+        return next(windows(self.method, self.K, self.length, size=10**6))
 
     def steps(self) -> Iterator[tuple[int, Step]]:
         """Execute the run; yields (stage, step) after each."""

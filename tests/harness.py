@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 
-from delock.engine import run_here
+from delock.engine.engine import run_here
 from delock.launch.processes import run_processes
+from delock.links.connect import LinkKind
 from delock.links.mailbox import Mailbox
-from delock.links.meet import LinkKind
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Interlocking, Method, OneFOneB
-from delock.plan import Course, windows
+from delock.plan import RunLength, windows
+from delock.run.inline import run_inline
+from delock.run.job import StageJob, StageResult
+from delock.run.ranks import run_rank
+from delock.run.worker import Worker
 from delock.stage import OptimizerFactory
-from delock.train import Job, StageResult, Worker, run_inline, run_rank
 
 from oracles_local import tiny_heads
 from workloads import WORK, Samples, sgd, warm_up
@@ -65,22 +68,22 @@ def jobs(
     window: int = 256,
     trace: bool = False,
     link: LinkKind = "gloo",
-) -> list[Job]:
+) -> list[StageJob]:
     """A Job per stage on one of the workloads; `samples` leaves an uneven last batch, the test set has one too."""
     net, kind, loss = WORK[work]
     train, test = Samples(kind, samples, batch, dtype), Samples(kind, 11, 4, dtype, seed=1)
-    course = Course(len(train) * epochs, len(train) if evaluate else 0, len(test) if evaluate else 0)
+    length = RunLength(len(train) * epochs, len(train) if evaluate else 0, len(test) if evaluate else 0)
     stages = net(K, dtype)
     tiny = tiny_heads(stages, next(iter(train.epoch(0)))[0], dtype) if method.local_losses else []
     heads = {k: tiny[k] for k in method.headed(K)}
     return [
-        Job(
+        StageJob(
             k=k,
             K=K,
             module=module,
             names={},
             method=method,
-            course=course,
+            length=length,
             per_epoch=len(train),
             optimizer=optimizer,  # type: ignore[arg-type]
             schedule=schedule,
@@ -99,12 +102,12 @@ def jobs(
     ]
 
 
-def inline(made: list[Job]) -> list[StageResult]:
+def inline(made: list[StageJob]) -> list[StageResult]:
     """All stages in this process, with one thread."""
     return run_inline(made, CPU, lambda event: None, threads=1)
 
 
-def in_processes(made: list[Job]) -> list[StageResult]:
+def in_processes(made: list[StageJob]) -> list[StageResult]:
     """A process per stage, with one thread each."""
     return run_processes(run_rank, made, threads=1, pin=False, patience=60)
 
@@ -150,20 +153,20 @@ def same_tree(a: Any, b: Any) -> None:
 class Held:
     """A run of all stages in this process, in windows of two ticks, held by its parts."""
 
-    def __init__(self, made: list[Job]) -> None:
+    def __init__(self, made: list[StageJob]) -> None:
         box = Mailbox()
         self.workers = [Worker(job, box.end(job.k), CPU, lambda event: None) for job in made]
         self.engines = [worker.engine for worker in self.workers]
         for engine in self.engines:
             engine.stage.resumable = True
-        self.plans = list(windows(made[0].method, len(made), made[0].course, 2))
+        self.plans = list(windows(made[0].method, len(made), made[0].length, 2))
 
     @property
     def losses(self) -> list[float]:
         return self.workers[-1].tracker.losses
 
 
-def whole_and_resumed(make: Callable[[], list[Job]], stop: int) -> tuple[Held, Held, list[float]]:
+def whole_and_resumed(make: Callable[[], list[StageJob]], stop: int) -> tuple[Held, Held, list[float]]:
     """A run without a break, one that goes on in new stages with the pickled state of another after `stop` windows; the losses of both."""
     whole, first, second = (Held(make()) for _ in range(3))
     for plan in whole.plans:

@@ -111,7 +111,7 @@ class Course:
 
 
 def sampled(
-    course: Course,
+    length: Course,
     stages: Sequence[nn.Module],
     heads: Sequence[nn.Module],
     data: Callable[[int], Batch],
@@ -134,7 +134,7 @@ def sampled(
     schedules = [make_schedule(optimizer) for optimizer in optimizers]
     run = OracleRun()
     with torch.random.fork_rng(devices=[]):
-        for visit in course:
+        for visit in length:
             k = visit.k
             h, y = visit.content if k else data(visit.read)
             body = bodies[k].train(visit.trains)

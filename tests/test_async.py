@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from delock.engine.asynchronous.buffer import ReplayBuffer
+from delock.engine.asynchronous.schedule import drawn
 from delock.errors import UsageError
 from delock.methods import DGL, AsyncDGL
 from delock.ops import Forward, Update
-from delock.plan import Course, Plan, Step, check
-from delock.plan.turns import drawn
-from delock.records import Turn
-from delock.replay import ReplayBuffer
+from delock.plan import Plan, RunLength, Step, check
+from delock.records import Visit
 
 import oracles
 import oracles_async
@@ -132,7 +132,7 @@ def test_options_that_are_refused(options: dict[str, Any], expected: str) -> Non
 
 def test_a_slow_stage_that_is_not_there() -> None:
     with pytest.raises(UsageError, match=r"slow_stage is 3, but the stages are 0 .. 2"):
-        drawn(AsyncDGL(slow_stage=3, turns="sampled"), 3, Course(2))
+        drawn(AsyncDGL(slow_stage=3, turns="sampled"), 3, RunLength(2))
 
 
 # -- who acts, and what is read ----------------------------------------------------------------------------------------------------
@@ -159,12 +159,12 @@ def visits(column: tuple[Step, ...]) -> list[tuple[int, int, int, bool]]:
 @pytest.mark.parametrize("K", [3, 5])
 @pytest.mark.parametrize("method", SAMPLED, ids=str)
 def test_a_drawn_plan_is_the_naive_loop(method: AsyncDGL, K: int) -> None:
-    plan, accounts = drawn(method, K, Course(60), seed=3)
-    course = oracle(method, K, 60, seed=3)
-    want = list(course)
+    plan, accounts = drawn(method, K, RunLength(60), seed=3)
+    length = oracle(method, K, 60, seed=3)
+    want = list(length)
     for k, column in enumerate(plan.columns):
         assert visits(column) == [(v.tick, v.number, v.read, v.trains) for v in want if v.k == k]
-    for account, ring in zip(accounts, course.rings, strict=True):
+    for account, ring in zip(accounts, length.rings, strict=True):
         assert_account(account, ring)
 
 
@@ -173,7 +173,7 @@ def test_a_drawn_plan_is_the_naive_loop(method: AsyncDGL, K: int) -> None:
 @pytest.mark.parametrize("method", [*SAMPLED, AsyncDGL(2, turns="round-robin")], ids=str)
 def test_a_drawn_plan_can_run_and_every_stage_makes_its_updates(method: AsyncDGL, K: int, every: int) -> None:
     method = replace(method, slow_stage=min(method.slow_stage, K - 1))
-    plan, _ = drawn(method, K, Course(30, every, 2), seed=1)
+    plan, _ = drawn(method, K, RunLength(30, every, 2), seed=1)
     check(plan)
     for k, column in enumerate(plan.columns):
         assert sum(isinstance(step.op, Update) for step in column) == 30
@@ -187,9 +187,9 @@ def test_a_drawn_plan_can_run_and_every_stage_makes_its_updates(method: AsyncDGL
 
 def test_max_reuse_costs_a_stage_its_turns() -> None:
     """Of two stages with a buffer of one batch, to be read once: the upper one acts at its first turn after each of the lower one's."""
-    course = oracle(AsyncDGL(1, 1, turns="sampled"), 2, 50, seed=0)
-    turns = [course.draw(tick) for tick in range(1000)]
-    plan, _ = drawn(AsyncDGL(1, 1, turns="sampled"), 2, Course(50), seed=0)
+    length = oracle(AsyncDGL(1, 1, turns="sampled"), 2, 50, seed=0)
+    turns = [length.draw(tick) for tick in range(1000)]
+    plan, _ = drawn(AsyncDGL(1, 1, turns="sampled"), 2, RunLength(50), seed=0)
     lower, upper = ([tick for tick, *_ in visits(column)] for column in plan.columns)
     assert lower == [tick for tick in range(lower[-1] + 1) if turns[tick] == 0]
     wanted = [tick for tick in range(1, upper[-1] + 1) if turns[tick] == 1 and turns[tick - 1] == 0]
@@ -201,7 +201,7 @@ def test_max_reuse_costs_a_stage_its_turns() -> None:
 @pytest.mark.parametrize("slow", [0, 2])
 def test_a_slowed_stage_acts_as_often_as_its_slowness_says(slow: int, noise: float) -> None:
     """1 - noise against 1, counted until the first stage is done."""
-    plan, _ = drawn(AsyncDGL(turns="sampled", slow_stage=slow, noise=noise), 4, Course(4000))
+    plan, _ = drawn(AsyncDGL(turns="sampled", slow_stage=slow, noise=noise), 4, RunLength(4000))
     stages = [visits(column) for column in plan.columns]
     until = min(stage[3999][0] for stage in stages)
     slowed, *others = [sum(tick <= until for tick, *_ in stages[k]) for k in (slow, *(k for k in range(4) if k != slow))]
@@ -210,7 +210,7 @@ def test_a_slowed_stage_acts_as_often_as_its_slowness_says(slow: int, noise: flo
 
 
 def test_all_evaluate_when_stage_0_has_made_so_many_updates() -> None:
-    plan, _ = drawn(AsyncDGL(2, turns="sampled", slow_stage=0, noise=0.5), 3, Course(10, every=4, evaluation=2))
+    plan, _ = drawn(AsyncDGL(2, turns="sampled", slow_stage=0, noise=0.5), 3, RunLength(10, every=4, evaluation=2))
     for k, column in enumerate(plan.columns):
         tests = [(step.tick, step.op.batch) for step in column if isinstance(step.op, Forward) and step.op.evaluates]
         assert [batch for _, batch in tests] == list(range(6))
@@ -256,14 +256,14 @@ def test_a_sampled_run_is_the_naive_loop(work: str, K: int, method: AsyncDGL) ->
     stages = net(K, torch.float64)
     data = Samples(kind, 22, 8, torch.float64)
     heads = tiny_heads(stages, next(iter(data.epoch(0)))[0], torch.float64)
-    course = oracle(method, K, updates)
+    length = oracle(method, K, updates)
     want, want_heads = oracles_async.sampled(
-        course, stages, heads, stream(data), loss=loss, make_optimizer=sgd, make_schedule=warm_up, seed=SEED
+        length, stages, heads, stream(data), loss=loss, make_optimizer=sgd, make_schedule=warm_up, seed=SEED
     )
     assert oracles.gap([result.state for result in got], want.states) <= 1e-10
     assert oracles.gap([result.head for result in got[:-1]], want_heads) <= 1e-10
     assert oracles.gap(torch.tensor(got[-1].losses, dtype=torch.float64), torch.stack(want.losses)) <= 1e-10
-    for result, ring in zip(got, course.rings, strict=True):
+    for result, ring in zip(got, length.rings, strict=True):
         left = Counter(slot.used for slot in ring.slots if slot)
         assert result.report.reuse == ring.reuse + left
         assert (result.report.visits_behind, result.report.versions_behind) == (ring.behind, ring.versions)
@@ -281,9 +281,8 @@ def stream(data: Samples) -> Any:
 
 def test_another_seed_is_another_run() -> None:
     method = AsyncDGL(2, turns="sampled")
-    made = [visits(drawn(method, 3, Course(20), seed=seed)[0].columns[2]) for seed in (0, 0, 1)]
+    made = [visits(drawn(method, 3, RunLength(20), seed=seed)[0].columns[2]) for seed in (0, 0, 1)]
     assert made[0] == made[1] != made[2]
-
 
 
 # -- what the docs say -------------------------------------------------------------------------------------------------------------
@@ -308,6 +307,6 @@ def test_the_worked_example() -> None:
 def test_the_line_of_a_trace() -> None:
     [line] = re.findall(r"```json\n(.*)\n```", PAGE)
     values = json.loads(line)
-    assert list(values) == ["stage", *(field.name for field in fields(Turn))]
+    assert list(values) == ["stage", *(field.name for field in fields(Visit))]
     told = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", PAGE.split("## The trace")[1], re.MULTILINE))))
     assert set(values) <= told

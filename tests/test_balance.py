@@ -13,13 +13,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from delock.errors import UsageError
-from delock.nets import (
-    AtomCost,
-    atoms,
-    balance,
-    build,
-    measure,
-)
+from delock.nets import build
+from delock.partition.balance import balance
+from delock.partition.layers import layers
+from delock.partition.measure import LayerCost, measure
 
 from harness import same_state
 
@@ -28,7 +25,7 @@ from harness import same_state
 
 def test_measuring_counts_and_leaves_everything_as_it_was():
     model = build("cnn", classes=10, in_channels=1, image_size=8, dropout=0.5).eval()
-    found, x = atoms(model), torch.randn(4, 1, 8, 8)
+    found, x = layers(model), torch.randn(4, 1, 8, 8)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     costs = measure(found, x, torch.arange(4), cross_entropy, repeats=1)
     assert same_state(before, model.state_dict())
@@ -42,7 +39,7 @@ def test_measuring_counts_and_leaves_everything_as_it_was():
 
 
 def test_measured_time_follows_the_work():
-    found = atoms([nn.Linear(400, 400), nn.Linear(400, 20), nn.Linear(20, 1)])
+    found = layers([nn.Linear(400, 400), nn.Linear(400, 20), nn.Linear(20, 1)])
     costs = measure(found, torch.randn(400, 400), torch.zeros(400, 1), nn.functional.mse_loss, repeats=5)
     assert costs[0].total_s > costs[2].total_s
     assert costs[1].out_bytes == 400 * 20 * 4
@@ -51,9 +48,9 @@ def test_measured_time_follows_the_work():
 def test_the_median_of_the_repeats_is_taken(monkeypatch):
     clock = itertools.accumulate([0, 1, 0, 2, 0, 9, 0, 3, 0, 5, 0, 7])  # (forward, backward) = (1, 2), (9, 3), (5, 7)
     fake = SimpleNamespace(perf_counter=lambda: next(clock))
-    monkeypatch.setattr(sys.modules["delock.nets.measure"], "time", fake)  # the package's `measure` is the function
-    (cost,) = measure(atoms([nn.Linear(2, 1)]), torch.ones(3, 2), torch.ones(3, 1), nn.functional.mse_loss, repeats=3)
-    expected = AtomCost(forward_s=5, backward_s=3, out_bytes=12, params=3, shape=(1,), outputs=(((3, 1), torch.float32),))
+    monkeypatch.setattr(sys.modules["delock.partition.measure"], "time", fake)  # the package's `measure` is the function
+    (cost,) = measure(layers([nn.Linear(2, 1)]), torch.ones(3, 2), torch.ones(3, 1), nn.functional.mse_loss, repeats=3)
+    expected = LayerCost(forward_s=5, backward_s=3, out_bytes=12, params=3, shape=(1,), outputs=(((3, 1), torch.float32),))
     assert replace(cost, memory=None) == expected
 
 
@@ -83,7 +80,7 @@ class Mix(nn.Module):
 
 
 def test_integers_tuples_and_pytrees_of_targets_are_measured():
-    found = atoms([Tokens(), Mix(), Mix()])
+    found = layers([Tokens(), Mix(), Mix()])
     tokens, mask = torch.randint(0, 11, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
     targets = {"y": torch.zeros(2, 5, 8), "weights": [torch.ones(2, 5)]}
 
@@ -99,7 +96,7 @@ def test_what_does_not_learn_has_no_backward_and_in_place_atoms_are_served():
     frozen = nn.Linear(4, 4).requires_grad_(False)
     x = torch.randn(2, 4)
     kept = x.clone()
-    costs = measure(atoms([nn.ReLU(inplace=True), frozen, nn.Linear(4, 4), nn.ReLU(inplace=True)]), x, kept, nn.functional.mse_loss)
+    costs = measure(layers([nn.ReLU(inplace=True), frozen, nn.Linear(4, 4), nn.ReLU(inplace=True)]), x, kept, nn.functional.mse_loss)
     assert [c.backward_s > 0 for c in costs] == [False, False, True, True]
     assert torch.equal(x, kept)
 
@@ -114,7 +111,7 @@ def test_what_does_not_learn_has_no_backward_and_in_place_atoms_are_served():
 )
 def test_an_atom_that_does_not_fit_is_named(model, says):
     with pytest.raises(UsageError, match=says):
-        measure(atoms(model), torch.randn(2, 3), torch.randn(2, 3), nn.functional.mse_loss)
+        measure(layers(model), torch.randn(2, 3), torch.randn(2, 3), nn.functional.mse_loss)
 
 
 # --- balance --------------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from delock.launch import beats as module
-from delock.launch.beats import Beats
+from delock.launch import heartbeats as module
+from delock.launch.heartbeats import Heartbeats
 from delock.launch.progress import Progress
 
 PATIENT = 20.0  # seconds that a test waits for what should come at once
@@ -22,7 +22,7 @@ class Ranks:
     def __init__(self, patience: float) -> None:
         self.store, self.told, self.heard = HashStore(), list[tuple[int, str]](), threading.Event()
         self.progress = [Progress() for _ in range(3)]
-        self.beats = [Beats(rank, 3, self.store, progress, patience, self.hear) for rank, progress in enumerate(self.progress)]
+        self.beats = [Heartbeats(rank, 3, self.store, progress, patience, self.hear) for rank, progress in enumerate(self.progress)]
 
     def hear(self, culprit: int, message: str) -> None:
         self.told.append((culprit, message))

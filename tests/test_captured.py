@@ -13,19 +13,21 @@ import torch
 from torch import nn
 
 import delock
-from delock.captured import Cycle, Lanes, Ticks, capturable, cycle, lanes
-from delock.captured.branch import Branch
-from delock.captured.cycle import laid_out
-from delock.captured.lanes import Turns
-from delock.captured.slots import Slots
 from delock.codecs import parse
-from delock.engine import NonFinite
-from delock.errors import UsageError
+from delock.engine.graphs.period import Period, find_period, laid_out
+from delock.engine.graphs.sgd import capturable
+from delock.engine.graphs.static_messages import StaticMessages
+from delock.engine.graphs.static_stage import StaticStage
+from delock.engine.graphs.streams import SerialStreams, Streams, make_streams
+from delock.engine.graphs.ticks import Ticks
+from delock.errors import NonFinite, UsageError
 from delock.links.message import Message
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method
 from delock.plan import unroll
-from delock.setup import Spec, refuse_uncapturable
-from delock.train import Job, StageResult, run_inline
+from delock.run.checks import refuse_uncapturable
+from delock.run.inline import run_inline
+from delock.run.job import StageJob, StageResult
+from delock.run.request import Request
 
 from harness import CPU, assert_equal, inline, jobs
 from workloads import Samples, class_loss, mlp, sgd, warm_up
@@ -54,7 +56,7 @@ def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.Lambda
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 2.0 ** -(n // 3 % 3))
 
 
-def made(work: str, K: int, method: Method, **options: Any) -> list[Job]:
+def made(work: str, K: int, method: Method, **options: Any) -> list[StageJob]:
     """Jobs without dropout and without a smaller last batch."""
     chosen: dict[str, Any] = {"samples": 32, "epochs": 3, "optimizer": dyadic, "schedule": halving, "window": 5} | options
     found = jobs(work, K, method, **chosen)
@@ -65,7 +67,7 @@ def made(work: str, K: int, method: Method, **options: Any) -> list[Job]:
     return found
 
 
-def captured(found: list[Job], device: torch.device = CPU) -> list[StageResult]:
+def captured(found: list[StageJob], device: torch.device = CPU) -> list[StageResult]:
     return run_inline(found, device, lambda event: None, threads=1, captured=True)
 
 
@@ -94,8 +96,8 @@ def test_forms_of_sgd(options: dict[str, Any]) -> None:
 
 
 def test_clipping() -> None:
-    def clipped() -> list[Job]:
-        return [replace(job, course=replace(job.course, clip=0.05)) for job in made("conv", 3, FDG())]
+    def clipped() -> list[StageJob]:
+        return [replace(job, length=replace(job.length, clip=0.05)) for job in made("conv", 3, FDG())]
 
     assert_equal(captured(clipped()), inline(clipped()))
     assert captured(clipped())[0].state["0.0.weight"].ne(captured(made("conv", 3, FDG()))[0].state["0.0.weight"]).any()
@@ -132,12 +134,12 @@ SLOTS = [(BP(), 1), (DGL(), 2), (DDG(), 4), (FR(), 4), (FDG(), 7), (ADL(2), 8), 
 
 @pytest.mark.parametrize(("method", "slots"), SLOTS, ids=str)
 def test_slots_of_four_stages(method: Method, slots: int) -> None:
-    found = cycle(method, 4)
+    found = find_period(method, 4)
     assert (found.slots, len(found.phases), len(found.chains)) == (slots, slots, slots)
-    assert found.halved == (method.name in ("ddg", "fdg", "adl"))
+    assert found.weights_later == (method.name in ("ddg", "fdg", "adl"))
 
 
-def with_slots(method: Method, K: int, slots: int) -> Cycle:
+def with_slots(method: Method, K: int, slots: int) -> Period:
     """The cycle of a method with another number of slots than it needs."""
     return laid_out(unroll(method, K, 60), slots, 1, method.span(K))
 
@@ -145,15 +147,15 @@ def with_slots(method: Method, K: int, slots: int) -> Cycle:
 @pytest.mark.parametrize("method", [FR(), FDG(), FDG(at="mixed"), DSP(), DGL()], ids=str)
 def test_one_slot_less_is_noticed(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     K, plain = 3, inline(made("conv", 3, method))
-    needed = cycle(method, K).slots
+    needed = find_period(method, K).slots
     for slots, equal in ((needed, True), (needed + 1, True), (needed - 1, False)):
-        monkeypatch.setattr("delock.train.cycle", lambda *_, slots=slots: with_slots(method, K, slots))
+        monkeypatch.setattr("delock.run.inline.find_period", lambda *_, slots=slots: with_slots(method, K, slots))
         ours = captured(made("conv", K, method))
         same = all(torch.equal(value, plain[k].state[name]) for k in range(K) for name, value in ours[k].state.items())
         assert same == equal, f"{slots} slots"
 
 
-class Watched(Turns):
+class Watched(SerialStreams):
     """Lanes with vector clocks: of two uses of a slot by different stages, one of them writing, one must be known to come first."""
 
     def __init__(self, K: int) -> None:
@@ -196,26 +198,26 @@ class Watched(Turns):
 def watched(method: Method, K: int, monkeypatch: pytest.MonkeyPatch, slots: int | None = None) -> Watched:
     """A run in which every use of a slot is noted; a backward reads its input too, through the graph."""
     found = Watched(K)
-    put, get, backward = Slots.put, Slots.get, Branch.backward
+    put, get, backward = StaticMessages.put, StaticMessages.get, StaticStage.backward
 
-    def noted_put(self: Slots, slot: int, message: Message) -> None:
+    def noted_put(self: StaticMessages, slot: int, message: Message) -> None:
         found.use(self, slot, True)
         put(self, slot, message)
 
-    def noted_get(self: Slots, slot: int) -> Message:
+    def noted_get(self: StaticMessages, slot: int) -> Message:
         found.use(self, slot, False)
         return get(self, slot)
 
-    def noted_backward(self: Branch, step: Any, slot: int) -> Message | None:
+    def noted_backward(self: StaticStage, step: Any, slot: int) -> Message | None:
         found.use(self.inputs, slot, False)
         return backward(self, step, slot)
 
-    monkeypatch.setattr(Slots, "put", noted_put)
-    monkeypatch.setattr(Slots, "get", noted_get)
-    monkeypatch.setattr(Branch, "backward", noted_backward)
-    monkeypatch.setattr("delock.train.lanes", lambda device, K: found)
+    monkeypatch.setattr(StaticMessages, "put", noted_put)
+    monkeypatch.setattr(StaticMessages, "get", noted_get)
+    monkeypatch.setattr(StaticStage, "backward", noted_backward)
+    monkeypatch.setattr("delock.run.inline.make_streams", lambda device, K: found)
     if slots is not None:
-        monkeypatch.setattr("delock.train.cycle", lambda *_: with_slots(method, K, slots))
+        monkeypatch.setattr("delock.run.inline.find_period", lambda *_: with_slots(method, K, slots))
     captured(made("conv", K, method, epochs=1))
     return found
 
@@ -265,10 +267,10 @@ def test_addresses_never_change(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_methods_that_are_no_row_of_ticks(method: Method) -> None:
     with pytest.raises(UsageError, match=f"{method.name}.* cannot run as captured ticks.*use bp, ddg, fr, fdg or adl"):
-        cycle(method, 3)
+        find_period(method, 3)
 
 
-def refused(found: list[Job], match: str) -> None:
+def refused(found: list[StageJob], match: str) -> None:
     with pytest.raises(UsageError, match=match):
         captured(found)
 
@@ -279,7 +281,7 @@ def test_what_does_not_go_with_captured_ticks() -> None:
     refused(made("conv", 2, FDG(), optimizer=lambda named: torch.optim.AdamW(named, 0.1)), "torch.optim.SGD without dampening, not AdamW")
     refused(made("conv", 2, ADL(2), samples=24, epochs=1, schedule=None), "2 batches an update, so 3 batches leave 1")
     with pytest.raises(UsageError, match="bp clips over the whole network"):
-        cycle(BP(), 2, clip=1.0)
+        find_period(BP(), 2, clip=1.0)
 
 
 def test_a_loss_that_is_no_number() -> None:
@@ -316,8 +318,8 @@ def test_the_optimizer_keeps_its_groups() -> None:
     ids=str,
 )
 def test_what_is_refused_before_anything_is_measured(changed: dict[str, Any], said: str) -> None:
-    options: dict[str, Any] = dict.fromkeys(field.name for field in fields(Spec))
-    asked = Spec(**options | {"device": "cuda", "workers": "inline", "train": Samples("image", 32, 8)} | changed)
+    options: dict[str, Any] = dict.fromkeys(field.name for field in fields(Request))
+    asked = Request(**options | {"device": "cuda", "workers": "inline", "train": Samples("image", 32, 8)} | changed)
     if not said:
         refuse_uncapturable(asked)
         return
@@ -347,7 +349,7 @@ def test_a_gpu_agrees_with_the_cpu_to_rounding(method: Method, K: int) -> None:
 
 @no_gpu
 def test_a_tick_is_one_graph_or_two() -> None:
-    recorder: Lanes = lanes(torch.device("cuda"), 2)
+    recorder: Streams = make_streams(torch.device("cuda"), 2)
     value = torch.zeros(4, device="cuda")
 
     def work() -> None:

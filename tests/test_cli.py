@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from delock.cli import main
+from delock.cli.run_folder import RunFolder, dumps, line
 from delock.errors import StageFailed, UsageError
 from delock.nets import build as build_model
 from delock.records import EvaluationRecord, Started, StepRecord
-from delock.runfolder import RunFolder, dumps, line
 
 SMALL = ["--model", "mlp", "--workers", "inline", "--limit", "128", "--batch-size", "32", "--test-batch-size", "512"]
 PRINT_MODULES = """
@@ -276,7 +276,7 @@ def test_what_was_recorded_is_kept(
         on_event(StepRecord(3, 0.75, 1.25, 0.1, 96, 2.0))
         raise error
 
-    monkeypatch.setattr("delock.fitting.fit", fit)
+    monkeypatch.setattr("delock.api.fit", fit)
     assert main(["train", *SMALL, "--out", "a"]) == code
     told = read(Path("a/summary.json"))
     assert (told["status"], told["steps"], told["train_loss"], told["samples_per_second"]) == (status, 3, 1.25, 48.0)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from delock.api import fit
 from delock.errors import UsageError
-from delock.fitting import fit
 from delock.keys import key
 from delock.methods import ADL, BP, DGL, FDG, GPipe, Interlocking, Method, OneFOneB
 from delock.ops import Update
-from delock.plan import Course, unroll
+from delock.plan import RunLength, unroll
+from delock.run.job import StageJob
 from delock.timeline import Costs, simulate
-from delock.train import Job
 
 from harness import assert_equal, in_processes, inline, jobs, same_tree
 from workloads import WORK, Samples, batches, sgd
@@ -24,10 +24,10 @@ from workloads import WORK, Samples, batches, sgd
 CLIP = 0.3  # of gradients whose norms are about 1
 
 
-def clipped(work: str, K: int, method: Method, **more: Any) -> list[Job]:
+def clipped(work: str, K: int, method: Method, **more: Any) -> list[StageJob]:
     """The harness' jobs, with clipping."""
     made = jobs(work, K, method, schedule=None, **more)
-    return [replace(job, course=replace(job.course, clip=CLIP)) for job in made]
+    return [replace(job, length=replace(job.length, clip=CLIP)) for job in made]
 
 
 def loop(work: str, K: int, parts: int) -> list[dict[str, torch.Tensor]]:
@@ -86,7 +86,7 @@ def test_other_methods_clip_each_stage(method: Method) -> None:
 
 
 def test_on_the_clock_an_update_over_the_network_waits_for_all_stages() -> None:
-    timeline = simulate(unroll(BP(), 3, Course(2, clip=1.0)), replace(Costs.unit(3), up=(1.0, 1.0)))
+    timeline = simulate(unroll(BP(), 3, RunLength(2, clip=1.0)), replace(Costs.unit(3), up=(1.0, 1.0)))
     done = [next(span.end for span in column if isinstance(span.op, Update)) for column in timeline.columns]
     # forwards 3, links 2, backwards 6: stage 0 is done at 11, and what it found out goes up two links
     assert done == [11, 12, 13]

@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from delock.codecs import BF16, INT8, VQ, parse, parse_error, title
+from delock.codecs import BF16, INT8, VQ, parse, parse_error, spelled
 from delock.codecs.bits import pack_bits, unpack_bits
 from delock.codecs.coding import decode, encoder, predicted, sizes
 from delock.errors import UsageError
 from delock.links import Message
-from delock.links.coded import CodedLink
+from delock.links.coded import CodedLink, without_codebooks
 from delock.links.mailbox import Mailbox
-from delock.links.message import pack, packed_length
-from delock.links.values import lean
+from delock.links.wire import pack, packed_length
 
 from workloads import drawn
 
@@ -30,8 +29,8 @@ def test_names() -> None:
     assert (VQ().bits, VQ(2).bits, VQ(3).bits, VQ(257).bits, VQ(65536).bits) == (8, 1, 2, 9, 16)
     assert (VQ(dim=8).length(32), VQ(groups=4).length(32)) == (8, 8)
     for text in ("none", "bf16", "int8", "vq", "vq:codes=16:dim=4", "vq:groups=2:every=7"):
-        assert title(parse(text)) == text
-    assert title(parse("vq:every=50:dim=16")) == "vq"
+        assert spelled(parse(text)) == text
+    assert spelled(parse("vq:every=50:dim=16")) == "vq"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +153,7 @@ def test_the_ratios_of_the_formula() -> None:
     assert predicted(VQ(), shape, torch.int64) == (16 * 128 * 32 * 32 * 8, 0)
 
 
-@pytest.mark.parametrize("codec", [BF16(), INT8(), VQ(8, 2, every=3), VQ(1000, 4, every=3)], ids=title)
+@pytest.mark.parametrize("codec", [BF16(), INT8(), VQ(8, 2, every=3), VQ(1000, 4, every=3)], ids=spelled)
 def test_the_bytes_on_the_wire_are_those_of_the_formula(codec: Any) -> None:
     """In seven messages three codebooks; beside these a header of less than 450 bytes, the labels, and gaps of less than 64."""
     box = Mailbox()
@@ -165,8 +164,8 @@ def test_the_bytes_on_the_wire_are_those_of_the_formula(codec: Any) -> None:
     for b in range(7):
         below.send(1, ("h", b, 0), Message(x, labels, samples=5))
         _, message = box.queue(0, 1)[0]
-        packed, _ = pack(("h", b, 0), lean(message))
-        assert len(packed) == packed_length(lean(message))
+        packed, _ = pack(("h", b, 0), without_codebooks(message))
+        assert len(packed) == packed_length(without_codebooks(message))
         wire += len(packed)
         above.receive(0, ("h", b, 0))
     payload, books = predicted(codec, tuple(x.shape), x.dtype)

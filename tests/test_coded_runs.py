@@ -14,16 +14,16 @@ from torch.nn.functional import cross_entropy
 
 import delock
 from delock.cli import main
+from delock.cli.config import CompareConfig, TrainConfig, build, flat, resolve
 from delock.cli.rows import rows
 from delock.codecs import BF16, INT8, VQ, parse, parse_error
 from delock.codecs.coding import decode, encoder, predicted
-from delock.config import CompareConfig, TrainConfig, build, flat, resolve
 from delock.errors import UsageError
 from delock.keys import key
 from delock.links import Message
-from delock.links.values import Library, lean
+from delock.links.coded import Library, without_codebooks
 from delock.methods import BP, DGL, FDG, GPipe, Method
-from delock.train import Job
+from delock.run.job import StageJob
 
 from harness import assert_equal, in_processes, inline, jobs, same_tree, whole_and_resumed
 from workloads import drawn
@@ -34,7 +34,7 @@ SMALL_VQ = "vq:codes=8:dim=2:every=2"
 # -- runs --------------------------------------------------------------------------------------------------------------------------
 
 
-def coded(work: str, K: int, method: Method, codec: str, error_codec: str = "none", **options: Any) -> list[Job]:
+def coded(work: str, K: int, method: Method, codec: str, error_codec: str = "none", **options: Any) -> list[StageJob]:
     made = jobs(work, K, method, **options)
     for job in made:
         job.codec, job.error_codec = parse(codec), parse_error(error_codec)
@@ -128,7 +128,7 @@ def test_a_resumed_sender_brings_its_codebook() -> None:
         assert a
         assert b
         assert (a["fresh"], b["fresh"]) == (False, not learn)
-        assert torch.equal(decode(Library().completed(lean(Message(b))).values if b["fresh"] else b), decode(a))
+        assert torch.equal(decode(Library().with_codebooks(without_codebooks(Message(b))).values if b["fresh"] else b), decode(a))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------------------

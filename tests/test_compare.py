@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import delock.fitting
 from delock.cli import main
+from delock.cli.config import CompareConfig, build, flat
 from delock.cli.rows import rows, usable_cores
-from delock.config import CompareConfig, build, flat
 from delock.errors import UsageError
 from delock.methods import METHODS
 
@@ -131,7 +131,7 @@ def test_a_plan_from_measured_costs_with_a_picture(here: Path, capsys: pytest.Ca
 
 
 def test_an_interrupted_comparison_keeps_its_rows(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    whole, calls = delock.fitting.fit, []
+    whole, calls = delock.api.fit, []
 
     def fit(*args: Any, **options: Any) -> Any:
         calls.append(options["method"].name)
@@ -139,7 +139,7 @@ def test_an_interrupted_comparison_keeps_its_rows(here: Path, monkeypatch: pytes
             raise KeyboardInterrupt
         return whole(*args, **options)
 
-    monkeypatch.setattr("delock.fitting.fit", fit)
+    monkeypatch.setattr("delock.api.fit", fit)
     assert main(["compare", *SMALL, "--steps", "1", "--methods", "bp,ddg,fdg", "--no-plain", "--out", "c"]) == 130
     assert calls == ["bp", "ddg"]
     told = json.loads(Path("c/compare.json").read_text())

@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from delock.computing import PLAIN, Computing
+from delock.api import fit
 from delock.errors import UsageError
-from delock.fitting import fit
+from delock.execution import PLAIN, Execution
 from delock.methods import FDG, FR, GPipe, Interlocking, Method
+from delock.run.job import StageJob, StageResult
 from delock.stage import compiled
-from delock.stage.body import Body, copies
+from delock.stage.module import ModuleFunction, copies
 from delock.timeline import Emulation
-from delock.train import Job, StageResult
 
 from harness import assert_equal, in_processes, inline, jobs
 from workloads import Samples, class_loss, sgd, tuple_net, weighted_loss, without_norm_and_dropout
 
-COMPILED = Computing(compile=True)
+COMPILED = Execution(compile=True)
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +41,10 @@ def nothing_left_set() -> Iterator[None]:
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
-def made(method: Method, how: Computing = COMPILED, work: str = "conv") -> list[Job]:
+def made(method: Method, execution: Execution = COMPILED, work: str = "conv") -> list[StageJob]:
     """Two stages on 22 samples in batches of 8, so that the last batch of an epoch has another size."""
     example = torch.empty(8, 3, 8, 8, device="meta"), torch.empty(8, 6, 4, 4, device="meta")
-    return [replace(job, how=how, example=example[job.k]) for job in jobs(work, 2, method)]
+    return [replace(job, execution=execution, example=example[job.k]) for job in jobs(work, 2, method)]
 
 
 def close(a: list[StageResult], b: list[StageResult]) -> None:
@@ -98,7 +98,7 @@ def test_a_compiled_body_is_the_module() -> None:
     """Masks of a replay, statistics, snapshots, shapes that were not compiled, several backwards through one graph, evaluation."""
     torch.manual_seed(0)
     module = Masks()
-    plain, fast = (Body(copy.deepcopy(module), (0, 1), torch.device("cpu"), how) for how in (PLAIN, COMPILED))
+    plain, fast = (ModuleFunction(copy.deepcopy(module), (0, 1), torch.device("cpu"), execution) for execution in (PLAIN, COMPILED))
     fast.rehearse(torch.zeros(8, 6), (torch.zeros(8, 6).requires_grad_(),), "it")
     assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), fast.module.state_dict().values(), strict=True))
     found = [called(body, compiled=body is fast) for body in (plain, fast)]
@@ -108,7 +108,7 @@ def test_a_compiled_body_is_the_module() -> None:
     assert int(fast.module.norm.num_batches_tracked) == 3
 
 
-def called(body: Body, compiled: bool) -> list[list[Tensor]]:
+def called(body: ModuleFunction, compiled: bool) -> list[list[Tensor]]:
     """Outputs, statistics and gradients of the calls, and an evaluation. The weights move on after a snapshot."""
     snapshot = copies(body.weights)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_what_torch_cannot_compile_is_a_usage_error(monkeypatch: pytest.MonkeyPa
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no\nmore")
 
-    body = Body(nn.Linear(2, 2), (0, 1), torch.device("cpu"), COMPILED)
+    body = ModuleFunction(nn.Linear(2, 2), (0, 1), torch.device("cpu"), COMPILED)
     assert body.compiled is not None
     monkeypatch.setattr(body.compiled, "run", refuse)
     with pytest.raises(UsageError, match=r"does not take stage 7: no; leave compile out$"):
@@ -180,9 +180,9 @@ def test_every_size_of_part_is_compiled_once() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_inputs_of_a_shape_have_the_same_strides(channels_last: bool) -> None:
-    how = Computing(channels_last=channels_last, compile=True)
+    execution = Execution(channels_last=channels_last, compile=True)
     for shape in (4, 3, 5, 5), (4, 3, 1, 1), (1, 3, 2, 2):
         x = torch.randn(shape)
-        made = [how.laid_out(y) for y in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3))]
+        made = [execution.laid_out(y) for y in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3))]
         assert len({y.stride() for y in made}) == 1
         assert all(torch.equal(x, y) for y in made)

@@ -10,30 +10,30 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from delock.computing import Computing
+from delock.api import fit
 from delock.errors import UsageError
-from delock.fitting import fit
+from delock.execution import Execution
 from delock.methods import BP, DGL, DSP, FDG, Interlocking, Method
 from delock.nets import build
 
 from harness import assert_equal, in_processes, inline, jobs
 from workloads import WORK, Samples, sgd, without_norm_and_dropout
 
-WAYS = (Computing(amp=True), Computing(channels_last=True), Computing(True, True))
+WAYS = (Execution(amp=True), Execution(channels_last=True), Execution(True, True))
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
-def plain(data: Samples, how: Computing, epochs: int) -> tuple[nn.Module, list[float]]:
+def plain(data: Samples, execution: Execution, epochs: int) -> tuple[nn.Module, list[float]]:
     """The loop that everybody writes."""
     model = build("resnet8", classes=10, in_channels=3, image_size=8).train()
-    if how.channels_last:
+    if execution.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer, losses = SGD(model.parameters()), []
     for _ in range(epochs):
         for x, y in data.epoch(0):
-            x = x.contiguous(memory_format=torch.channels_last) if how.channels_last else x
+            x = x.contiguous(memory_format=torch.channels_last) if execution.channels_last else x
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=how.amp):
+            with torch.autocast("cpu", torch.bfloat16, enabled=execution.amp):
                 loss = cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
@@ -43,14 +43,14 @@ def plain(data: Samples, how: Computing, epochs: int) -> tuple[nn.Module, list[f
 
 @pytest.mark.parametrize("how", WAYS, ids=str)
 @pytest.mark.parametrize("stages", [1, 3])
-def test_backpropagation_is_plain_training(how: Computing, stages: int) -> None:
+def test_backpropagation_is_plain_training(execution: Execution, stages: int) -> None:
     data = Samples("image", 24, 8, torch.float32)
     data.epoch = lambda e, epoch=data.epoch: epoch(0)  # type: ignore[method-assign,misc]
     model = build("resnet8", classes=10, in_channels=3, image_size=8)
-    layout = "channels-last" if how.channels_last else "default"
+    layout = "channels-last" if execution.channels_last else "default"
     result = fit(model, data, loss=cross_entropy, method="bp", optimizer=SGD, stages=stages, cuts=None if stages == 1 else [4, 5],
-                 epochs=2, workers="inline", amp=how.amp, layout=layout)  # fmt: skip
-    other, losses = plain(data, how, 2)
+                 epochs=2, workers="inline", amp=execution.amp, layout=layout)  # fmt: skip
+    other, losses = plain(data, execution, 2)
     assert result is not None
     assert result.losses == losses
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
@@ -58,8 +58,8 @@ def test_backpropagation_is_plain_training(how: Computing, stages: int) -> None:
 
 @pytest.mark.parametrize("method", [BP(), FDG(), DSP(), DGL(), Interlocking(2)], ids=str)
 def test_processes_equal_one_process(method: Method) -> None:
-    made = [replace(job, how=Computing(True, True)) for job in jobs("conv", 3, method)]
-    assert_equal(inline(made), in_processes([replace(job, how=Computing(True, True)) for job in jobs("conv", 3, method)]))
+    made = [replace(job, execution=Execution(True, True)) for job in jobs("conv", 3, method)]
+    assert_equal(inline(made), in_processes([replace(job, execution=Execution(True, True)) for job in jobs("conv", 3, method)]))
 
 
 def test_what_travels_is_as_small_as_what_is_computed() -> None:
@@ -103,8 +103,8 @@ def test_slices_have_the_gradient_of_the_whole_but_for_batch_norm(work: str) -> 
 
 
 def test_slices_in_processes_equal_one_process() -> None:
-    how = Computing(chunks=3)
-    made = [[replace(job, how=how) for job in jobs("conv", 3, FDG())] for _ in range(2)]
+    execution = Execution(chunks=3)
+    made = [[replace(job, execution=execution) for job in jobs("conv", 3, FDG())] for _ in range(2)]
     assert_equal(inline(made[0]), in_processes(made[1]))
 
 

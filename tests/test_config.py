@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from delock.cli.config import CompareConfig, TrainConfig, build, flat, make_method, override, resolve, toml
 from delock.cli.rows import rows
-from delock.config import CompareConfig, TrainConfig, build, flat, make_method, override, resolve, toml
+from delock.cli.workload import recipe
 from delock.errors import UsageError
 from delock.methods import ADL, DSP, METHODS
-from delock.recipes import SGD, Adam, AdamW, Schedule, accuracy, recipe
+from delock.optim.factories import SGD, Adam, AdamW
+from delock.optim.rates import Schedule
+from delock.recipes import accuracy
 
 
 def config(**values: object) -> TrainConfig:
@@ -24,7 +27,7 @@ def config(**values: object) -> TrainConfig:
 
 
 def test_no_torch_is_loaded() -> None:
-    code = "import sys, delock.config, delock.report, delock.runfolder; sys.exit('torch' in sys.modules)"
+    code = "import sys, delock.cli.config, delock.cli.summary, delock.cli.run_folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

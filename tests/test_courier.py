@@ -9,12 +9,14 @@ from torch import Tensor
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links import Message
-from delock.links.courier import Courier
-from delock.links.distributed import DistributedChannel
-from delock.links.neighbours import RankLink
+from delock.links.gloo import DistributedChannel
+from delock.links.nccl import Courier
+from delock.links.rank_link import RankLink
 from delock.methods import ADL, DSP, FDG
 from delock.plan import windows
-from delock.train import Job, StageResult, Worker, run_rank
+from delock.run.job import StageJob, StageResult
+from delock.run.ranks import run_rank
+from delock.run.worker import Worker
 
 from harness import assert_equal, inline, jobs
 
@@ -54,13 +56,13 @@ def test_tensors_apart_from_their_header() -> None:
         assert torch.equal(answer, 2 * h)
 
 
-def train_with_courier(rank: Rank, job: Job) -> StageResult:
+def train_with_courier(rank: Rank, job: StageJob) -> StageResult:
     """run_rank, with every tensor apart."""
     depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
     courier = Everything(depth, rank.device, "gloo")
     link = RankLink({peer: DistributedChannel(peer, n, rank.device, courier) for peer, n in depth.items()}, rank.progress)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
-    for plan in windows(job.method, job.K, job.course):
+    for plan in windows(job.method, job.K, job.length):
         worker.engine.run(plan)
     result = worker.result(alone=True)
     link.close()

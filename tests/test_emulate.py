@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from delock.api import fit
 from delock.cli import main
-from delock.engine import Engine
+from delock.engine.engine import Engine
+from delock.engine.feed import Feed
 from delock.errors import UsageError
-from delock.feed import Feed
-from delock.fitting import fit
 from delock.links.mailbox import Mailbox
 from delock.methods import DGL, FDG, GPipe, Interlocking, Method
 from delock.nets import emulated
@@ -71,7 +71,7 @@ def test_a_straggler_is_slow_in_the_ticks_of_the_simulator() -> None:
     data = Samples("image", 40, 8, torch.float32)
     slow, lingered = Slowdown(0.5, probability=0.5, seed=4), list[float]()
     stage = Stage(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), 0, 1, optimizer=sgd, loss=cross_entropy)
-    engine = Engine(stage, Mailbox().end(0), feed=Feed(data, None, 1, torch.device("cpu")), slow=slow, linger=lingered.append)
+    engine = Engine(stage, Mailbox().end(0), feed=Feed(data, None, 1, torch.device("cpu")), slow=slow, delay=lingered.append)
     expected = 0
     for step in unroll(FDG(), 1, 5).columns[0]:
         before = len(lingered)

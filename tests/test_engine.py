@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import delock.engine
 import delock.train
-from delock.engine import NonFinite, run_here
-from delock.errors import StageFailed, UsageError
+from delock.engine.engine import run_here
+from delock.errors import NonFinite, StageFailed, UsageError
 from delock.links import Message
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method, OneFOneB
 from delock.ops import Update
@@ -130,12 +130,12 @@ def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> No
     replay = isinstance(method, FR | DSP)
     for k, stage in enumerate(chain.stages):
         used, applied = expected(method, K, k)
-        stale = [0 if replay else a - u for u, a in zip(used, applied, strict=True)]
-        assert list(said[k].values()) == stale
-        assert gradient_staleness(chain.spans[k]) == dict(enumerate(stale))
+        count_staleness = [0 if replay else a - u for u, a in zip(used, applied, strict=True)]
+        assert list(said[k].values()) == count_staleness
+        assert gradient_staleness(chain.spans[k]) == dict(enumerate(count_staleness))
         assert layer_staleness(chain.spans[k]) == dict.fromkeys(range(BATCHES), lags(method, K)[k])
         log = chain.engines[k].log
-        assert (log.staleness, log.layer_staleness) == (Counter(stale), Counter({lags(method, K)[k]: BATCHES}))
+        assert (log.staleness, log.layer_staleness) == (Counter(count_staleness), Counter({lags(method, K)[k]: BATCHES}))
         for layer in stage.module:
             assert [layer.forwards[b][0] for b in range(BATCHES)] == used
             at = used if getattr(method, "at", "") == "stash" or method.name == "ddg" else applied
@@ -190,8 +190,8 @@ class Hands:
 @pytest.fixture
 def hands(monkeypatch: pytest.MonkeyPatch) -> Hands:
     made = Hands()
-    monkeypatch.setattr(delock.engine, "perf_counter", made)
-    monkeypatch.setattr(delock.train.time, "perf_counter", made)
+    monkeypatch.setattr(delock.engine.engine, "perf_counter", made)
+    monkeypatch.setattr(delock.run.worker.time, "perf_counter", made)
     return made
 
 
@@ -281,7 +281,7 @@ def test_training_time_leaves_out_every_evaluation(hands: Hands, method: Method)
     for job in made:
         job.module.append(Slow(hands, 1, 1000))
     told: list[Any] = []
-    results = delock.train.run_inline(made, torch.device("cpu"), told.append, threads=1)
+    results = delock.run.ranks.run_inline(made, torch.device("cpu"), told.append, threads=1)
     assert [r.seconds for r in results] == [6 * 2 * (1 + 2) + replays] * 2
     assert all(e.seconds <= results[0].seconds for e in results[1].evaluations)
     assert results[1].evaluations[-1].seconds == results[0].seconds
@@ -414,7 +414,7 @@ def test_a_stage_that_raises_is_told_with_op_batch_and_traceback(what: str) -> N
     with pytest.raises(StageFailed) as caught:
         run_here(chain.plan(), chain.engines)
     message = str(caught.value)
-    assert message.startswith(f"{begins}: KeyError: \"the culprit's own words\"\n")
+    assert message.startswith(f'{begins}: KeyError: "the culprit\'s own words"\n')
     assert "Traceback (most recent call last)" in message
     assert shows in message
     assert isinstance(caught.value.__cause__, KeyError)

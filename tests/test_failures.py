@@ -19,10 +19,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from delock.api import fit
 from delock.cli import main
 from delock.errors import StageFailed, UsageError
-from delock.fitting import fit
-from delock.links.meet import LinkKind
+from delock.links.connect import LinkKind
 from delock.records import StepRecord
 
 SMALL = ["--model", "mlp", "--workers", "inline", "--limit", "128", "--batch-size", "32", "--test-batch-size", "512"]
@@ -98,7 +98,7 @@ def refused(words: list[str], here: Path, capsys: pytest.CaptureFixture[str]) ->
         ("--limit 0", "limit is 0"),
         ("--limit 1438", "between 1 and the 1437 training images"),
         ("--patience -1", "patience is -1"),
-        ("--link shared --method dgl-async --turns sampled", 'dgl-async drops messages that come too late, which only gloo can do'),
+        ("--link shared --method dgl-async --turns sampled", "dgl-async drops messages that come too late, which only gloo can do"),
         ("--port 70000", "port is 70000"),
         # a batch of one in front of batch norm
         ("--model cnn --limit 129", "a batch of one sample would put a single sample in front of BatchNorm"),
@@ -232,7 +232,7 @@ def test_a_full_disk_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch, ca
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "a/metrics.jsonl")
 
-    monkeypatch.setattr("delock.runfolder.RunFolder.add", full)
+    monkeypatch.setattr("delock.cli.run_folder.RunFolder.add", full)
     assert main(["train", *SMALL, "--workers", "processes", "--out", "a"]) == 1
     error = capsys.readouterr().err
     assert error == "error: [Errno 28] No space left on device: 'a/metrics.jsonl'; what was recorded is in a\n"
@@ -256,15 +256,15 @@ class BadBackward(torch.autograd.Function):
 class Trouble(nn.Module):
     """The identity until the fifth training batch; only in a stage's process, for the parent measures a copy."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, execution: str) -> None:
         super().__init__()
-        self.how, self.batch = how, 0
+        self.execution, self.batch = execution, 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.batch += 1
         if self.batch < 5 or parent_process() is None:
             return x
-        match self.how:
+        match self.execution:
             case "forward":
                 raise ZeroDivisionError("the culprit's own words")
             case "backward":
@@ -281,9 +281,9 @@ def a_loop_without_end() -> None:
         time.sleep(0.01)
 
 
-def troubled(how: str, cut: int, patience: float = 60.0, link: LinkKind = "gloo") -> tuple[str, float]:
+def troubled(execution: str, cut: int, patience: float = 60.0, link: LinkKind = "gloo") -> tuple[str, float]:
     """Train with a layer in trouble; the error's message, and the seconds between the last sign of life and the error."""
-    net = nn.Sequential(nn.Linear(4, 8), Trouble(how), nn.Linear(8, 8), nn.Linear(8, 2))
+    net = nn.Sequential(nn.Linear(4, 8), Trouble(execution), nn.Linear(8, 8), nn.Linear(8, 2))
     batches = [(torch.randn(6, 4), torch.randint(2, (6,))) for _ in range(12)]
     heard = [time.monotonic()]
 
@@ -318,8 +318,8 @@ def troubled(how: str, cut: int, patience: float = 60.0, link: LinkKind = "gloo"
         ("backward", 1, r"stage 1 failed in B4 \(backward of batch 4, tick 5\): ZeroDivisionError: the culprit's own words"),
     ],
 )
-def test_a_stage_that_raises_ends_the_run_and_is_told(how: str, cut: int, expected: str) -> None:
-    message, seconds = troubled(how, cut)
+def test_a_stage_that_raises_ends_the_run_and_is_told(execution: str, cut: int, expected: str) -> None:
+    message, seconds = troubled(execution, cut)
     assert re.match(expected, message), message
     assert "Traceback (most recent call last)" in message
     assert re.search(r'test_failures\.py", line \d+, in (forward|backward)\n', message)

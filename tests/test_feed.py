@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from delock.data.plain import as_loader
+from delock.data.iterable import as_loader
+from delock.engine.feed import Feed, samples
 from delock.errors import UsageError
-from delock.feed import Feed, samples
 from delock.links.message import Message
 from delock.ops import Forward
 

@@ -18,9 +18,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 import delock
-from delock.data.plain import as_loader
-from delock.engine import NonFinite
-from delock.errors import StageFailed, UsageError
+from delock.data.iterable import as_loader
+from delock.errors import NonFinite, StageFailed, UsageError
 from delock.keys import key
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, OneFOneB
 from delock.records import EvaluationRecord, Event, Result, Started, StepRecord

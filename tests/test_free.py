@@ -23,18 +23,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from delock.api import fit
 from delock.codecs import VQ
+from delock.engine.asynchronous.schedule import recorded
 from delock.errors import StageFailed, UsageError
-from delock.fitting import fit
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.methods import AsyncDGL
 from delock.nets.emulated import Emulated
 from delock.ops import Forward, Update
 from delock.plan import check
-from delock.plan.turns import recorded
-from delock.records import Event, StepRecord, Turn, TurnsRecord
-from delock.train import Job, StageResult, run_inline, run_rank
+from delock.records import Event, StepRecord, Visit, VisitsRecord
+from delock.run.inline import run_inline
+from delock.run.job import StageJob, StageResult
+from delock.run.ranks import run_rank
 
 from harness import CPU, jobs, same_tree
 from workloads import sgd
@@ -42,19 +44,19 @@ from workloads import sgd
 # -- in processes ------------------------------------------------------------------------------------------------------------------
 
 
-def free(made: list[Job], **options: Any) -> tuple[list[StageResult], list[list[Turn]]]:
+def free(made: list[StageJob], **options: Any) -> tuple[list[StageResult], list[list[Visit]]]:
     """A free run; what its stages brought home, and their turns."""
-    turns: list[list[Turn]] = [[] for _ in made]
+    turns: list[list[Visit]] = [[] for _ in made]
 
     def hear(rank: int, event: Any) -> None:
-        if isinstance(event, TurnsRecord):
+        if isinstance(event, VisitsRecord):
             assert event.stage == rank
             turns[rank] += event.turns
 
     return run_processes(run_rank, made, threads=1, pin=False, patience=30, on_event=hear, **options), turns
 
 
-def again(made: list[Job], turns: Sequence[Sequence[Turn]]) -> list[StageResult]:
+def again(made: list[StageJob], turns: Sequence[Sequence[Visit]]) -> list[StageResult]:
     return run_inline(made, CPU, lambda event: None, threads=1, turns=turns)
 
 
@@ -65,7 +67,7 @@ def assert_replayed(run: list[StageResult], replay: list[StageResult]) -> None:
         same_tree([(e.step, repr(e.test_loss)) for e in one.evaluations], [(e.step, repr(e.test_loss)) for e in other.evaluations])
 
 
-def assert_in_order(turns: Sequence[Sequence[Turn]], method: AsyncDGL, updates: int, evaluations: int) -> None:
+def assert_in_order(turns: Sequence[Sequence[Visit]], method: AsyncDGL, updates: int, evaluations: int) -> None:
     """Own numbers without a gap; what is read was sent before, stood in the buffer, and was not read too often."""
     for k, stage in enumerate(turns):
         visits = [turn for turn in stage if not turn.evaluates]
@@ -99,29 +101,29 @@ RUNS: dict[str, tuple[str, int, AsyncDGL, dict[str, Any]]] = {
 }
 
 
-def jobs_of(name: str) -> list[Job]:
+def jobs_of(name: str) -> list[StageJob]:
     work, K, method, options = RUNS[name]
     options = dict(options)
     clip, codec = options.pop("clip", None), options.pop("codec", None)
     made = jobs(work, K, method, **options)
-    return [replace(job, codec=codec, course=replace(job.course, clip=clip)) for job in made]
+    return [replace(job, codec=codec, length=replace(job.length, clip=clip)) for job in made]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_free_run_is_done_again_to_the_last_bit(name: str) -> None:
     _, K, method, _ = RUNS[name]
     made = jobs_of(name)
-    course = made[0].course
+    length = made[0].length
     run, turns = free(made)
     assert multiprocessing.active_children() == []
-    assert [result.report.updates for result in run] == [course.batches] * K
-    evaluations = course.evaluation * (course.batches // course.every) if course.every else 0
-    assert_in_order(turns, method, course.batches, evaluations)
+    assert [result.report.updates for result in run] == [length.batches] * K
+    evaluations = length.evaluation * (length.batches // length.every) if length.every else 0
+    assert_in_order(turns, method, length.batches, evaluations)
     assert_replayed(run, again(jobs_of(name), turns))
     assert_accounted(run, turns, method)
 
 
-def assert_accounted(run: list[StageResult], turns: list[list[Turn]], method: AsyncDGL) -> None:
+def assert_accounted(run: list[StageResult], turns: list[list[Visit]], method: AsyncDGL) -> None:
     """What is told of the buffers and of time fits the turns."""
     for k, (result, stage) in enumerate(zip(run, turns, strict=True)):
         report, visits = result.report, [turn for turn in stage if not turn.evaluates]
@@ -131,12 +133,12 @@ def assert_accounted(run: list[StageResult], turns: list[list[Turn]], method: As
         if k:
             sent = sum(turn.sent and not turn.evaluates for turn in turns[k - 1])
             assert sum(report.reuse.values()) == sent
-        busy = report.forward + report.backward + report.update + report.evaluation + report.waiting
-        assert 0.7 * report.seconds <= busy <= report.seconds + 1e-6, "there is time of which nobody knows where it went"
+        spin = report.forward + report.backward + report.update + report.evaluation + report.waiting
+        assert 0.7 * report.seconds <= spin <= report.seconds + 1e-6, "there is time of which nobody knows where it went"
         assert report.staleness == {0: sum(turn.trains for turn in visits)}
 
 
-def impatient(rank: Rank, payload: tuple[Job, str]) -> StageResult:
+def impatient(rank: Rank, payload: tuple[StageJob, str]) -> StageResult:
     """A stage in a process group that waits for a second, where others wait for half an hour."""
     job, meeting = payload
     dist.barrier()
@@ -169,12 +171,12 @@ def test_time_is_waited_where_there_is_nothing_to_read() -> None:
 
 
 @pytest.fixture(scope="module")
-def traced() -> tuple[list[StageResult], list[list[Turn]]]:
+def traced() -> tuple[list[StageResult], list[list[Visit]]]:
     torch.set_num_threads(1)
     return free(jobs_of("slowed"))
 
 
-def test_any_cut_leaves_a_plan_that_can_run(traced: tuple[Any, list[list[Turn]]]) -> None:
+def test_any_cut_leaves_a_plan_that_can_run(traced: tuple[Any, list[list[Visit]]]) -> None:
     _, turns = traced
     plan, whole = recorded(turns)
     check(plan)
@@ -197,7 +199,7 @@ def test_any_cut_leaves_a_plan_that_can_run(traced: tuple[Any, list[list[Turn]]]
     assert seen == {True, False}
 
 
-def test_a_run_that_was_cut_off_is_done_again_as_far_as_it_goes(traced: tuple[list[StageResult], list[list[Turn]]]) -> None:
+def test_a_run_that_was_cut_off_is_done_again_as_far_as_it_goes(traced: tuple[list[StageResult], list[list[Visit]]]) -> None:
     """What stages 0 and 1 did does not depend on those above; of stage 3 nothing is left, and stage 2 stops where its reads do."""
     run, turns = traced
     replay = again(jobs_of("slowed"), [*turns[:2], turns[2][:50], []])
@@ -225,14 +227,14 @@ def test_turns_of_another_number_of_stages() -> None:
 class Trouble(nn.Module):
     """The identity until the fifth training batch, in a stage's process; ends the process, raises, or does not come back."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, execution: str) -> None:
         super().__init__()
-        self.how, self.batch = how, 0
+        self.execution, self.batch = execution, 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.batch += 1
         if self.batch >= 5 and parent_process() is not None:
-            match self.how:
+            match self.execution:
                 case "raise":
                     raise ZeroDivisionError("the culprit's own words")
                 case "kill":
@@ -250,9 +252,9 @@ class Trouble(nn.Module):
         ("hang", r"stage 1 hangs in F4 \(forward of batch 4, tick 4\): it has not moved for \d+ s\nstage 0 (is|waits)"),
     ],
 )
-def test_a_stage_in_trouble_ends_the_run_and_is_named(how: str, expected: str) -> None:
+def test_a_stage_in_trouble_ends_the_run_and_is_named(execution: str, expected: str) -> None:
     """Though nobody waits for it, and the stage below would go on for ever."""
-    net = nn.Sequential(nn.Linear(4, 8), Trouble(how), nn.Linear(8, 8), nn.Linear(8, 2))
+    net = nn.Sequential(nn.Linear(4, 8), Trouble(execution), nn.Linear(8, 8), nn.Linear(8, 2))
     batches = [(torch.randn(6, 4), torch.randint(2, (6,))) for _ in range(12)]
     heard = [time.monotonic()]
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 import delock.links.free
-from delock.free import FreeRun
-from delock.links import Message, Name
-from delock.links.errors import LinkError
-from delock.links.free import DEPTH, END, FreeLink
-from delock.links.message import pack, unpack
+from delock.engine.asynchronous.buffer import ReplayBuffer
+from delock.engine.asynchronous.link import DEPTH, END, FreeLink
+from delock.engine.asynchronous.runner import FreeRun
+from delock.errors import LinkError
+from delock.links import Message, MessageName
+from delock.links.wire import pack, unpack
 from delock.methods import AsyncDGL
-from delock.records import Turn, TurnsRecord
-from delock.replay import ReplayBuffer
-from delock.train import Worker
+from delock.records import Visit, VisitsRecord
+from delock.run.worker import Worker
 
 from harness import CPU, jobs
 
@@ -36,12 +36,12 @@ class Neighbours:
 
     def __init__(self) -> None:
         self.come: dict[int, queue.Queue[Tensor | Exception]] = {0: queue.Queue(), 2: queue.Queue()}
-        self.sent: dict[int, list[tuple[Name, Message]]] = {0: [], 2: []}
+        self.sent: dict[int, list[tuple[MessageName, Message]]] = {0: [], 2: []}
         self.open = threading.Event()
         self.waits: list[int | None] = []
         self.links: list[FreeLink] = []
 
-    def comes(self, source: int, name: Name, values: Any = None) -> None:
+    def comes(self, source: int, name: MessageName, values: Any = None) -> None:
         self.come[source].put(pack(name, Message(values))[0])
 
     def wait_for(self, peer: int) -> None:
@@ -98,8 +98,8 @@ def neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Neighbours]:
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(delock.links.free, "Sender", Sender)
-    monkeypatch.setattr(delock.links.free, "Receiver", Receiver)
+    monkeypatch.setattr(delock.engine.asynchronous.link, "Sender", Sender)
+    monkeypatch.setattr(delock.engine.asynchronous.link, "Receiver", Receiver)
     yield there
     there.end()
 
@@ -250,7 +250,7 @@ def test_a_program_that_ends_early_ends_the_threads(neighbours: Neighbours, monk
             neighbours.come[2].put(RuntimeError("Application timeout caused pair closure"))
             raise RuntimeError("Timed out waiting 1ms for recv operation to complete")
 
-    monkeypatch.setattr(delock.links.free.dist, "irecv", lambda tensor, peer: Work())
+    monkeypatch.setattr(delock.engine.asynchronous.link.dist, "irecv", lambda tensor, peer: Work())
     link._abandon()
     assert link.working == 0
 
@@ -259,11 +259,11 @@ def test_a_link_that_takes_nothing_holds_nobody_up(neighbours: Neighbours) -> No
     """Stage 1 of 3 trains to its end, with the first two activations alone on their way, and does not compute what nobody can be given."""
     made = jobs("conv", 3, AsyncDGL(1), epochs=20, evaluate=False)
     link = middle(neighbours, size=1)
-    worker, turns = Worker(made[1], link, CPU, lambda event: None), list[Turn]()
+    worker, turns = Worker(made[1], link, CPU, lambda event: None), list[Visit]()
     outputs = made[0].module(made[0].train.inputs[:8]).detach()  # type: ignore[union-attr]
     neighbours.come[0].put(pack(("h", 0, 0), Message(outputs, made[0].train.targets[:8], samples=8))[0])  # type: ignore[union-attr]
 
-    def tell(record: TurnsRecord) -> None:
+    def tell(record: VisitsRecord) -> None:
         turns.extend(record.turns)
 
     def after() -> None:
@@ -276,7 +276,7 @@ def test_a_link_that_takes_nothing_holds_nobody_up(neighbours: Neighbours) -> No
 
     helper = threading.Thread(target=after)
     helper.start()
-    FreeRun(worker.engine, link, AsyncDGL(1), made[1].course, tell).run()
+    FreeRun(worker.engine, link, AsyncDGL(1), made[1].length, tell).run()
     link.close()
     helper.join(PATIENT)
     assert [turn.ordinal for turn in turns] == list(range(len(turns)))

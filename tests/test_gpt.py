@@ -12,10 +12,11 @@ import delock
 from delock.data import as_loader
 from delock.errors import UsageError
 from delock.methods import Interlocking
-from delock.nets import atoms, join_state, stages
 from delock.nets.generate import generate
 from delock.nets.gpt import Block, bits, gpt, nats
 from delock.nets.heads import build_head
+from delock.partition.layers import layers
+from delock.partition.stages import join_state, stages
 
 from oracles_local import n_wise
 
@@ -134,13 +135,13 @@ def test_a_sequence_beyond_the_context_is_refused():
 
 
 def test_a_cut_may_fall_before_every_block():
-    assert [atom.prefix for atom in atoms(gpt(11, **TINY))] == ["embed", "block0", "block1", "norm", "head"]
+    assert [layer.prefix for layer in layers(gpt(11, **TINY))] == ["embed", "block0", "block1", "norm", "head"]
 
 
 @pytest.mark.parametrize("cuts", [["block1"], [1, 4], [1, 2, 3, 4]])
 def test_stages_compute_the_same_logits_and_gradients(cuts):
     whole, cut, tokens = gpt(11, **TINY), gpt(11, **TINY), random_tokens(3, 12)
-    parts = stages(atoms(cut), cuts)
+    parts = stages(layers(cut), cuts)
     h = tokens
     for part in parts:
         h = part(h)
@@ -294,7 +295,7 @@ def test_a_diverged_model_writes_nothing():
 def test_interlocking_on_a_gpt_is_its_definition(N):
     """Attention, embeddings and heads of language models split into halves as convolutions do: float64, AdamW, four stages."""
     method, adamw = Interlocking(N), functools.partial(torch.optim.AdamW, lr=1e-2)
-    cut = stages(atoms(gpt(13, depth=4, width=16, heads=2, context=8, seed=1).double()), [2, 3, 4])
+    cut = stages(layers(gpt(13, depth=4, width=16, heads=2, context=8, seed=1).double()), [2, 3, 4])
     g = torch.Generator().manual_seed(0)
     made = [(torch.randint(13, (4, 8), generator=g), torch.randint(13, (4, 8), generator=g)) for _ in range(8)]
     heads = {k: build_head("transformer", (8, 16), 13, seed=k).double() for k in method.headed(4)}

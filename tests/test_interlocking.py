@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from delock.data.plain import as_loader
+from delock.data.iterable import as_loader
 from delock.errors import UsageError
 from delock.methods import BP, DGL, Interlocking, Method
-from delock.plan import Course
-from delock.train import Job, StageResult
+from delock.plan import RunLength
+from delock.run.job import StageJob, StageResult
 
 import oracles
 from chain import seeded, vectors
@@ -91,10 +91,10 @@ def by_engine(
     method: Method, stages: Sequence[nn.Module], heads: dict[int, Any], made: list[Any], *, loss: Any, optimizer: Any
 ) -> list[StageResult]:
     """These stages, inline, over these batches."""
-    common: dict[str, Any] = {"method": method, "course": Course(len(made)), "per_epoch": len(made), "schedule": None, "metrics": {}}
+    common: dict[str, Any] = {"method": method, "course": RunLength(len(made)), "per_epoch": len(made), "schedule": None, "metrics": {}}
     common |= {"K": len(stages), "optimizer": optimizer, "loss": loss, "seed": 7, "names": {}}
     loader, stages, heads = as_loader(made), copy.deepcopy(stages), copy.deepcopy(heads)
-    return inline([Job(k=k, module=m, train=None if k else loader, head=heads.get(k), **common) for k, m in enumerate(stages)])
+    return inline([StageJob(k=k, module=m, train=None if k else loader, head=heads.get(k), **common) for k, m in enumerate(stages)])
 
 
 def step_by_engine(method: Method, x: tuple[float, float], K: int) -> list[dict[str, Tensor]]:

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 
 from delock.errors import StageFailed, UsageError
+from delock.launch.cores import share_cores
 from delock.launch.processes import run_processes
 from delock.launch.progress import Progress
 from delock.launch.rank import Rank
 from delock.launch.torchrun import under_torchrun
-from delock.launch.tune import share_cores
-from delock.launch.watch import POLL, Watch
+from delock.launch.watchdog import POLL, Watchdog
 
 import programs
 
@@ -357,11 +357,7 @@ def test_a_script_without_guard_is_told_so(tmp_path: Path) -> None:
 
 
 def test_what_is_defined_in_a_notebook_is_told_so() -> None:
-    code = (
-        "from delock.launch.processes import run_processes\n"
-        "def target(rank, payload): pass\n"
-        "run_processes(target, [1, 2])\n"
-    )
+    code = "from delock.launch.processes import run_processes\ndef target(rank, payload): pass\nrun_processes(target, [1, 2])\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert re.search(r"UsageError: a stage's process cannot rebuild what it was sent: .*'target'.*workers=\"inline\"", done.stderr)
@@ -403,10 +399,10 @@ def test_aside_an_op_nobody_is_late() -> None:
 
 def test_the_watch_blames_nobody_while_its_own_process_slept(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("delock.launch.watch.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("delock.launch.watchdog.time.monotonic", lambda: now[0])
     record = Progress()
     record.at("F0")
-    watch = Watch([record], 2.0, nothing_stops)
+    watch = Watchdog([record], 2.0, nothing_stops)
     looks = []
     for step in (0.0, 0.25, 3600.0, 0.25, 0.25, 0.25, 0.25, 0.25):  # a long on_event, or Ctrl-Z, in the middle
         now[0] += step
@@ -480,9 +476,9 @@ def test_this_process_is_not_under_torchrun() -> None:
 
 def test_who_waited_for_a_rank_that_is_done_now_has_time_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("delock.launch.watch.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("delock.launch.watchdog.time.monotonic", lambda: clock[0])
     records = [Progress(), Progress()]
-    looks = Watch(records, 1.0, nothing_stops)
+    looks = Watchdog(records, 1.0, nothing_stops)
     for record in records:
         record.born()
     records[1].at("F0")

@@ -177,9 +177,9 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
 
 def test_the_laws_can_be_broken() -> None:
     """Each finder on a small offender."""
-    loading = "import a\nfrom delock.fitting import fit\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import b.c\n"
+    loading = "import a\nfrom delock.api import fit\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import b.c\n"
     tree = ast.parse(loading + "X = {}\nY: list[int] = []\nZ = (1,)\n__all__ = []")
-    assert list(imports(tree)) == ["a", "delock.fitting.fit", "b.c"]
+    assert list(imports(tree)) == ["a", "delock.api.fit", "b.c"]
     assert [assigned(node)[0] for node in tree.body if (value := assigned(node)[1]) and mutable(value)] == ["X", "Y", "__all__"]
     assert (floor("fitting"), floor("ops"), unit(PACKAGE / "plan" / "walk.py"), unit(PACKAGE / "cli.py")) == (5, 1, "plan", "cli")
     for line in ("cd /ho" + "me/me/delock", "see https://py" + "pi.org/project/x", "pip install --index-" + "url x"):

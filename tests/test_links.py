@@ -14,17 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from delock.errors import StageFailed, UsageError
+from delock.errors import LinkError, StageFailed, UsageError
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links import Link, Message
-from delock.links.courier import Courier
-from delock.links.distributed import FIRST, DistributedChannel, Receiver, Sender
-from delock.links.errors import LinkError
+from delock.links.connect import LinkKind, connect
+from delock.links.gloo import FIRST, DistributedChannel, Receiver, Sender
 from delock.links.mailbox import Mailbox
-from delock.links.meet import LinkKind, connect
-from delock.links.message import ALIGN, length_of, pack, settle, unpack
-from delock.links.neighbours import RankLink
+from delock.links.nccl import Courier
+from delock.links.rank_link import RankLink
+from delock.links.wire import ALIGN, length_of, make_dense, pack, unpack
 
 from harness import same_tree
 
@@ -96,7 +95,7 @@ def tensors() -> dict[str, Tensor]:
 def test_tensors_arrive_dense_and_aligned_over_every_link(how: str) -> None:
     """The kernels that read them add in the same order in one process as in many."""
     x = tensors()[how]
-    settled, arrived = settle(x), trip(Message((numbers(3), x))).values[1]
+    settled, arrived = make_dense(x), trip(Message((numbers(3), x))).values[1]
     for got in (settled, arrived):
         assert torch.equal(got, x)
         assert got.data_ptr() % ALIGN == 0
@@ -112,7 +111,7 @@ def test_any_tree_of_targets_arrives() -> None:
     targets = {
         "boxes": [numbers(2, 4), (), numbers(0, 4)],
         "pair": (numbers(3, dtype=torch.int64), {"weight": numbers(3), "nothing": None, "empty": {}}),
-        "constants": [True, 1, -2.5, "ünï{\"", None, math.inf],
+        "constants": [True, 1, -2.5, 'ünï{"', None, math.inf],
     }
     arrived = trip(Message((numbers(2), numbers(2, dtype=torch.int32)), targets, weight=1 / 3, samples=2**40), ("d", 2**40, 7))
     same_tree(arrived.targets, targets)
@@ -244,7 +243,7 @@ class _Work:
 @pytest.fixture
 def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     made = Wire()
-    monkeypatch.setattr("delock.links.distributed.dist", made)
+    monkeypatch.setattr("delock.links.gloo.dist", made)
     return made
 
 
@@ -353,7 +352,7 @@ def test_a_sender_says_how_long_it_waited(wire: Wire, monkeypatch: pytest.Monkey
         nonlocal now
         now += 2
 
-    monkeypatch.setattr("delock.links.distributed.perf_counter", lambda: now)
+    monkeypatch.setattr("delock.links.gloo.perf_counter", lambda: now)
     monkeypatch.setattr(_Work, "wait", wait)
     sender = Sender(1, 2)
     assert [sender.send(packed(10)) for _ in range(4)] == [0, 0, 2, 2]
@@ -406,7 +405,7 @@ def messages(rank: Rank, link: Link, sizes: list[int]) -> dict[str, bool]:
     values = [torch.equal(m.values[0], torch.full((n, 4), float(b + 100 * peer))) for b, (m, n) in enumerate(zip(got, sizes, strict=True))]
     rest = [torch.equal(m.values[1], torch.arange(b)) and (m.weight, m.samples) == (0.5, b) for b, m in enumerate(got)]
     labels = [torch.equal(m.targets["y"][0], m.values[0][:3]) and m.targets["y"][1] is None for m in got]
-    strides = [m.values[0].stride() == settle(torch.empty(4, n).t()).stride() for m, n in zip(got, sizes, strict=True)]
+    strides = [m.values[0].stride() == make_dense(torch.empty(4, n).t()).stride() for m, n in zip(got, sizes, strict=True)]
     return {"values": all(values), "rest": all(rest), "labels": all(labels), "strides": all(strides)}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from delock.api import fit
 from delock.errors import UsageError
-from delock.fitting import fit
 from delock.methods import BP, DGL
 from delock.nets import build
 

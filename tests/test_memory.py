@@ -13,33 +13,35 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import delock
-from delock import memory
-from delock.computing import PLAIN, Computing
+from delock.cli.tables import prediction_table, stage_table
+from delock.execution import PLAIN, Execution
+from delock.launch import peak_memory
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
+from delock.links.connect import shares
 from delock.links.mailbox import Mailbox
-from delock.links.meet import shares
+from delock.memory.compose import StageGraph as Atoms
+from delock.memory.peaks import LinkBytes, StageBytes, StageMemory, peaks
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
 from delock.nets import build
-from delock.nets.live import Live
-from delock.nets.observe import AtomMemory, Output, observe
+from delock.partition.layer_memory import LayerMemory, Output, observe
+from delock.partition.live_bytes import LiveBytes
 from delock.plan import unroll, walk
 from delock.records import Event, StageReport, Started
-from delock.setup import Spec, prepare
-from delock.setup.chain import Chain as Atoms
-from delock.tables import prediction_table, stage_table
-from delock.timeline import Sizes, Way, peaks
-from delock.timeline.memory import Holding
-from delock.train import Job, Worker, joined
+from delock.run.job import StageJob
+from delock.run.prepare import prepare
+from delock.run.ranks import joined
+from delock.run.request import Request
+from delock.run.worker import Worker
 
 from harness import every_method
 from harness import jobs as tiny_jobs
 
 CPU = torch.device("cpu")
-NOTHING = Sizes(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+NOTHING = StageBytes(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
-def lives(method: Method, stages: list[Sizes], batches: int) -> list[int]:
+def lives(method: Method, stages: list[StageBytes], batches: int) -> list[int]:
     """The peaks of what lives."""
     return [one.live for one in peaks(method, stages, batches)]
 
@@ -70,7 +72,7 @@ def test_graphs(K: int) -> None:
 @pytest.mark.parametrize("K", range(2, 5))
 def test_weights(K: int) -> None:
     """10 bytes of weights: copies where a stashed Backward crosses an Update, a gradient, and the optimizer's 20 and 3 in a step."""
-    held = partial(most, K=K, weights=10, largest=10, backward=10, retaining=10, state=20, step=3)
+    held = partial(most, K=K, weights=10, largest=10, backward=10, backward_retained=10, state=20, optimizer_step=3)
     for k in range(K):
         d, D = K - 1 - k, 2 * (K - 1 - k)
         assert held(BP())[k] == held(FDG(at="mixed"))[k] == held(DSP())[k] == held(FR())[k] == 10 + 20 + 3
@@ -87,7 +89,7 @@ def test_inputs_and_links() -> None:
     assert most(FR(), 3, input=1) == [3, 2, 1]
     assert most(BP(), 2, input=1) == [2, 1]  # the feed holds the batch that it read last until it has the next
     assert most(GPipe(4), 2, input=4) == [8, 16]  # stage 0: parts are views of their batch
-    up, down = Way(100, 3), Way(10000, 3)
+    up, down = LinkBytes(100, 3), LinkBytes(10000, 3)
     first = replace(NOTHING, feeds=1, up_out=up, down_in=down)
     last = replace(NOTHING, up_in=up, down_out=down)
     assert lives(FDG(), [first, last], 40) == [100 * 4 + 10000 * 3, 100 * 3 + 10000 * 4]
@@ -97,24 +99,24 @@ def test_inputs_and_links() -> None:
 
 def test_a_process_grows_by_the_peaks_of_activations_and_of_weights() -> None:
     """Activations are 7 at their peak, weights 10 + 20 + 3 in an Update, when no activation lives."""
-    sizes = replace(NOTHING, feeds=1, graph=7, forward=7, weights=10, largest=10, backward=10, state=20, step=3)
+    sizes = replace(NOTHING, feeds=1, graph=7, forward=7, weights=10, largest=10, backward=10, state=20, optimizer_step=3)
     [found] = peaks(BP(), [sizes], 5)
     assert (found.live, found.resident) == (7 + 10 + 20, 7 + 33)
     [first, _] = peaks(FDG(), [sizes, replace(sizes, feeds=0)], 40)
     assert first.resident == 3 * 7 + 3 * 10 + 10 + 20
-    [alone] = peaks(BP(), [replace(sizes, weights=0, backward=0, state=0, step=0)], 5)
+    [alone] = peaks(BP(), [replace(sizes, weights=0, backward=0, state=0, optimizer_step=0)], 5)
     assert alone.live == alone.resident == 7
 
 
 def test_a_graph_that_is_needed_again_is_not_freed_on_the_way() -> None:
-    held = most(Interlocking(2, combine="sum", send="late"), 3, graph=5, forward=5, backward=1, retaining=7)
+    held = most(Interlocking(2, combine="sum", send="late"), 3, graph=5, forward=5, backward=1, backward_retained=7)
     assert held == [5 + 7, 5 + 7, 5 + 1]
 
 
-def memory_of(**bytes_: Any) -> AtomMemory:
+def memory_of(**bytes_: Any) -> LayerMemory:
     """An atom that holds nothing but what is said."""
-    base: dict[str, Any] = dict.fromkeys(AtomMemory.__slots__, 0)
-    return AtomMemory(**{**base, "kept": (False,), "writes": False, "outputs": (Output(8, None, False),), **bytes_})
+    base: dict[str, Any] = dict.fromkeys(LayerMemory.__slots__, 0)
+    return LayerMemory(**{**base, "kept": (False,), "writes": False, "outputs": (Output(8, None, False),), **bytes_})
 
 
 def test_a_tensor_between_two_atoms_is_held_once() -> None:
@@ -130,8 +132,8 @@ def test_a_tensor_between_two_atoms_is_held_once() -> None:
 
 
 def test_a_backward_frees_what_it_has_used() -> None:
-    atom = memory_of(graph=100, weights=10, backward=30, passing=40, retaining=45)
-    chain = Atoms([atom] * 3, [8], 1.0)
+    layer = memory_of(graph=100, weights=10, backward=30, passing=40, backward_retained=45)
+    chain = Atoms([layer] * 3, [8], 1.0)
     assert chain.backward(frees=True) == 30  # at the last atom; the next has 100 less, 10 of gradients and an error more
     assert chain.backward(frees=False) == 45 + 10 + 10
 
@@ -144,15 +146,15 @@ def test_what_is_predicted_is_what_stages_hold(method: Method) -> None:
     """Graphs, copies of weights, batches and gradients after every step of a run in one process."""
     box = Mailbox()
     workers = [Worker(job, box.end(job.k), CPU, lambda event: None) for job in tiny_jobs("conv", 3, method, evaluate=False)]
-    holding = [Holding(k, replace(NOTHING, weights=1, feeds=method.parts * (k == 0))) for k in range(3)]
+    holding = [StageMemory(k, replace(NOTHING, weights=1, feeds=method.parts * (k == 0))) for k in range(3)]
     with torch.random.fork_rng(devices=[]):
-        for k, step in walk(unroll(method, 3, workers[0].job.course.batches)):
+        for k, step in walk(unroll(method, 3, workers[0].job.length.batches)):
             workers[k].engine.execute(step)
             holding[k].execute(step)
             stage, seen = workers[k].stage, holding[k]
             assert seen.batches.keys() == stage.memory.keys()
-            assert seen.graphs == sum(memory.outputs is not None for memory in stage.memory.values())
-            copies = [stage.snapshot, *(memory.weights for memory in stage.memory.values())]
+            assert seen.graphs == sum(peak_memory.outputs is not None for peak_memory in stage.memory.values())
+            copies = [stage.snapshot, *(peak_memory.weights for peak_memory in stage.memory.values())]
             assert seen.versions == len({id(copy) for copy in copies if copy is not None})
             assert bool(seen.grads) == any(g is not None for g in stage.learner.grads[: len(stage.body.weights)])
 
@@ -185,7 +187,7 @@ def images(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.randn(32, 3, 16, 16, generator=generator), torch.randint(10, (32,), generator=generator)
 
 
-def handed_out(rank: Rank, job: Job) -> int:
+def handed_out(rank: Rank, job: StageJob) -> int:
     """The most bytes that torch's allocator had handed out at one time, of those it was asked for once stage job.k was built."""
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
@@ -194,17 +196,17 @@ def handed_out(rank: Rank, job: Job) -> int:
         worker.run()
         link.close()  # before the profiler goes: gloo's receives tell it of their ends
 
-    return memory.handed_out(train)
+    return peak_memory.handed_out(train)
 
 
 @pytest.mark.parametrize("method", [GPipe(2), FDG(), DSP()], ids=str)
 def test_the_prediction_is_what_the_allocator_hands_out(method: Method) -> None:
     model = build("resnet8", classes=10, in_channels=3, image_size=16)
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    spec = Spec(model, Batches(images), None, cross_entropy, method, sgd, cuts=[4], epochs=1, link="gloo")
-    setup = prepare(spec, [4])
-    predicted = [stage.live for stage in setup.started(spec).stages]
-    measured = run_processes(handed_out, setup.jobs(spec))
+    request = Request(model, Batches(images), None, cross_entropy, method, sgd, cuts=[4], epochs=1, link="gloo")
+    prepared = prepare(request, [4])
+    predicted = [stage.live for stage in prepared.started(request).stages]
+    measured = run_processes(handed_out, prepared.jobs(request))
     assert all(found > 1e6 for found in measured)
     assert predicted == pytest.approx(measured, rel=0.1)
 
@@ -214,30 +216,30 @@ def test_messages_in_use_lie_in_slots() -> None:
     """Inputs and errors cost nothing beside the slots of both links, which stay."""
     model = build("resnet8", classes=10, in_channels=3, image_size=16)
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    spec = Spec(model, Batches(images), None, cross_entropy, BP(), sgd, cuts=[4, 6], epochs=1, link="shared")
-    setup = prepare(spec, [4, 6])
-    assert setup.slots(spec) == [(2, 1), (2, 1)]
-    predicted = [stage.live for stage in setup.started(spec).stages]
-    measured = run_processes(handed_out, setup.jobs(spec))
+    request = Request(model, Batches(images), None, cross_entropy, BP(), sgd, cuts=[4, 6], epochs=1, link="shared")
+    prepared = prepare(request, [4, 6])
+    assert prepared.slots(request) == [(2, 1), (2, 1)]
+    predicted = [stage.live for stage in prepared.started(request).stages]
+    measured = run_processes(handed_out, prepared.jobs(request))
     assert predicted == pytest.approx(measured, rel=0.1)
-    assert all((stage.memory or 0) - (stage.live or 0) > 3 * 32 * 16 * 8 * 8 * 4 for stage in setup.started(spec).stages)
-    assert setup.slots(replace(spec, link="gloo")) is None
-    assert setup.slots(replace(spec, workers="inline")) is None
+    assert all((stage.memory or 0) - (stage.live or 0) > 3 * 32 * 16 * 8 * 8 * 4 for stage in prepared.started(request).stages)
+    assert prepared.slots(replace(request, link="gloo")) is None
+    assert prepared.slots(replace(request, workers="inline")) is None
 
 
-@pytest.mark.parametrize("how", [PLAIN, Computing(channels_last=True), Computing(amp=True)], ids=str)
-def test_what_is_observed_of_a_block(how: Computing) -> None:
+@pytest.mark.parametrize("how", [PLAIN, Execution(channels_last=True), Execution(amp=True)], ids=str)
+def test_what_is_observed_of_a_block(execution: Execution) -> None:
     """A residual block of 16 channels; what its graph holds beside x: conv, norm and relu, conv."""
     model = build("resnet8", classes=10, in_channels=3, image_size=16)
-    block = how.prepared(model.get_submodule("layer1.0"))
-    x = how.laid_out(torch.randn(32, 16, 16, 16))
+    block = execution.prepared(model.get_submodule("layer1.0"))
+    x = execution.laid_out(torch.randn(32, 16, 16, 16))
     one = x.nbytes
-    seen = observe(block.train(), x, [True], None, CPU, how)
+    seen = observe(block.train(), x, [True], None, CPU, execution)
     stored = [o.size for o in seen.outputs]
     assert (stored, seen.writes) == ([one], False)
-    halves = 2 if how.amp else 1  # convolutions make and keep half as many bytes
-    assert seen.graph == pytest.approx(3 * one if not how.amp else (4 * one) / halves, rel=0.02)
-    assert seen.kept == (not how.amp,)
+    halves = 2 if execution.amp else 1  # convolutions make and keep half as many bytes
+    assert seen.graph == pytest.approx(3 * one if not execution.amp else (4 * one) / halves, rel=0.02)
+    assert seen.kept == (not execution.amp,)
     assert seen.forward >= seen.graph + one
     assert 0 < seen.passing_through < seen.forward
     assert seen.weights == sum(p.nbytes for p in block.parameters())
@@ -245,7 +247,7 @@ def test_what_is_observed_of_a_block(how: Computing) -> None:
 
 def test_counting_bytes() -> None:
     x = torch.zeros(1000)
-    live = Live()
+    live = LiveBytes()
     live.ignore([x])
     with live:
         y = x.view(10, 100)
@@ -278,15 +280,13 @@ def test_tables_show_the_prediction_beside_what_is_measured() -> None:
     before = started("fdg")
     assert all(stage.memory for stage in before.stages)
     head, rows = prediction_table(before)
-    big = [replace(stage, memory=mega * 10**6) for stage, mega in zip(before.stages, (12, 5), strict=True)]
+    big = [replace(stage, peak_memory=mega * 10**6) for stage, mega in zip(before.stages, (12, 5), strict=True)]
     head, rows = prediction_table(replace(before, stages=tuple(big)))
     assert [row[head.index("memory\n(grows by)")] for row in rows] == ["12 MB", "5 MB"]
     report = StageReport(0, 1, 1, 0, 0, 0, 0, 0, 1, {}, {}, peak_memory=200_000_000, memory_growth=13_000_000)
     head, rows = stage_table([report], big[:1])
     assert rows[0][head.index("grown by") :] == ["13 MB", "12 MB"]
-    assert stage_table([report], [replace(big[0], memory=None)])[1][0][-1] == "-"
-
-
+    assert stage_table([report], [replace(big[0], peak_memory=None)])[1][0][-1] == "-"
 
 
 def test_what_is_not_predicted_is_not_told() -> None:

@@ -9,12 +9,9 @@ import torch
 from torch import nn
 
 from delock.errors import UsageError
-from delock.nets import (
-    MODELS,
-    atoms,
-    build,
-    stages,
-)
+from delock.nets import MODELS, build
+from delock.partition.layers import layers
+from delock.partition.stages import stages
 
 from harness import same_state
 from workloads import SMALL, digits
@@ -115,9 +112,9 @@ def test_resnet18_is_torchvisions_but_for_the_stem():
 def test_the_pools_of_the_plain_networks_halve_the_image_where_the_width_changes():
     def sides(name, size):
         h, seen = torch.randn(4, 3, size, size), []
-        for atom in atoms(build(name, classes=10, in_channels=3, image_size=size)):
-            h = atom.module(h)
-            if atom.prefix.startswith("conv"):
+        for layer in layers(build(name, classes=10, in_channels=3, image_size=size)):
+            h = layer.module(h)
+            if layer.prefix.startswith("conv"):
                 seen.append(tuple(h.shape[1:3]))
         return seen
 
@@ -128,7 +125,7 @@ def test_the_pools_of_the_plain_networks_halve_the_image_where_the_width_changes
 
 
 def test_the_cuts_of_the_buffer_study_give_one_convolution_to_each_stage():
-    found = atoms(digits("dgl-cnn6-quarter"))
+    found = layers(digits("dgl-cnn6-quarter"))
     parts = stages(found, ["conv2", "pool1", "conv4", "pool2", "conv6"])
     assert [sum(isinstance(m, nn.Conv2d) for m in part.modules()) for part in parts] == [1] * 6
 

@@ -9,25 +9,18 @@ import torch
 from torch import nn
 
 from delock.errors import UsageError
-from delock.nets import (
-    MODELS,
-    Atom,
-    Group,
-    atoms,
-    balance,
-    build,
-    has_batch_norm,
-    join_state,
-    resolve_cuts,
-    stages,
-)
+from delock.nets import MODELS, build
+from delock.nets.group import Group
+from delock.partition.balance import balance
+from delock.partition.layers import Layer, has_batch_norm, layers
+from delock.partition.stages import join_state, resolve_cuts, stages
 
 from harness import same_state
 from workloads import SMALL, digits
 
 
 def prefixes(model):
-    return [atom.prefix for atom in atoms(model)]
+    return [layer.prefix for layer in layers(model)]
 
 
 def through(parts, x):
@@ -93,7 +86,7 @@ class Loose(nn.Sequential):
 )
 def test_a_model_that_cannot_be_cut_is_refused(model, says):
     with pytest.raises(UsageError, match=says):
-        atoms(model)
+        layers(model)
 
 
 def test_an_overridden_sequential_inside_is_one_atom():
@@ -107,7 +100,7 @@ TORCHVISION = [name for name in MODELS if name.startswith("torchvision/")]
 def test_torchvision_resnets_keep_their_names(name):
     with torch.device("meta"):
         model = MODELS[name](classes=10, in_channels=3)
-    found = atoms(model)
+    found = layers(model)
     depth = [len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4)]
     blocks = [f"layer{i + 1}.{j}" for i, n in enumerate(depth) for j in range(n)]
     assert [a.prefix for a in found] == ["conv1", "bn1", "relu", "maxpool", *blocks, "avgpool", "", "fc"]
@@ -128,23 +121,23 @@ def test_a_torchvision_resnet_with_another_forward_is_refused():
     with torch.device("meta"):
         assert prefixes(Same(BasicBlock, [1, 1, 1, 1]))[4] == "layer1.0"
         with pytest.raises(UsageError, match="cannot cut a Features"):
-            atoms(Features(BasicBlock, [1, 1, 1, 1]))
+            layers(Features(BasicBlock, [1, 1, 1, 1]))
 
 
 # --- cuts and stages ------------------------------------------------------------------------------------------------------------
 
 
 def test_cuts_are_indices_or_names():
-    found = atoms(digits("resnet8"))
+    found = layers(digits("resnet8"))
     assert resolve_cuts(found, []) == []
     assert resolve_cuts(found, [1, "4", "layer3.0"]) == [1, 4, 5]
     assert resolve_cuts(found, ["layer2", "fc"]) == [4, 8]  # a group is its first atom
-    named = [Atom("a", nn.ReLU()), Atom("3", nn.ReLU()), Atom("b", nn.ReLU()), Atom("c", nn.ReLU())]
+    named = [Layer("a", nn.ReLU()), Layer("3", nn.ReLU()), Layer("b", nn.ReLU()), Layer("c", nn.ReLU())]
     assert resolve_cuts(named, ["3"]) == [1]  # a name goes before a number
 
 
 def test_the_splits_of_the_papers_can_be_written():
-    blocks = atoms(build("resnet56", classes=10, in_channels=3, image_size=32))
+    blocks = layers(build("resnet56", classes=10, in_channels=3, image_size=32))
     parts = stages(blocks, ["layer1.6", "layer2.4", "layer3.2"])  # [6 | 3+4 | 5+2 | 7]
     assert [sum(type(m).__name__ == "BasicBlock" for m in part) for part in parts] == [6, 7, 7, 7]
 
@@ -165,7 +158,7 @@ def test_the_splits_of_the_papers_can_be_written():
     ],
 )
 def test_bad_cuts_are_refused(cuts, says):
-    found = atoms(digits("resnet8"))
+    found = layers(digits("resnet8"))
     with pytest.raises(UsageError, match=says):
         resolve_cuts(found, cuts)
     with pytest.raises(UsageError, match=says):
@@ -175,7 +168,7 @@ def test_bad_cuts_are_refused(cuts, says):
 @pytest.mark.parametrize("name", [*SMALL, "torchvision/resnet18"])
 def test_stages_compute_what_the_model_computes_and_join_to_its_state(name):
     model = digits(name)
-    found = atoms(model)
+    found = layers(model)
     x = torch.randn(3, 1, 8, 8)
     whole = copy.deepcopy(model)
     expected = whole(x)
@@ -192,7 +185,7 @@ def test_stages_compute_what_the_model_computes_and_join_to_its_state(name):
 def test_original_names_every_parameter_and_buffer_and_survives_pickling():
     model = nn.Sequential(OrderedDict(a=nn.Linear(2, 2), b=nn.Sequential(nn.BatchNorm1d(2), nn.ReLU())))
     model.b[0].register_buffer("scratch", torch.zeros(1), persistent=False)
-    _, second = stages(atoms(model), [1])
+    _, second = stages(layers(model), [1])
     assert second.original == {
         "0.0.weight": "b.0.weight",
         "0.0.bias": "b.0.bias",
@@ -211,7 +204,7 @@ def test_stages_pass_tuples_on():
             a, b = x
             return a + b, a - b
 
-    parts = stages(atoms([Pair(), Pair(), Pair()]), [1, 2])
+    parts = stages(layers([Pair(), Pair(), Pair()]), [1, 2])
     a, b = through(parts, (torch.tensor(3.0), torch.tensor(1.0)))
     assert (a, b) == (8.0, 4.0)
 
@@ -229,7 +222,7 @@ def tied(how):
 
 @pytest.mark.parametrize("how", ["parameter", "memory"])
 def test_tied_weights_across_a_cut_are_refused_by_name(how):
-    found = atoms(tied(how))
+    found = layers(tied(how))
     with pytest.raises(UsageError, match=r"embed\.weight \(stage 0\) and head\.weight \(stage 1\) are the same tensor: cut so"):
         stages(found, [2])
     with pytest.raises(UsageError, match=r"embed\.weight \(stage 0\) and head\.weight \(stage 2\)"):
@@ -239,23 +232,23 @@ def test_tied_weights_across_a_cut_are_refused_by_name(how):
 def test_a_module_in_two_stages_is_refused_if_it_has_state_and_allowed_within_one():
     linear, norm, relu = nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False), nn.ReLU()
     with pytest.raises(UsageError, match=r"0\.weight \(stage 0\) and 1\.weight \(stage 1\)"):
-        stages(atoms([linear, linear]), [1])
+        stages(layers([linear, linear]), [1])
     with pytest.raises(UsageError, match=r"1\.running_mean \(stage 0\) and 2\.running_mean \(stage 1\)"):
-        stages(atoms([linear, norm, norm]), [2])
+        stages(layers([linear, norm, norm]), [2])
     with torch.device("meta"):
         unmade = nn.Linear(2, 2)
-        stages(atoms([unmade, nn.Linear(2, 2)]), [1])  # no address yet, and still told apart
+        stages(layers([unmade, nn.Linear(2, 2)]), [1])  # no address yet, and still told apart
     with pytest.raises(UsageError, match="same tensor"):
-        stages(atoms([unmade, unmade]), [1])
+        stages(layers([unmade, unmade]), [1])
     x = torch.randn(3, 2)
-    first, second = stages(atoms(nn.Sequential(linear, relu, linear, relu)), [3])
+    first, second = stages(layers(nn.Sequential(linear, relu, linear, relu)), [3])
     assert torch.equal(second(first(x)), linear(linear(x).relu()).relu())
     assert set(first.original.values()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
 def test_has_batch_norm():
     assert has_batch_norm(digits("resnet8"))
-    assert has_batch_norm(stages(atoms(digits("cnn")), [1])[0])
+    assert has_batch_norm(stages(layers(digits("cnn")), [1])[0])
     assert not has_batch_norm(digits("mlp"))
     assert not has_batch_norm(nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm(2), nn.InstanceNorm2d(2)))
 
@@ -263,8 +256,8 @@ def test_has_batch_norm():
 @pytest.mark.parametrize(("name", "K"), [("resnet1202", 4), ("wrn-28-10", 2)])
 def test_the_deepest_and_the_widest_network_build_split_and_run(name, K):
     model = digits(name)
-    found = atoms(model)
-    params = [sum(p.numel() for p in atom.module.parameters()) for atom in found]
+    found = layers(model)
+    params = [sum(p.numel() for p in layer.module.parameters()) for layer in found]
     parts = stages(found, balance([float(p) for p in params], K, params))
     assert len(parts) == K
     with torch.no_grad():  # in training mode: before any statistics are gathered, 600 residual blocks overflow in eval mode

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method, OneFOneB
-from delock.train import StageResult
+from delock.run.job import StageResult
 
 import oracles
 from harness import ORDERS, inline, jobs

@@ -10,13 +10,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from delock.errors import UsageError
+from delock.errors import PlanError, UsageError
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, AsyncDGL, GPipe, Interlocking, Method, make
 from delock.ops import Backward, Forward, Update, label
-from delock.plan import Course, Plan, PlanError, Step, chart, check, needs, unroll, walk, windows
+from delock.plan import Plan, RunLength, Step, chart, check, needs, unroll, walk, windows
 from delock.timeline import gradient_staleness, layer_staleness, warm_mean
 
-COURSE = Course(batches=11, every=4, evaluation=2)  # the last stretch is shorter, and 11 leaves incomplete groups for M = 2, 3, 4
+COURSE = RunLength(batches=11, every=4, evaluation=2)  # the last stretch is shorter, and 11 leaves incomplete groups for M = 2, 3, 4
 STAGES = pytest.mark.parametrize("K", range(1, 9))
 
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from delock.api import fit
 from delock.cli import main
+from delock.cli.run_folder import load_turns
 from delock.errors import UsageError
-from delock.fitting import fit
 from delock.launch.progress import Progress
 from delock.launch.rank import Rank
 from delock.methods import AsyncDGL
-from delock.runfolder import load_turns
 
 from harness import CPU
 from programs import torchrun
@@ -227,8 +227,8 @@ def test_ranks_of_torchrun_run_freely(here: Path, capsys: pytest.CaptureFixture[
 
 def test_ranks_of_torchrun_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them is a process of its own, so drawn turns are refused there, too, before anything is measured."""
-    monkeypatch.setattr("delock.fitting.under_torchrun", lambda: True)
-    monkeypatch.setattr("delock.fitting.run_torchrun", lambda target, spec_of, **_: target(Rank(0, 2, CPU, print, Progress()), spec_of(0)))
+    monkeypatch.setattr("delock.api.under_torchrun", lambda: True)
+    monkeypatch.setattr("delock.api.run_torchrun", lambda target, spec_of, **_: target(Rank(0, 2, CPU, print, Progress()), spec_of(0)))
     with pytest.raises(UsageError, match=r"^sampled turns are taken in one process"):
         fit(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [(None, None)], loss=nn.functional.mse_loss, method=AsyncDGL(turns="sampled"),
             optimizer=torch.optim.SGD, steps=1)  # fmt: skip

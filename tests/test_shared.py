@@ -18,28 +18,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from delock.api import fit
 from delock.codecs import VQ
-from delock.computing import Computing
 from delock.errors import StageFailed, UsageError
-from delock.fitting import fit
+from delock.execution import Execution
 from delock.launch.failure import raised
 from delock.launch.processes import run_processes
 from delock.launch.progress import Progress
 from delock.launch.rank import Rank
-from delock.links import Message, meet, shared
-from delock.links.distributed import DistributedChannel
-from delock.links.meet import LinkKind, connect
-from delock.links.message import ALIGN
-from delock.links.shared import RECORD, SharedChannel, Told
+from delock.links import Message, shared_memory
+from delock.links import connect as connecting
+from delock.links.connect import LinkKind, connect
+from delock.links.gloo import DistributedChannel
+from delock.links.shared_memory import RECORD, SharedChannel, SlotEvent
+from delock.links.wire import ALIGN
 from delock.methods import ADL, BP, DGL, DSP, FDG, Interlocking, Method, OneFOneB
-from delock.train import Job, StageResult, run_rank
+from delock.run.job import StageJob, StageResult
+from delock.run.ranks import run_rank
 from test_links import DTYPES, beside, numbers, tensors, trip
 
 from harness import CPU, assert_equal, in_processes, inline, jobs
 from programs import torchrun
 from workloads import Samples, class_loss, mlp, sgd
 
-pytestmark = pytest.mark.skipif(meet._host() is None, reason="no shared memory between processes here")
+pytestmark = pytest.mark.skipif(connecting._host() is None, reason="no shared memory between processes here")
 
 
 # -- a channel, both ends in this process ------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ def test_a_slot_that_is_used_too_early_would_be_noticed(monkeypatch: pytest.Monk
         def __init__(self, of: Any, act: Callable[[Any], None]) -> None:
             act(self)
 
-    monkeypatch.setattr(shared, "weakref", SimpleNamespace(ref=AtOnce))
+    monkeypatch.setattr(shared_memory, "weakref", SimpleNamespace(ref=AtOnce))
     channels = pair()
     assert held(channels, 12) == [10, 11] * 6
     close(*channels)
@@ -150,14 +152,14 @@ def test_a_slice_or_a_label_keeps_the_slot() -> None:
 def test_tensors_are_views_of_the_slot_as_they_were_packed() -> None:
     lower, upper = pair(1)
     every = {**tensors(), **{f"{dtype} {shape}": numbers(*shape, dtype=dtype) for dtype in DTYPES for shape in [(3, 5), (), (0,)]}}
-    for b, (how, x) in enumerate(every.items()):
+    for b, (execution, x) in enumerate(every.items()):
         send(lower, b, (numbers(3), x))
         got, expected = take(upper, b)[1], trip(Message((numbers(3), x))).values[1]
-        assert torch.equal(got, x), how
-        assert (got.dtype, got.shape, got.stride()) == (expected.dtype, expected.shape, expected.stride()), how
-        assert got.data_ptr() % ALIGN == 0 or not got.numel(), how
+        assert torch.equal(got, x), execution
+        assert (got.dtype, got.shape, got.stride()) == (expected.dtype, expected.shape, expected.stride()), execution
+        assert got.data_ptr() % ALIGN == 0 or not got.numel(), execution
         begins = [(torch.frombuffer(slot, dtype=torch.uint8).data_ptr(), len(slot)) for slot in upper.theirs.values()]
-        assert not got.numel() or any(begin < got.data_ptr() < begin + size for begin, size in begins), how
+        assert not got.numel() or any(begin < got.data_ptr() < begin + size for begin, size in begins), execution
         del got
     assert len(lower.slots) <= 2
     close(lower, upper)
@@ -194,7 +196,7 @@ def test_a_sender_is_no_further_ahead_than_agreed(monkeypatch: pytest.MonkeyPatc
             assert torch.equal(take(upper, taken := int(now / 2) - 1), row(5, taken))
         hear(channel, flags)
 
-    monkeypatch.setattr(shared, "perf_counter", lambda: now)
+    monkeypatch.setattr(shared_memory, "perf_counter", lambda: now)
     monkeypatch.setattr(SharedChannel, "_hear", late)
     assert [send(lower, b, row(5, b)) for b in range(6)] == [0, 0, 0, 2, 2, 2]
     monkeypatch.undo()
@@ -279,10 +281,10 @@ def test_processes_equal_one_process(work: str, K: int, method: Method) -> None:
 def test_encoded_and_clipped_and_laid_out_as_in_one_process() -> None:
     """A codebook outlives its message, norms travel between activations, and strides stay."""
 
-    def made(link: LinkKind) -> list[Job]:
-        how = Computing(channels_last=True)
+    def made(link: LinkKind) -> list[StageJob]:
+        execution = Execution(channels_last=True)
         return [
-            replace(job, codec=VQ(codes=16, dim=2, every=3), how=how, course=replace(job.course, clip=0.1), link=link)
+            replace(job, codec=VQ(codes=16, dim=2, every=3), execution=execution, length=replace(job.length, clip=0.1), link=link)
             for job in jobs("conv", 2, BP(2), samples=48, epochs=3)
         ]
 
@@ -307,7 +309,7 @@ def places(rank: Rank, kind: LinkKind) -> dict[int, str]:
 
 def far_away(rank: Rank) -> None:
     if rank.rank == 2:
-        meet._host = lambda: "another host"  # type: ignore[assignment]
+        connecting._host = lambda: "another host"  # type: ignore[assignment]
 
 
 def test_a_rank_may_have_a_neighbour_of_each_kind() -> None:
@@ -317,7 +319,7 @@ def test_a_rank_may_have_a_neighbour_of_each_kind() -> None:
         run_processes(places, ["shared"] * 3, pin=False)
 
 
-def train_far_away(rank: Rank, job: Job) -> StageResult:
+def train_far_away(rank: Rank, job: StageJob) -> StageResult:
     far_away(rank)
     return run_rank(rank, job)
 
@@ -403,22 +405,22 @@ def test_nothing_is_left_behind(tmp_path: Path, kill: bool) -> None:
     assert not [line for line in seen.splitlines() if "/dev/shm/" in line and not line.endswith("(deleted)")]
     own = {path for path in set(Path("/dev/shm").iterdir()) - before if path.name.startswith(("delock", "psm", "torch"))}
     assert not own
-    assert "delock" not in Path("/proc/self/maps").read_text().replace(str(Path(shared.__file__).parents[1]), "")
+    assert "delock" not in Path("/proc/self/maps").read_text().replace(str(Path(shared_memory.__file__).parents[1]), "")
 
 
 def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="link is 'mail', but it must be one of auto, gloo, shared"):
         trained("mail")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match='link is "shared", but tensors on cuda do not lie in memory that processes share'):
-        meet.refuse_link("shared", "cuda")
-    monkeypatch.setattr(meet, "_host", lambda: None)
+        connecting.refuse_link("shared", "cuda")
+    monkeypatch.setattr(connecting, "_host", lambda: None)
     with pytest.raises(UsageError, match='link is "shared", but this system lacks'):
         trained("shared")
 
 
 def test_a_record_may_come_in_parts() -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    channel, record = SharedChannel(1, 2, near), RECORD.pack(Told.TAKEN, 0, 0)
+    channel, record = SharedChannel(1, 2, near), RECORD.pack(SlotEvent.TAKEN, 0, 0)
     with far:
         for part in (record[:7], record[7:] + record[:3], record[3:]):
             far.sendall(part)

@@ -8,13 +8,16 @@ import pytest
 
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
-from delock.links.meet import shares
-from delock.links.shared import SharedChannel
+from delock.links.connect import shares
+from delock.links.shared_memory import SharedChannel
+from delock.memory.slots import slots
 from delock.methods import BP, DDG, DGL, FDG, FR, Interlocking, Method, OneFOneB
-from delock.plan import Course, unroll
-from delock.timeline import Costs, capacities, simulate, slots
+from delock.plan import RunLength, unroll
+from delock.run.job import StageJob
+from delock.run.ranks import joined
+from delock.run.worker import Worker
+from delock.timeline import Costs, capacities, simulate
 from delock.timeline.spans import Timeline
-from delock.train import Job, Worker, joined
 
 from harness import jobs
 
@@ -61,13 +64,13 @@ def test_short_runs_have_no_more_slots_than_batches() -> None:
 
 def test_evaluations_are_batches_of_their_own() -> None:
     """A batch of an evaluation has the number of a batch of training, whose activation does not live longer for that."""
-    course = Course(6, every=2, evaluation=2)
-    timeline = simulate(unroll(BP(), 2, course), Costs((1.0,) * 2, (2.0,) * 2, up=(0.01,), down=(0.01,), capacity=(2,)))
+    length = RunLength(6, every=2, evaluation=2)
+    timeline = simulate(unroll(BP(), 2, length), Costs((1.0,) * 2, (2.0,) * 2, up=(0.01,), down=(0.01,), capacity=(2,)))
     assert slots(timeline)[0][1] == 1
     assert slots(timeline)[0][0] <= 3
 
 
-def mapped(rank: Rank, job: Job) -> tuple[int, int]:
+def mapped(rank: Rank, job: StageJob) -> tuple[int, int]:
     """Train stage job.k; the bytes that it has mapped together with its neighbours, and how many messages they may hold."""
     link = joined(rank, job)
     Worker(job, link, rank.device, rank.emit, rank.progress).run()
@@ -83,7 +86,7 @@ def test_two_processes_map_what_is_predicted(method: Method) -> None:
     """Of methods without slack, where nothing depends on who is faster."""
     own = [replace(job, link="shared") for job in jobs("conv", 2, method, evaluate=False)]
     (below, count), (above, same) = run_processes(mapped, own)
-    [(up, down)] = slots(simulate(unroll(method, 2, own[0].course.batches), Costs.unit(2)))
+    [(up, down)] = slots(simulate(unroll(method, 2, own[0].length.batches), Costs.unit(2)))
     assert (count, same) == (up + down,) * 2
     assert below == above > 0
 

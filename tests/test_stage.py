@@ -18,7 +18,7 @@ from delock.links.message import Message
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, Method
 from delock.ops import Backward, Forward, Update
 from delock.plan import Step
-from delock.stage import Stage, saving
+from delock.stage import Stage, checkpoint
 from delock.timeline import in_flight
 
 from chain import Chain, by_bp, layers, plain, seeded, stage, vectors
@@ -190,7 +190,7 @@ def test_a_saved_mixed_stage_must_have_been_built_for_it() -> None:
         if k == 0 and step.op == Forward(1):
             break
     with pytest.raises(UsageError, match="resumable=True"):
-        saving.state(chain.stages[0])
+        checkpoint.state(chain.stages[0])
 
 
 def test_a_state_holds_each_version_of_the_weights_once() -> None:
@@ -201,7 +201,7 @@ def test_a_state_holds_each_version_of_the_weights_once() -> None:
             break
     first = chain.stages[0]
     second = stage(copy.deepcopy(first.module), 0, 3)
-    saving.load(second, pickle.loads(pickle.dumps(saving.state(first))))
+    checkpoint.load(second, pickle.loads(pickle.dumps(checkpoint.state(first))))
     assert {b: m.taken for b, m in second.memory.items()} == {b: m.taken for b, m in first.memory.items()}
     assert holds(second) == holds(first)
     assert holds(first)[2] > 1

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 
 import delock
 from delock.cli import main
+from delock.cli.config import TrainConfig, build, flat, resolve
+from delock.cli.config.options import IMAGES
+from delock.cli.config.options import TEXT as TEXT_DEFAULTS
 from delock.cli.sample import decoder
-from delock.config import TrainConfig, build, flat, resolve
-from delock.config.options import IMAGES
-from delock.config.options import TEXT as TEXT_DEFAULTS
 from delock.data import Alphabet, load_text
 from delock.draw.curves import Run, _shown
 from delock.errors import UsageError
 from delock.nets import generate, gpt, nats
-from delock.recipes import AdamW, decays
+from delock.optim.factories import AdamW, decays
 from delock.records import EvaluationRecord, Started
 
 TEXT = "the cat sat on the mat; the rat ate the hat.\n" * 60

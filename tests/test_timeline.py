@@ -11,14 +11,14 @@ from typing import Any, Literal
 import pytest
 
 from delock.draw import Run, curves, gantt
-from delock.errors import UsageError
+from delock.errors import PlanError, UsageError
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, GPipe, Interlocking, Method, OneFOneB, make
 from delock.ops import Backward, Forward, Op, Update
-from delock.plan import Course, Plan, PlanError, unroll
+from delock.plan import Plan, RunLength, unroll
 from delock.records import EvaluationRecord, StepRecord
 from delock.timeline import (
     Costs,
-    InFlight,
+    HeldCounts,
     Slowdown,
     Span,
     Timeline,
@@ -56,7 +56,7 @@ def spans(timeline: Timeline, k: int) -> list[tuple[Op, float, float]]:
 def test_the_clock_equals_a_recursion_over_the_rule(method: Method, K: int) -> None:
     if isinstance(method, Interlocking) and method.n_wise > K:
         method = Interlocking(K)
-    plan = unroll(method, K, Course(9, every=4, evaluation=2))
+    plan = unroll(method, K, RunLength(9, every=4, evaluation=2))
     seconds = Costs(
         forward=tuple(1.0 + 0.3 * k for k in range(K)),
         backward=tuple(2.5 - 0.4 * k for k in range(K)),
@@ -127,7 +127,7 @@ def test_a_full_link_holds_its_sender() -> None:
 @pytest.mark.parametrize("method", EVERY, ids=str)
 def test_the_engines_links_are_deep_enough(method: Method, barrier: bool) -> None:
     for K in (2, 3, 5):
-        plan = unroll(method, K, Course(20) if barrier else Course(20, every=6, evaluation=17))  # more evaluations than a link holds
+        plan = unroll(method, K, RunLength(20) if barrier else RunLength(20, every=6, evaluation=17))  # more evaluations than a link holds
         costs = linked(K, 0.5, barrier=barrier, capacity=capacities(method, K), slow=Slowdown(2.0, 0.3))
         done = simulate(plan, costs)
         assert [len(column) for column in done.columns] == [len(column) for column in plan.columns]
@@ -253,23 +253,23 @@ def test_speed_of_a_measured_timeline() -> None:
 
 @pytest.mark.parametrize("K", range(1, 6))
 def test_what_stages_hold(K: int) -> None:
-    def held(method: Method) -> tuple[InFlight, ...]:
+    def held(method: Method) -> tuple[HeldCounts, ...]:
         return in_flight(unroll(method, K, 40))
 
     for k in range(K):
         d, D, last = K - 1 - k, 2 * (K - 1 - k), k == K - 1
-        assert held(BP())[k] == InFlight(1, 0, 1)
-        assert held(GPipe(4))[k] == InFlight(4, 0, 1)
-        assert held(OneFOneB(4))[k] == InFlight(min(4, K - k), 0, 1)
-        assert held(DDG())[k] == InFlight(d + 1, 0, d + 1)
-        assert held(FDG())[k] == InFlight(D + 1, 0, D + 1)
-        assert held(FDG(at="mixed"))[k] == InFlight(D + 1, 0, 1)
-        assert held(FDG(order="backward-first"))[k] == InFlight(max(1, D), 0, max(1, D))
-        assert held(ADL(3))[k] == InFlight(D + 1, 0, -(-D // 3) + 1)
+        assert held(BP())[k] == HeldCounts(1, 0, 1)
+        assert held(GPipe(4))[k] == HeldCounts(4, 0, 1)
+        assert held(OneFOneB(4))[k] == HeldCounts(min(4, K - k), 0, 1)
+        assert held(DDG())[k] == HeldCounts(d + 1, 0, d + 1)
+        assert held(FDG())[k] == HeldCounts(D + 1, 0, D + 1)
+        assert held(FDG(at="mixed"))[k] == HeldCounts(D + 1, 0, 1)
+        assert held(FDG(order="backward-first"))[k] == HeldCounts(max(1, D), 0, max(1, D))
+        assert held(ADL(3))[k] == HeldCounts(D + 1, 0, -(-D // 3) + 1)
         assert held(DSP(2, 1))[k].inputs == (0 if last else 3 * d + 1)
         assert held(DSP(2, 1))[k].versions == 1
         assert held(DSP(2, 1))[k].graphs == 1  # that of a recomputation, or of a batch that no Update passes
-        assert held(FR())[k] == InFlight(1, 0 if last else d + 1, 1)
+        assert held(FR())[k] == HeldCounts(1, 0 if last else d + 1, 1)
 
 
 def test_messages_under_way() -> None:
@@ -286,7 +286,7 @@ def test_messages_under_way() -> None:
 
 @pytest.mark.parametrize("method", EVERY, ids=str)
 def test_staleness_is_the_same_on_plans_and_timelines(method: Method) -> None:
-    plan = unroll(method, 3, Course(15, every=6, evaluation=2))
+    plan = unroll(method, 3, RunLength(15, every=6, evaluation=2))
     for steps, column in zip(plan.columns, simulate(plan, linked(3, 1.0)).columns, strict=True):
         assert gradient_staleness(column) == gradient_staleness(steps)
         assert layer_staleness(column) == layer_staleness(steps)
@@ -363,7 +363,7 @@ def test_costs_that_do_not_fit(given: dict[str, Any], message: str) -> None:
 
 
 def test_gantt_draws_every_kind_and_the_same_bytes_twice(tmp_path: Path) -> None:
-    predicted = simulate(unroll(DSP(), 3, Course(8, every=4, evaluation=2)), replace(Costs.unit(3), update=(0.3,) * 3))
+    predicted = simulate(unroll(DSP(), 3, RunLength(8, every=4, evaluation=2)), replace(Costs.unit(3), update=(0.3,) * 3))
     late = tuple(tuple(replace(span, start=span.start + 900, end=span.end + 900) for span in column) for column in predicted.columns)
     files = gantt({"predicted": predicted, "measured": Timeline(late)}, tmp_path / "dsp.v1")
     assert [file.name for file in files] == ["dsp.v1.png", "dsp.v1.svg"]

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 
 from delock.cli import main
-from delock.cli.tracing import forecast
-from delock.config import TrainConfig, build, resolve
+from delock.cli.config import TrainConfig, build, resolve
+from delock.cli.summary import RunReport
+from delock.cli.trace import forecast
 from delock.draw import chrome
 from delock.methods import BP, FDG, make
 from delock.ops import Backward, Forward, Update
 from delock.plan import unroll
-from delock.report import Story
-from delock.setup import Spec, prepare
+from delock.run.prepare import prepare
+from delock.run.request import Request
 from delock.timeline import KINDS, Costs, Slowdown, Span, Timeline, reasons, simulate, throughput
 
 from workloads import Samples, class_loss
@@ -67,10 +68,10 @@ def test_the_picture_forecasts_what_the_table_says(method: str, slow: Slowdown |
     stages = [nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(2)] + [nn.Linear(12, 10)]
     heads = [nn.Sequential(nn.Linear(12, 400), nn.Linear(400, 10)) for _ in range(2)] if method == "dgl" else None
     data = Samples("vector", 32, 8, torch.float32)
-    spec = Spec(stages, data, None, class_loss, make(method), partial(torch.optim.SGD, lr=0.1), steps=400, heads=heads, slow=slow)
-    started = prepare(spec, None).started(spec)
+    request = Request(stages, data, None, class_loss, make(method), partial(torch.optim.SGD, lr=0.1), steps=400, heads=heads, slow=slow)
+    started = prepare(request, None).started(request)
     assert [stage.head > 0 for stage in started.stages] == [method == "dgl", method == "dgl", False]
-    drawn = forecast(Story(resolve(build(TrainConfig, {"method": method, "stages": 3}, "test"))), started)
+    drawn = forecast(RunReport(resolve(build(TrainConfig, {"method": method, "stages": 3}, "test"))), started)
     assert 8 * throughput(drawn) == pytest.approx(started.samples_per_second, rel=0.02)
 
 

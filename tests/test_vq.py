@@ -16,8 +16,8 @@ from delock.codecs.coding import decode, encoder
 from delock.errors import DelockError, UsageError
 from delock.keys import key
 from delock.links import Message
-from delock.links.message import pack, unpack
-from delock.links.values import Library, decoded, lean
+from delock.links.coded import Library, decoded, without_codebooks
+from delock.links.wire import pack, unpack
 
 from harness import CPU, same_tree
 from workloads import drawn
@@ -140,8 +140,8 @@ def test_a_message_decodes_after_the_codebook_has_moved_on(activations: list[Ten
         payload = made.encode(x, True)
         assert payload
         assert (payload["version"], payload["fresh"]) == (1 + b // 3, b % 3 == 0)
-        _, message = unpack(pack(("h", b, 0), lean(Message(payload)))[0], CPU)
-        kept.append(library.completed(message))
+        _, message = unpack(pack(("h", b, 0), without_codebooks(Message(payload)))[0], CPU)
+        kept.append(library.with_codebooks(message))
         now.append(decode(payload))
     assert len({id(message.values["book"]) for message in kept}) == 4  # one copy each, however many messages need it
     for message, want in zip(reversed(kept), reversed(now), strict=True):
@@ -153,7 +153,7 @@ def test_a_lost_codebook_is_noticed() -> None:
     first, second = (Message(made.encode(drawn(3, 4), True)) for _ in range(2))
     assert first
     with pytest.raises(DelockError, match="encoded with codebook 1, and the last that came is 0"):
-        Library().completed(lean(second))
+        Library().with_codebooks(without_codebooks(second))
 
 
 def test_evaluation_teaches_nothing() -> None:

@@ -1,6 +1,6 @@
 """Draws loss and accuracy against epochs from the run folders of `delock compare`.
 
-    python benchmarks/cifar10/figure.py COMPARE_K2 COMPARE_K4 --out benchmarks/cifar10/curves
+python benchmarks/cifar10/figure.py COMPARE_K2 COMPARE_K4 --out benchmarks/cifar10/curves
 """
 
 from __future__ import annotations

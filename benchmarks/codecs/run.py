@@ -29,7 +29,8 @@ from torch.nn.functional import cross_entropy
 import delock
 from delock.data import Data, load
 from delock.nets import build
-from delock.recipes import Schedule, accuracy
+from delock.optim.rates import Schedule
+from delock.recipes import accuracy
 from delock.records import Traffic
 
 IMAGES, BATCH = 12_500, 128

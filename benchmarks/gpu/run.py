@@ -22,14 +22,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from delock.captured import Ticks, capturable, cycle, lanes
-from delock.engine import run_here
+from delock.engine.engine import run_here
+from delock.engine.graphs.period import find_period
+from delock.engine.graphs.sgd import capturable
+from delock.engine.graphs.streams import make_streams
+from delock.engine.graphs.ticks import Ticks
 from delock.links.mailbox import Mailbox
 from delock.methods import BP, DGL, DSP, FDG, FR, Method
 from delock.nets import build
 from delock.plan import Plan, windows
-from delock.setup import Spec, prepare
-from delock.train import Worker
+from delock.run.prepare import prepare
+from delock.run.request import Request
+from delock.run.worker import Worker
 
 SGD = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
 METHODS: dict[str, Method] = {"fdg": FDG(), "fdg mixed": FDG(at="mixed"), "dsp": DSP(), "fr": FR(), "dgl": DGL()}
@@ -61,7 +65,7 @@ class Contender:
         generator = torch.Generator().manual_seed(0)
         images = [torch.randn(rows, 3, 32, 32, generator=generator).to(device) for _ in range(4)]
         labels = [torch.randint(10, (rows,), generator=generator).to(device) for _ in range(4)]
-        found = dict.fromkeys(field.name for field in fields(Spec)) | {
+        found = dict.fromkeys(field.name for field in fields(Request)) | {
             "model": build(model, classes=10, in_channels=3, image_size=32),
             "train": Fixed(list(zip(images, labels, strict=True))),
             "loss": cross_entropy,
@@ -79,23 +83,23 @@ class Contender:
             "log_every": ENDLESS,
             "workers": "inline",
         }
-        spec = Spec(**found)  # type: ignore[arg-type]  # what is not said here is off
-        jobs = prepare(spec, None).jobs(spec)
+        request = Request(**found)  # type: ignore[arg-type]  # what is not said here is off
+        jobs = prepare(request, None).jobs(request)
         box = Mailbox()
         workers = [Worker(job, box.end(job.k), device, lambda event: None) for job in jobs]
         self.engines, self.rows, self.device = [worker.engine for worker in workers], rows, device
-        self.course = replace(jobs[0].course, every=0)
+        self.length = replace(jobs[0].length, every=0)
         self.plans: Iterator[Plan] | None = None
         self.method, self.K = method, K
         self.execute: Any = functools.partial(run_here, engines=self.engines)
         if captured:
-            made = cycle(method, K)
-            self.execute = Ticks(self.engines, made, lanes(device, K), batches=ENDLESS, every=ENDLESS).run
+            made = find_period(method, K)
+            self.execute = Ticks(self.engines, made, make_streams(device, K), batches=ENDLESS, every=ENDLESS).run
 
     def turn(self, batches: int) -> float:
         """Samples per second over so many batches; the first turn fills the pipeline before."""
         if self.plans is None:
-            self.plans = windows(self.method, self.K, self.course, batches)
+            self.plans = windows(self.method, self.K, self.length, batches)
             for _ in range(1 + self.method.span(self.K) // batches):
                 self.execute(next(self.plans))
         plan = next(self.plans)

@@ -26,9 +26,10 @@ from delock.draw import gantt
 from delock.launch.processes import run_processes
 from delock.methods import BP, Interlocking, Method
 from delock.ops import Backward, Update
-from delock.plan import Course, unroll
+from delock.plan import RunLength, unroll
+from delock.run.job import StageJob
+from delock.run.ranks import run_rank
 from delock.timeline import Costs, Timeline, period, simulate
-from delock.train import Job, run_rank
 
 K, LAYERS, CHANNELS, BATCH, STEPS = 4, 4, 16, 16, 24
 UNIT = 0.02  # seconds
@@ -68,19 +69,19 @@ def head() -> nn.Module:
     return nn.Sequential(OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(1), fc=nn.Linear(CHANNELS, 10)))
 
 
-def jobs(method: Method) -> list[Job]:
+def jobs(method: Method) -> list[StageJob]:
     """Four stages of LAYERS convolutions; the last has the network's own head."""
     torch.manual_seed(0)
     pictures = [(torch.randn(BATCH, CHANNELS, 8, 8), torch.randint(10, (BATCH,))) for _ in range(STEPS)]
     stages = [nn.Sequential(*(LongConv() for _ in range(LAYERS)), *((head(),) if k == K - 1 else ())) for k in range(K)]
     return [
-        Job(
+        StageJob(
             k=k,
             K=K,
             module=stage,
             names={},
             method=method,
-            course=Course(STEPS),
+            length=RunLength(STEPS),
             per_epoch=STEPS,
             optimizer=partial(torch.optim.SGD, lr=0.01),
             schedule=None,

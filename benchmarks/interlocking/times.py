@@ -26,7 +26,7 @@ from delock.records import Event, Started, StepRecord
 STEPS, WARM, K = 48, 16, 4
 
 
-def row(name: str, n: int, model: torch.nn.Module, data: Loader, cuts: list[int | str], head: str, loss: delock.fitting.Loss) -> str:
+def row(name: str, n: int, model: torch.nn.Module, data: Loader, cuts: list[int | str], head: str, loss: delock.api.Loss) -> str:
     """One run of STEPS batches; times in milliseconds."""
     told: list[Event] = []
     delock.fit(

@@ -27,15 +27,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import delock
-from delock import heap, memory
 from delock.draw.figure import BLUE, GREEN, GREY, ORANGE, new, save, style
+from delock.launch import allocator, peak_memory
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
-from delock.methods import title
+from delock.methods import spelled
 from delock.nets import build
 from delock.nets.gpt import gpt, nats
-from delock.setup import Setup, Spec, prepare
-from delock.train import Job, Worker, joined, run_rank
+from delock.run.job import StageJob
+from delock.run.prepare import prepare
+from delock.run.prepared import PreparedRun
+from delock.run.ranks import joined, run_rank
+from delock.run.request import Request
+from delock.run.worker import Worker
 
 METHODS: list[delock.Method] = [
     *(delock.BP(), delock.GPipe(4), delock.OneFOneB(4), delock.DDG(), delock.FR()),
@@ -99,29 +103,29 @@ def works(scale: float) -> list[Work]:
     ]
 
 
-def spec_of(work: Work, method: delock.Method, K: int) -> Spec:
+def spec_of(work: Work, method: delock.Method, K: int) -> Request:
     """The work as `fit` would be asked for it, until the plan repeats itself and every link has been full."""
     optimizer = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
-    return Spec(work.network(), work.data, None, work.loss, method, optimizer, stages=K, steps=2 * K + 3, log_every=1000)
+    return Request(work.network(), work.data, None, work.loss, method, optimizer, stages=K, steps=2 * K + 3, log_every=1000)
 
 
-def live(rank: Rank, job: Job) -> int:
+def live(rank: Rank, job: StageJob) -> int:
     """Train stage job.k; the most bytes that torch's allocator had handed out at one time, of those it was asked for after the building."""
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
-    handed_out = memory.handed_out(worker.run)
+    handed_out = peak_memory.handed_out(worker.run)
     link.close()
     return handed_out
 
 
-def resident(rank: Rank, job: Job) -> int:
+def resident(rank: Rank, job: StageJob) -> int:
     """Train stage job.k; growth of the process, without pages of program files."""
     return run_rank(rank, job).report.memory_growth
 
 
 def served(rank: Rank, payload: None) -> str:
     """The allocator of a stage's process."""
-    return heap.allocator()
+    return allocator.allocator()
 
 
 Cuts = dict[str, tuple[int, ...]]
@@ -143,25 +147,25 @@ class Cell:
     glibc: int
 
 
-def prepared(work: Work, K: int, cuts: Cuts) -> Iterator[tuple[str, Spec, Setup]]:
+def runs_of(work: Work, K: int, cuts: Cuts) -> Iterator[tuple[str, Request, PreparedRun]]:
     """Every method with its name, on the same cuts."""
     plain = prepare(spec_of(work, METHODS[0], K), cuts.get(f"{work.name} {K}"))
     cuts[f"{work.name} {K}"] = plain.cuts
     for method in METHODS:
-        spec = spec_of(work, method, K)
-        yield f"{work.name} {K} {title(method)}", spec, prepare(spec, plain.cuts) if method.local_losses else replace(plain)
+        request = spec_of(work, method, K)
+        yield f"{work.name} {K} {spelled(method)}", request, prepare(request, plain.cuts) if method.local_losses else replace(plain)
 
 
 def grown(works: list[Work], cuts: Cuts) -> dict[str, list[int]]:
     """What every stage of every run has grown by."""
     runs = (run for work in works for K in STAGES for run in prepared(work, K, cuts))
-    return {name: run_processes(resident, setup.jobs(spec)) for name, spec, setup in runs}
+    return {name: run_processes(resident, prepared.jobs(request)) for name, request, prepared in runs}
 
 
 def grown_with_glibc(scale: float, cuts: Cuts) -> dict[str, list[int]]:
     """The same in a program whose stages are born with the C library's own heap."""
     command = [sys.executable, __file__, "--scale", str(scale), "--cuts", json.dumps(cuts), "--out", os.devnull]
-    done = subprocess.run(command, env={**os.environ, heap.PRELOAD: ""}, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env={**os.environ, allocator.PRELOAD: ""}, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, list[int]] = json.loads(done.stdout)
     return found
 
@@ -172,12 +176,12 @@ def run(works: list[Work], scale: float) -> Iterator[list[Cell]]:
     found: list[tuple[Work, int, str, str, list[int], list[int], list[int], list[int]]] = []
     for work in works:
         for K in STAGES:
-            for name, spec, setup in prepared(work, K, cuts):
+            for name, request, prepared in runs_of(work, K, cuts):
                 print(name, file=sys.stderr, flush=True)
-                stages = setup.started(spec).stages
+                stages = prepared.started(request).stages
                 predicted = [stage.live or 0 for stage in stages], [stage.memory or 0 for stage in stages]
-                measured = run_processes(live, setup.jobs(spec)), run_processes(resident, setup.jobs(spec))
-                found.append((work, K, name, title(spec.method), *predicted, *measured))
+                measured = run_processes(live, prepared.jobs(request)), run_processes(resident, prepared.jobs(request))
+                found.append((work, K, name, spelled(request.method), *predicted, *measured))
     other = grown_with_glibc(scale, cuts)
     for work, K, name, method, *numbers in found:
         columns = enumerate(zip(*numbers, other[name], strict=True))

@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from delock.engine import Engine
-from delock.feed import Feed
+from delock.engine.engine import Engine
+from delock.engine.feed import Feed
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links import Link, Message
+from delock.links.connect import LinkKind, connect
 from delock.links.mailbox import Mailbox
-from delock.links.meet import LinkKind, connect
 from delock.methods import BP
 from delock.plan import unroll
 from delock.stage import Stage

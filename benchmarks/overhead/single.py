@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from delock.engine import Engine
-from delock.feed import Feed
+from delock.engine.engine import Engine
+from delock.engine.feed import Feed
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links.mailbox import Mailbox

@@ -29,7 +29,8 @@ import delock
 from delock.data import Data, load
 from delock.methods import DGL, AsyncDGL
 from delock.nets import build
-from delock.recipes import Schedule, accuracy
+from delock.optim.rates import Schedule
+from delock.recipes import accuracy
 
 IMAGES, BATCH, EPOCHS, SEEDS = 12_500, 128, 2, (0,)
 SLOWDOWNS, STAGES, BUFFERS = (1.5, 2.0), (1, 4), (1, 5, 20)

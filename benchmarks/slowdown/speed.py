@@ -23,9 +23,10 @@ from delock.launch.processes import run_processes
 from delock.methods import DGL, AsyncDGL, Method
 from delock.nets.emulated import Emulated
 from delock.ops import Update
-from delock.plan import Course
-from delock.records import TurnsRecord
-from delock.train import Job, StageResult, run_rank
+from delock.plan import RunLength
+from delock.records import VisitsRecord
+from delock.run.job import StageJob, StageResult
+from delock.run.ranks import run_rank
 
 K, FEATURES, BATCH, UPDATES, SLOW = 6, 1024, 128, 60, 2
 UNIT = 0.01  # seconds
@@ -37,19 +38,19 @@ def waiting(seconds: float) -> nn.Module:
     return Emulated((FEATURES,), seconds, 2 * seconds)
 
 
-def jobs(method: Method, factor: float) -> list[Job]:
+def jobs(method: Method, factor: float) -> list[StageJob]:
     """Six stages; stage SLOW takes `factor` times as long."""
     torch.manual_seed(0)
     batches = [(torch.randn(BATCH, FEATURES), torch.randint(10, (BATCH,))) for _ in range(8)]
     stages = [nn.Sequential(waiting(UNIT * (factor if k == SLOW else 1)), *([nn.Linear(FEATURES, 10)] * (k == K - 1))) for k in range(K)]
     return [
-        Job(
+        StageJob(
             k=k,
             K=K,
             module=stage,
             names={},
             method=method,
-            course=Course(UPDATES),
+            length=RunLength(UPDATES),
             per_epoch=len(batches),
             optimizer=partial(torch.optim.SGD, lr=0.01),
             schedule=None,
@@ -69,7 +70,7 @@ def rates(method: Method, factor: float) -> list[float]:
     ends: list[list[float]] = [[] for _ in range(K)]
 
     def hear(rank: int, event: object) -> None:
-        if isinstance(event, TurnsRecord):
+        if isinstance(event, VisitsRecord):
             ends[rank] += [turn.end for turn in event.turns if turn.trains]
 
     results: list[StageResult] = run_processes(run_rank, jobs(method, factor), threads=1, pin=False, on_event=hear)

@@ -28,11 +28,11 @@ from torch.nn.functional import cross_entropy
 
 import delock
 from delock.data import as_loader
-from delock.links.meet import LinkKind
-from delock.methods import Method, title
+from delock.links.connect import LinkKind
+from delock.methods import Method, spelled
 from delock.ops import Backward
 from delock.plan import unroll
-from delock.records import Event, StepRecord, Turn, TurnsRecord
+from delock.records import Event, StepRecord, Visit, VisitsRecord
 from delock.timeline import Costs, Emulation, Slowdown, capacities, simulate
 
 K, FORWARD, BACKWARD = 4, 0.12, 0.24  # seconds
@@ -78,12 +78,12 @@ def measured(
     """Seconds per batch, between batch WARM and the last that the last stage has done; free-running: see `paces`."""
     made: tuple[Tensor, Tensor] = torch.randn(rows, FEATURES), torch.randint(10, (rows,))
     ends: list[float] = []
-    turns: list[list[Turn]] = [[] for _ in range(K)]
+    turns: list[list[Visit]] = [[] for _ in range(K)]
 
     def hear(event: Event) -> None:
         if isinstance(event, StepRecord):
             ends.append(event.seconds)
-        if isinstance(event, TurnsRecord):
+        if isinstance(event, VisitsRecord):
             turns[event.stage] += [turn for turn in event.turns if turn.trains]
 
     steps = length(method)
@@ -133,8 +133,8 @@ def figure(rows: list[dict[str, Any]], stem: Path) -> None:
     drawn, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, kind in zip(axes, ("random", "fixed"), strict=True):
         for i, method in enumerate(METHODS):
-            own = [row for row in rows if row["kind"] == kind and row["method"] == title(method)]
-            axis.plot([r["s"] for r in own], [r["simulated"] for r in own], color=f"C{i}", label=title(method))
+            own = [row for row in rows if row["kind"] == kind and row["method"] == spelled(method)]
+            axis.plot([r["s"] for r in own], [r["simulated"] for r in own], color=f"C{i}", label=spelled(method))
             axis.plot([r["s"] for r in own], [r["measured"] for r in own], "o", color=f"C{i}")
         axis.set_title(f"{kind} stragglers")
         axis.set_xlabel("s: a slow tick takes 1 + s times as long")
@@ -151,7 +151,7 @@ def cells(method: Method, kind: str, costs: tuple[float, float]) -> list[dict[st
     for s in EXTRA:
         slow = slowdown(kind, s)
         due = simulated(method, slow, *costs)
-        found.append({"kind": kind, "method": title(method), "s": s, "ms": measured(method, slow), "due": due})
+        found.append({"kind": kind, "method": spelled(method), "s": s, "ms": measured(method, slow), "due": due})
         found[-1] |= {"measured": found[0]["ms"] / found[-1]["ms"], "simulated": found[0]["due"] / due}
         print(found[-1], flush=True)
     return found
@@ -170,10 +170,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """What is asked for, then table and figure of all that is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", choices=[title(method) for method in METHODS], default=[title(method) for method in METHODS])
+    parser.add_argument(
+        "--method", nargs="+", choices=[spelled(method) for method in METHODS], default=[spelled(method) for method in METHODS]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder; methods that are not asked for keep what its runs.json has")
     options = parser.parse_args()
-    asked = [method for method in METHODS if title(method) in options.method]
+    asked = [method for method in METHODS if spelled(method) in options.method]
     path = options.out / "runs.json"
     known: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     costs = {parts: overhead(parts) for parts in {method.parts for method in asked}}
@@ -181,9 +183,9 @@ def main() -> None:
         print(f"1/{parts} of a batch: an op takes {1000 * op:.2f} ms beside its wait, a message {1000 * delay:.2f} ms", flush=True)
     for kind in ("random", "fixed"):
         for method in asked:
-            known = [row for row in known if (row["kind"], row["method"]) != (kind, title(method))]
+            known = [row for row in known if (row["kind"], row["method"]) != (kind, spelled(method))]
             known += cells(method, kind, costs[method.parts])
-            known.sort(key=lambda row: (row["kind"] == "fixed", [title(m) for m in METHODS].index(row["method"]), row["s"]))
+            known.sort(key=lambda row: (row["kind"] == "fixed", [spelled(m) for m in METHODS].index(row["method"]), row["s"]))
             path.write_text(json.dumps(known) + "\n")
     (options.out / "table.md").write_text(table(known))
     print(table(known))

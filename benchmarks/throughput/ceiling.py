@@ -28,7 +28,7 @@ def ceiling(local: bool, here: Here) -> Turn:
     part = here.part(here.share.halves[here.number])
     parts, error = [part], None
     if here.number:
-        kept = here.share.how.laid_out(output_of(here, [here.share.halves[0]], len(here.batch(0)[0]))).requires_grad_(not local)
+        kept = here.share.execution.laid_out(output_of(here, [here.share.halves[0]], len(here.batch(0)[0]))).requires_grad_(not local)
         forward = partial(_loss, here, [part], kept)
     elif local:
         parts.append(here.part(here.share.head))

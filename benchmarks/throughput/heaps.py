@@ -24,7 +24,7 @@ import torch
 from works import SGD, WORKS, Ready
 
 import delock
-from delock import heap
+from delock.launch import allocator
 
 BATCHES = {"resnet20": 24, "conv": 24, "mlp": 60, "gpt": 14}  # some seconds each
 Turn = tuple[float, list[int]]  # milliseconds a batch, bytes that every stage grew by
@@ -49,14 +49,14 @@ def turn(name: str, library: str) -> Turn:
 
 def served(library: str) -> Mapping[str, str]:
     """The environment for that; the fork server has it from its program."""
-    return heap.environment({heap.PRELOAD: library}, None) | {heap.PRELOAD: library}
+    return allocator.environment({allocator.PRELOAD: library}, None) | {allocator.PRELOAD: library}
 
 
 def libraries() -> dict[str, str]:
     """What is installed, by name."""
     found = {"glibc": ""}
-    for file in heap.FILES:
-        path = heap.installed((file,))
+    for file in allocator.FILES:
+        path = allocator.installed((file,))
         if path:
             found.setdefault(file[3:11], str(path))
     return found
@@ -90,8 +90,8 @@ def main() -> None:
     for name in WORKS:
         turns: dict[str, list[Turn]] = defaultdict(list)
         for _ in range(options.rounds):
-            for allocator, library in found.items():
-                turns[allocator].append(turn(name, library))
+            for heap, library in found.items():
+                turns[heap].append(turn(name, library))
         lines.append(row(name, turns))
         print(lines[-1], flush=True)
     where = f"{os.cpu_count()} cores ({platform.machine()}), {' '.join(platform.libc_ver())}, torch {torch.__version__}"

@@ -9,11 +9,12 @@ from functools import partial
 
 from share import Here, Told, Turn
 
-from delock.links.meet import LinkKind
+from delock.links.connect import LinkKind
 from delock.methods import ADL, DDG, DGL, FDG, Method
 from delock.ops import Backward
-from delock.plan import Course
-from delock.train import Job, run_rank
+from delock.plan import RunLength
+from delock.run.job import StageJob
+from delock.run.ranks import run_rank
 
 METHODS: dict[str, Method] = {"FDG": FDG(), "ADL": ADL(accumulate=2), "DDG": DDG(), "DGL": DGL()}
 LINKS: tuple[LinkKind, ...] = ("gloo", "shared")
@@ -26,14 +27,14 @@ def ours(method: str, link: LinkKind, here: Here) -> Turn:
     return partial(_turn, here, job)
 
 
-def _turn(here: Here, job: Job, n: int) -> Told:
+def _turn(here: Here, job: StageJob, n: int) -> Told:
     """Seconds per batch between the ends of two Backwards n batches apart.
 
     The last of them comes before the stage has nothing more to forward: n Forwards, n Backwards and their Updates lie between.
     """
     batches = FROM + n + job.method.delay(0, job.K) + 1
     module, head = copy.deepcopy((job.module, job.head))
-    result = run_rank(here.rank, replace(job, module=module, head=head, course=Course(batches)))
+    result = run_rank(here.rank, replace(job, module=module, head=head, length=RunLength(batches)))
     ends = [span.end for span in result.spans if isinstance(span.op, Backward)]
     return Told((ends[FROM + n] - ends[FROM]) / n, result.losses)
 

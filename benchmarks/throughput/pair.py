@@ -13,7 +13,7 @@ from peers import PEERS, SCHEDULES
 from share import Here, Share, Told, Turn
 from works import WORKS
 
-from delock import heap
+from delock.launch import allocator
 from delock.launch.rank import Rank
 
 CONTENDERS: Mapping[str, Callable[[Here], Turn]] = {**PEERS, **CEILINGS, **OURS}
@@ -68,7 +68,7 @@ def pair(rank: Rank, task: Task) -> None:
 
 
 def _begin(rank: Rank, name: str, when: str) -> None:
-    rank.emit(Begun(name, heap.allocator()))
+    rank.emit(Begun(name, allocator.in_use()))
     rank.progress.at(name[:32], when)
 
 

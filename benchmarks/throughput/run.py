@@ -27,43 +27,45 @@ from share import Share, Told
 from torch import nn
 from works import CONFIGURATIONS, ENDLESS, SGD, WORKS, Ready, Work, pays
 
-from delock.computing import Computing
 from delock.errors import DelockError
+from delock.execution import Execution
 from delock.launch.processes import run_processes
 from delock.methods import Method
 from delock.nets.heads import build_head, choose
-from delock.nets.measure import balance, measure
-from delock.nets.split import StageModule, atoms, stages
-from delock.plan import Course
-from delock.train import Job
+from delock.partition.balance import balance
+from delock.partition.layers import layers
+from delock.partition.measure import measure
+from delock.partition.stages import StageModule, stages
+from delock.plan import RunLength
+from delock.run.job import StageJob
 
 PATIENCE = 60.0  # seconds without a sign of life
 Found = dict[str, Any]  # of a configuration, as results.json has it
 
 
-def share(work: str, how: Computing) -> Share:
+def share(work: str, execution: Execution) -> Share:
     """Everything that contenders are built from; the cuts by the costs of the layers, measured here and now as `fit` does."""
     found = WORKS[work]
     batches, model = found.batches(), found.model()
-    parts = atoms(model)
+    parts = layers(model)
     torch.set_num_threads(1)
-    costs = measure(parts, *batches[0], found.loss, how=how)
+    costs = measure(parts, *batches[0], found.loss, execution=execution)
     halves, quarters = (stages(parts, balance([c.total_s for c in costs], K, [c.params for c in costs])) for K in (2, 4))
     shape = costs[len(halves[0]) - 1].shape
     head = build_head(choose(shape), shape, costs[-1].shape[-1])
-    jobs = {name: [job(k, module, head, method, found, how) for k, module in enumerate(halves)] for name, method in METHODS.items()}
-    return Share(work, how, model, list(halves), list(quarters), head, jobs, batches, os.sched_getaffinity(0))
+    jobs = {name: [job(k, module, head, method, found, execution) for k, module in enumerate(halves)] for name, method in METHODS.items()}
+    return Share(work, execution, model, list(halves), list(quarters), head, jobs, batches, os.sched_getaffinity(0))
 
 
-def job(k: int, module: StageModule, head: nn.Module, method: Method, work: Work, how: Computing) -> Job:
+def job(k: int, module: StageModule, head: nn.Module, method: Method, work: Work, execution: Execution) -> StageJob:
     """What `fit` would send to the process of stage k; the number of batches and the link are filled in there."""
-    return Job(
+    return StageJob(
         k=k,
         K=2,
         module=module,
         names=module.original,
         method=method,
-        course=Course(1),
+        length=RunLength(1),
         per_epoch=ENDLESS,
         optimizer=SGD,
         schedule=None,
@@ -72,7 +74,7 @@ def job(k: int, module: StageModule, head: nn.Module, method: Method, work: Work
         seed=0,
         train=Ready(work.batches()) if k == 0 else None,
         head=head if k in method.headed(2) else None,
-        how=how,
+        execution=execution,
         log_every=ENDLESS,
         trace=True,
     )

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from works import SGD, Batch, Work
 
-from delock.computing import Computing
+from delock.execution import Execution
 from delock.launch.rank import Rank
-from delock.train import Job
+from delock.run.job import StageJob
 
 WARM = 1  # steps of a contender before its clock starts, every time it has its turn
 
@@ -23,12 +23,12 @@ class Share:
     """What both ranks know of a configuration."""
 
     work: str
-    how: Computing
+    execution: Execution
     model: nn.Module
     halves: list[nn.Module]  # the two stages
     quarters: list[nn.Module]  # the network in four
     head: nn.Module  # of stage 0, for a loss of its own
-    jobs: dict[str, list[Job]]  # of the library's methods: one for each stage
+    jobs: dict[str, list[StageJob]]  # of the library's methods: one for each stage
     batches: list[Batch]
     cores: set[int]  # that the benchmark may use
 
@@ -62,7 +62,7 @@ class Here:
 
     def part(self, module: nn.Module, *, travels: bool = False) -> Part:
         """A copy of a module to train in the configuration's layout and precision; `travels`: its input and output go through gloo."""
-        return Part(copy.deepcopy(module), self.share.how, travels)
+        return Part(copy.deepcopy(module), self.share.execution, travels)
 
     def batch(self, i: int) -> Batch:
         """Number i, running round."""
@@ -70,22 +70,22 @@ class Here:
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The work's, in the configuration's precision."""
-        with self.share.how.context(torch.device("cpu")):
+        with self.share.execution.context(torch.device("cpu")):
             return self.work.loss(outputs, targets)
 
 
 class Part(nn.Module):
     """A module in a layout and precision, as its user has to write it; what `travels` is made fit for gloo."""
 
-    def __init__(self, module: nn.Module, how: Computing, travels: bool) -> None:
+    def __init__(self, module: nn.Module, execution: Execution, travels: bool) -> None:
         super().__init__()
-        self.module, self.how, self.travels = how.prepared(module).train(), how, travels
+        self.module, self.execution, self.travels = execution.prepared(module).train(), execution, travels
 
     def forward(self, x: Tensor) -> Tensor:
         """The module's output."""
-        anew = self.travels and self.how.channels_last and x.requires_grad and x.dim() == 4
-        entered = _Entrance.apply(x) if anew else self.how.laid_out(x)
-        with self.how.context(x.device):
+        anew = self.travels and self.execution.channels_last and x.requires_grad and x.dim() == 4
+        entered = _Entrance.apply(x) if anew else self.execution.laid_out(x)
+        with self.execution.context(x.device):
             y: Tensor = self.module(entered)
         return y.contiguous() if self.travels else y
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from delock.computing import Computing
+from delock.execution import Execution
 from delock.nets import build, gpt, nats
 from delock.nets.resnet import he
 
@@ -112,16 +112,16 @@ WORKS: Mapping[str, Work] = MappingProxyType(
         ),
     }
 )
-CONFIGURATIONS: Mapping[str, Computing] = MappingProxyType(
+CONFIGURATIONS: Mapping[str, Execution] = MappingProxyType(
     {
-        "default": Computing(),
-        "channels-last": Computing(channels_last=True),
-        "bf16": Computing(amp=True),
-        "channels-last-bf16": Computing(amp=True, channels_last=True),
+        "default": Execution(),
+        "channels-last": Execution(channels_last=True),
+        "bf16": Execution(amp=True),
+        "channels-last-bf16": Execution(amp=True, channels_last=True),
     }
 )
 
 
-def pays(work: Work, how: Computing) -> bool:
+def pays(work: Work, execution: Execution) -> bool:
     """Whether the layout means anything to the work: it is one of images."""
-    return not how.channels_last or len(work.shape) == 4
+    return not execution.channels_last or len(work.shape) == 4

@@ -10,7 +10,7 @@ from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, AsyncDGL, G
 from delock.records import Result
 
 if TYPE_CHECKING:
-    from delock.fitting import fit as fit
+    from delock.api import fit as fit
 
 __version__ = "0.1.0"
 
@@ -39,5 +39,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`delock.fit` loads torch when it is first used, `import delock` does not."""
     if name == "fit":
-        return importlib.import_module("delock.fitting").fit
+        return importlib.import_module("delock.api").fit
     raise AttributeError(f"module 'delock' has no attribute {name!r}")

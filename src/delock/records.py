@@ -59,7 +59,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Visit:
     """One visit of a stage in a run with replay buffers: what it read, and what it did with it."""
 
     ordinal: int  # the stage's own; of an evaluation, the evaluation batch
@@ -73,11 +73,11 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class TurnsRecord:
+class VisitsRecord:
     """The next turns of one stage of a free-running run, which together are its plan."""
 
     stage: int
-    turns: tuple[Turn, ...]
+    turns: tuple[Visit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ class Result:
     spans: tuple[tuple[Span, ...], ...] = ()  # per stage, with trace=True: every op on the clock of its host
 
 
-Event = Started | StepRecord | EvaluationRecord | TurnsRecord
+Event = Started | StepRecord | EvaluationRecord | VisitsRecord
 
 
 def mean(histogram: dict[int, int]) -> float:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from delock import __version__
 from delock.cli.interrupts import interruptible
-from delock.cli.ranks import chief
+from delock.cli.ranks import is_rank_zero
 from delock.errors import DelockError, UsageError
 
 COMMANDS = MappingProxyType(
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(f"error: {error}", error, "\n")
             return FAILED
         except KeyboardInterrupt as error:
-            if chief():
+            if is_rank_zero():
                 _say("interrupted", error, "; ")
             return getattr(error, "code", INTERRUPTED)
         except BrokenPipeError:  # `delock plan | head`: the reader has seen enough

@@ -11,7 +11,7 @@ from typing import TypeVar
 import tyro
 
 from delock.cli.complaint import complaint
-from delock.config import build, flat, override, table, toml
+from delock.cli.config import build, flat, override, table, toml
 from delock.errors import UsageError
 
 C = TypeVar("C")

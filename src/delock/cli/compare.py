@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from delock.cli.arguments import parse
+from delock.cli.config import CompareConfig, flat
 from delock.cli.ranks import ranks
 from delock.cli.rows import PLAIN, Row, cut_alike, rows
+from delock.cli.run_folder import RunFolder, dumps
 from delock.cli.session import load_data, refuse, train, warm_up
-from delock.config import CompareConfig, flat
+from delock.cli.summary import RunReport, compared, measure
+from delock.cli.tables import IDLE, LAYERWISE, Cells, comparison_table, markdown
 from delock.errors import DelockError, UsageError
 from delock.records import Started
-from delock.report import Story, compared, measure
-from delock.runfolder import RunFolder, dumps
-from delock.tables import IDLE, LAYERWISE, Cells, comparison_table, markdown
 
 if TYPE_CHECKING:
-    from delock.cli.screen import Screen
+    from delock.cli.terminal import Terminal
     from delock.data import Data, TextData
 
 ABOUT = """Train a network with several methods, and lay the results side by side.
@@ -40,13 +40,13 @@ def run(words: Sequence[str]) -> int:
     model = str(todo[0].config.network.model).replace("/", "-")
     folder = RunFolder(config.output.out, f"compare-{model}", overwrite=config.output.overwrite)
     warm_up(todo[0].config)
-    from delock.cli.screen import Screen  # here: rich is not needed where words are wrong
+    from delock.cli.terminal import Terminal
 
-    screen = Screen()
+    screen = Terminal()
     data = load_data(todo[0].config, screen)
     for row in todo:
         refuse(row.config, data)
-    stories: dict[str, Story] = {}
+    stories: dict[str, RunReport] = {}
     try:
         _train(config, todo, data, folder, screen, stories)
     except BaseException as error:
@@ -63,13 +63,13 @@ def run(words: Sequence[str]) -> int:
 
 
 def _train(
-    config: CompareConfig, todo: Sequence[Row], data: Data | TextData, folder: RunFolder, screen: Screen, stories: dict[str, Story]
+    config: CompareConfig, todo: Sequence[Row], data: Data | TextData, folder: RunFolder, screen: Terminal, stories: dict[str, RunReport]
 ) -> None:
     """Train every row into its own folder. A row that fails is told, and the others go on; bad input with nothing kept yet ends it all."""
     cuts: tuple[int, ...] | None = None
     for i, row in enumerate(todo):
         row = cut_alike(row, cuts) if cuts is not None else row
-        story = stories[row.name] = Story(row.config)
+        story = stories[row.name] = RunReport(row.config)
         screen.line(f"\n{i + 1} of {len(todo)}: {row.name}")
         try:
             train(story, data, folder.inner(row.folder), screen)
@@ -84,7 +84,7 @@ def _train(
             _draw(folder, stories)
 
 
-def _keep(config: CompareConfig, folder: RunFolder, stories: dict[str, Story]) -> None:
+def _keep(config: CompareConfig, folder: RunFolder, stories: dict[str, RunReport]) -> None:
     """What is known so far, as a file and as a table: after every row, so that no end of this program can take it away."""
     any_cut = _any_cut(stories)
     options = {name: str(value) if name in ("data_dir", "text", "out", "config") else value for name, value in flat(config).items()}
@@ -93,7 +93,7 @@ def _keep(config: CompareConfig, folder: RunFolder, stories: dict[str, Story]) -
     folder.write("compare.md", markdown(*_table(stories)))
 
 
-def _draw(folder: RunFolder, stories: dict[str, Story]) -> None:
+def _draw(folder: RunFolder, stories: dict[str, RunReport]) -> None:
     from delock.draw import Run, curves
 
     runs = [Run(name, story.evaluations, story.steps) for name, story in stories.items() if story.steps]
@@ -101,12 +101,12 @@ def _draw(folder: RunFolder, stories: dict[str, Story]) -> None:
         curves(runs, folder.path / "compare")
 
 
-def _table(stories: dict[str, Story]) -> tuple[Cells, list[Cells]]:
+def _table(stories: dict[str, RunReport]) -> tuple[Cells, list[Cells]]:
     any_cut = _any_cut(stories)
     metric = measure(next(iter(stories.values())).config)
     return comparison_table(compared(stories, PLAIN), len(any_cut.stages) if any_cut else 1, metric)
 
 
-def _any_cut(stories: dict[str, Story]) -> Started | None:
+def _any_cut(stories: dict[str, RunReport]) -> Started | None:
     """A run that was cut as all but the plain one are."""
     return next((story.started for name, story in stories.items() if name != PLAIN and story.started), None)

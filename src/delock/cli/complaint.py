@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
-from delock.config.flat import Option, converted, described
+from delock.cli.config.flat import Option, converted, described
 
 
 def complaint(words: Sequence[str], known: Mapping[str, Option], command: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from delock.cli.ranks import chief
+from delock.cli.ranks import is_rank_zero
 
 SETTLE = 5.0  # seconds that an orderly end may take
 
@@ -42,7 +42,7 @@ def interruptible(*, whole_program: bool) -> Iterator[None]:
             asked.append(now)
             raise Interrupted(number)
 
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if chief() else (signal.SIGINT,)
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_rank_zero() else (signal.SIGINT,)
     usual = (signal.SIG_DFL, signal.default_int_handler)  # else somebody has decided otherwise: nohup, a debugger
     before = {number: signal.signal(number, ask) for number in wanted if signal.getsignal(number) in usual}
     try:

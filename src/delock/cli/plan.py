@@ -9,8 +9,7 @@ from shutil import get_terminal_size
 from typing import Annotated, Any
 
 from delock.cli.arguments import parse
-from delock.cli.profile import Profile, measure_model
-from delock.config import (
+from delock.cli.config import (
     AlgorithmOptions,
     DatasetOptions,
     LanguageOptions,
@@ -22,11 +21,12 @@ from delock.config import (
     resolve,
     shown,
 )
+from delock.cli.profile import Profile, measure_model
+from delock.cli.run_folder import dumps
+from delock.cli.tables import IDLE, LAYERWISE, STALENESS, Cells, memory, milliseconds, per_second, percent
 from delock.errors import UsageError
-from delock.methods import AsyncDGL, Method, options, title
+from delock.methods import AsyncDGL, Method, options, spelled
 from delock.plan import chart, unroll
-from delock.runfolder import dumps
-from delock.tables import IDLE, LAYERWISE, STALENESS, Cells, memory, milliseconds, per_second, percent
 from delock.timeline import Costs, Prediction, capacities, predict, simulate
 
 ABOUT = """Show a method's schedule, staleness, memory and speed; nothing is trained.
@@ -200,10 +200,10 @@ def as_values(answer: Answer) -> dict[str, Any]:
 
 def show(answer: Answer, files: Sequence[Path]) -> None:
     """The answer as text."""
-    from delock.cli.screen import Screen  # here: JSON does without rich
+    from delock.cli.terminal import Terminal
 
-    screen, K, speed, costs = Screen(), answer.costs.K, answer.dataflow, answer.config.costs
-    name = title(make_method(answer.config.algorithm))
+    screen, K, speed, costs = Terminal(), answer.costs.K, answer.dataflow, answer.config.costs
+    name = spelled(make_method(answer.config.algorithm))
     halves = HALVES if " b" in answer.chart else ""
     screen.line(f"{name}, K = {K}; a cell is op, batch . version of the weights; F forward, B backward{halves}\n")
     screen.line(f"{answer.chart}\n")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from delock.cli.config import TrainConfig, resolved, tokens
 from delock.cli.workload import build_model, goals, load_data
-from delock.config import TrainConfig, known, tokens
 from delock.methods import Method
 
 
@@ -27,25 +27,26 @@ class Profile:
 
 def measure_model(config: TrainConfig, method: Method, K: int, *, threads: int) -> Profile:
     """Measure a resolved config's model on the first batch of its data; loads torch. Raises UsageError where they or K do not fit."""
-    from delock.recipes import recipe
-    from delock.setup import Spec, prepare
+    from delock.cli.workload import recipe
+    from delock.run.prepare import prepare
+    from delock.run.request import Request
 
     data = load_data(config)
     loss, _ = goals(config)
     epoch = len(data.train)
     optimizer, _ = recipe(config, method, epoch, epoch)
-    spec = Spec(build_model(config, data), data.train, None, loss, method, optimizer, stages=K, epochs=1, threads=threads)
-    setup = prepare(spec, None)
-    stages = [setup.costs[a:b] for a, b in setup.bounds()]
+    request = Request(build_model(config, data), data.train, None, loss, method, optimizer, stages=K, epochs=1, threads=threads)
+    prepared = prepare(request, None)
+    stages = [prepared.costs[a:b] for a, b in prepared.bounds()]
     return Profile(
-        model=known(config.network.model),
-        samples=setup.batch.rows,
-        cuts=setup.cuts,
+        model=resolved(config.network.model),
+        samples=prepared.batch.rows,
+        cuts=prepared.cuts,
         layers=tuple(len(stage) for stage in stages),
         parameters=tuple(sum(cost.params for cost in stage) for stage in stages),
         forward=tuple(sum(cost.forward_s for cost in stage) for stage in stages),
         backward=tuple(sum(cost.backward_s for cost in stage) for stage in stages),
-        messages=tuple(setup.costs[cut - 1].out_bytes for cut in setup.cuts),
-        memory=tuple(held.resident if held else None for held in setup.memory(spec)),
+        messages=tuple(prepared.costs[cut - 1].out_bytes for cut in prepared.cuts),
+        memory=tuple(held.resident if held else None for held in prepared.memory(request)),
         tokens=tokens(config),
     )

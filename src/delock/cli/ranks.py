@@ -10,6 +10,6 @@ def ranks() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
 
 
-def chief() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process speaks and writes: under torchrun rank 0 alone does."""
     return ranks() is None or os.environ["RANK"] == "0"

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delock.cli.arguments import parse
+from delock.cli.config import TrainConfig, build, make_method, resolve, toml
 from delock.cli.ranks import ranks
-from delock.cli.screen import Screen
+from delock.cli.run_folder import CONFIG, MODEL, load_turns
 from delock.cli.session import fit_config
+from delock.cli.summary import evaluated, trained
+from delock.cli.terminal import Terminal
 from delock.cli.workload import build_model, load_data
-from delock.config import TrainConfig, build, make_method, resolve, toml
+from delock.engine.asynchronous.schedule import recorded
 from delock.errors import DelockError, UsageError
 from delock.methods import AsyncDGL
 from delock.ops import Forward, Update
-from delock.plan.turns import recorded
-from delock.records import EvaluationRecord, Event, StepRecord, Turn
-from delock.report import evaluated, trained
-from delock.runfolder import CONFIG, MODEL, load_turns
+from delock.records import EvaluationRecord, Event, StepRecord, Visit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ def run(words: Sequence[str]) -> int:
     if ranks():
         raise UsageError("replay does everything in one process: start it without torchrun")
     config = read_config(path)
-    turns, screen = load_turns(path, config.network.stages or 1), Screen()
+    turns, screen = load_turns(path, config.network.stages or 1), Terminal()
     state = repeat(config, turns, screen)
     done = f"replayed {extent(turns)}"
     if not (path / MODEL).is_file():
@@ -59,7 +59,7 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def extent(turns: Sequence[Sequence[Turn]]) -> str:
+def extent(turns: Sequence[Sequence[Visit]]) -> str:
     """How much of a trace can be done again, in words: of a run that was cut off, not what read turns that are missing."""
     plan, whole = recorded(turns)
     done = [[step.op for step in column] for column in plan.columns]
@@ -82,7 +82,7 @@ def read_config(run: Path) -> TrainConfig:
     return config
 
 
-def repeat(config: TrainConfig, turns: Sequence[Sequence[Turn]], screen: Screen) -> Mapping[str, Tensor]:
+def repeat(config: TrainConfig, turns: Sequence[Sequence[Visit]], screen: Terminal) -> Mapping[str, Tensor]:
     """Do the turns again; the weights afterwards, by their names in the unsplit model."""
     screen.phase(f"loading {config.dataset.data}")
     data = load_data(config, screen.progress)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
+from delock.cli.config import CompareConfig, TrainConfig, build, flat, override, resolve, table
+from delock.cli.config.options import ComparisonOptions
 from delock.codecs import VQ
-from delock.config import CompareConfig, TrainConfig, build, flat, override, resolve, table
-from delock.config.options import ComparisonOptions
 from delock.errors import UsageError
 from delock.methods import METHODS
 

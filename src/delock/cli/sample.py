@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from delock.cli.arguments import parse
+from delock.cli.config import TrainConfig, build, is_text, refuse_below, resolve, resolved, shown, toml
+from delock.cli.run_folder import ALPHABET, CONFIG, MODEL
 from delock.cli.workload import build_gpt
-from delock.config import TrainConfig, build, is_text, known, refuse_below, resolve, shown, toml
 from delock.errors import UsageError
-from delock.runfolder import ALPHABET, CONFIG, MODEL
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +62,7 @@ def run(words: Sequence[str]) -> int:
     begin = alphabet.encode(options.prompt or beginning(alphabet))  # (T,)
     model, text = read_model(path, config, len(alphabet)), decoder(alphabet)
     print(options.prompt or "", end="", flush=True)
-    for token in draws(model, begin, known(config.language.context), options):
+    for token in draws(model, begin, resolved(config.language.context), options):
         print(text(token), end="", flush=True)
     print(text(None))
     return 0

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from delock.cli.board import Board
+from delock.cli.config import TrainConfig, flat, make_method, other_kind_options, tokens, toml
 from delock.cli.ranks import ranks
-from delock.cli.screen import Screen
+from delock.cli.run_folder import ALPHABET, CONFIG, SUMMARY, RunFolder, dumps
+from delock.cli.summary import RunReport, evaluated, opening, summary, trained
+from delock.cli.tables import per_second, prediction_table
+from delock.cli.tensorboard import TensorBoard
+from delock.cli.terminal import Terminal
 from delock.cli.workload import build_model, goals
 from delock.cli.workload import load_data as read_data
-from delock.config import TrainConfig, flat, foreign, make_method, tokens, toml
 from delock.errors import UsageError
-from delock.records import EvaluationRecord, Event, Result, Started, StepRecord, Turn, TurnsRecord
-from delock.report import Story, evaluated, opening, summary, trained
-from delock.runfolder import ALPHABET, CONFIG, SUMMARY, RunFolder, dumps
-from delock.tables import per_second, prediction_table
+from delock.records import EvaluationRecord, Event, Result, Started, StepRecord, Visit, VisitsRecord
 from delock.timeline import Emulation, straggler
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ def warm_up(config: TrainConfig) -> None:
     if config.machine.workers == "processes" and ranks() is None:
         from delock.launch.context import context
 
-        context(("delock.train",))
+        context(("delock.run.ranks",))
 
 
-def load_data(config: TrainConfig, screen: Screen) -> Data | TextData:
+def load_data(config: TrainConfig, screen: Terminal) -> Data | TextData:
     """The data set of a config, with its progress on the screen."""
     screen.phase(f"loading {config.dataset.data}")
     data = read_data(config, screen.progress)
@@ -45,9 +45,9 @@ def load_data(config: TrainConfig, screen: Screen) -> Data | TextData:
 class Session:
     """The record of one run: what is told goes to the screen and into the folder, and `end` writes the summary."""
 
-    def __init__(self, story: Story, data: Data | TextData, folder: RunFolder, screen: Screen) -> None:
+    def __init__(self, story: RunReport, data: Data | TextData, folder: RunFolder, screen: Terminal) -> None:
         self.story, self.data, self.folder, self.screen = story, data, folder, screen
-        self.board: Board | None = None
+        self.board: TensorBoard | None = None
 
     def hear(self, event: Event) -> None:
         """An event of `fit`."""
@@ -67,7 +67,7 @@ class Session:
                 self.screen.progress(event.step, self.story.batches, trained(config, event, self.story.batches))
             case EvaluationRecord():
                 self.screen.line(evaluated(config, event))
-            case TurnsRecord():
+            case VisitsRecord():
                 self.open()
                 self.folder.add_turns(event)
                 return
@@ -83,11 +83,11 @@ class Session:
         if not self.folder.opened:
             self.folder.open()
             config = self.story.config
-            values = {name: value for name, value in flat(config).items() if name not in (*NOT_REPEATED, *foreign(config))}
+            values = {name: value for name, value in flat(config).items() if name not in (*NOT_REPEATED, *other_kind_options(config))}
             self.folder.write(CONFIG, toml.write(values, "delock train --config FILE repeats this run"))
             if isinstance(self.data, TextData):
                 self.folder.write(ALPHABET, dumps({"characters": self.data.alphabet.characters}) + "\n")
-            self.board = Board(self.folder.path) if config.output.tensorboard else None
+            self.board = TensorBoard(self.folder.path) if config.output.tensorboard else None
 
     def end(self) -> None:
         """Close everything; a folder gets its summary. The screen comes last: it may be gone, if its terminal was closed."""
@@ -99,7 +99,7 @@ class Session:
         self.screen.end()
 
 
-def train(story: Story, data: Data | TextData, folder: RunFolder, screen: Screen) -> None:
+def train(story: RunReport, data: Data | TextData, folder: RunFolder, screen: Terminal) -> None:
     """Train as the story's resolved config says, and let the story tell how it goes.
 
     The folder gets its files as they come, and a summary however the run ends; errors and KeyboardInterrupt go on to the caller.
@@ -125,15 +125,15 @@ def train(story: Story, data: Data | TextData, folder: RunFolder, screen: Screen
 def refuse(config: TrainConfig, data: Data | TextData) -> None:
     """Raise UsageError where a resolved config asks for what cannot be trained: no such model or device, too few layers, a batch of one."""
     from delock.launch.rank import backend_for
-    from delock.nets import atoms
-    from delock.setup import refuse_unfit, refuse_wrong_link, refuse_wrong_workers
+    from delock.partition.layers import layers
+    from delock.run.checks import refuse_unfit, refuse_wrong_link, refuse_wrong_workers
 
     network, machine = config.network, config.machine
     K, method = network.stages or 1, make_method(config.algorithm)
     refuse_wrong_workers(method, machine.workers if ranks() is None else "torchrun")
     backend_for(machine.device, None, K if machine.workers == "processes" else 1)
     refuse_wrong_link(method, machine.link, machine.device)
-    refuse_unfit(atoms(build_model(config, data)), K, network.cuts, method, data.train.sizes())
+    refuse_unfit(layers(build_model(config, data)), K, network.cuts, method, data.train.sizes())
 
 
 def fit_config(
@@ -141,11 +141,11 @@ def fit_config(
     data: Data | TextData,
     model: nn.Module,
     on_event: Callable[[Event], None],
-    turns: Sequence[Sequence[Turn]] | None = None,
+    turns: Sequence[Sequence[Visit]] | None = None,
 ) -> Result | None:
     """`fit` as a resolved config says; `turns`: of a free-running run, to be done again in this process."""
-    from delock.fitting import fit
-    from delock.recipes import recipe
+    from delock.api import fit
+    from delock.cli.workload import recipe
 
     training, machine = config.training, config.machine
     method = make_method(config.algorithm)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from delock.cli.arguments import parse
-from delock.cli.ranks import chief, ranks
+from delock.cli.config import TrainConfig, is_text, resolve
+from delock.cli.ranks import is_rank_zero, ranks
+from delock.cli.run_folder import RunFolder
 from delock.cli.session import load_data, train, warm_up
-from delock.config import TrainConfig, is_text, resolve
-from delock.report import Story, closing
-from delock.runfolder import RunFolder
-from delock.tables import stage_table
+from delock.cli.summary import RunReport, closing
+from delock.cli.tables import stage_table
 
 ABOUT = """Train a network on several workers, one stage each.
 
@@ -28,13 +28,13 @@ def run(words: Sequence[str]) -> int:
     config = resolve(parse(TrainConfig, words, "train", ABOUT), ranks())
     name = f"{config.algorithm.method}-{config.network.model}".replace("/", "-")
     # rank 0 alone looks at the folder: to the others it may be there already because rank 0 has made it
-    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite or not chief())
+    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite or not is_rank_zero())
     warm_up(config)
-    from delock.cli.screen import Screen  # here: rich is not needed where words are wrong
-    from delock.cli.tracing import keep
+    from delock.cli.terminal import Terminal
+    from delock.cli.trace import keep
 
-    screen = Screen(quiet=not chief())
-    story = Story(config)
+    screen = Terminal(quiet=not is_rank_zero())
+    story = RunReport(config)
     try:
         train(story, load_data(config, screen), folder, screen)
     except BaseException as error:

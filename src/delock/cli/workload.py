@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from delock.config import TrainConfig, is_text, known
-from delock.report import measure
+from delock.cli.config import TrainConfig, is_text, resolved
+from delock.cli.summary import measure
+from delock.methods import Method
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
     from delock.data import Data, TextData
+    from delock.optim.rates import Schedule
 
 
 def load_data(config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> Data | TextData:
@@ -22,16 +26,16 @@ def load_data(config: TrainConfig, on_progress: Callable[[int, int], None] | Non
     if is_text(config):
         return load_text(
             config.language.text,
-            level=known(config.language.level),
-            context=known(config.language.context),
-            batch_size=known(options.batch_size),
+            level=resolved(config.language.level),
+            context=resolved(config.language.context),
+            batch_size=resolved(options.batch_size),
             seed=seed,
             test_batch_size=options.test_batch_size,
         )
     return load(
         options.data,
         data_dir=options.data_dir,
-        batch_size=known(options.batch_size),
+        batch_size=resolved(options.batch_size),
         seed=seed,
         download=options.download,
         augment=options.augment,
@@ -51,7 +55,7 @@ def build_model(config: TrainConfig, data: Data | TextData) -> nn.Module:
         return build_gpt(config, data.vocabulary)
     network = config.network
     return build(
-        known(network.model),
+        resolved(network.model),
         classes=data.classes,
         in_channels=data.channels,
         image_size=data.image_size,
@@ -67,10 +71,10 @@ def build_gpt(config: TrainConfig, vocabulary: int) -> nn.Sequential:
     size = config.language
     return gpt(
         vocabulary,
-        depth=known(size.depth),
-        width=known(size.width),
-        heads=known(size.attention_heads),
-        context=known(size.context),
+        depth=resolved(size.depth),
+        width=resolved(size.width),
+        heads=resolved(size.attention_heads),
+        context=resolved(size.context),
         dropout=config.network.dropout,
         seed=config.training.seed,
     )
@@ -84,3 +88,26 @@ def goals(config: TrainConfig) -> tuple[Callable[[Any, Any], Any], dict[str, Cal
     from delock.recipes import accuracy
 
     return (nats, {measure(config): bits}) if is_text(config) else (cross_entropy, {measure(config): accuracy})
+
+
+def recipe(config: TrainConfig, method: Method, epoch: int, batches: int) -> tuple[Callable[[Any], Optimizer], Schedule]:
+    """Optimizer and schedule of a resolved config, for a run of `batches` with `epoch` batches per epoch."""
+    from delock.optim.factories import SGD, Adam, AdamW
+    from delock.optim.rates import Schedule
+
+    options = config.training
+    lr, decay = resolved(options.lr), resolved(options.weight_decay)
+    optimizer: Callable[[Any], Optimizer]
+    match resolved(options.optimizer):
+        case "sgd":
+            optimizer = SGD(lr, options.momentum or 0.0, decay, options.nesterov)
+        case "adam":
+            optimizer = Adam(lr, decay)
+        case "adamw":
+            optimizer = AdamW(lr, decay)
+
+    def updates(count: float) -> int:
+        return math.ceil(count / method.batches_per_update)
+
+    milestones = tuple(sorted(updates(at * epoch) for at in options.milestones))
+    return optimizer, Schedule(options.schedule, updates(batches), updates(resolved(options.warmup)), milestones, options.gamma)

@@ -86,7 +86,7 @@ def parse_error(text: str) -> BF16 | INT8 | None:
     return codec
 
 
-def title(codec: Codec | None) -> str:
+def spelled(codec: Codec | None) -> str:
     """The codec as the user would write it: `parse` reads it."""
     if not isinstance(codec, VQ):
         return codec.name if codec else "none"

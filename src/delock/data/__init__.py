@@ -3,9 +3,9 @@
 from delock.data.alphabet import Alphabet
 from delock.data.augment import Augment
 from delock.data.images import Batches, Images, statistics
+from delock.data.iterable import as_loader
 from delock.data.load import NAMES, load
 from delock.data.loader import Data, Loader
-from delock.data.plain import as_loader
 from delock.data.synthetic import synthetic
 from delock.data.text import TextData, load_text
 

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from delock.data.source import Progress
+from delock.data.source import OnProgress
 from delock.errors import UsageError
 
 CHUNK = 64  # files per task of the pool: enough to hide what a task costs, few enough to show progress
 
 
-def decode(files: list[Path], image_size: int | None, on_progress: Progress | None = None) -> Tensor:
+def decode(files: list[Path], image_size: int | None, on_progress: OnProgress | None = None) -> Tensor:
     """(N, 3, S, S) uint8, RGB, in the order of `files`; S is `image_size`, else the size of the first image.
 
     With an image_size, an image of another size is cut to a square about its centre and resized (bilinear, antialiased).

@@ -12,13 +12,13 @@ from delock.data import cache
 from delock.data.decode import decode
 from delock.data.images import Images, Statistics, statistics
 from delock.data.scan import Listing, scan
-from delock.data.source import Progress, Source
+from delock.data.source import OnProgress, Source
 from delock.errors import UsageError
 
 FORMAT = 1  # raise when the content of the cache file changes
 
 
-def folder(directory: Path, *, image_size: int | None = None, on_progress: Progress | None = None) -> Source:
+def folder(directory: Path, *, image_size: int | None = None, on_progress: OnProgress | None = None) -> Source:
     """RGB images, all of one size: their own, or `image_size` x `image_size`, to which those of another size are fitted.
 
     The decoded images are kept in one file in the cache directory and mapped from there, so a second start takes about a second, and
@@ -43,7 +43,7 @@ def folder(directory: Path, *, image_size: int | None = None, on_progress: Progr
     )
 
 
-def _build(path: Path, fingerprint: str, train: Listing, test: Listing, image_size: int | None, on_progress: Progress | None) -> None:
+def _build(path: Path, fingerprint: str, train: Listing, test: Listing, image_size: int | None, on_progress: OnProgress | None) -> None:
     pixels = decode([*train.files, *test.files], image_size, on_progress)
     cut = len(train.files)
     stats = statistics(Images(pixels[:cut], train.labels))

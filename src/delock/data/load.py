@@ -15,7 +15,7 @@ from delock.data.folder import folder
 from delock.data.hashing import permutation
 from delock.data.images import Batches, Images
 from delock.data.loader import Data
-from delock.data.source import Progress, Source
+from delock.data.source import OnProgress, Source
 from delock.data.synthetic import synthetic
 from delock.data.vision import KINDS, vision
 from delock.errors import UsageError
@@ -35,7 +35,7 @@ def load(
     image_size: int | None = None,
     limit: int | None = None,
     test_batch_size: int | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Data:
     """The data set `name` (one of NAMES) as a training and a test loader.
 
@@ -61,7 +61,7 @@ def load(
     return Data(train, test, source.classes, channels, size, name)
 
 
-def _source(name: str, data_dir: Path | None, download: bool, image_size: int | None, on_progress: Progress | None) -> Source:
+def _source(name: str, data_dir: Path | None, download: bool, image_size: int | None, on_progress: OnProgress | None) -> Source:
     if name == "folder":
         if data_dir is None:
             raise UsageError("data set folder needs --data-dir DIR, with DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg")

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from delock.data.images import Images, Statistics
 
-Progress: TypeAlias = Callable[[int, int], None]  # (images done, images in all)
+OnProgress: TypeAlias = Callable[[int, int], None]  # (images done, images in all)
 
 
 @dataclass(frozen=True, eq=False)

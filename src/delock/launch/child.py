@@ -18,17 +18,17 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from delock.launch.cores import settle
 from delock.launch.failure import Failure, raised
-from delock.launch.parcel import unpack
+from delock.launch.pickling import unpack
 from delock.launch.progress import Progress
 from delock.launch.rank import Rank, device_of
-from delock.launch.tune import settle
 
 HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Job:
+class RankConfig:
     """What a process must know to become a rank. `stacks`: the file for its Python stack, on demand and on a fatal signal."""
 
     rank: int
@@ -58,7 +58,7 @@ class Report:
         self.send("event", event)
 
 
-def main(job: Job, memory: Any, down: Connection, up: Connection) -> None:
+def main(job: RankConfig, memory: Any, down: Connection, up: Connection) -> None:
     """Run one target. `memory`: the shared bytes of the rank's Progress; `down` brings the parcel, then the leave to go."""
     _prepare(job)
     report, progress = Report(up), Progress(memoryview(memory).cast("B"))
@@ -76,7 +76,7 @@ def main(job: Job, memory: Any, down: Connection, up: Connection) -> None:
     dist.destroy_process_group()
 
 
-def _prepare(job: Job) -> None:
+def _prepare(job: RankConfig) -> None:
     """Signals, environment, and the two things that must work whatever the target does: dying with the parent, showing the stack."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -104,7 +104,7 @@ def _loopback() -> str:
     return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
 
 
-def _open_group(job: Job) -> None:
+def _open_group(job: RankConfig) -> None:
     limit = timedelta(seconds=job.timeout)
     store = TCPStore(HOST, job.port, is_master=False, timeout=limit)
     dist.init_process_group(job.backend, store=store, rank=job.rank, world_size=job.world, timeout=limit)

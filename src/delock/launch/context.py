@@ -16,11 +16,11 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import current_process
 from typing import TypeAlias
 
-from delock import heap
+from delock.launch import allocator
 
 RankContext: TypeAlias = ForkServerContext | SpawnContext
 
-PRELOAD = ("torch", "torch.distributed", "delock.launch.child", "delock.launch.warm")
+PRELOAD = ("torch", "torch.distributed", "delock.launch.child", "delock.launch.preload")
 
 
 def context(preload: Sequence[str] = ()) -> RankContext:
@@ -38,7 +38,7 @@ def context(preload: Sequence[str] = ()) -> RankContext:
     ranks.set_forkserver_preload([*PRELOAD, *preload])
     resource_tracker.ensure_running()  # first: starting it from below would unblock SIGINT again
     before = _server()
-    with _interrupts_blocked(), heap.tuned():
+    with _interrupts_blocked(), allocator.tuned():
         forkserver.ensure_running()
     if _server() not in (before, None):
         util.Finalize(None, _end, (_server(),), exitpriority=-1)  # below 0: when all processes have been joined

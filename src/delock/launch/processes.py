@@ -19,14 +19,14 @@ from typing import Any, TypeAlias, TypeVar
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from delock.errors import StageFailed, UsageError
-from delock.launch.child import HOST, Job, main
+from delock.launch.child import HOST, RankConfig, main
 from delock.launch.context import RankContext, context, importing_main
+from delock.launch.cores import share_cores
 from delock.launch.failure import Failure, died, first
-from delock.launch.parcel import pack
+from delock.launch.pickling import pack
 from delock.launch.progress import Progress
 from delock.launch.rank import TIMEOUT, Rank, backend_for
-from delock.launch.tune import share_cores
-from delock.launch.watch import POLL, Watch, own_frames, show_stack, stopped_by_signal
+from delock.launch.watchdog import POLL, Watchdog, own_frames, show_stack, stopped_by_signal
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -74,7 +74,7 @@ def run_processes(
     ranks = context(own)
     with tempfile.TemporaryDirectory(prefix="delock-") as folder, _store(port) as bound:
         jobs = [
-            Job(rank, world, bound, device, group, timeout, threads, cores[rank], f"{folder}/{rank}", dict(os.environ))
+            RankConfig(rank, world, bound, device, group, timeout, threads, cores[rank], f"{folder}/{rank}", dict(os.environ))
             for rank in range(world)
         ]
         team = _Team(ranks, jobs, patience)
@@ -106,11 +106,11 @@ def _store(port: int) -> Iterator[int]:
 class _Team:
     """The processes of one run."""
 
-    def __init__(self, ranks: RankContext, jobs: Sequence[Job], patience: float) -> None:
+    def __init__(self, ranks: RankContext, jobs: Sequence[RankConfig], patience: float) -> None:
         self._ranks, self._jobs = ranks, jobs
         self._memory = [ranks.RawArray("c", Progress.SIZE) for _ in jobs]
         self._records = [Progress(memoryview(memory).cast("B")) for memory in self._memory]
-        self._watch = Watch(self._records, patience, lambda rank: stopped_by_signal(self._pid(rank)))
+        self._watch = Watchdog(self._records, patience, lambda rank: stopped_by_signal(self._pid(rank)))
         self._processes: list[BaseProcess] = []
         self._downs: list[Connection] = []
         self._ups: dict[Connection, int] = {}

@@ -18,11 +18,11 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.rendezvous import rendezvous
 
 from delock.errors import StageFailed
-from delock.launch.beats import Beats
+from delock.launch.cores import settle
 from delock.launch.failure import raised
+from delock.launch.heartbeats import Heartbeats
 from delock.launch.progress import Progress
 from delock.launch.rank import TIMEOUT, Rank, backend_for, device_of
-from delock.launch.tune import settle
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -75,7 +75,7 @@ def run_torchrun(
             post.emit(event)
 
     try:
-        with closing(Beats(rank, world, post.store, progress, patience, partial(_leave, post))) as beats:
+        with closing(Heartbeats(rank, world, post.store, progress, patience, partial(_leave, post))) as beats:
             result = target(Rank(rank, world, where, emit, progress, beats.be_patient), payload_of(rank))
             beats.done()
             results = _gather(rank, world, (result, post.emitted))

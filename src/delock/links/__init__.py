@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from delock.links.message import Message, Name
-from delock.links.values import Sent
+from delock.links.message import Message, MessageName
+from delock.links.traffic import SentBytes
 
 
 class Link(Protocol):
     """One stage's end of the links to its neighbours."""
 
-    def send(self, to: int, name: Name, message: Message) -> float:
+    def send(self, to: int, name: MessageName, message: Message) -> float:
         """Hand a message over, before it has arrived; returns the seconds that it waited for room, because the neighbour is behind."""
 
-    def receive(self, source: int, name: Name) -> Message:
+    def receive(self, source: int, name: MessageName) -> Message:
         """The next message from that neighbour, which must be the one of that name. Raises LinkError when it is another."""
 
-    def pull(self, source: int, count: int) -> list[tuple[Name, Message]]:
+    def pull(self, source: int, count: int) -> list[tuple[MessageName, Message]]:
         """The next `count` messages from that neighbour, without consuming them: what is under way, for a checkpoint."""
 
-    def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
+    def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> None:
         """Put messages of a checkpoint back in front of what is to come from that neighbour."""
 
     def state(self) -> Any:
@@ -36,7 +36,7 @@ class Link(Protocol):
 class CountingLink(Link, Protocol):
     """A link that counts what it sends."""
 
-    sent: Sent
+    sent: SentBytes
 
 
-__all__ = ["CountingLink", "Link", "Message", "Name"]
+__all__ = ["CountingLink", "Link", "Message", "MessageName"]

@@ -6,22 +6,23 @@ from collections import deque
 from dataclasses import replace
 from itertools import islice
 
-from delock.links.errors import expect
-from delock.links.message import Message, Name, packed_length, settle
-from delock.links.values import Sent, lean
+from delock.links.coded import without_codebooks
+from delock.links.message import Message, MessageName, expect
+from delock.links.traffic import SentBytes
+from delock.links.wire import make_dense, packed_length
 
 
 class Mailbox:
     """All links of an in-process run; `end(k)` is the link as stage k sees it."""
 
     def __init__(self) -> None:
-        self.queues: dict[tuple[int, int], deque[tuple[Name, Message]]] = {}
+        self.queues: dict[tuple[int, int], deque[tuple[MessageName, Message]]] = {}
 
     def end(self, k: int) -> MailboxEnd:
         """Stage k's end."""
         return MailboxEnd(self, k)
 
-    def queue(self, source: int, to: int) -> deque[tuple[Name, Message]]:
+    def queue(self, source: int, to: int) -> deque[tuple[MessageName, Message]]:
         """Messages under way from one stage to another, oldest first."""
         return self.queues.setdefault((source, to), deque())
 
@@ -31,26 +32,26 @@ class MailboxEnd:
 
     def __init__(self, box: Mailbox, k: int) -> None:
         self.box, self.k = box, k
-        self.sent = Sent()
+        self.sent = SentBytes()
 
-    def send(self, to: int, name: Name, message: Message) -> float:
+    def send(self, to: int, name: MessageName, message: Message) -> float:
         """See Link; there is always room."""
-        self.sent.count(to, name, message, packed_length(lean(message)))
-        settled = replace(message, values=settle(message.values), targets=settle(message.targets))
+        self.sent.count(to, name, message, packed_length(without_codebooks(message)))
+        settled = replace(message, values=make_dense(message.values), targets=make_dense(message.targets))
         self.box.queue(self.k, to).append((name, settled))
         return 0.0
 
-    def receive(self, source: int, name: Name) -> Message:
+    def receive(self, source: int, name: MessageName) -> Message:
         """See Link."""
         got, message = self.box.queue(source, self.k).popleft()
         expect(got, name, source)
         return message
 
-    def pull(self, source: int, count: int) -> list[tuple[Name, Message]]:
+    def pull(self, source: int, count: int) -> list[tuple[MessageName, Message]]:
         """See Link."""
         return list(islice(self.box.queue(source, self.k), count))
 
-    def push(self, source: int, messages: list[tuple[Name, Message]]) -> None:
+    def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> None:
         """See Link."""
         self.box.queue(source, self.k).extendleft(reversed(messages))
 

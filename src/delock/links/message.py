@@ -1,27 +1,16 @@
-"""What travels between stages, and how it lies in one run of bytes: a short header, then every tensor where a view can use it in place."""
+"""A message: the tensors that travel between stages, under a name that says for which op they are."""
 
 from __future__ import annotations
 
-import ctypes
-import json
-import math
-import struct
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+from delock.errors import LinkError
+from delock.tensors import Tree
 
-from delock.errors import UsageError
-
-Name: TypeAlias = tuple[str, int, int]
+MessageName: TypeAlias = tuple[str, int, int]
 """What a message is: ("h", batch, 0) a training activation, ("e", batch, 0) an evaluation's, ("d", batch, loss) an error,
 ("n", update, 0) norms of gradients on their way down, ("t", update, 0) that of them all on its way up."""
-
-Tree: TypeAlias = Any
-"""Tensors in tuples, lists and dicts with string keys; None and plain numbers and strings may stand among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,214 +26,19 @@ class Message:
     samples: int = 0
 
 
-def flatten(tree: Tree, leaves: list[Tensor]) -> Any:
-    """Append the tensors of a tree to `leaves` and return its shape, in nested tuples. Raises UsageError for what cannot travel."""
-    if isinstance(tree, Tensor):
-        leaves.append(tree)
-        return ("t", len(leaves) - 1)
-    if hasattr(tree, "_fields"):
-        raise UsageError(f"a {type(tree).__name__} is a named tuple, which would arrive as a plain one: use a tuple or a dict")
-    if isinstance(tree, tuple | list):
-        return ("u" if isinstance(tree, tuple) else "l", *[flatten(item, leaves) for item in tree])
-    if isinstance(tree, dict) and all(isinstance(name, str) for name in tree):
-        return ("d", *[(name, flatten(item, leaves)) for name, item in tree.items()])
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return ("c", repr(tree), tree)  # repr, because 1, 1.0 and True are equal, and layouts are looked up by equality
-    raise UsageError(f"a {type(tree).__name__} cannot travel between stages: use tensors in tuples, lists and dicts with string keys")
+def expect(got: MessageName, wanted: MessageName, source: int) -> None:
+    """Raise LinkError unless the message that came is the one that the plan says."""
+    if got != wanted:
+        raise LinkError(f"stage {source} sent {_words(got)} where {_words(wanted)} was due: the stages do not follow the same plan")
 
 
-def unflatten(shape: Any, leaves: list[Tensor]) -> Tree:
-    """The tree that `flatten` took apart."""
-    kind = shape[0]
-    if kind == "t":
-        return leaves[shape[1]]
-    if kind == "c":
-        return shape[2]
-    if kind == "d":
-        return {name: unflatten(item, leaves) for name, item in shape[1:]}
-    items = [unflatten(item, leaves) for item in shape[1:]]
-    return tuple(items) if kind == "u" else items
+def _words(name: MessageName) -> str:
+    kind, batch, loss = name
+    error = f"the error under loss {loss} of batch"
+    what = {"h": "the activation of batch", "e": "evaluation batch", "d": error, "n": "the norms of update", "t": "the norm of update"}
+    return f"{what[kind]} {batch}"
 
 
-def settle(tree: Tree) -> Tree:
-    """The tree as it would arrive over a wire: dense strides and aligned memory, so that kernels add in the same order everywhere."""
-    leaves: list[Tensor] = []
-    shape = flatten(tree, leaves)
-    return unflatten(shape, [leaf if _settled(leaf) else _settle(leaf) for leaf in leaves])
-
-
-def _settled(leaf: Tensor) -> bool:
-    return _dense(leaf.shape, leaf.stride()) == leaf.stride() and leaf.data_ptr() % ALIGN == 0
-
-
-def _settle(leaf: Tensor) -> Tensor:
-    strides = _dense(leaf.shape, leaf.stride())
-    return torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=leaf.device).copy_(leaf)
-
-
-# layout of the bytes: PREFIX | JSON text | pad | tensor | pad | tensor | pad      every tensor starts at a multiple of ALIGN
-PREFIX = struct.Struct("<qcqqdqq")  # length of all, kind, batch, loss, weight, samples, length of the JSON text
-ALIGN = 64  # bytes: a cache line, and what vector loads like
-
-Meta: TypeAlias = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], bool]
-"""What a tensor is: dtype, shape, strides, and whether it travels apart from the bytes."""
-
-
-class Place(NamedTuple):
-    """Where a tensor lies in the bytes, and as what."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    apart: bool
-    offset: int  # in elements of its dtype
-
-
-class Layout(NamedTuple):
-    """How the bytes of a message lie: a run has a handful of layouts, and each travels thousands of times."""
-
-    text: bytes
-    tree: Any
-    places: tuple[Place, ...]
-    length: int
-
-
-class Room(NamedTuple):
-    """Memory for a message: a uint8 tensor that begins at a multiple of ALIGN, and a view of it for every tensor that is to lie there."""
-
-    packed: Tensor
-    views: Sequence[Tensor]
-
-
-def fresh(layout: Layout) -> Room:
-    """Memory that nothing else uses."""
-    return viewed(torch.empty(layout.length, dtype=torch.uint8), layout)
-
-
-def viewed(packed: Tensor, layout: Layout) -> Room:
-    """That memory, with views of it."""
-    return Room(packed, [_view(packed, place) for place in layout.places if not place.apart])
-
-
-def pack(
-    name: Name, message: Message, apart: Callable[[Tensor], bool] = lambda leaf: False, room: Callable[[Layout], Room] = fresh
-) -> tuple[Tensor, list[Tensor]]:
-    """The message as one uint8 tensor on the CPU, and the tensors for which `apart` holds, which the caller sends by another way.
-
-    Dense tensors keep their strides (channels_last stays so), others become contiguous. `room`: where it is to lie.
-    """
-    layout, leaves = _laid_out(message, apart)
-    packed, views = room(layout)
-    head = PREFIX.pack(layout.length, name[0].encode(), name[1], name[2], message.weight, message.samples, len(layout.text)) + layout.text
-    ctypes.memmove(packed.data_ptr(), head, len(head))
-    others = []
-    inside = iter(views)
-    for leaf, place in zip(leaves, layout.places, strict=True):
-        if place.apart:
-            others.append(_line(leaf.detach() if place.strides == leaf.stride() else _settle(leaf.detach())))
-        else:
-            next(inside).copy_(leaf.detach() if leaf.requires_grad else leaf)
-    return packed, others
-
-
-def packed_length(message: Message) -> int:
-    """Bytes that `pack` would make of the message."""
-    return _laid_out(message, lambda leaf: False)[0].length
-
-
-def length_of(start: Tensor) -> int:
-    """Bytes of the whole message whose first bytes these are."""
-    return int(PREFIX.unpack(ctypes.string_at(start.data_ptr(), PREFIX.size))[0])
-
-
-def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]], None] | None = None) -> tuple[Name, Message]:
-    """Name and message on that device; on the CPU the tensors are views of `packed`. `fetch` fills tensors that travelled apart."""
-    name, layout, weight, count = _opened(packed.numpy().data)
-    if device.type != "cpu" and not all(place.apart for place in layout.places):
-        packed = packed.to(device)
-    leaves = [
-        torch.empty_strided(place.shape, place.strides, dtype=place.dtype, device=device) if place.apart else _view(packed, place)
-        for place in layout.places
-    ]
-    if fetch:
-        fetch([_line(leaf) for leaf, place in zip(leaves, layout.places, strict=True) if place.apart])
-    values, targets = unflatten(layout.tree, leaves)
-    return name, Message(values, targets, weight, count)
-
-
-def lent(memory: memoryview) -> tuple[Name, Message]:
-    """Name and message that lie in memory of somebody else's: every tensor in it holds on to `memory`, and nothing else does."""
-    name, layout, weight, count = _opened(memory)
-    values, targets = unflatten(layout.tree, [_borrowed(memory, place) for place in layout.places])
-    return name, Message(values, targets, weight, count)
-
-
-def _opened(memory: memoryview) -> tuple[Name, Layout, float, int]:
-    """What a message begins with: its name, how it lies, weight and samples."""
-    _, kind, batch, loss, weight, count, chars = PREFIX.unpack_from(memory)
-    return (kind.decode(), batch, loss), _read_layout(bytes(memory[PREFIX.size : PREFIX.size + chars])), weight, count
-
-
-def _borrowed(memory: memoryview, place: Place) -> Tensor:
-    count = math.prod(place.shape)
-    if count == 0:
-        return torch.empty_strided(place.shape, place.strides, dtype=place.dtype)
-    flat = torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.offset * place.dtype.itemsize)
-    return flat.as_strided(place.shape, place.strides)
-
-
-def _line(leaf: Tensor) -> Tensor:
-    """A dense tensor's memory as one row."""
-    return leaf.as_strided((leaf.numel(),), (1,))
-
-
-def _view(packed: Tensor, place: Place) -> Tensor:
-    return packed.view(place.dtype).as_strided(place.shape, place.strides, place.offset)
-
-
-def _laid_out(message: Message, apart: Callable[[Tensor], bool]) -> tuple[Layout, list[Tensor]]:
-    leaves: list[Tensor] = []
-    tree = flatten((message.values, message.targets), leaves)
-    return _layout(tree, tuple([(leaf.dtype, leaf.shape, leaf.stride(), apart(leaf)) for leaf in leaves])), leaves
-
-
-@lru_cache(maxsize=256)
-def _layout(tree: Any, metas: tuple[Meta, ...]) -> Layout:
-    """Where the tensors of that tree lie, each as dense as it can be."""
-    settled = [(dtype, tuple(shape), _dense(shape, strides), apart) for dtype, shape, strides, apart in metas]
-    text = json.dumps([tree, [(str(dtype)[6:], *rest) for dtype, *rest in settled]], separators=(",", ":")).encode()
-    return Layout(text, tree, *_places(PREFIX.size + len(text), settled))
-
-
-@lru_cache(maxsize=256)
-def _read_layout(text: bytes) -> Layout:
-    """The same on the other side, from the header."""
-    tree, listed = json.loads(text)
-    metas = [(getattr(torch, dtype), tuple(shape), tuple(strides), apart) for dtype, shape, strides, apart in listed]
-    return Layout(text, tree, *_places(PREFIX.size + len(text), metas))
-
-
-def _places(end: int, metas: list[Meta]) -> tuple[tuple[Place, ...], int]:
-    """The places of tensors that begin after so many bytes, and the bytes of all: whole ALIGNs, so that they can be viewed as any dtype."""
-    places = []
-    for dtype, shape, strides, apart in metas:
-        start = _rounded(end)
-        places.append(Place(dtype, shape, strides, apart, start // dtype.itemsize))
-        end = start + (0 if apart else torch.Size(shape).numel() * dtype.itemsize)
-    return tuple(places), _rounded(end)
-
-
-def _rounded(length: int) -> int:
-    return -(-length // ALIGN) * ALIGN
-
-
-@lru_cache(maxsize=256)
-def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """These strides where they fill memory without gaps or overlaps, else those of a contiguous tensor."""
-    expected = 1
-    for size, stride in sorted(zip(shape, strides, strict=True), key=lambda pair: (pair[1], pair[0])):
-        if size != 1:
-            if stride != expected:
-                return torch.empty(shape, device="meta").stride()
-            expected *= size
-    return strides
+def items(values: Tree) -> tuple[Any, ...]:
+    """The tensors and payloads in a message's values."""
+    return () if values is None else values if isinstance(values, tuple) else (values,)

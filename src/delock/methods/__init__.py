@@ -29,7 +29,7 @@ def options(method: type[Method]) -> list[str]:
     return [field.name for field in fields(method)]  # type: ignore[arg-type]
 
 
-def title(method: Method) -> str:
+def spelled(method: Method) -> str:
     """The method as one would write it, options at their defaults left out: adl(accumulate=4)."""
     default = type(method)()
     changed = [f"{name}={getattr(method, name)}" for name in options(type(method)) if getattr(method, name) != getattr(default, name)]
@@ -69,5 +69,5 @@ __all__ = [
     "OneFOneB",
     "make",
     "options",
-    "title",
+    "spelled",
 ]

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from delock.errors import UsageError
-from delock.nets.resnet import resnet
-from delock.nets.resnet18 import resnet18
+from delock.nets.resnet import resnet, resnet18
 from delock.nets.simple import cnn, mlp
 from delock.nets.vgg import dgl_cnn6, vgg
 from delock.nets.wrn import wrn

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from delock.nets.group import Group
 from delock.nets.resnet import he
-from delock.nets.split import Group
 
 
 class WideBlock(nn.Module):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from delock.ops import Update, label
-from delock.plan.needs import Name, gives, needs
+from delock.plan.needs import Product, gives, needs
 from delock.plan.steps import Plan
 
 
 def chart(plan: Plan, slots: int = 24) -> str:
     """The first `slots` time slots of a plan, a line per stage: op and batch `.` version, every op one slot long, as early as it can.
 
-        stage 0 |F0.0 F1.0 F2.0 B0.0
+    stage 0 |F0.0 F1.0 F2.0 B0.0
     """
     made = {name for k, column in enumerate(plan.columns) for step in column for name in gives(k, step.op)}
-    place: dict[Name, int] = {}
+    place: dict[Product, int] = {}
     rows = []
     at = [0] * plan.K
     free = [0] * plan.K
@@ -40,4 +40,3 @@ def chart(plan: Plan, slots: int = 24) -> str:
         more = "..." if at[k] < len(plan.columns[k]) else ""
         rows.append(f"stage {k} |{line}{more}".rstrip())
     return "\n".join(rows)
-

@@ -6,11 +6,11 @@ from typing import TypeAlias
 
 from delock.ops import Backward, Forward, Op, Update, label
 
-Name: TypeAlias = tuple[int, Op | tuple[int, int]]
+Product: TypeAlias = tuple[int, Op | tuple[int, int]]
 """(stage, what it makes): a Forward or an Update by itself, an error as (batch, loss), whichever part of a Backward sends it."""
 
 
-def needs(k: int, op: Op) -> list[Name]:
+def needs(k: int, op: Op) -> list[Product]:
     """What op of stage k waits for: a Forward of the stage below, its own Forward and an error from above, which is named (batch, loss)
     because any part of a Backward that sends will do; a Backward of the weights alone for its other half, which had the error.
     """
@@ -22,7 +22,7 @@ def needs(k: int, op: Op) -> list[Name]:
         case Backward(b, loss, part="weights"):
             return [(k, (b, loss))]
         case Backward(b, loss):
-            own: list[Name] = [(k, Forward(b))]
+            own: list[Product] = [(k, Forward(b))]
             return [*own, (k + 1, (b, loss))] if loss > k else own
         case Update(over="network") if k > 0:
             return [(k - 1, op)]
@@ -30,7 +30,7 @@ def needs(k: int, op: Op) -> list[Name]:
             return []
 
 
-def gives(k: int, op: Op) -> list[Name]:
+def gives(k: int, op: Op) -> list[Product]:
     """The names under which `needs` may ask for what op of stage k makes."""
     match op:
         case Forward(b, source=source):

@@ -5,14 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from delock.errors import DelockError
 from delock.ops import Op
 
 Keep = Literal["graph", "input", "nothing"]
-
-
-class PlanError(DelockError):
-    """A plan that cannot be executed: the message shows its chart, and what waits for what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +22,12 @@ class Step:
     last: bool = False  # Backward: nobody will ask for this batch's memory again
     up: bool = False  # Forward: stage k + 1 is listening
     down: bool = False  # Backward: stage k - 1 is listening
-    final: bool = False  # Backward: the Update behind it clips over the network, so the norms of this gradient go down with it
-    halved: bool = False  # Backward of the input: one of the weights, for the same batch and loss, comes later
+    sends_norms: bool = False  # Backward: the Update behind it clips over the network, so the norms of this gradient go down with it
+    weights_later: bool = False  # Backward of the input: one of the weights, for the same batch and loss, comes later
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class RunLength:
     """How long a run is, in batches (of one update each for synchronous methods), and when it is evaluated.
 
     With `every` > 0 the network is evaluated on `evaluation` batches after each `every` training batches, and at the end.

@@ -10,16 +10,16 @@ from dataclasses import replace
 from delock.errors import UsageError
 from delock.methods.base import Method
 from delock.ops import Backward, Forward, Update
-from delock.plan.steps import Course, Keep, Plan, Step
+from delock.plan.steps import Keep, Plan, RunLength, Step
 
 
-def unroll(method: Method, K: int, course: Course | int) -> Plan:
+def unroll(method: Method, K: int, length: RunLength | int) -> Plan:
     """The whole plan of a short run. `course` may be a number of batches without evaluation."""
-    course = Course(course) if isinstance(course, int) else course
-    return next(windows(method, K, course, size=sys.maxsize))
+    length = RunLength(length) if isinstance(length, int) else length
+    return next(windows(method, K, length, size=sys.maxsize))
 
 
-def windows(method: Method, K: int, course: Course, size: int = 256) -> Iterator[Plan]:
+def windows(method: Method, K: int, length: RunLength, size: int = 256) -> Iterator[Plan]:
     """The run as consecutive plans of `size` ticks; any size gives the same steps.
 
     A window looks past its end until its Forwards have had their last Backward, `method.span(K)` ticks, because a step says what
@@ -27,11 +27,11 @@ def windows(method: Method, K: int, course: Course, size: int = 256) -> Iterator
     """
     if K < 1:
         raise UsageError(f"a network cannot be cut into {K} stages; the least is 1")
-    if course.batches < 1:
-        raise UsageError(f"a run of {course.batches} batches has no plan; the least is 1")
+    if length.batches < 1:
+        raise UsageError(f"a run of {length.batches} batches has no plan; the least is 1")
     method.fits(K)
-    ticks = course.batches + method.span(K)
-    columns = [_Column(method, k, K, course) for k in range(K)]
+    ticks = length.batches + method.span(K)
+    columns = [_Column(method, k, K, length) for k in range(K)]
     drawn = 0
     for start in range(0, ticks, size):
         stop = min(start + size, ticks)
@@ -48,10 +48,10 @@ def windows(method: Method, K: int, course: Course, size: int = 256) -> Iterator
 class _Column:
     """One stage's steps as they are drawn from the method, before look-ahead: drops what does not happen, counts versions."""
 
-    def __init__(self, method: Method, k: int, K: int, course: Course) -> None:
-        self.method, self.k, self.K, self.course = method, k, K, course
-        self.end = course.batches * method.parts
-        self.every = course.every * method.parts
+    def __init__(self, method: Method, k: int, K: int, length: RunLength) -> None:
+        self.method, self.k, self.K, self.length = method, k, K, length
+        self.end = length.batches * method.parts
+        self.every = length.every * method.parts
         self.pending = self.version = self.evaluations = 0
         self.steps: deque[Step] = deque()
 
@@ -66,7 +66,7 @@ class _Column:
                         continue
             if isinstance(op, Forward) and self.every and op.batch and op.batch % self.every == 0:
                 self.evaluate(t)
-            if isinstance(op, Update) and self.course.clip is not None:
+            if isinstance(op, Update) and self.length.clip is not None:
                 op = self.clipped(op)
             self.steps.append(Step(op, t, self.version))
             match op:
@@ -77,13 +77,13 @@ class _Column:
 
     def clipped(self, op: Update) -> Update:
         if not self.method.synchronous:
-            return replace(op, clip=self.course.clip)
-        self.steps[-1] = replace(self.steps[-1], final=True)  # its last Backward
-        return replace(op, clip=self.course.clip, over="network", number=self.version)
+            return replace(op, clip=self.length.clip)
+        self.steps[-1] = replace(self.steps[-1], sends_norms=True)  # its last Backward
+        return replace(op, clip=self.length.clip, over="network", number=self.version)
 
     def evaluate(self, t: int) -> None:
-        first = self.evaluations * self.course.evaluation
-        self.steps.extend(Step(Forward(first + i, train=False), t, self.version) for i in range(self.course.evaluation))
+        first = self.evaluations * self.length.evaluation
+        self.steps.extend(Step(Forward(first + i, train=False), t, self.version) for i in range(self.length.evaluation))
         self.evaluations += 1
 
     def finish(self, t: int) -> None:
@@ -113,8 +113,8 @@ def _annotate(columns: Sequence[_Column], stop: int) -> Plan:
             elif isinstance(op, Backward):
                 last = backwards[k][op.batch][-1][0] == op
                 down = k > 0 and (op.batch, op.loss) in listeners[k - 1] and op.part != "weights"
-                halved = op.part == "input" and any(b.loss == op.loss and b.part == "weights" for b, _ in backwards[k][op.batch])
-                step = replace(step, last=last, down=down, halved=halved)
+                weights_later = op.part == "input" and any(b.loss == op.loss and b.part == "weights" for b, _ in backwards[k][op.batch])
+                step = replace(step, last=last, down=down, weights_later=weights_later)
             done.append(step)
         taken.append(tuple(done))
     return Plan(tuple(taken))

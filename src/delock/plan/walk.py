@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from delock.errors import PlanError
 from delock.ops import Backward, Op, Update, label
 from delock.plan.chart import chart
-from delock.plan.needs import Name, gives, named, needs
-from delock.plan.steps import Plan, PlanError, Step
+from delock.plan.needs import Product, gives, named, needs
+from delock.plan.steps import Plan, Step
 
 
 def walk(plan: Plan) -> Iterator[tuple[int, Step]]:
@@ -33,7 +34,7 @@ def walk(plan: Plan) -> Iterator[tuple[int, Step]]:
                 raise PlanError(_stuck(plan, at, waiting, missing))
 
 
-def _stuck(plan: Plan, at: Sequence[int], waiting: Sequence[int], missing: set[Name]) -> str:
+def _stuck(plan: Plan, at: Sequence[int], waiting: Sequence[int], missing: set[Product]) -> str:
     lines = []
     for k in waiting:
         op = plan.columns[k][at[k]].op

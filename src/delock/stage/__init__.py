@@ -1,7 +1,7 @@
 """A stage: one slice of the network with its optimizer and its memory."""
 
+from delock.stage.in_flight import InFlight
 from delock.stage.learner import OptimizerFactory, ScheduleFactory
-from delock.stage.memory import Memory
 from delock.stage.stage import Loss, Stage
 
-__all__ = ["Loss", "Memory", "OptimizerFactory", "ScheduleFactory", "Stage"]
+__all__ = ["InFlight", "Loss", "OptimizerFactory", "ScheduleFactory", "Stage"]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from delock.errors import UsageError
-from delock.links.message import Tree
-from delock.stage.values import like, tensors
+from delock.tensors import Tree, like, tensors
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of batch norms
 

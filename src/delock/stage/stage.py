@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from delock.computing import PLAIN, Computing
 from delock.errors import UsageError
-from delock.links.message import Message, Tree
+from delock.execution import PLAIN, Execution
+from delock.links.message import Message
 from delock.ops import Backward, Forward, Update
 from delock.plan import Step
-from delock.stage.body import Body, Weights, copies, refuse_derived_weights
-from delock.stage.halves import Grads, halves, together
+from delock.stage.in_flight import InFlight
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
-from delock.stage.memory import Memory
-from delock.stage.values import floating, leaves_of, like, with_leaves
+from delock.stage.module import ModuleFunction, Weights, copies, refuse_derived_weights
+from delock.stage.split_backward import Grads, joint, split_backward
+from delock.tensors import Tree, floating, leaves_of, like, with_leaves
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -49,23 +49,23 @@ class Stage:
         device: torch.device | str = "cpu",
         mixed: bool = False,
         resumable: bool = False,
-        how: Computing = PLAIN,
+        execution: Execution = PLAIN,
     ) -> None:
         self.k, self.K, self.loss, self.mixed, self.resumable = k, K, loss, mixed, resumable
         self.device = torch.device(device)
-        self.how = how
-        self.body = Body(module, (seed, k), self.device, how)
-        self.head = Body(head, (seed, k, "head"), self.device, how) if head is not None else None
+        self.execution = execution
+        self.body = ModuleFunction(module, (seed, k), self.device, execution)
+        self.head = ModuleFunction(head, (seed, k, "head"), self.device, execution) if head is not None else None
         if mixed:
             refuse_derived_weights(module)
-            if how.amp:
+            if execution.amp:
                 raise UsageError('at="mixed" does not go with amp: autocast computes with copies of the weights, and graphs keep them')
-            if how.compile:
+            if execution.compile:
                 raise UsageError('at="mixed" does not go with compile: compiled graphs may keep tensors computed from the weights')
         named = [((names or {}).get(name, name), w) for name, w in self.body.weights.items()]
         named += [(f"heads.{k}.{name}", w) for name, w in self.head.weights.items()] if self.head else []
         self.learner = Learner(named, optimizer, schedule, mixed)
-        self.memory: dict[int, Memory] = {}
+        self.memory: dict[int, InFlight] = {}
         self.snapshot: Weights | None = None  # of the current version, shared by all graphs that need it
 
     @property
@@ -103,18 +103,18 @@ class Stage:
         op = step.op
         assert isinstance(op, Forward)
         if message.values is None:  # a part without samples: its Backward has nothing to do
-            self.memory[op.batch] = Memory(step, message, self.version)
+            self.memory[op.batch] = InFlight(step, message, self.version)
             return message
         if not op.train:
             return replace(message, values=self.body.sent(self.body.evaluate(message.values)))
-        memory = Memory(step, message, self.version)
+        memory = InFlight(step, message, self.version)
         if step.keep == "graph":
             memory.weights = self.current() if step.snapshot else None
             self.build(memory, memory.weights)
             outputs = memory.outputs
             if self.mixed and self.resumable:
                 memory.weights = self.current()
-        elif self.how.compile:  # by the code of its replay, for masks of its own could not be trusted to be the same
+        elif self.execution.compile:  # by the code of its replay, for masks of its own could not be trusted to be the same
             self.build(memory, None)
             outputs, memory.outputs, memory.leaves = memory.outputs, None, ()
         else:
@@ -124,12 +124,12 @@ class Stage:
             self.memory[op.batch] = memory
         return replace(message, values=self.body.sent(outputs))
 
-    def build(self, memory: Memory, weights: Weights | None, *, again: bool = False) -> None:
+    def build(self, memory: InFlight, weights: Weights | None, *, is_replay: bool = False) -> None:
         """Forward with a graph, at `weights` or the current ones; again: BatchNorm's statistics have had this batch already."""
         values = memory.message.values
         memory.leaves = leaves_of(values, wanted=self.k > 0)
         with torch.enable_grad():
-            memory.outputs = self.body(memory.step.op.batch, values, memory.leaves, weights, again)  # type: ignore[union-attr]
+            memory.outputs = self.body(memory.step.op.batch, values, memory.leaves, weights, is_replay)  # type: ignore[union-attr]
 
     def current(self) -> Weights:
         """A copy of the body's weights at the current version, the same one until the next Update."""
@@ -144,7 +144,7 @@ class Stage:
         memory = self.memory[step.op.batch]  # type: ignore[union-attr]
         if memory.outputs is None and memory.message.values is not None:
             memory.taken = self.version
-            self.build(memory, None, again=True)
+            self.build(memory, None, is_replay=True)
 
     def backward(self, step: Step, error: Message | None) -> tuple[Message | None, Tensor | None]:
         """g_k += weight (dh_{k+1}/dw_k)^T d: returns delta_k where stage k - 1 listens, and the loss where it is this stage's own.
@@ -170,14 +170,14 @@ class Stage:
         deltas = tuple(torch.zeros_like(h) if d is None else d for d, h in zip(passed_on, memory.leaves, strict=True))
         return Message(deltas), loss
 
-    def _differentiate(self, step: Step, memory: Memory, roots: Sequence[Tensor], seeds: Sequence[Tensor | None]) -> Grads:
+    def _differentiate(self, step: Step, memory: InFlight, roots: Sequence[Tensor], seeds: Sequence[Tensor | None]) -> Grads:
         """The gradients of the inputs where somebody listens; those of the weights are added, or kept for later, or not wanted."""
         op = step.op
         assert isinstance(op, Backward)
         leaves = list(memory.leaves) if step.down else []
         weights = list((memory.weights if memory.step.snapshot else self.body.weights).values())  # type: ignore[union-attr]
-        if op.part == "input" and step.halved:
-            cut = together if self.how.compile else halves
+        if op.part == "input" and step.weights_later:
+            cut = joint if self.execution.compile else split_backward
             passed_on, later = cut(roots, seeds, leaves, weights)
             memory.halves[op.loss] = later, passed_on
             return passed_on
@@ -195,7 +195,7 @@ class Stage:
         self.learner.add(grads, passed_on=passed_on)
         self.learner.count += 1
 
-    def _roots(self, op: Backward, memory: Memory, error: Message | None) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
+    def _roots(self, op: Backward, memory: InFlight, error: Message | None) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
         """The loss if it is this stage's, the tensors to differentiate, and the gradients that flow into them."""
         if op.loss == self.k and self.head is None:
             loss = self._loss(memory.outputs, memory)
@@ -210,7 +210,7 @@ class Stage:
         pairs = [(h, d) for h, d in zip(floating(memory.outputs), errors, strict=True) if h.requires_grad and d is not None]
         return local, [h for h, _ in pairs], [d for _, d in pairs]
 
-    def _head(self, batch: int, memory: Memory) -> tuple[Tensor, Grads]:
+    def _head(self, batch: int, memory: InFlight) -> tuple[Tensor, Grads]:
         """L_k = loss(a_k(h_{k+1}; u_k), y): adds the head's own gradient, and returns the loss with its error at the stage's outputs."""
         assert self.head is not None
         leaves = leaves_of(memory.outputs, wanted=True)
@@ -222,10 +222,10 @@ class Stage:
         self.learner.add(grads[len(leaves) :], first=len(self.body.weights), passed_on=errors)
         return loss.detach(), errors
 
-    def _loss(self, outputs: Any, memory: Memory) -> Tensor:
+    def _loss(self, outputs: Any, memory: InFlight) -> Tensor:
         assert self.loss is not None
         with torch.enable_grad():
-            with self.how.context(self.device):
+            with self.execution.context(self.device):
                 loss = self.loss(outputs, memory.message.targets)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from delock.ops import Backward, Forward, Op, Update
-from delock.plan import Name, gives, needs
+from delock.plan import Product, gives, needs
 from delock.timeline.spans import Span, Timeline
 
 
@@ -61,7 +61,7 @@ def messages(timeline: Timeline) -> list[tuple[int, int]]:
     return [(at_once(lives.get((k, True), [])), at_once(lives.get((k, False), []))) for k in range(timeline.K - 1)]
 
 
-def received(span: Span) -> list[Name]:
+def received(span: Span) -> list[Product]:
     """What an op takes from neighbours."""
     return [name for name in needs(span.stage, span.op) if name[0] != span.stage]
 

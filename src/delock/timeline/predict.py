@@ -9,7 +9,7 @@ from delock.plan import unroll
 from delock.timeline.costs import Costs
 from delock.timeline.measures import idle, messages, throughput
 from delock.timeline.simulate import simulate
-from delock.timeline.staleness import InFlight, gradient_staleness, in_flight, layer_staleness, warm_mean
+from delock.timeline.staleness import HeldCounts, gradient_staleness, in_flight, layer_staleness, warm_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class StageForecast:
     staleness: float  # of the gradient: mean over a warm group of batches, in updates
     layer_staleness: int  # D_k, in batches
     idle: float  # share of the steady period
-    held: InFlight
+    held: HeldCounts
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from delock.errors import UsageError
+from delock.errors import PlanError, UsageError
 from delock.ops import Backward, Forward, label
-from delock.plan import Name, Plan, PlanError, Step, chart, gives, named, needs
+from delock.plan import Plan, Product, Step, chart, gives, named, needs
 from delock.timeline.costs import Costs
 from delock.timeline.spans import Span, Timeline
 
@@ -36,9 +36,9 @@ class _Clock:
         self.spans: list[list[Span]] = [[] for _ in plan.columns]
         self.at = [0] * plan.K
         self.free = [0.0] * plan.K
-        self.sent: dict[Name, float] = {}
-        self.taken: dict[Name, float] = {}
-        self.queues: dict[tuple[int, bool], list[Name]] = {(k, up): [] for k in range(plan.K) for up in (True, False)}
+        self.sent: dict[Product, float] = {}
+        self.taken: dict[Product, float] = {}
+        self.queues: dict[tuple[int, bool], list[Product]] = {(k, up): [] for k in range(plan.K) for up in (True, False)}
         self.inputs: list[set[int]] = [set() for _ in plan.columns]  # batches whose graph was not kept
         self.full = [0.0] * plan.K  # seconds that a stage has just waited for room in a link
         self.unsent: list[tuple[int, bool] | None] = [None] * plan.K  # the full link, if any, that a stage's last message waits for

@@ -65,7 +65,7 @@ def warm_mean(staleness: dict[int, int], group: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class InFlight:
+class HeldCounts:
     """The most that a stage holds at one time."""
 
     graphs: int  # live graphs, the one of a recomputation included
@@ -73,12 +73,12 @@ class InFlight:
     versions: int  # versions of the stage's weights, the current one included
 
 
-def in_flight(plan: Plan) -> tuple[InFlight, ...]:
+def in_flight(plan: Plan) -> tuple[HeldCounts, ...]:
     """What each stage of a whole plan has to hold, from what its steps keep."""
     return tuple(map(_holds, plan.columns))
 
 
-def _holds(column: Iterable[Step]) -> InFlight:
+def _holds(column: Iterable[Step]) -> HeldCounts:
     graphs: set[int] = set()
     inputs: set[int] = set()
     snapshots: dict[int, int] = {}
@@ -95,4 +95,4 @@ def _holds(column: Iterable[Step]) -> InFlight:
             graphs.discard(op.batch)
             inputs.discard(op.batch)
             snapshots.pop(op.batch, None)
-    return InFlight(*(max(peak) for peak in zip(*peaks, strict=True)))
+    return HeldCounts(*(max(peak) for peak in zip(*peaks, strict=True)))

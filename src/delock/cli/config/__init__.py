@@ -1,0 +1,39 @@
+"""What a run is told, as typed values with the same names on the command line and in a TOML file. No torch."""
+
+from delock.cli.config import toml
+from delock.cli.config.flat import build, flat, override, table
+from delock.cli.config.kinds import is_text, other_kind_options, resolved, tokens
+from delock.cli.config.options import (
+    AlgorithmOptions,
+    CompareConfig,
+    DatasetOptions,
+    LanguageOptions,
+    NetworkOptions,
+    TrainConfig,
+    either,
+    shown,
+)
+from delock.cli.config.resolve import make_method, refuse_below, resolve
+
+__all__ = [
+    "AlgorithmOptions",
+    "CompareConfig",
+    "DatasetOptions",
+    "LanguageOptions",
+    "NetworkOptions",
+    "TrainConfig",
+    "build",
+    "either",
+    "flat",
+    "is_text",
+    "make_method",
+    "other_kind_options",
+    "override",
+    "refuse_below",
+    "resolve",
+    "resolved",
+    "shown",
+    "table",
+    "tokens",
+    "toml",
+]

@@ -1,0 +1,115 @@
+"""Options by name: a config is a mapping from the flat names of the command line to values, checked against their types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from delock.cli.config.options import AlgorithmOptions
+from delock.errors import UsageError
+
+C = TypeVar("C")
+
+_METHOD = tuple(field.name for field in fields(AlgorithmOptions) if field.name != "method")
+REPLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "method": _METHOD,
+        "model": ("cuts",),
+        "depth": ("cuts",),
+        "stages": ("cuts",),
+        "cuts": ("stages",),
+        "epochs": ("steps",),
+        "steps": ("epochs",),
+        "optimizer": ("lr", "momentum", "nesterov", "weight_decay"),
+    }
+)
+"""What an option puts out of force where it overrides one that came from elsewhere: the values were meant for the old one."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """Where the option of a flat name lies, and its type."""
+
+    group: str
+    name: str
+    kind: Any
+
+
+def table(config: type[Any]) -> Mapping[str, Option]:
+    """All options of a config class by flat name. Names are unique over its groups."""
+    groups = get_type_hints(config)
+    return MappingProxyType(
+        {name: Option(group, name, kind) for group, options in groups.items() for name, kind in get_type_hints(options).items()}
+    )
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Every option by its flat name; those that are None are left out."""
+    values = {name: getattr(getattr(config, option.group), name) for name, option in table(type(config)).items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def build(config: type[C], values: Mapping[str, Any], source: str) -> C:
+    """The config with those options, the others at their defaults; `source` says in an error where they come from.
+
+    Values may be as a TOML file has them: lists for tuples, text for paths. A hyphen in a name counts as an underscore.
+    Raises UsageError for a name that is no option (with the nearest), and for a value of another type.
+    """
+    known = table(config)
+    groups: dict[str, dict[str, Any]] = {option.group: {} for option in known.values()}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise UsageError(f"{source}: there is no option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        option = known[name]
+        try:
+            groups[option.group][name] = converted(value, option.kind)
+        except TypeError:
+            raise UsageError(f"{source}: {key} is {value!r}, but it must be {described(option.kind)}") from None
+    kinds = get_type_hints(config)
+    return config(**{group: kinds[group](**given) for group, given in groups.items()})
+
+
+def override(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `given` on top; what was meant for an option that is now another goes (REPLACES)."""
+    gone = {old for name in given if given[name] != values.get(name) for old in REPLACES.get(name, ())}
+    return {name: value for name, value in values.items() if name not in gone} | dict(given)
+
+
+def converted(value: Any, kind: Any) -> Any:
+    """The value as the type has it. Raises TypeError where it is of another type."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for one in inner:
+            try:
+                return converted(value, one)
+            except TypeError:
+                continue
+    elif origin is Literal and isinstance(value, str) and value in inner:
+        return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(converted(item, inner[0]) for item in value)
+    elif kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(kind, type) and type(value) is kind:
+        return value
+    raise TypeError
+
+
+def described(kind: Any) -> str:
+    """A type in the words of an error message."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(described(one) for one in inner if one is not NoneType)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if origin is tuple:
+        return f"a list, each entry {described(inner[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path as text"}[kind]

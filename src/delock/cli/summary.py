@@ -1,0 +1,210 @@
+"""A run as its sentences and its summary, and several side by side: summary.json, compare.json."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from typing import Any, Literal
+
+from delock.cli.config import TrainConfig, is_text, make_method, tokens
+from delock.cli.tables import metric_text, per_second
+from delock.methods import options
+from delock.records import EvaluationRecord, Event, Result, StageReport, Started, StepRecord, Traffic
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+
+
+@dataclass
+class RunReport:
+    """What a run has told so far: enough for a summary, however it ends."""
+
+    config: TrainConfig
+    status: Status = "running"
+    started: Started | None = None
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    result: Result | None = None
+    error: str | None = None
+
+    @property
+    def batches(self) -> int:
+        """Batches in the whole run, 0 before it has started."""
+        return self.started.batches if self.started else 0
+
+    def hear(self, event: Event) -> None:
+        """Take note of one event."""
+        match event:
+            case Started():
+                self.started = event
+                self.config = settled(self.config, event.cuts)
+            case StepRecord():
+                self.steps.append(event)
+            case EvaluationRecord():
+                self.evaluations.append(event)
+
+
+def settled(config: TrainConfig, cuts: tuple[int, ...]) -> TrainConfig:
+    """The config with the cuts that are used."""
+    return replace(config, network=replace(config.network, cuts=cuts, stages=len(cuts) + 1))
+
+
+def measure(config: TrainConfig) -> str:
+    """The metric by which a run is judged: of text the smaller is the better."""
+    if not is_text(config):
+        return "accuracy"
+    return "bits_per_byte" if config.language.level == "byte" else "bits_per_character"
+
+
+def trained(config: TrainConfig, record: StepRecord, batches: int) -> str:
+    """How far the training is."""
+    return f"{record.step}/{batches}  loss {record.loss:.3f}  {per_second(_rate(record), tokens(config))}"
+
+
+def evaluated(config: TrainConfig, record: EvaluationRecord) -> str:
+    """One line on an evaluation."""
+    unit = " nats" if is_text(config) else ""
+    losses = [f"train loss {record.train_loss:.4f}{unit}", f"test loss {record.test_loss:.4f}{unit}"]
+    metrics = [metric_text(name, value) for name, value in record.metrics.items()]
+    return "  ".join([f"epoch {record.epoch:.4g}", *losses, *metrics, per_second(_rate(record), tokens(config))])
+
+
+def opening(config: TrainConfig, started: Started) -> str:
+    """One line on what will run."""
+    K = len(started.stages)
+    processes = f"in {K} processes" if K > 1 else "in one process"
+    where = {"processes": processes, "inline": "in this process", "torchrun": "on torchrun's ranks"}
+    stages = f"{K} stages {where[started.workers]}" if K > 1 else f"uncut {where[started.workers]}"
+    epochs = f"{started.epochs:.4g} epoch" + ("s" if started.epochs != 1 else "")
+    length = f"{epochs} ({started.batches} batches of {config.dataset.batch_size})"
+    layout = f", {started.layout}" if started.layout != "default" else ""
+    layout += ", compiled" if started.compiled else ""
+    emulated = ", emulated: stages wait, and nothing is learned" if config.machine.emulate else ""
+    return f"{started.method}: {config.network.model} on {config.dataset.data}, {stages}, {length}{layout}{emulated}"
+
+
+def closing(story: RunReport) -> str:
+    """One line on what has come out."""
+    told = summary(story)
+    metrics = [metric_text(name, value) for name, value in story.evaluations[-1].metrics.items()]
+    loss = f"train loss {told['train_loss']:.4f}{' nats' if is_text(story.config) else ''}"
+    return ", ".join([*metrics, loss, f"{told['seconds']:.1f} s of training", per_second(told["samples_per_second"], tokens(story.config))])
+
+
+def summary(story: RunReport) -> dict[str, Any]:
+    """The content of summary.json: final figures as far as the run has come, then what they depend on."""
+    config, result = story.config, story.result
+    last = story.evaluations[-1] if story.evaluations else None
+    step = story.steps[-1] if story.steps else None
+    method = make_method(config.algorithm)
+    metrics = {f"test_{name}": value for name, value in last.metrics.items()} if last else {}
+    seconds, samples = (result.seconds, result.samples) if result else (step.seconds, step.samples) if step else (0.0, 0)
+    rate = samples / seconds if seconds > 0 else 0.0
+    return {
+        "status": story.status,
+        **({"error": story.error} if story.error else {}),
+        **metrics,
+        "test_loss": last.test_loss if last else None,
+        "train_loss": last.train_loss if last else step.loss if step else None,
+        "epochs": step.epoch if step else 0.0,
+        "steps": step.step if step else 0,
+        "samples": samples,
+        "seconds": seconds,
+        "samples_per_second": rate,
+        **({"tokens_per_second": rate * window} if (window := tokens(config)) else {}),
+        "predicted_samples_per_second": story.started.samples_per_second if story.started else None,
+        "method": config.algorithm.method,
+        "options": {name: getattr(method, name) for name in options(type(method))},
+        "model": config.network.model,
+        "data": config.dataset.data,
+        "seed": config.training.seed,
+        "codec": config.links.codec,
+        "error_codec": config.links.error_codec,
+        "workers": story.started.workers if story.started else config.machine.workers,
+        "cuts": config.network.cuts,
+        "stages": [stage(report) for report in result.stages] if result else [],
+        "versions": {"delock": version("delock"), "torch": version("torch"), "python": platform.python_version()},
+    }
+
+
+def stage(report: StageReport) -> dict[str, Any]:
+    """One stage's part of a summary; staleness is the mean in updates, the histograms count batches."""
+    return {
+        "stage": report.stage,
+        "parameters": report.parameters,
+        "updates": report.updates,
+        "staleness": report.mean_staleness,
+        "layer_staleness": report.mean_layer_staleness,
+        "staleness_histogram": _histogram(report.staleness),
+        "layer_staleness_histogram": _histogram(report.layer_staleness),
+        "idle": report.idle,
+        "forward_seconds": report.forward,
+        "backward_seconds": report.backward,
+        "update_seconds": report.update,
+        "waiting_seconds": report.waiting,
+        **({"reuse_histogram": _histogram(report.reuse)} if report.reuse else {}),
+        **({"visits_behind_histogram": _histogram(report.visits_behind)} if report.reuse else {}),
+        **({"versions_behind_histogram": _histogram(report.versions_behind)} if report.reuse else {}),
+        "peak_memory": report.peak_memory,
+        "memory_growth": report.memory_growth,
+        "allocator": report.allocator,
+        "sent_up": sent(report.sent_up),
+        "sent_down": sent(report.sent_down),
+    }
+
+
+def sent(traffic: Traffic) -> dict[str, Any]:
+    """Bytes by what they were for, as a part of a summary."""
+    ratios = {name: getattr(traffic, name) for name in ("total", "compression", "compression_with_codebooks")}
+    return asdict(traffic) | ratios
+
+
+def compared(stories: Mapping[str, RunReport], plain: str) -> list[dict[str, Any]]:
+    """The rows of a comparison: summaries, what their stages show, and speed-ups over the row `plain` and the first other one of bp."""
+    summaries = {name: summary(story) for name, story in stories.items()}
+    bp = next((one for name, one in summaries.items() if one["method"] == "bp" and name != plain), None)
+    return [
+        {
+            "name": name,
+            "speedup_over_bp": _ratio(one, bp),
+            "speedup_over_plain": _ratio(one, summaries.get(plain)),
+            "staleness": [stage["staleness"] for stage in one["stages"]],
+            "layer_staleness": [stage["layer_staleness"] for stage in one["stages"]],
+            "idle": _average(one["stages"], "idle"),
+            "compression": _compression(one),
+            "peak_memory": max((stage["peak_memory"] for stage in one["stages"]), default=None),
+            "summary": one,
+        }
+        for name, one in summaries.items()
+    ]
+
+
+def _rate(record: StepRecord | EvaluationRecord) -> float:
+    """The mean so far, in samples per second."""
+    return record.samples / record.seconds if record.seconds > 0 else 0.0
+
+
+def _ratio(one: Mapping[str, Any], base: Mapping[str, Any] | None) -> float | None:
+    """How many times as fast; None unless both have finished."""
+    if base is None or one["status"] != "finished" or base["status"] != "finished" or not base["samples_per_second"]:
+        return None
+    return float(one["samples_per_second"] / base["samples_per_second"])
+
+
+def _compression(one: Mapping[str, Any]) -> float | None:
+    """How many times as many bytes the activations and errors would have been; None without a codec."""
+    if (one["codec"], one["error_codec"]) == ("none", "none"):
+        return None
+    ways = [stage[way] for stage in one["stages"] for way in ("sent_up", "sent_down")]
+    took = sum(way["encoded"] + way["codebooks"] for way in ways)
+    return sum(way["raw"] for way in ways) / took if took else None
+
+
+def _average(stages: Sequence[Mapping[str, Any]], what: str) -> float | None:
+    return sum(s[what] for s in stages) / len(stages) if stages else None
+
+
+def _histogram(counts: Mapping[int, int]) -> dict[str, int]:
+    """With JSON's keys, which are text."""
+    return {str(value): counts[value] for value in sorted(counts)}

@@ -1,0 +1,32 @@
+"""The records of a run as event files for TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from delock.cli.run_folder import BOARD
+from delock.records import EvaluationRecord, StepRecord
+
+
+class TensorBoard:
+    """Writes to the folder `tensorboard` of a run folder; x is the number of batches trained."""
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here: it takes seconds to load, and few runs want it
+
+        self._writer = SummaryWriter(str(run / BOARD))
+
+    def add(self, record: StepRecord | EvaluationRecord) -> None:
+        """One record, a curve per figure."""
+        match record:
+            case StepRecord(step, _, loss, lr):
+                figures = {"train/loss": loss, "train/lr": lr}
+            case EvaluationRecord():
+                step = record.step
+                figures = {"test/loss": record.test_loss, **{f"test/{name}": value for name, value in record.metrics.items()}}
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()

@@ -1,0 +1,76 @@
+"""What a run looks like in a terminal; where there is none, plain lines now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from delock.cli.tables import Cells
+
+PLAIN_SECONDS = 10.0  # between two lines of a run that nobody watches in a terminal
+
+
+class Terminal:
+    """Shows one phase at a time: loading, measuring, training. `quiet` shows nothing (ranks above 0)."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False)
+        if not self.console.is_terminal:
+            self.console.width = 140  # a file has no width to fit
+        self._bar: Progress | None = None
+        self._what = ""
+        self._told = time.monotonic()
+
+    def line(self, text: str = "") -> None:
+        """A line of text."""
+        self.console.print(text, soft_wrap=True)
+        self._told = time.monotonic()
+
+    def table(self, head: Cells, rows: Sequence[Cells], spare: Sequence[str] = ()) -> None:
+        """A table; all columns but the first to the right. In a narrow terminal the `spare` columns go, then the first one is folded."""
+        for name in spare:
+            if _width(head, rows) > self.console.width:
+                kept = [i for i, other in enumerate(head) if other != name]
+                head, rows = [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+        table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        for i, name in enumerate(head):
+            table.add_column(name, justify="right" if i else "left", vertical="bottom", no_wrap=i > 0, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def phase(self, what: str, total: int | None = None) -> None:
+        """Something begins that takes `total` steps, or nobody knows how many."""
+        self.end()
+        self._what = what
+        if self.console.is_terminal:
+            bar = [BarColumn(), TimeRemainingColumn()] if total else []
+            columns = (SpinnerColumn(), *bar, TextColumn("{task.description}", markup=False))
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.add_task(what, total=total)
+            self._bar.start()
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """How far the phase is: in the bar, or in a line where there has been none for a while."""
+        text = f"{self._what} {note or f'{done:,} of {total:,}'}"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, description=text)
+        elif time.monotonic() - self._told >= PLAIN_SECONDS:
+            self.line(text)
+
+    def end(self) -> None:
+        """The phase is over."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _width(head: Cells, rows: Sequence[Cells]) -> int:
+    """Columns of the terminal that a table takes: two between its own."""
+    longest = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(head, *rows, strict=True)]
+    return sum(longest) + 2 * (len(head) - 1)

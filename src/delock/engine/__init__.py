@@ -1,0 +1,1 @@
+"""The engine: it walks a plan over stages and links."""

@@ -1,0 +1,230 @@
+"""The links of a free-running stage: a thread takes what comes, another sends what goes up, and the stage itself never waits for either.
+
+    stage k - 1 --- activations, evaluation batches, end ---> [thread] replay buffer, queue ---> stage k
+    stage k     --- activations ... ---> queue ---> [thread] ---> stage k + 1
+    stage k + 1 --- done ---> [thread] flag ---> stage k
+
+A message is sent when the one before has arrived, and an activation that finds two on their way is left out: over a slow link nothing
+comes that is older than two transfers. An evaluation batch waits until it can go.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from delock.engine.asynchronous.buffer import Entry, ReplayBuffer
+from delock.engine.asynchronous.store import Unresumed
+from delock.launch.progress import Progress
+from delock.links.coded import Library, without_codebooks
+from delock.links.gloo import Receiver, Sender
+from delock.links.message import Message, MessageName, expect
+from delock.links.traffic import SentBytes
+from delock.links.wire import pack, unpack
+
+DEPTH = 2  # frames under way per direction, messages on their way up, and evaluation batches that wait for the stage
+LIMIT = timedelta(days=3650)  # a stage that is done hears nothing until all are; who is gone is noticed without a limit
+GONE = 2.0  # seconds that threads have to end when the program does
+END: MessageName = ("f", 0, 0)  # going up: no more is to come; going down: all stages from here on are done
+
+
+class FreeLink(Unresumed):
+    """Stage k's end. `version()`: the stage's number of updates, which goes along with its activations."""
+
+    def __init__(
+        self, k: int, K: int, buffer: ReplayBuffer[Message], device: torch.device, watch: Progress, version: Callable[[], int]
+    ) -> None:
+        self.k, self.K, self.buffer, self.device, self.watch, self.version = k, K, buffer, device, watch, version
+        self.news = threading.Condition()  # held to read and write what follows; told of every change
+        self.evaluations: deque[tuple[MessageName, Message]] = deque()
+        self.outgoing: deque[torch.Tensor] = deque()
+        self.leaving = 0  # messages that were given to go up and have not arrived, those outgoing among them
+        self.closing = False  # no more will be
+        self.ended = k == 0  # nothing more comes from below
+        self.stopped = k + 1 == K  # all stages above are done
+        self.error: BaseException | None = None
+        self.picked: Entry[Message] | None = None
+        self.sent = SentBytes()
+        self.working = 0  # threads
+        if K > 1:
+            atexit.register(self._abandon)
+        if k > 0:
+            self.down = Sender(k - 1, DEPTH)
+            self._start(self._take_from_below)
+        if k + 1 < K:
+            self._start(self._take_from_above)
+            self._start(self._send_up)
+
+    # ---- what the stage calls --------------------------------------------------------------------------------------------------------
+
+    def next(self) -> int | None:
+        """The ordinal of the batch to learn from now, waiting until there is one; None where an evaluation comes first."""
+        with self.news:
+            self._until(lambda: self.evaluates or self._pick(), self.k - 1)
+            return self.picked.ordinal if self.picked else None
+
+    def evaluation(self) -> bool:
+        """Of a stage that is done: wait for the next evaluation (True) or the end (False)."""
+        with self.news:
+            self._until(lambda: self.evaluates or self.ended, self.k - 1)
+            return self.evaluates
+
+    def pause(self, until: float) -> None:
+        """Of a stage that is done: wait for that time, and for the way up to be free. An evaluation or the end cuts it short."""
+        with self.news:
+            self._until(lambda: self.evaluates or self.stopped or (self.ready and perf_counter() >= until), self.k + 1, until)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether an evaluation batch has come."""
+        return bool(self.evaluations)
+
+    @property
+    def ready(self) -> bool:
+        """Whether an activation sent now would go on its way, and somebody may want it."""
+        return self.leaving < DEPTH and not self.stopped
+
+    def receive(self, source: int, name: MessageName) -> Message:
+        """See Link: the batch that was picked, or the evaluation batch, waiting for it."""
+        if name[0] == "h":
+            assert self.picked is not None
+            entry, self.picked = self.picked, None
+            expect(("h", entry.ordinal, 0), name, source)
+            return entry.item
+        with self.news:
+            self._until(lambda: self.evaluates, source)
+            got, message = self.evaluations.popleft()
+            self.news.notify_all()
+        expect((*got[:2], 0), name, source)
+        return message
+
+    def send(self, to: int, name: MessageName, message: Message) -> float:
+        """See Link. An activation only if `ready`; an evaluation batch waits for its turn."""
+        packed, _ = pack((*name[:2], self.version()), without_codebooks(message))
+        self.sent.count(to, name, message, len(packed))
+        asked = perf_counter()
+        self._put(packed)
+        return perf_counter() - asked
+
+    def stop(self) -> None:
+        """Tell the stage below that this one and all above are done."""
+        if self.k > 0:
+            self.down.send(pack(END, Message(None))[0])
+
+    def close(self) -> None:
+        """See Link: say that no more is to come, and let everything arrive."""
+        if self.k + 1 < self.K:
+            self._put(pack(END, Message(None))[0], last=True)
+        if self.k > 0:
+            self.watch.wait_for(self.k - 1)
+            self.down.close()
+        with self.news:
+            self._until(lambda: self.working == 0, self.k - 1 if self.k > 0 else self.k + 1)
+        atexit.unregister(self._abandon)
+
+    def _abandon(self) -> None:
+        """Of a program that ends without `close`: end the threads. One that came back from torch later would abort the interpreter."""
+        with self.news:
+            self.error = self.error or RuntimeError("the program ends")
+            self.news.notify_all()
+        with suppress(RuntimeError, ValueError):  # a wait beyond its limit closes all connections; there may be none any more
+            work: Any = dist.irecv(torch.empty(1), self.k + 1 if self.k + 1 < self.K else self.k - 1)
+            work.wait(timedelta(milliseconds=1))
+        with self.news:
+            self.news.wait_for(lambda: self.working == 0, GONE)
+
+    # ---- threads ---------------------------------------------------------------------------------------------------------------------
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def guarded() -> None:
+            error: BaseException | None = None
+            try:
+                work()
+            except BaseException as raised:  # told to the stage, which raises it
+                error = raised
+            with self.news:
+                self.working -= 1
+                self.error = self.error or error
+                self.news.notify_all()
+
+        self.working += 1
+        threading.Thread(target=guarded, daemon=True).start()
+
+    def _take_from_below(self) -> None:
+        receiver, library = Receiver(self.k - 1, DEPTH, LIMIT), Library()
+        while not self.ended:
+            name, message = unpack(receiver.receive(), self.device)
+            message = library.with_codebooks(message)
+            with self.news:
+                match name[0]:
+                    case "h":
+                        self.buffer.put(message, name[1], name[2])
+                    case "e":
+                        self._hold(lambda: len(self.evaluations) < DEPTH)  # else the whole test set would pile up here
+                        self.evaluations.append((name, message))
+                    case _:
+                        self.ended = True
+                self.news.notify_all()
+        receiver.close()
+
+    def _take_from_above(self) -> None:
+        receiver = Receiver(self.k + 1, DEPTH, LIMIT)
+        receiver.receive()
+        with self.news:
+            self.stopped = True
+            self.news.notify_all()
+        receiver.close()
+
+    def _send_up(self) -> None:
+        sender = Sender(self.k + 1, DEPTH)
+        while not (self.closing and self.leaving == 0):
+            with self.news:
+                self._hold(lambda: bool(self.outgoing))
+                packed = self.outgoing.popleft()
+            sender.send(packed)
+            del packed
+            sender.flush()
+            with self.news:
+                self.leaving -= 1
+                self.news.notify_all()
+        sender.close()
+
+    def _put(self, packed: torch.Tensor, last: bool = False) -> None:
+        with self.news:
+            self._until(lambda: self.leaving < DEPTH, self.k + 1)
+            self.outgoing.append(packed)
+            self.leaving, self.closing = self.leaving + 1, last
+            self.news.notify_all()
+
+    def _hold(self, until: Callable[[], bool]) -> None:
+        """Of a thread, `news` held: wait for that. Raises what went wrong in another one."""
+        self.news.wait_for(lambda: until() or self.error is not None)
+        self._complain()
+
+    def _pick(self) -> bool:
+        self.picked = self.buffer.get()
+        return self.picked is not None
+
+    def _until(self, holds: Callable[[], bool], peer: int, deadline: float = 0.0) -> None:
+        """Wait, `news` held, until that holds, which a deadline may bring about. Raises what went wrong in a thread."""
+        self._complain()
+        if holds():
+            return
+        self.watch.wait_for(peer)
+        while not holds():
+            self.news.wait(max(0.0, deadline - perf_counter()) or None)
+            self._complain()
+        self.watch.go_on()
+
+    def _complain(self) -> None:
+        if self.error is not None:
+            raise self.error

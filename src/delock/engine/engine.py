@@ -1,0 +1,235 @@
+"""Walking a plan: what an op asks of the stage and the links, for all stages in this process or for one stage of many processes."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delock.engine.log import OpTime, StageLog, kind_of
+from delock.errors import DelockError, NonFinite, StageFailed
+from delock.launch.progress import Progress
+from delock.links import Link, Message
+from delock.links.coded import decoded
+from delock.ops import Backward, Forward, Update, label
+from delock.plan import Plan, Step, walk
+from delock.stage import Stage, checkpoint
+from delock.timeline import Slowdown
+
+
+def spin(seconds: float) -> None:
+    """Keep the core busy: a straggler that has more to compute than the others."""
+    until = perf_counter() + seconds
+    while perf_counter() < until:
+        pass
+
+
+class Engine:
+    """One stage at work: executes its steps in order over a link.
+
+    `feed` answers stage 0's Forwards. `on_loss(step, loss, stage, samples)` is called where a loss is computed, and
+    `on_output(step, outputs with labels)` by the last stage for every evaluation batch. `parts`: micro-batches per batch, for error
+    messages. `slow`: ticks in which the stage takes longer, by `linger(seconds)`. Between windows `state()` holds all there is.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        link: Link,
+        *,
+        feed: Callable[[Forward], Message] | None = None,
+        log: StageLog | None = None,
+        progress: Progress | None = None,
+        parts: int = 1,
+        on_loss: Callable[[Step, float, Stage, int], None] | None = None,
+        on_output: Callable[[Step, Message], None] | None = None,
+        slow: Slowdown | None = None,
+        delay: Callable[[float], None] = spin,
+    ) -> None:
+        self.stage, self.link, self.feed, self.progress, self.parts = stage, link, feed, progress, parts
+        self.log = log or StageLog()
+        self.on_loss, self.on_output = on_loss, on_output
+        self.slow, self.delay = slow, delay
+        self.spent = OpTime()
+        self.norms = torch.zeros(0)  # stage 0: of all gradients of the network, for the coming Update
+        self.in_flight: Counter[int] = Counter()  # messages sent by a neighbour in windows so far, and not yet received
+
+    def run(self, plan: Plan) -> None:
+        """Execute this stage's column of a plan (or of a window of one)."""
+        for step in plan.columns[self.stage.k]:
+            self.execute(step)
+        self.settle(plan)
+
+    def execute(self, step: Step) -> None:
+        """Do one step: wait for what it needs, compute, send what it gives."""
+        if self.progress:
+            self.progress.at(label(step.op), describe(step, self.parts))
+        version, start, self.spent = self.stage.version, perf_counter(), OpTime()
+        match step.op:
+            case Forward() as op:
+                self._forward(step, op)
+            case Backward() as op:
+                self._backward(step, op)
+            case Update() as op:
+                self._update(step, op)
+        self.log.op(self.stage.k, step, version, start, perf_counter(), self.spent)
+
+    def _forward(self, step: Step, op: Forward) -> None:
+        k, kind = self.stage.k, "e" if op.evaluates else "h"
+        if k == 0:
+            assert self.feed is not None
+            message = self.feed(op)
+        else:
+            message = self._receive(k - 1, (kind, op.batch if op.source is None else op.source, 0))
+        began = perf_counter()
+        result = self.stage.forward(step, message)
+        self._straggle(step, began)
+        if step.up:
+            self._send(k + 1, (kind, op.batch, 0), result)
+        elif op.evaluates and self.on_output:
+            self.on_output(step, result)
+
+    def _straggle(self, step: Step, began: float) -> None:
+        """In a slow tick, let what has just been computed take longer."""
+        if self.slow and (extra := self.slow.extra(step.tick, self.stage.k)):
+            self.delay(extra * (perf_counter() - began))
+
+    def _backward(self, step: Step, op: Backward) -> None:
+        k = self.stage.k
+        began = perf_counter()
+        self.stage.prepare(step)  # a replay runs while the error is under way
+        self._straggle(step, began)
+        memory = self.stage.memory[op.batch]
+        error = self._receive(k + 1, ("d", op.batch, op.loss)) if _receives(k, step, k + 1) else None
+        began = perf_counter()
+        delta, loss = self.stage.backward(step, error)
+        self._straggle(step, began)
+        if step.down:
+            assert delta is not None
+            self._send(k - 1, ("d", op.batch, op.loss), delta)
+        if step.sends_norms:
+            self._pass_down_norms(self.stage.version)
+        if step.last:
+            self.log.count_staleness(self.stage.version - memory.taken, step.tick - memory.step.tick)
+        if loss is not None:
+            self.check_loss(step, op, loss, memory.message.samples)
+
+    # Clipping over the network: with their last Backwards the stages pass down the norms of all gradients above, in one row; stage 0
+    # knows them all in the order of the layers, whatever the cuts, and |g| goes up with the Updates.
+
+    def _pass_down_norms(self, number: int) -> None:
+        k = self.stage.k
+        above = self._receive(k + 1, ("n", number, 0)).values if k + 1 < self.stage.K else ()
+        norms = (self.stage.learner.norms(), *above)
+        if k > 0:
+            self._send(k - 1, ("n", number, 0), Message(norms))
+        else:
+            self.norms = torch.cat([row for row in norms if len(row)] or [self.norms])
+
+    def _update(self, step: Step, op: Update) -> None:
+        norm = self._whole_norm(op) if op.over == "network" else None
+        began = perf_counter()
+        self.stage.update(op, norm)
+        self._straggle(step, began)
+
+    def _whole_norm(self, op: Update) -> Tensor:
+        k, name = self.stage.k, ("t", op.number, 0)
+        norm: Tensor = self._receive(k - 1, name).values if k > 0 else torch.linalg.vector_norm(self.norms)
+        if k + 1 < self.stage.K:
+            self._send(k + 1, name, Message(norm))
+        return norm
+
+    def check_loss(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
+        """Tell a loss that this stage has computed. Raises NonFinite for one that is no number."""
+        value = loss.item()
+        if not math.isfinite(value):
+            updates = f"{self.stage.version} update{'s' if self.stage.version != 1 else ''}"
+            which = f"batch {op.batch // self.parts}" + (f" (micro-batch {op.batch})" if self.parts > 1 else "")
+            raise NonFinite(
+                f"the loss of {which} became {value} at stage {self.stage.k}, after {updates}; "
+                "lower the learning rate, warm it up, or shrink the gradients (beta)"
+            )
+        if self.on_loss:
+            self.on_loss(step, value, self.stage, samples)
+
+    def _receive(self, source: int, name: tuple[str, int, int]) -> Message:
+        asked = perf_counter()
+        message = self.link.receive(source, name)
+        arrived = perf_counter()
+        message = decoded(message)
+        self.spent.waited += arrived - asked
+        self.spent.copied += perf_counter() - arrived
+        return message
+
+    def _send(self, to: int, name: tuple[str, int, int], message: Message) -> None:
+        asked = perf_counter()
+        full = self.link.send(to, name, message)
+        self.spent.waited += full
+        self.spent.full += full
+        self.spent.copied += perf_counter() - asked - full
+
+    # ---- saving what is in flight --------------------------------------------------------------------------------------------------
+
+    def settle(self, plan: Plan) -> None:
+        """Count what the neighbours sent in this window and what was received from them: the difference is under way."""
+        k = self.stage.k
+        for source in (k - 1, k + 1):
+            if 0 <= source < plan.K:
+                sent = sum(step.up if source < k else step.down for step in plan.columns[source])
+                self.in_flight[source] += sent - sum(_receives(k, step, source) for step in plan.columns[k])
+
+    def state(self) -> dict[str, Any]:
+        """The stage and the messages under way to it, between two windows. Every stage of the run has to be asked at the same tick."""
+        under_way = {source: self.link.pull(source, count) for source, count in self.in_flight.items()}
+        return {"stage": checkpoint.state(self.stage), "under_way": under_way, "link": self.link.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`, before the first window."""
+        checkpoint.load(self.stage, state["stage"])
+        self.link.load(state["link"])
+        for source, messages in state["under_way"].items():
+            self.in_flight[source] = len(messages)
+            self.link.push(source, messages)
+
+
+def describe(step: Step, parts: int) -> str:
+    """An op in words, for errors: "backward of batch 3, tick 5"; `parts`: micro-batches per batch."""
+    match step.op:
+        case Forward(batch) if step.op.evaluates:
+            what = f"evaluation, batch {batch}"
+        case Forward(batch) | Backward(batch):
+            what = f"{kind_of(step)} of {f'micro-batch {batch}, batch {batch // parts}' if parts > 1 else f'batch {batch}'}"
+        case Update():
+            what = "update"
+    return f"{what}, tick {step.tick}"
+
+
+def _receives(k: int, step: Step, source: int) -> bool:
+    match step.op:
+        case Forward():
+            return source == k - 1
+        case Backward(loss=loss, part=part):
+            return source == k + 1 and loss > k and part != "weights"
+        case Update():
+            return False
+
+
+def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
+    """Execute a plan, or a window of one, over all stages in this process. Raises StageFailed when a stage raises."""
+    for k, step in walk(plan):
+        try:
+            engines[k].execute(step)
+        except DelockError:
+            raise
+        except Exception as error:
+            trace = "".join(traceback.format_exception(error))
+            what = "".join(traceback.format_exception_only(error)).strip()
+            raise StageFailed(f"stage {k} failed in {label(step.op)} ({describe(step, engines[k].parts)}): {what}\n\n{trace}") from error
+    for engine in engines:
+        engine.settle(plan)

@@ -1,0 +1,89 @@
+"""The feed of stage 0: batches of a loader by their running number, split into micro-batches, as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delock.data.loader import Loader
+from delock.errors import UsageError
+from delock.links.message import Message
+from delock.ops import Forward
+from delock.tensors import Tree, flatten, unflatten
+
+
+class Feed:
+    """Answers stage 0's Forwards, which ask for batches in order: 0, 1, 2, ... running on across epochs.
+
+    `parts`: micro-batches per batch (tensor_split; a part without samples is a message without values).
+    """
+
+    def __init__(self, train: Loader, test: Loader | None, parts: int, device: torch.device) -> None:
+        self.train, self.test, self.parts, self.device = train, test, parts, device
+        self.per_epoch = len(train)
+        self.per_evaluation = len(test) if test is not None else 0
+        self.batches: tuple[int, Iterator[tuple[Tree, Tree]]] | None = None  # (number of the next, iterator)
+        self.evaluation: Iterator[tuple[Tree, Tree]] | None = None
+        self.split: list[Message] = []
+
+    def __call__(self, op: Forward) -> Message:
+        """The message of one Forward: inputs, labels, and the part's share of its batch as weight."""
+        if op.evaluates:
+            return self._evaluation(op.batch)
+        batch, part = divmod(op.batch, self.parts)
+        if part == 0 or not self.split:
+            self.split = self._parts(*self._batch(batch))
+        return self.split[part]
+
+    def _batch(self, number: int) -> tuple[Tree, Tree]:
+        if self.batches is None or self.batches[0] != number or number % self.per_epoch == 0:
+            epoch, skip = divmod(number, self.per_epoch)
+            iterator = iter(self.train.epoch(epoch))
+            for _ in range(skip):  # after a checkpoint: the loader is a function of the epoch, so the batches before are read again
+                next(iterator)
+            self.batches = number, iterator
+        iterator = self.batches[1]
+        self.batches = number + 1, iterator
+        return self._moved(next(iterator))
+
+    def _evaluation(self, index: int) -> Message:
+        assert self.test is not None
+        if index % self.per_evaluation == 0 or self.evaluation is None:
+            self.evaluation = iter(self.test.epoch(0))
+            for _ in range(index % self.per_evaluation):
+                next(self.evaluation)
+        inputs, targets = self._moved(next(self.evaluation))
+        return Message(inputs, targets, samples=samples(inputs))
+
+    def _moved(self, batch: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
+        leaves: list[Tensor] = []
+        tree = flatten(batch, leaves)
+        inputs, targets = unflatten(tree, [leaf.to(self.device, non_blocking=True) for leaf in leaves])
+        return tuple(inputs) if isinstance(inputs, list) else inputs, targets
+
+    def _parts(self, inputs: Tree, targets: Tree) -> list[Message]:
+        n = samples(inputs)
+        if self.parts == 1:
+            return [Message(inputs, targets, samples=n)]
+        pieces = [self._piece((inputs, targets), n, j) for j in range(self.parts)]
+        counts = [samples(x) for x, _ in pieces]
+        return [Message(x if count else None, y, count / n, count) for (x, y), count in zip(pieces, counts, strict=True)]
+
+    def _piece(self, tree: Any, n: int, j: int) -> Any:
+        """Part j of every tensor that has one row per sample; the others go to every part whole."""
+        leaves: list[Tensor] = []
+        shape = flatten(tree, leaves)
+        rows = [leaf.tensor_split(self.parts)[j] if leaf.dim() and len(leaf) == n else leaf for leaf in leaves]
+        return unflatten(shape, rows)
+
+
+def samples(inputs: Tree) -> int:
+    """Samples in a batch: the first dimension of its first tensor. Raises UsageError for a batch without one."""
+    leaves: list[Tensor] = []
+    flatten(inputs, leaves)
+    if not leaves or not leaves[0].dim():
+        raise UsageError("a batch of inputs must hold a tensor with one row per sample")
+    return len(leaves[0])

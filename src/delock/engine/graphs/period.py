@@ -1,0 +1,147 @@
+"""The cycle of a method: ticks repeat with a period, so batches share slots of memory, and a tick is known before the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from delock.errors import UsageError
+from delock.methods import AsyncDGL, Method, spelled
+from delock.ops import Backward, Forward, Op, Update
+from delock.plan import Plan, Product, RunLength, Step, gives, needs, unroll, walk
+
+Phase = tuple["StaticOp", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StaticOp:
+    """One op of a tick. Its batch is a slot: the batch's number modulo Cycle.slots."""
+
+    k: int
+    step: Step
+    after: tuple[int, ...] = ()  # places in the same Half of what other stages must have done before
+
+    @property
+    def slot(self) -> int:
+        """Where its batch lies."""
+        return 0 if isinstance(self.step.op, Update) else self.step.op.batch
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """phases[t % slots] is tick t of the steady state, in parts that are recorded and replayed one after the other.
+
+    A tick is one part where a graph is differentiated in the tick that made it, two (forwards, and the rest) where it lives on: to be
+    recorded, a backward needs the graph of its forward, which another tick of the cycle makes, and that one's the graph of a third.
+    """
+
+    slots: int
+    group: int  # batches of an Update; it divides slots
+    phases: tuple[tuple[Phase, ...], ...]
+    warm_up_passes: tuple[Phase, ...]  # per slot: one batch through all stages and back
+
+    @property
+    def halved(self) -> bool:
+        """Whether a tick has two parts."""
+        return len(self.phases[0]) == 2
+
+
+def find_period(method: Method, K: int, clip: float | None = None) -> Period:
+    """The cycle of a method in K stages. Raises UsageError for a method whose ticks are not one forward, one backward, one update."""
+    _refuse(method, K, clip)
+    group = method.batches_per_update
+    most = method.span(K) + 2 * group  # slots are never more
+    plan = unroll(method, K, RunLength(group * 6 * most, clip=clip))
+    return laid_out(plan, slots_of(plan, group), group, method.span(K))
+
+
+def slots_of(plan: Plan, group: int) -> int:
+    """Slots such that no message, input or label is overwritten before its last reader has had it, in the same tick neither.
+
+    A message lives from the tick in which it is written until that of the last op that reads it; as each tick brings one batch, a slot
+    is free for the batch that comes (longest life + 1) ticks later. Rounded up to whole groups, so that all groups look alike.
+    """
+    longest = 0
+    done = [{step.op: step.tick for step in column if not isinstance(step.op, Update)} for column in plan.columns]
+    for k, column in enumerate(plan.columns):
+        for step in column:
+            match step.op:
+                case Forward(b):
+                    longest = max(longest, step.tick - done[max(k - 1, 0)][step.op])
+                case Backward(b, loss):
+                    written = done[max(k - 1, 0)][Forward(b)]
+                    sent = [at for op, at in done[k + 1].items() if isinstance(op, Backward) and op.batch == b] if loss > k else []
+                    longest = max(longest, step.tick - written, *(step.tick - at for at in sent))
+    return -(-(longest + 1) // group) * group
+
+
+def laid_out(plan: Plan, slots: int, group: int, span: int) -> Period:
+    """The cycle of a plan that is warm after `span` ticks, in that many slots."""
+    ticks = {t: list(steps) for t, steps in groupby(walk(plan), key=lambda pair: pair[1].tick)}
+    start = -(-span // slots) * slots
+    crosses = any(
+        later.tick > step.tick
+        for column in plan.columns
+        for step, later in zip(_of(column, Forward, start), _of(column, Backward, start), strict=True)
+        if step.keep == "graph"
+    )
+    phases = []
+    for t in range(start, start + slots):
+        phases_of_tick = [ticks[t]]
+        if crosses:
+            forwards = [(k, step) for k, step in ticks[t] if isinstance(step.op, Forward)]
+            phases_of_tick = [forwards, [pair for pair in ticks[t] if pair not in forwards]]
+        phases.append(tuple(_turns(phase, slots) for phase in phases_of_tick))
+    warm_up_passes = [_turns(_chain(plan, b), slots, in_a_row=True) for b in range(start, start + slots)]
+    return Period(slots, group, tuple(phases), tuple(warm_up_passes))
+
+
+def _of(column: Iterable[Step], kind: type[Op], batch: int) -> list[Step]:
+    return [step for step in column if isinstance(step.op, kind) and getattr(step.op, "batch", None) == batch]
+
+
+def _chain(plan: Plan, batch: int) -> list[tuple[int, Step]]:
+    """A batch's forwards up, then its backwards down, each with the Update behind it."""
+    found = [(k, step) for k, column in enumerate(plan.columns) for step in _of(column, Forward, batch)]
+    for k in reversed(range(plan.K)):
+        column = plan.columns[k]
+        at = next(i for i, step in enumerate(column) if isinstance(step.op, Backward) and step.op.batch == batch)
+        found += [(k, step) for i, step in enumerate(column) if i == at or (i == at + 1 and isinstance(step.op, Update))]
+    return found
+
+
+def _turns(pairs: Sequence[tuple[int, Step]], slots: int, in_a_row: bool = False) -> Phase:
+    """Steps with what they wait for: the one before (in a row), or what `needs` says of other stages' steps among these."""
+    made: dict[Product, int] = {}
+    turns = []
+    for i, (k, step) in enumerate(pairs):
+        wanted = [made[name] for name in needs(k, step.op) if name in made and name[0] != k]
+        turns.append(StaticOp(k, _canonical(step, slots), (i - 1,) if in_a_row and i else tuple(wanted)))
+        made.update(dict.fromkeys(gives(k, step.op), i))
+    return tuple(turns)
+
+
+def _canonical(step: Step, slots: int) -> Step:
+    op = step.op
+    if not isinstance(op, Update):
+        op = replace(op, batch=op.batch % slots)
+    return replace(step, op=op, tick=0, version=0)
+
+
+def _refuse(method: Method, K: int, clip: float | None) -> None:
+    alike = not isinstance(method, AsyncDGL) and all(_plain(list(method.tick(1000 * method.batches_per_update, k, K))) for k in range(K))
+    if not alike:
+        raise UsageError(
+            f"{spelled(method)} cannot run as captured ticks, in which every stage does one forward, then one backward of a whole batch: "
+            "use bp, ddg, fr, fdg or adl (forward-first), dsp or dgl, or leave captured out"
+        )
+    if clip is not None and method.synchronous:
+        raise UsageError(f"{method.name} clips over the whole network, which captured ticks do not: leave out clip, or captured")
+
+
+def _plain(ops: Sequence[Op]) -> bool:
+    match ops:
+        case [Forward(), Backward(part="both")] | [Forward(), Backward(part="both"), Update()]:
+            return True
+    return False

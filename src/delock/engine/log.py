@@ -1,0 +1,60 @@
+"""The log of a stage: time by kind, staleness as it happened, and spans."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from delock.ops import Backward, Forward, Update
+from delock.plan import Step
+from delock.timeline import Span
+
+
+@dataclass(slots=True)
+class OpTime:
+    """Seconds of an op that were not computing."""
+
+    waited: float = 0.0  # for messages, and for room in a link
+    full: float = 0.0  # of these, for room
+    copied: float = 0.0  # on laying out, encoding and decoding messages
+
+
+class StageLog:
+    """What one stage did: time by kind, staleness as it happened, losses, and the spans themselves if `spans` is given."""
+
+    def __init__(self, *, spans: list[Span] | None = None) -> None:
+        self.spans = spans
+        self.seconds = dict.fromkeys(("forward", "backward", "update", "waiting", "evaluation"), 0.0)
+        self.staleness: Counter[int] = Counter()
+        self.layer_staleness: Counter[int] = Counter()
+        self.first: float | None = None
+        self.last = 0.0
+        self.idle_since: float | None = None  # since when the stage has waited for something to do; it ends with the op to come
+
+    def op(self, k: int, step: Step, version: int, start: float, end: float, spent: OpTime) -> None:
+        """One op took place at a version of the weights from `start` to `end` (seconds)."""
+        waited = spent.waited
+        if self.idle_since is not None:
+            start, waited, self.idle_since = self.idle_since, waited + start - self.idle_since, None
+        self.first = start if self.first is None else self.first
+        self.last = end
+        kind = kind_of(step)
+        self.seconds[kind] += end - start - (0.0 if kind == "evaluation" else waited)
+        self.seconds["waiting"] += 0.0 if kind == "evaluation" else waited
+        if self.spans is not None:
+            self.spans.append(Span(k, step.op, start + waited, end, version, step.tick, waited, spent.full, spent.copied))
+
+    def count_staleness(self, updates: int, batches: int) -> None:
+        """A batch's last Backward was done: its gradient is `updates` old, its forward `batches` ago."""
+        self.staleness[updates] += 1
+        self.layer_staleness[batches] += 1
+
+
+def kind_of(step: Step) -> str:
+    match step.op:
+        case Forward() as op:
+            return "evaluation" if op.evaluates else "forward"
+        case Backward():
+            return "backward"
+        case Update():
+            return "update"

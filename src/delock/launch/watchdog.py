@@ -1,0 +1,110 @@
+"""The watch over ranks that have stopped moving: who hangs, where, and with what Python stack."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from delock.launch.progress import Progress
+
+POLL = 0.25  # seconds between two looks
+_DUMP = 2.0  # seconds a rank has for showing its stack
+
+
+class Watchdog:
+    """Looks at the ranks' progress; `look` names the culprits once they have not moved for `patience` seconds (0: never).
+
+    `stopped(rank)`: what keeps that process from running at all, as "is stopped by a signal"; "" if nothing does. It is looked every
+    `step` seconds or so.
+    """
+
+    def __init__(self, records: Sequence[Progress], patience: float, stopped: Callable[[int], str], step: float = POLL) -> None:
+        self._records, self.patience, self._stopped = records, patience, stopped
+        self._still = Stillness(len(records), step)  # of their moves
+
+    def moved(self, rank: int) -> None:
+        """A sign of life of a rank came another way."""
+        self._still.seconds[rank] = 0.0
+
+    def look(self, at_work: Sequence[int]) -> list[int]:
+        """The ranks, among those still at work, that keep the others waiting; empty while all is well.
+
+        A stopped process is a culprit; else every rank that computes, an op having begun (setting up takes as long as it takes);
+        else all of them, if all wait for each other. Where nobody waits for the culprit, as in a free-running run, the others may move.
+        """
+        seconds = self._still.look([record.moves for record in self._records])
+        still = [rank for rank in at_work if self.patience and seconds[rank] >= self.patience]
+        at = {rank: self._records[rank].read() for rank in still}
+        stopped = [rank for rank in still if self._stopped(rank)]
+        computing = [rank for rank in still if at[rank].begun and at[rank].waits_for is None]
+        waiting = [rank for rank in still if at[rank].waits_for is not None]
+        nobody = min(seconds) >= self.patience  # those that are done count too: what they did last may be what was waited for
+        return stopped or computing or (waiting if nobody and len(waiting) == len(at_work) else [])
+
+    def tell(self, culprits: Sequence[int], at_work: Sequence[int], stack: Callable[[int], str]) -> str:
+        """The message: what hangs and where, what the others wait for, and the culprits' stacks; `stack(rank)` shows one."""
+        lines = [self._place(rank, rank in culprits) for rank in [*culprits, *(r for r in at_work if r not in culprits)]]
+        head = f"{lines[0]}: it has not moved for {self.patience:g} s"
+        shown = [f"stage {rank}:\n{stack(rank)}" for rank in culprits if not self._stopped(rank)]
+        remedy = ["If an op may take that long, raise `patience` (0 turns this watch off)."] if shown else []
+        return "\n\n".join(["\n".join([head, *lines[1:], *remedy]), *shown])
+
+    def _place(self, rank: int, culprit: bool) -> str:
+        at = self._records[rank].read()
+        if reason := self._stopped(rank):
+            return f"stage {rank} {reason} {at}"
+        if at.waits_for is not None:
+            return f"stage {rank} waits for stage {at.waits_for} {at}"
+        return f"stage {rank} {'hangs' if culprit else 'is'} {at}"
+
+
+class Stillness:
+    """For how many seconds each of some counters has not moved, as seen by a process that looks every `step` seconds or so.
+
+    Only time in which this process itself ran counts: after Ctrl-Z, or a long on_event, nobody is late.
+    """
+
+    def __init__(self, count: int, step: float) -> None:
+        self.seconds = [0.0] * count
+        self._counters, self._step = [-1] * count, step
+        self._seen = time.monotonic()
+
+    def look(self, counters: Sequence[int]) -> list[float]:
+        """With the counters as they are now."""
+        now = time.monotonic()
+        passed = min(now - self._seen, 2 * self._step)
+        self.seconds = [s + passed if a == b else 0.0 for s, a, b in zip(self.seconds, counters, self._counters, strict=True)]
+        self._seen, self._counters = now, list(counters)
+        return self.seconds
+
+
+def show_stack(pid: int, file: Path) -> str:
+    """Ask a rank for its Python stack and return it; what it has written so far if it does not answer in time."""
+    before = file.stat().st_size
+    os.kill(pid, signal.SIGUSR1)
+    deadline, size = time.monotonic() + _DUMP, before
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        size, last = file.stat().st_size, size
+        if size == last > before:  # written, and no longer growing
+            break
+    return own_frames(file.read_text(errors="replace"))
+
+
+def own_frames(dump: str) -> str:
+    """faulthandler's dump without what is the same in every rank: the thread that waits for the parent's death, how ranks start."""
+    parts = [part for part in dump.strip().split("\n\n") if not re.search(r"in die_with_parent|^Extension modules", part)]
+    return "\n\n".join(re.sub(r'\n  File "[^"]*child\.py", line \d+ in main\n(  .*\n?)*$', "", part) for part in parts)
+
+
+def stopped_by_signal(pid: int) -> str:
+    """What to say of state T (SIGSTOP, Ctrl-Z), where the system has /proc; else ""."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return "is stopped by a signal" if stat.rpartition(")")[2].split()[0] == "T" else ""

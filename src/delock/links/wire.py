@@ -1,0 +1,202 @@
+"""How a message lies in one run of bytes: a short header, then every tensor where a view can use it in place."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from delock.links.message import Message, MessageName
+from delock.tensors import Tree, flatten, unflatten
+
+# layout of the bytes: PREFIX | JSON text | pad | tensor | pad | tensor | pad      every tensor starts at a multiple of ALIGN
+PREFIX = struct.Struct("<qcqqdqq")  # length of all, kind, batch, loss, weight, samples, length of the JSON text
+ALIGN = 64  # bytes: a cache line, and what vector loads like
+Meta: TypeAlias = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], bool]
+"""What a tensor is: dtype, shape, strides, and whether it travels apart from the bytes."""
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in the bytes, and as what."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    apart: bool
+    offset: int  # in elements of its dtype
+
+
+class MessageLayout(NamedTuple):
+    """How the bytes of a message lie: a run has a handful of layouts, and each travels thousands of times."""
+
+    text: bytes
+    tree: Any
+    places: tuple[Place, ...]
+    length: int
+
+
+class Buffer(NamedTuple):
+    """Memory for a message: a uint8 tensor that begins at a multiple of ALIGN, and a view of it for every tensor that is to lie there."""
+
+    packed: Tensor
+    views: Sequence[Tensor]
+
+
+def new_buffer(layout: MessageLayout) -> Buffer:
+    """Memory that nothing else uses."""
+    return buffer_views(torch.empty(layout.length, dtype=torch.uint8), layout)
+
+
+def buffer_views(packed: Tensor, layout: MessageLayout) -> Buffer:
+    """That memory, with views of it."""
+    return Buffer(packed, [_view(packed, place) for place in layout.places if not place.apart])
+
+
+def pack(
+    name: MessageName,
+    message: Message,
+    apart: Callable[[Tensor], bool] = lambda leaf: False,
+    room: Callable[[MessageLayout], Buffer] = new_buffer,
+) -> tuple[Tensor, list[Tensor]]:
+    """The message as one uint8 tensor on the CPU, and the tensors for which `apart` holds, which the caller sends by another way.
+
+    Dense tensors keep their strides (channels_last stays so), others become contiguous. `room`: where it is to lie.
+    """
+    layout, leaves = _laid_out(message, apart)
+    packed, views = room(layout)
+    head = PREFIX.pack(layout.length, name[0].encode(), name[1], name[2], message.weight, message.samples, len(layout.text)) + layout.text
+    ctypes.memmove(packed.data_ptr(), head, len(head))
+    others = []
+    inside = iter(views)
+    for leaf, place in zip(leaves, layout.places, strict=True):
+        if place.apart:
+            others.append(_line(leaf.detach() if place.strides == leaf.stride() else _settle(leaf.detach())))
+        else:
+            next(inside).copy_(leaf.detach() if leaf.requires_grad else leaf)
+    return packed, others
+
+
+def packed_length(message: Message) -> int:
+    """Bytes that `pack` would make of the message."""
+    return _laid_out(message, lambda leaf: False)[0].length
+
+
+def length_of(start: Tensor) -> int:
+    """Bytes of the whole message whose first bytes these are."""
+    return int(PREFIX.unpack(ctypes.string_at(start.data_ptr(), PREFIX.size))[0])
+
+
+def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]], None] | None = None) -> tuple[MessageName, Message]:
+    """Name and message on that device; on the CPU the tensors are views of `packed`. `fetch` fills tensors that travelled apart."""
+    name, layout, weight, count = _opened(packed.numpy().data)
+    if device.type != "cpu" and not all(place.apart for place in layout.places):
+        packed = packed.to(device)
+    leaves = [
+        torch.empty_strided(place.shape, place.strides, dtype=place.dtype, device=device) if place.apart else _view(packed, place)
+        for place in layout.places
+    ]
+    if fetch:
+        fetch([_line(leaf) for leaf, place in zip(leaves, layout.places, strict=True) if place.apart])
+    values, targets = unflatten(layout.tree, leaves)
+    return name, Message(values, targets, weight, count)
+
+
+def unpack_borrowed(memory: memoryview) -> tuple[MessageName, Message]:
+    """Name and message that lie in memory of somebody else's: every tensor in it holds on to `memory`, and nothing else does."""
+    name, layout, weight, count = _opened(memory)
+    values, targets = unflatten(layout.tree, [_borrowed(memory, place) for place in layout.places])
+    return name, Message(values, targets, weight, count)
+
+
+def _opened(memory: memoryview) -> tuple[MessageName, MessageLayout, float, int]:
+    """What a message begins with: its name, how it lies, weight and samples."""
+    _, kind, batch, loss, weight, count, chars = PREFIX.unpack_from(memory)
+    return (kind.decode(), batch, loss), _read_layout(bytes(memory[PREFIX.size : PREFIX.size + chars])), weight, count
+
+
+def _borrowed(memory: memoryview, place: Place) -> Tensor:
+    count = math.prod(place.shape)
+    if count == 0:
+        return torch.empty_strided(place.shape, place.strides, dtype=place.dtype)
+    flat = torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.offset * place.dtype.itemsize)
+    return flat.as_strided(place.shape, place.strides)
+
+
+def _line(leaf: Tensor) -> Tensor:
+    """A dense tensor's memory as one row."""
+    return leaf.as_strided((leaf.numel(),), (1,))
+
+
+def _view(packed: Tensor, place: Place) -> Tensor:
+    return packed.view(place.dtype).as_strided(place.shape, place.strides, place.offset)
+
+
+def _laid_out(message: Message, apart: Callable[[Tensor], bool]) -> tuple[MessageLayout, list[Tensor]]:
+    leaves: list[Tensor] = []
+    tree = flatten((message.values, message.targets), leaves)
+    return _layout(tree, tuple([(leaf.dtype, leaf.shape, leaf.stride(), apart(leaf)) for leaf in leaves])), leaves
+
+
+@lru_cache(maxsize=256)
+def _layout(tree: Any, metas: tuple[Meta, ...]) -> MessageLayout:
+    """Where the tensors of that tree lie, each as dense as it can be."""
+    settled = [(dtype, tuple(shape), _dense(shape, strides), apart) for dtype, shape, strides, apart in metas]
+    text = json.dumps([tree, [(str(dtype)[6:], *rest) for dtype, *rest in settled]], separators=(",", ":")).encode()
+    return MessageLayout(text, tree, *_places(PREFIX.size + len(text), settled))
+
+
+@lru_cache(maxsize=256)
+def _read_layout(text: bytes) -> MessageLayout:
+    """The same on the other side, from the header."""
+    tree, listed = json.loads(text)
+    metas = [(getattr(torch, dtype), tuple(shape), tuple(strides), apart) for dtype, shape, strides, apart in listed]
+    return MessageLayout(text, tree, *_places(PREFIX.size + len(text), metas))
+
+
+def _places(end: int, metas: list[Meta]) -> tuple[tuple[Place, ...], int]:
+    """The places of tensors that begin after so many bytes, and the bytes of all: whole ALIGNs, so that they can be viewed as any dtype."""
+    places = []
+    for dtype, shape, strides, apart in metas:
+        start = _rounded(end)
+        places.append(Place(dtype, shape, strides, apart, start // dtype.itemsize))
+        end = start + (0 if apart else torch.Size(shape).numel() * dtype.itemsize)
+    return tuple(places), _rounded(end)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // ALIGN) * ALIGN
+
+
+@lru_cache(maxsize=256)
+def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """These strides where they fill memory without gaps or overlaps, else those of a contiguous tensor."""
+    expected = 1
+    for size, stride in sorted(zip(shape, strides, strict=True), key=lambda pair: (pair[1], pair[0])):
+        if size != 1:
+            if stride != expected:
+                return torch.empty(shape, device="meta").stride()
+            expected *= size
+    return strides
+
+
+def make_dense(tree: Tree) -> Tree:
+    """The tree as it would arrive over a wire: dense strides and aligned memory, so that kernels add in the same order everywhere."""
+    leaves: list[Tensor] = []
+    shape = flatten(tree, leaves)
+    return unflatten(shape, [leaf if _settled(leaf) else _settle(leaf) for leaf in leaves])
+
+
+def _settled(leaf: Tensor) -> bool:
+    return _dense(leaf.shape, leaf.stride()) == leaf.stride() and leaf.data_ptr() % ALIGN == 0
+
+
+def _settle(leaf: Tensor) -> Tensor:
+    strides = _dense(leaf.shape, leaf.stride())
+    return torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=leaf.device).copy_(leaf)

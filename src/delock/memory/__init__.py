@@ -1,0 +1,1 @@
+"""Predicted memory of a stage, from plan and profile."""

@@ -1,0 +1,260 @@
+"""Memory as a pass over a column of a plan: the most bytes that a stage holds above what it held when it was built."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from delock.methods import Method
+from delock.ops import Backward, Forward, Update
+from delock.plan import Step, unroll
+
+DEEP = 1 << 30  # more messages than any link keeps
+
+
+@dataclass(frozen=True, slots=True)
+class LinkBytes:
+    """What crosses a link in one direction: bytes of a message, and how many messages an end keeps beside those in use.
+
+    gloo keeps `depth` at either end: sent ones until so many newer are on their way, and buffers posted for those to come.
+    """
+
+    message: int = 0
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageBytes:
+    """Bytes of one stage. An op's are of a (micro-)batch; a peak is above what lives when the op begins.
+
+    A graph is what autograd holds beside weights, the input and the outputs.
+    """
+
+    weights: int  # those that learn
+    largest: int  # of the weights, one by one
+    state: int  # of the optimizer, for the head too: there from the first Update on
+    optimizer_step: int  # peak of a later step of the optimizer
+    input: int  # what a received message holds; stage 0: a whole batch
+    graph: int
+    output: int  # what the outputs lie in, where that is not the input
+    delta: int  # errors of the inputs
+    error: int  # errors of the outputs as they are received; those in shared memory take nothing beside it
+    own_error: int  # the same where the stage makes them: by its own head, or by shrinking what it received
+    forward: int  # peak, graph and outputs included
+    forward_no_grad: int  # the same without a graph
+    backward: int  # peak, the graph freed on its way; gradients of the weights and of the inputs included, and its own loss, if any
+    backward_retained: int  # the same where the graph is needed once more
+    backward_activations: int = 0  # of such peaks, that of activations and errors alone: where the graph is freed
+    backward_activations_retained: int = 0  # and where it stays
+    deferred_errors: int = 0  # errors into layers with weights: between the halves of a backward they are held
+    weight_layers_graph: int = 0  # of the graph, what nothing but these layers hold: the second half frees it
+    head: int = 0  # peak of the auxiliary head forward and backward, its gradient included
+    head_weights: int = 0
+    slots: int = 0  # of all memory shared with neighbours, which stays
+    feeds: int = 0  # stage 0: micro-batches that are views of one batch
+    up_in: LinkBytes = LinkBytes()  # from the stage below
+    up_out: LinkBytes = LinkBytes()
+    down_in: LinkBytes = LinkBytes()  # from the stage above
+    down_out: LinkBytes = LinkBytes()
+
+
+@dataclass(frozen=True, slots=True)
+class PeakBytes:
+    """The most bytes that a stage holds above what it held when it was built.
+
+    `live`: tensors. `resident`: what its process grows by, with memory shared with neighbours, in a heap that keeps what was freed.
+    Gradients, copies of weights and optimizer state are of the sizes of weights, activations and errors of others: the one seldom fits
+    where the other was, so each has a peak of its own.
+    """
+
+    live: int
+    resident: int
+
+    def grows(self, device: str) -> int:
+        """What will be measured: a GPU's allocator counts what lives."""
+        return self.resident if device == "cpu" else self.live
+
+
+def peaks(method: Method, stages: Sequence[StageBytes], batches: int) -> list[PeakBytes]:
+    """The prediction for every stage of a run of `batches`. A plan repeats itself soon, so the first few of them tell."""
+    K = len(stages)
+    plan = unroll(method, K, min(batches, repeating(method, K)))
+    return [peak(column, k, sizes) for k, (column, sizes) in enumerate(zip(plan.columns, stages, strict=True))]
+
+
+def repeating(method: Method, K: int) -> int:
+    """Batches after which no stage holds more than before, and no link."""
+    deepest = max((method.capacity(k, K) for k in range(K - 1)), default=0)
+    return 2 * method.span(K) + 3 * method.batches_per_update + deepest
+
+
+def peak(column: Iterable[Step], k: int, sizes: StageBytes) -> PeakBytes:
+    """The most bytes that stage k holds while it executes its column, above what it held when it was built."""
+    stage = StageMemory(k, sizes)
+    for step in column:
+        stage.execute(step)
+    return PeakBytes(stage.most, sizes.slots + stage.most_passing + stage.most_learned)
+
+
+@dataclass(slots=True)
+class HeldBatch:
+    """A batch between its Forward and its last Backward."""
+
+    graph: bool
+    version: int | None  # of the weights, where the graph has a copy of them
+
+
+class StageMemory:
+    """What stage k holds, step by step, in the order in which the engine and the stage take and leave it."""
+
+    def __init__(self, k: int, sizes: StageBytes) -> None:
+        self.k, self.sizes = k, sizes
+        self.most = self.most_passing = self.most_learned = 0
+        self.batches: dict[int, HeldBatch] = {}
+        self.newest: int | None = None  # the batch that the feed read last, and holds
+        self.snapshot: int | None = None  # version of the current weights, once they have been copied
+        self.grads = self.head_grads = self.state = self.caught = 0
+        self.backwards = 0  # since the last Update
+        self.sent: Counter[str] = Counter()
+        self.posted: set[str] = set()
+
+    @property
+    def graphs(self) -> int:
+        """Live graphs."""
+        return sum(held.graph for held in self.batches.values())
+
+    @property
+    def versions(self) -> int:
+        """Copies of the weights."""
+        return len({self.snapshot, *(held.version for held in self.batches.values())} - {None})
+
+    @property
+    def now(self) -> int:
+        """Bytes between two steps."""
+        return self.passing + self.learned
+
+    @property
+    def learned(self) -> int:
+        """Of these, what is of the sizes of weights."""
+        return self.versions * self.sizes.weights + self.grads + self.head_grads + self.state
+
+    @property
+    def passing(self) -> int:
+        """And what is of the sizes of activations."""
+        s = self.sizes
+        inputs = {batch // s.feeds for batch in self.batches} | {self.newest} if s.feeds else set(self.batches)
+        kept = [*((self._way(name), count) for name, count in self.sent.items()), *((self._way(name), DEEP) for name in self.posted)]
+        links = sum(min(count, way.depth) * way.message for way, count in kept)
+        return len(inputs) * s.input + self.graphs * (s.graph + s.output) + links + self.caught
+
+    def rise(self, more: int, learned: int = 0, passing: int | None = None) -> None:
+        """For a moment there is so much more than between two steps; `learned`, `passing`: of that, the most of either kind."""
+        self.most = max(self.most, self.now + more)
+        self.most_learned = max(self.most_learned, self.learned + learned)
+        self.most_passing = max(self.most_passing, self.passing + (more - learned if passing is None else passing))
+
+    def execute(self, step: Step) -> None:
+        """One step. An evaluation holds no graph, and one message at a time."""
+        match step.op:
+            case Forward() as op if op.train:
+                self._forward(step, op)
+            case Backward() as op:
+                self._backward(step, op)
+            case Update() as op:
+                self._update(op)
+
+    def _forward(self, step: Step, op: Forward) -> None:
+        s = self.sizes
+        own = self._read(op)
+        if step.snapshot:
+            self.snapshot = step.version
+        self.rise(own + (s.forward if step.keep == "graph" else s.forward_no_grad))
+        if step.keep == "graph":
+            self.batches[op.batch] = HeldBatch(True, step.version if step.snapshot else None)
+            own = 0
+        elif step.keep == "input":
+            self.batches[op.batch] = HeldBatch(False, None)
+            own = s.output
+        else:
+            own += s.output
+        if step.up:
+            self._send("up_out", own)
+
+    def _read(self, op: Forward) -> int:
+        """Have the input; returns its bytes where nothing that is counted between steps holds it yet."""
+        s = self.sizes
+        if not s.feeds:
+            self.posted.add("up_in")
+            return s.input
+        if self.newest != op.batch // s.feeds:
+            self.rise(s.input)  # the batch before goes when this one has come
+            self.newest = op.batch // s.feeds
+        return 0
+
+    def _backward(self, step: Step, op: Backward) -> None:
+        s, held = self.sizes, self.batches[op.batch]
+        if not held.graph:
+            self.rise(s.forward)
+            held.graph = True
+        above = self._error(op)  # what the op holds itself
+        if op.part == "weights":
+            self.rise(max(0, s.weights - (s.weight_layers_graph if step.last else 0)), learned=s.weights, passing=0)
+            self.caught -= s.deferred_errors + s.delta
+        elif op.part == "input":
+            deferred_errors = s.deferred_errors if step.weights_later else 0
+            self.rise(
+                above + s.backward_retained - s.weights + deferred_errors, passing=above + s.backward_activations_retained + deferred_errors
+            )
+            self.caught += s.deferred_errors + s.delta if step.weights_later else 0
+        else:
+            more, passing = (s.backward, s.backward_activations) if step.last else (s.backward_retained, s.backward_activations_retained)
+            self.rise(above + more, learned=s.weights, passing=above + passing)
+        if step.last:
+            held.graph = False
+            above += s.output
+        if op.part != "input":
+            self._learn(op, above)
+        if step.down:
+            self._send("down_out", above + s.delta)
+        if step.last:
+            del self.batches[op.batch]
+
+    def _error(self, op: Backward) -> int:
+        """Have the error of the outputs, from the stage above or the own head; the last stage's loss is a part of its backward."""
+        s = self.sizes
+        if op.part == "weights" or (op.loss == self.k and not s.head):
+            return 0
+        if op.loss == self.k:
+            self.rise(s.head, learned=s.head_weights)
+            self.head_grads = s.head_weights
+            return s.own_error
+        self.posted.add("down_in")
+        return s.error if op.shrink == 1 else s.error + s.own_error
+
+    def _learn(self, op: Backward, above: int) -> None:
+        """Add new gradients to old ones, which go one by one."""
+        s = self.sizes
+        if op.weight != 1:
+            self.rise(above + 2 * s.weights, learned=2 * s.weights)
+        if self.grads:
+            self.rise(above + s.weights + s.largest, learned=s.weights + s.largest)
+        self.grads = s.weights
+        self.backwards += 1
+
+    def _update(self, op: Update) -> None:
+        s, grads = self.sizes, self.grads + self.head_grads
+        mean = grads if op.reduce == "mean" and self.backwards > 1 else 0
+        more = mean + s.optimizer_step + s.state - self.state
+        self.rise(more, learned=more)
+        self.state, self.grads, self.head_grads, self.backwards, self.snapshot = s.state, 0, 0, 0, None
+
+    def _send(self, way: str, above: int) -> None:
+        """Pack a message, beside `above`; then the oldest of those sent goes, when there are too many."""
+        packed = self._way(way)
+        self.rise(above + (packed.message if packed.depth else 0))
+        self.sent[way] += 1
+
+    def _way(self, name: str) -> LinkBytes:
+        way: LinkBytes = getattr(self.sizes, name)
+        return way

@@ -1,0 +1,1 @@
+"""Optimizers and learning rates as factories that every stage calls for itself."""

@@ -1,0 +1,1 @@
+"""A network as layers, its stages, and what its layers cost and hold."""

@@ -1,0 +1,150 @@
+"""Cutting a network: a model is a list of atoms, a stage is a run of atoms that remembers their names in the unsplit model."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from delock.errors import UsageError
+from delock.nets.group import Group
+
+ACCEPTED = (
+    "accepted are an nn.Sequential that keeps nn.Sequential's forward, a list of modules (called one after the other), "
+    "a network of delock.nets, and a torchvision ResNet; wrap the parts of any other model in an nn.Sequential"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The smallest piece a cut may fall beside. `prefix`: the module's path in the unsplit model ("layer1.0"), "" for stateless glue."""
+
+    prefix: str
+    module: nn.Module
+
+
+def layers(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
+    """The atoms of a model in the order of its forward; the modules are the model's own, not copies.
+
+    An nn.Sequential gives its children (an only child that is a Sequential is looked into, and so is a `Group`); a list gives its
+    elements, named "0", "1", ...; a torchvision ResNet gives stem, residual blocks and classifier.
+    Raises UsageError for any other model, an empty one, and one with state outside its atoms.
+    """
+    if isinstance(model, (list, tuple, nn.ModuleList)):
+        found = [Layer(str(i), _module(part)) for i, part in enumerate(model)]
+    elif isinstance(model, nn.Module) and _is_plain(model):
+        found = list(_children(*_only_child("", model)))
+    elif isinstance(model, nn.Module) and _is_torchvision_resnet(model):
+        found = list(_resnet(model))
+    else:
+        raise UsageError(f"cannot cut a {type(model).__name__} into stages: {ACCEPTED}")
+    if not found:
+        raise UsageError("cannot train an empty network: the model has no layer")
+    if isinstance(model, nn.Module) and (lost := set(state_names(model)) - set(_names(found))):
+        raise UsageError(f"{listed(sorted(lost))} of the {type(model).__name__} would belong to no stage: move it into one of the layers")
+    return found
+
+
+def resolve_cuts(layers: Sequence[Layer], cuts: Sequence[int | str]) -> list[int]:
+    """Cuts as indices of the first atom of each later stage: K - 1 strictly increasing numbers in 1 .. len(atoms) - 1.
+
+    A cut is such an index (also as a string) or a name: the prefix of an atom ("layer2.0"), or of a group ("layer2" is its first atom).
+    """
+    if len(cuts) >= len(layers):
+        raise UsageError(f"{len(cuts) + 1} stages need at least as many layers, and this network has {len(layers)}: use fewer stages")
+    found = [_index(layers, cut) for cut in cuts]
+    for cut, at in zip(cuts, found, strict=True):
+        if not 1 <= at < len(layers):
+            raise UsageError(f"cut {cut!r} is out of range: a later stage starts at one of the layers 1 .. {len(layers) - 1}")
+    if any(a >= b for a, b in itertools.pairwise(found)):
+        raise UsageError(f"cuts {', '.join(map(str, cuts))} are out of order (layers {found}): each must be above the one before")
+    return found
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a batch statistic is taken anywhere in the model; a batch of one sample cannot be trained then."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def _module(part: object) -> nn.Module:
+    if not isinstance(part, nn.Module):
+        raise UsageError(f"cannot use a {type(part).__name__} as a layer: {ACCEPTED}")
+    return part
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module is calling its children in turn: a subclass of nn.Sequential may compute something else."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _only_child(prefix: str, model: nn.Module) -> tuple[str, nn.Module]:
+    """Inside all Sequentials that hold nothing but one other Sequential."""
+    for name, child in model.named_children():
+        if len(model._modules) == 1 and _is_plain(child):
+            return _only_child(under(prefix, name), child)
+    return prefix, model
+
+
+def _children(prefix: str, model: nn.Module) -> Iterator[Layer]:
+    for name, child in model._modules.items():  # not named_children: it leaves out the second use of a module
+        assert child is not None
+        if isinstance(child, Group) and _is_plain(child):
+            yield from _children(under(prefix, name), child)
+        else:
+            yield Layer(under(prefix, name), child)
+
+
+def _is_torchvision_resnet(model: nn.Module) -> bool:
+    """By name, so that torchvision is not imported for it; a subclass with another forward is not one."""
+    base = next((c for c in type(model).__mro__ if (c.__module__, c.__name__) == ("torchvision.models.resnet", "ResNet")), None)
+    return base is not None and all(getattr(type(model), f) is getattr(base, f) for f in ("forward", "_forward_impl"))
+
+
+def _resnet(model: nn.Module) -> Iterator[Layer]:
+    for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool"):
+        module = model.get_submodule(name)
+        yield from _children(name, module) if name.startswith("layer") and _is_plain(module) else [Layer(name, module)]
+    yield Layer("", nn.Flatten(1))  # torch.flatten in ResNet's forward
+    yield Layer("fc", model.get_submodule("fc"))
+
+
+def under(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def state_names(module: nn.Module) -> list[str]:
+    """Everything in the state dict, in its order (extra state too), then the buffers it leaves out."""
+    return list(dict.fromkeys([*module.state_dict(), *(name for name, _ in named_state(module))]))
+
+
+def _names(layers: Sequence[Layer]) -> list[str]:
+    return [under(layer.prefix, name) for layer in layers for name in state_names(layer.module)]
+
+
+def _index(layers: Sequence[Layer], cut: int | str) -> int:
+    if isinstance(cut, int):
+        return cut
+    names = [layer.prefix for layer in layers]
+    if cut and cut in names:
+        return names.index(cut)
+    inside = [i for i, name in enumerate(names) if cut and name.startswith(f"{cut}.")]
+    if inside:
+        return inside[0]
+    if cut.strip().removeprefix("-").isdecimal():
+        return int(cut)
+    near = difflib.get_close_matches(cut, filter(None, names), n=1, cutoff=0)
+    raise UsageError(f"no layer is called {cut!r}: did you mean {near[0]!r}?" if near else f"no layer is called {cut!r}")
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

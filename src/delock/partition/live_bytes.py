@@ -1,0 +1,105 @@
+"""Bytes of the tensors that live, counted as operations make them and as the last reference to them goes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts, while it is active, the storages of tensors that operations return, those of a backward included, on any device.
+
+    `now`: bytes alive; `peak`: the most there were; `bare`: the most without those made while `setting_apart`. What exists before is
+    not counted once it is shown to `ignore`; nor is what a kernel has for itself alone, but for `workspace`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.apart = self.bare = 0
+        self.setting_apart = False
+        self.known: dict[int, Any] = {}  # storage -> what counts it off when it dies
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch loads its compiler at the first operation, which takes seconds."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                self._count(leaf)
+        self._reach(workspace(func, args))
+        return out
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """These were there before."""
+        for tensor in tensors:
+            self._watch(tensor, partial(_drop, self.known))
+
+    def from_here(self) -> int:
+        """Bytes alive now; the peaks begin anew."""
+        self.peak, self.bare = self.now, self.now - self.apart
+        return self.now
+
+    def _count(self, tensor: Tensor) -> None:
+        size, apart = storage_bytes(tensor), self.setting_apart
+        if not self._watch(tensor, partial(self._gone, size, apart)):
+            return
+        self.now += size
+        self.apart += size if apart else 0
+        self._reach(0)
+
+    def _reach(self, more: int) -> None:
+        self.peak, self.bare = max(self.peak, self.now + more), max(self.bare, self.now - self.apart + more)
+
+    def _watch(self, tensor: Tensor, end: Any) -> bool:
+        key = storage_of(tensor)
+        if key in self.known:
+            return False
+        self.known[key] = weakref.finalize(tensor.untyped_storage(), end, key)
+        self.known[key].atexit = False
+        return True
+
+    def _gone(self, size: int, apart: bool, key: int) -> None:
+        del self.known[key]
+        self.now -= size
+        self.apart -= size if apart else 0
+
+
+def workspace(func: Any, args: tuple[Any, ...]) -> int:
+    """Bytes that kernels of a CPU take and give back, where they are as large as activations.
+
+    oneDNN computes convolutions in a layout of its own, unless they are channels_last. For the gradient of the kernel error and input
+    are reordered to it; for that of the input the error is, or the result from it: twice where the convolution has strides. The backward
+    of batch norm makes its result twice.
+    """
+    if func is torch.ops.aten.native_batch_norm_backward.default and args[0].device.type == "cpu":
+        return int(args[1].nbytes) if args[9][0] else 0
+    if func is torch.ops.aten.convolution_backward.default and args[0].device.type == "cpu":
+        error, given, strides, wanted = args[0], args[1], args[4], args[10]
+        if not (error.dim() == 4 and any(x.is_contiguous(memory_format=torch.channels_last) for x in (error, given))):
+            back = 2 * given.nbytes if max(strides) > 1 else max(given.nbytes, error.nbytes)
+            return int(max(back * wanted[0], (given.nbytes + error.nbytes) * wanted[1]))
+    return 0
+
+
+def _drop(known: dict[int, Any], key: int) -> None:
+    del known[key]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tensors have in common that share memory, on the meta device too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def storage_bytes(tensor: Tensor) -> int:
+    """Bytes of all its storage, of which it may be a part."""
+    return tensor.untyped_storage().nbytes()

@@ -1,0 +1,137 @@
+"""What each atom costs and holds, measured, and the cuts that make the dearest stage as cheap as can be."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from delock.errors import UsageError
+from delock.execution import PLAIN, Execution
+from delock.partition.layer_memory import LayerMemory, LayerTrial, Value, observe
+from delock.partition.layers import Layer
+from delock.tensors import tensors
+
+MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # what a module raises that is given what it does not take
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """Cost of one atom on one batch: seconds, bytes of its output (what a link carries if cut behind it), and number of parameters.
+
+    `shape` is that of its output for one sample, without the batch; empty for a tuple of tensors. `outputs`: shape, with the batch, and
+    dtype of every tensor of it. `memory`: what it holds; None where that cannot be counted.
+    """
+
+    forward_s: float
+    backward_s: float
+    out_bytes: int
+    params: int
+    shape: tuple[int, ...] = ()
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    memory: LayerMemory | None = None
+
+    @property
+    def total_s(self) -> float:
+        """Forward and backward: what `balance` is given."""
+        return self.forward_s + self.backward_s
+
+
+def measure(
+    layers: Sequence[Layer],
+    inputs: Value,
+    targets: Any,
+    loss: Callable[[Any, Any], Tensor],
+    *,
+    repeats: int = 2,
+    device: torch.device | str = "cpu",
+    execution: Execution = PLAIN,
+    learns: bool = False,
+) -> list[LayerCost]:
+    """Cost of each atom in training mode on one batch: median over `repeats`; the last atom's includes the loss.
+
+    A run before them, which warms up, is the one whose memory is counted.
+
+    inputs: a tensor or tuple of tensors, any dtype, as the model takes them; targets: any pytree of tensors, as the loss takes them.
+    Works on a copy of one atom at a time, so weights, statistics and the random state stay as they are and memory is that of one atom.
+    As in training, an atom's backward makes the gradient of its input only if something before it learns; `learns`: before the first.
+    Raises UsageError if an atom or the loss does not take what it is given.
+    """
+    device = torch.device(device)
+    costs = []
+    value: Value = tree_map_only(Tensor, lambda x: execution.laid_out(x.to(device)), inputs)
+    targets = tree_map_only(Tensor, lambda x: x.to(device), targets)
+    wants = tuple(learns and x.is_floating_point() for x in tensors(value))  # per tensor: a gradient
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+        for i, layer in enumerate(layers):
+            last = i == len(layers) - 1
+            module = execution.prepared(copy.deepcopy(layer.module).to(device)).train()
+            behind = (lambda h: loss(h, targets)) if last else None
+            memory = _observed(module, value, wants, behind, device, execution)
+            runs = []
+            for _ in range(repeats):
+                try:
+                    forward_s, backward_s, out = _run(module, value, wants, behind, device, execution)
+                except (torch.OutOfMemoryError, UsageError):
+                    raise
+                except MISFITS as error:
+                    raise UsageError(_complaint(i, layer, value, last, error)) from error
+                runs.append((forward_s, backward_s))
+            forwards, backwards = zip(*runs, strict=True)
+            out_bytes = sum(x.numel() * x.element_size() for x in tensors(out))
+            params = sum(p.numel() for p in module.parameters())
+            shape = tuple(out.shape[1:]) if isinstance(out, Tensor) else ()
+            outputs = tuple((tuple(x.shape), x.dtype) for x in tensors(out))
+            costs.append(LayerCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params, shape, outputs, memory))
+            wants = tuple(x.requires_grad for x in tensors(out))
+            value = tree_map_only(Tensor, Tensor.detach, out)
+    return costs
+
+
+def _observed(
+    module: nn.Module, value: Value, wants: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, execution: Execution
+) -> LayerMemory | None:
+    """None for a module that cannot be observed: whether it can be trained the runs to come will tell, without what counts the bytes."""
+    try:
+        return observe(module, value, wants, loss, device, execution)
+    except (*MISFITS, AttributeError):
+        return None
+
+
+def _run(
+    module: nn.Module, value: Value, wants: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, execution: Execution
+) -> tuple[float, float, Value]:
+    """Seconds of one forward and of one backward, and the output with its graph spent."""
+    trial = LayerTrial(module, value, wants, loss, device, execution)
+    began = _now(device)
+    out = trial.forward()
+    if not (isinstance(out, Tensor) or (isinstance(out, tuple) and all(isinstance(x, Tensor) for x in out))):
+        returned = f"a {type(module).__name__} returns a {type(out).__name__}"
+        raise UsageError(f"{returned}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
+    ends = trial.ends(out)
+    forward_s = _now(device) - began
+    if not ends:
+        return forward_s, 0.0, out
+    errors = [torch.ones_like(x) for x in ends]
+    began = _now(device)
+    trial.backward(ends, errors)
+    return forward_s, _now(device) - began, out
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _complaint(i: int, layer: Layer, value: Value, last: bool, error: Exception) -> str:
+    shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors(value))
+    name = f"{i} ({layer.prefix})" if layer.prefix else f"{i}"
+    return f"layer {name}{', or the loss behind it,' if last else ''} does not take its input {shapes}: {error}"

@@ -1,0 +1,63 @@
+"""Stages of a cut network: each is a run of layers that remembers its names in the unsplit model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from delock.errors import UsageError
+from delock.partition.layers import Layer, listed, named_state, resolve_cuts, state_names, under
+
+
+class StageModule(nn.Sequential):
+    """The atoms of one stage, called with one argument: a tensor or a tuple of tensors. The modules are shared with the model, not copied.
+
+    `original` maps the stage's own name of every parameter and buffer to its name in the unsplit model.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__(*(layer.module for layer in layers))
+        self.original: dict[str, str] = {
+            f"{i}.{name}": under(layer.prefix, name) for i, layer in enumerate(layers) for name in state_names(layer.module)
+        }
+
+    def original_state(self) -> dict[str, Any]:
+        """`state_dict()` under the names of the unsplit model; tensors share memory with the stage."""
+        return {self.original[name]: value for name, value in self.state_dict().items()}
+
+
+def stages(layers: Sequence[Layer], cuts: Sequence[int | str]) -> list[StageModule]:
+    """The K = len(cuts) + 1 stages between the cuts (see `resolve_cuts`). Raises UsageError if two stages share a parameter or buffer."""
+    bounds = [0, *resolve_cuts(layers, cuts), len(layers)]
+    parts = [layers[a:b] for a, b in itertools.pairwise(bounds)]
+    _refuse_shared(parts)
+    return [StageModule(part) for part in parts]
+
+
+def join_state(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The unsplit model's state dict from the stages' (`StageModule.original_state`), in the order of the stages."""
+    whole: dict[str, Any] = {}
+    for k, state in enumerate(states):
+        if twice := whole.keys() & state.keys():
+            raise UsageError(f"stage {k} and a stage before it both hold {listed(sorted(twice))}: these are not the stages of one model")
+        whole.update(state)
+    return whole
+
+
+def _refuse_shared(parts: Sequence[Sequence[Layer]]) -> None:
+    """In one process a tensor in two stages would get two optimizers, in several it would become two tensors: neither is the model."""
+    owner: dict[tuple[str, int], tuple[int, str]] = {}
+    for k, part in enumerate(parts):
+        for layer in part:
+            for name, tensor in named_state(layer.module):
+                # same memory under two Parameters is tied too; meta and empty tensors have no address
+                place = ("at", tensor.data_ptr()) if tensor.numel() and not tensor.is_meta else ("id", id(tensor))
+                stage, first = owner.setdefault(place, (k, under(layer.prefix, name)))
+                if stage != k:
+                    raise UsageError(
+                        f"{first} (stage {stage}) and {under(layer.prefix, name)} (stage {k}) are the same tensor: "
+                        "cut so that both lie in one stage, or give each layer a copy of its own"
+                    )

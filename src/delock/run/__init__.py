@@ -1,0 +1,1 @@
+"""From a request to a result: a run is checked, measured, cut, started and collected."""

@@ -1,0 +1,83 @@
+"""What does not go together, refused before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from delock.codecs.coding import check as check_codec
+from delock.errors import UsageError
+from delock.links.connect import refuse_link
+from delock.methods import AsyncDGL, Method
+from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
+from delock.partition.measure import LayerCost
+from delock.plan import check, unroll
+from delock.run.request import Request
+
+
+def refuse_wrong_workers(method: Method, workers: str) -> None:
+    """Raise UsageError where stages should run freely in one process, or take turns in many."""
+    if isinstance(method, AsyncDGL) and (method.turns == "free") == (workers == "inline"):
+        if workers == "inline":
+            raise UsageError("free-running stages need a process each: use workers processes, or turns sampled or round-robin")
+        raise UsageError(f"{method.turns} turns are taken in one process: use workers inline, or turns free")
+
+
+def refuse_wrong_link(method: Method, link: str, device: str) -> None:
+    """Raise UsageError for a link between processes that there is not, or that does not go with the method or the device."""
+    refuse_link(link, device)
+    if link == "shared" and isinstance(method, AsyncDGL):
+        raise UsageError(f'{method.name} drops messages that come too late, which only gloo can do: use link "auto" or "gloo"')
+
+
+def refuse_uncapturable(request: Request) -> None:
+    """Raise UsageError where ticks cannot be CUDA graphs, as far as that can be told from what was asked for."""
+    if torch.device(request.device).type != "cuda":
+        raise UsageError(f'captured ticks need a GPU, but device is "{request.device}": use device "cuda", or leave captured out')
+    if request.workers != "inline":
+        raise UsageError(f"captured ticks run all stages in one process, but workers is {request.workers}: use workers inline")
+    beside = {"codecs": request.codec or request.error_codec, "straggle": request.slow, "emulate": request.emulate, "trace": request.trace}
+    beside |= {"compile": request.compile}
+    for name, given in beside.items():
+        if given:
+            raise UsageError(f"captured does not go with {name}: leave one of them out")
+    if len(sizes := sorted(set(request.train.sizes() or []), reverse=True)) > 1:
+        raise UsageError(
+            f"captured ticks have memory for batches of one size, but here they have {' and '.join(map(str, sizes))} samples: "
+            "use a batch size that divides the samples, or drop the last batch"
+        )
+
+
+def refuse_unfit(parts: list[Layer], K: int, cuts: Sequence[int | str] | None, method: Method, sizes: list[int] | None) -> None:
+    """Raise UsageError where network, cuts, method and the sizes of the batches (where known) do not go together: nothing is computed."""
+    if len(parts) < K:
+        raise UsageError(f"cannot cut a network of {len(parts)} layers into {K} stages: use at most {len(parts)}")
+    if cuts is not None:
+        resolve_cuts(parts, cuts)
+    check(unroll(method, K, 2 * method.batches_per_update + 2))
+    if sizes is not None and has_batch_norm(nn.ModuleList(layer.module for layer in parts)):
+        refuse_single_samples(sizes, method.parts)
+
+
+def refuse_single_samples(sizes: list[int], parts: int) -> None:
+    """BatchNorm has no variance over one sample; torch would stop in the middle of an epoch."""
+    for n in sorted(set(sizes)):
+        if 1 in (len(part) for part in torch.empty(n, device="meta").tensor_split(parts)):
+            count = f"{n} samples" if n > 1 else "one sample"
+            split = f", split into {parts} micro-batches," if parts > 1 else ""
+            raise UsageError(
+                f"a batch of {count}{split} would put a single sample in front of BatchNorm, which needs at least two: "
+                "use another batch size, fewer micro-batches, or a number of samples that leaves no such rest"
+            )
+
+
+def refuse_unfit_codecs(request: Request, cut: Sequence[LayerCost]) -> None:
+    """Raise UsageError where a codec cannot take what a stage sends, or nothing is sent that it could take."""
+    K = len(cut) + 1
+    for k, cost in enumerate(cut):
+        if request.codec:
+            check_codec(request.codec, cost.outputs, f"stage {k}")
+    if request.error_codec and K > 1 and not any(step.down for column in unroll(request.method, K, 1).columns for step in column):
+        raise UsageError(f"{request.method.name} sends no errors down, so there is none for an error codec: leave it out")

@@ -1,0 +1,63 @@
+"""The auxiliary heads of a run: built or taken, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from delock.errors import UsageError
+from delock.execution import Execution
+from delock.keys import key
+from delock.nets.heads import HeadShare, build_head, choose, head_share
+from delock.partition.layers import Layer
+from delock.partition.measure import LayerCost
+from delock.run.layout_choice import measured
+from delock.run.request import Request
+
+
+def auxiliary(request: Request, K: int, shapes: Sequence[tuple[int, ...]], logits: tuple[int, ...]) -> dict[int, nn.Module]:
+    """The auxiliary heads of the stages that the method gives one. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
+    wanted = request.method.headed(K)
+    given = request.heads
+    if given is not None and not request.method.local_losses:
+        raise UsageError(f"{request.method.name} has no local losses, so it takes no heads")
+    if given is not None and not isinstance(given, str):
+        if len(given) != len(wanted):
+            raise UsageError(f"{request.method.name} in {K} stages needs {len(wanted)} auxiliary heads, but {len(given)} were given")
+        return dict(zip(wanted, given, strict=True))
+    return {k: _head(request, k, shapes[k], logits) for k in wanted}
+
+
+def _head(request: Request, k: int, shape: tuple[int, ...], logits: tuple[int, ...]) -> nn.Module:
+    if not shape or not logits:
+        raise UsageError(f"the output of stage {k} or of the network is a tuple, for which no head is known: give heads=[...] as modules")
+    assert request.heads is None or isinstance(request.heads, str)
+    return build_head(request.heads or choose(shape), shape, logits[-1], seed=key(request.seed, "head", k))
+
+
+def head_cost(request: Request, execution: Execution, k: int, head: nn.Module, shape: tuple[int, ...], targets: Any) -> LayerCost:
+    """What the head of stage k costs on a whole batch. Raises UsageError where it does not take the stage's outputs."""
+    try:
+        outputs = torch.zeros(shape, dtype=next((w.dtype for w in head.parameters()), None))
+        return measured(request, execution, [Layer(f"head of stage {k}", head)], outputs, targets, learns=True)[0]
+    except UsageError as error:
+        raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from None
+
+
+def head_shares(
+    modules: Sequence[nn.Module], heads: Mapping[int, nn.Module], shapes: Sequence[tuple[int, ...]], inputs: Any
+) -> dict[int, HeadShare]:
+    """What every head costs beside its stage, where that can be told. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
+    shares = {}
+    for k, head in heads.items():
+        if k and not shapes[k - 1]:  # a tuple
+            continue
+        dtype = next(modules[k].parameters(), torch.zeros(())).dtype
+        try:
+            shares[k] = head_share(modules[k], head, inputs if k == 0 else torch.zeros(1, *shapes[k - 1], dtype=dtype))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # one sample is not enough for it: it can train, though
+            continue
+    return shares

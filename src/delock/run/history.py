@@ -1,0 +1,83 @@
+"""The history of a run as its last stage sees it: losses and evaluations become records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from delock.engine.log import StageLog
+from delock.links import Message
+from delock.ops import Backward, Forward
+from delock.plan import Step
+from delock.records import EvaluationRecord, Event, StepRecord
+from delock.run.job import StageJob
+from delock.stage import Stage
+
+
+class History:
+    """The last stage's history: turns losses and outputs into records as they come."""
+
+    def __init__(self, job: StageJob, log: StageLog, emit: Callable[[Event], None], device: torch.device) -> None:
+        self.job, self.emit, self.device, self.logs = job, emit, device, [log]  # logs: those of all stages that take turns in this process
+        self.losses: list[float] = []
+        self.evaluations: list[EvaluationRecord] = []
+        self.samples = 0
+        self.batch_loss = 0.0
+        self.since = 0  # losses already averaged into a record
+        self.sums: dict[str, float] = {}
+        self.judged = 0
+        self.paused = 0.0  # seconds of training when the evaluation in progress began
+
+    def seconds(self, until: float | None = None) -> float:
+        """Seconds of training until then, by default now, evaluations left out."""
+        now = time.perf_counter() if until is None else until
+        begun = min((log.first for log in self.logs if log.first is not None), default=now)
+        return now - begun - sum(log.seconds["evaluation"] for log in self.logs)
+
+    @property
+    def last(self) -> float:
+        """When the latest op was done, on the clock of the logs."""
+        return max(log.last for log in self.logs)
+
+    def loss(self, step: Step, value: float, stage: Stage, samples: int) -> None:
+        """A (micro-)batch's loss; a batch is complete with its last part."""
+        op = step.op
+        assert isinstance(op, Backward)
+        self.batch_loss += value
+        self.samples += samples
+        if (op.batch + 1) % self.job.method.parts:
+            return
+        self.losses.append(self.batch_loss)
+        self.batch_loss = 0.0
+        done = len(self.losses)
+        if done % self.job.log_every == 0 or done == self.job.length.batches:
+            self.emit(StepRecord(done, done / self.job.per_epoch, self.losses[-1], stage.lr, self.samples, self.seconds()))
+        if not self.job.length.every and (done % self.job.per_epoch == 0 or done == self.job.length.batches):
+            self._record(float("nan"), {}, self.seconds())
+
+    def output(self, step: Step, result: Message) -> None:
+        """An evaluation batch's outputs."""
+        op = step.op
+        assert isinstance(op, Forward)
+        if not self.judged:
+            self.paused = self.seconds(until=self.last)
+        measures = {"": self.job.loss, **self.job.metrics}
+        with self.job.execution.context(self.device):
+            found = {name: float(measure(result.values, result.targets)) for name, measure in measures.items()}
+        self.sums = {name: self.sums.get(name, 0.0) + value * result.samples for name, value in found.items()}
+        self.judged += result.samples
+        if (op.batch + 1) % self.job.length.evaluation == 0:
+            means = {name: total / self.judged for name, total in self.sums.items()}
+            self._record(means.pop(""), means, self.paused)
+            self.sums, self.judged = {}, 0
+
+    def _record(self, test_loss: float, metrics: dict[str, float], seconds: float) -> None:
+        new = self.losses[self.since :]
+        self.since = done = len(self.losses)
+        before = self.evaluations[-1].train_loss if self.evaluations else float("nan")
+        train_loss = sum(new) / len(new) if new else before
+        record = EvaluationRecord(done, done / self.job.per_epoch, train_loss, test_loss, metrics, seconds, self.samples)
+        self.evaluations.append(record)
+        self.emit(record)

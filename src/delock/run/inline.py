@@ -1,0 +1,77 @@
+"""All stages of a run in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from delock.engine.asynchronous.buffer import ReuseStatistics
+from delock.engine.asynchronous.schedule import drawn, reads, recorded
+from delock.engine.asynchronous.store import Store
+from delock.engine.engine import Engine, run_here
+from delock.engine.graphs.period import find_period
+from delock.engine.graphs.sgd import capturable
+from delock.engine.graphs.streams import make_streams
+from delock.engine.graphs.ticks import Ticks
+from delock.links.mailbox import Mailbox
+from delock.methods import AsyncDGL
+from delock.plan import Plan, windows
+from delock.records import Event, Visit
+from delock.run.job import StageJob, StageResult
+from delock.run.worker import Worker
+
+
+def run_inline(
+    jobs: Sequence[StageJob],
+    device: torch.device,
+    emit: Callable[[Event], None],
+    threads: int | None = None,
+    turns: Sequence[Sequence[Visit]] | None = None,
+    captured: bool = False,
+) -> list[StageResult]:
+    """Train all stages in this process. torch's random state and thread count are as before afterwards.
+
+    turns: what the stages of a free-running run did, per stage, to be done again. captured: every tick is a CUDA graph, its stages on
+    streams; on a CPU the same static memory without graphs, for tests.
+    Raises StageFailed, with stage, op and the original traceback, when a stage raises.
+    """
+    box, plans, read = _way(jobs, turns)
+    if captured:
+        jobs = [replace(job, optimizer=capturable(job.optimizer)) for job in jobs]
+    before = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            if threads:
+                torch.set_num_threads(threads)
+            workers = [Worker(job, box.end(job.k), device, emit) for job in jobs]
+            for worker in workers:
+                worker.tracker.logs = [other.log for other in workers]
+            engines = [worker.engine for worker in workers]
+            execute = _ticks(jobs[0], engines, device).run if captured else partial(run_here, engines=engines)
+            for plan in plans:
+                execute(plan)
+            return [worker.result(alone=len(jobs) == 1, read=read[worker.job.k] if read else None) for worker in workers]
+        finally:
+            torch.set_num_threads(before)
+
+
+def _ticks(job: StageJob, engines: Sequence[Engine], device: torch.device) -> Ticks:
+    made = find_period(job.method, job.K, job.length.clip)
+    return Ticks(engines, made, make_streams(device, job.K), batches=job.length.batches, every=job.log_every)
+
+
+def _way(
+    jobs: Sequence[StageJob], turns: Sequence[Sequence[Visit]] | None
+) -> tuple[Mailbox | Store, Iterable[Plan], Sequence[ReuseStatistics] | None]:
+    """The links of a run in one process, its plans, and what will have been read from replay buffers."""
+    job, K = jobs[0], len(jobs)
+    if turns is not None:
+        plan, _ = recorded(turns, job.length.clip)
+        return Store(reads(plan)), [plan], None
+    if isinstance(job.method, AsyncDGL):
+        plan, read = drawn(job.method, K, job.length, job.seed)
+        return Store(reads(plan)), [plan], read
+    return Mailbox(), windows(job.method, K, job.length, job.window), None

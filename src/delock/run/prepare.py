@@ -1,0 +1,86 @@
+"""From what was asked for to a run that can start: everything is checked, the network measured and cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from delock.engine.feed import samples
+from delock.errors import UsageError
+from delock.keys import key
+from delock.methods import AsyncDGL
+from delock.nets.emulated import Emulated
+from delock.partition.balance import balance
+from delock.partition.layers import has_batch_norm, layers, resolve_cuts
+from delock.partition.measure import LayerCost
+from delock.partition.stages import stages
+from delock.run.checks import refuse_single_samples, refuse_unfit, refuse_unfit_codecs
+from delock.run.heads import auxiliary, head_cost, head_shares
+from delock.run.layout_choice import choose_layout
+from delock.run.prepared import Batch, PreparedRun
+from delock.run.request import Request
+from delock.timeline import Emulation
+
+
+def prepare(request: Request, cuts: Sequence[int | str] | None) -> PreparedRun:
+    """Check everything that can be checked before the start, measure the network on a first batch, and cut it. Raises UsageError."""
+    length = request.length()
+    if request.slow and isinstance(request.method, AsyncDGL) and request.method.noise:
+        raise UsageError("noise and straggle both make stages slower: use one of them")
+    if request.compile and request.emulate:
+        raise UsageError("emulated stages compute nothing, so there is nothing to compile: leave compile or emulate out")
+    parts = layers(request.model)
+    K = _number_of_stages(request, cuts, len(parts))
+    refuse_unfit(parts, K, cuts, request.method, request.train.sizes())
+    inputs, targets = next(iter(request.train.epoch(0)))
+    execution, costs = choose_layout(request, parts, inputs, targets)
+    if cuts is None:
+        cuts = balance([cost.total_s for cost in costs], K, [cost.params for cost in costs])
+    found = tuple(resolve_cuts(parts, cuts))
+    refuse_unfit_codecs(request, [costs[cut - 1] for cut in found])
+    heads = auxiliary(request, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
+    normed = [nn.ModuleList(layer.module for layer in parts), *heads.values()] if request.chunks > 1 else [*heads.values()]
+    if any(map(has_batch_norm, normed)):
+        refuse_single_samples(request.train.sizes() or [], request.method.parts * request.chunks)
+    shaped = {k: costs[found[k] - 1].shape for k in heads}
+    head_costs = {
+        k: head_cost(request, execution, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]
+    }
+    batch = Batch.of(inputs, targets)
+    if request.emulate:
+        return PreparedRun(length, parts, found, costs, batch, execution, *_emulated(request, request.emulate, [*found, len(parts)], costs))
+    modules = stages(parts, found)
+    shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
+    if request.compile:  # what layers cost was measured before
+        execution, inputs = replace(execution, compile=True), tree_map_only(Tensor, lambda x: x.to("meta"), inputs)
+    return PreparedRun(
+        length, parts, found, costs, batch, execution, modules, heads, head_costs, shares, inputs if request.compile else None
+    )
+
+
+def _emulated(
+    request: Request, waits: Emulation, ends: Sequence[int], costs: Sequence[LayerCost]
+) -> tuple[list[Emulated], dict[int, nn.Module]]:
+    """Stages that wait, and heads that cost nothing, with outputs as large as the real ones."""
+    share = 1 / request.method.parts
+    shapes = [costs[end - 1].shape for end in ends]
+    if not all(shapes):
+        raise UsageError("a stage whose output is a tuple cannot be emulated: cut elsewhere")
+    modules = [
+        Emulated(shape, share * waits.forward, share * waits.backward, jitter=waits.jitter, seed=key(request.seed, "emulate", k))
+        for k, shape in enumerate(shapes)
+    ]
+    return modules, {k: Emulated(shapes[-1], 0.0, 0.0) for k in request.method.headed(len(ends))}
+
+
+def _number_of_stages(request: Request, cuts: Sequence[int | str] | None, layers: int) -> int:
+    if cuts is not None:
+        if request.stages not in (None, len(cuts) + 1):
+            raise UsageError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, but stages is {request.stages}: give one of them")
+        return len(cuts) + 1
+    if request.stages is not None:
+        return request.stages
+    return layers if isinstance(request.model, list | tuple | nn.ModuleList) else 2

@@ -1,0 +1,224 @@
+"""A run that has been checked, and from it a Job per stage and a prediction."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delock.codecs import Codec
+from delock.codecs.coding import predicted
+from delock.engine.feed import samples
+from delock.execution import Execution
+from delock.links.connect import shares
+from delock.memory.optimizer import learned, optimizers
+from delock.memory.peaks import PeakBytes, peaks, repeating
+from delock.memory.sizes import Outputs, RunLinks, stage_sizes
+from delock.memory.slots import slots
+from delock.methods import AsyncDGL, Method, spelled
+from delock.nets.emulated import Emulated
+from delock.nets.heads import HeadShare
+from delock.partition.layers import Layer
+from delock.partition.measure import LayerCost
+from delock.partition.stages import StageModule
+from delock.plan import RunLength, unroll
+from delock.records import StagePrediction, Started
+from delock.run.job import StageJob
+from delock.run.request import Request
+from delock.tensors import Tree, flatten, tensors
+from delock.timeline import Costs, capacities, predict, simulate
+
+SLOW_BATCHES = 400  # enough for a mean over random slow ticks
+DRIFT = 1.3  # so much slower than the others a stage may be for a while
+SLOW = 20  # an op on a machine that others use too may take so many times what it took when it was measured
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch that was measured: samples, shape and dtype of every tensor of the inputs, bytes of the labels."""
+
+    rows: int
+    inputs: Outputs
+    targets: int
+
+    @classmethod
+    def of(cls, inputs: Any, targets: Any) -> Batch:
+        """Of a loader's batch."""
+        leaves: list[Tensor] = []
+        flatten(targets, leaves)
+        return cls(samples(inputs), tuple((tuple(x.shape), x.dtype) for x in tensors(inputs)), sum(x.nbytes for x in leaves))
+
+
+@dataclass
+class PreparedRun:
+    """A run that has been checked: where the network is cut and what each atom costs."""
+
+    length: RunLength
+    parts: list[Layer]
+    cuts: tuple[int, ...]
+    costs: list[LayerCost]
+    batch: Batch
+    execution: Execution
+    modules: Sequence[StageModule | Emulated] = ()
+    heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
+    head_costs: dict[int, LayerCost] = field(default_factory=dict)  # stage -> its head, on a whole batch
+    head_shares: dict[int, HeadShare] = field(default_factory=dict)  # stage -> what its head costs beside it
+    inputs: Tree = None  # on the meta device: a batch as it enters the network, for stages that are compiled
+
+    @property
+    def K(self) -> int:
+        """Number of stages."""
+        return len(self.cuts) + 1
+
+    def patience(self, asked: float, method: Method) -> float:
+        """Seconds to wait for a sign of life: what was asked for, but never less than an op of this network may well take."""
+        slowest = max(slowdown(method, k) * sum(cost.total_s for cost in self.costs[a:b]) for k, (a, b) in enumerate(self.bounds()))
+        return max(asked, SLOW * slowest) if asked > 0 else 0.0
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First atom, and the one after the last, of each stage."""
+        edges = [0, *self.cuts, len(self.parts)]
+        return list(itertools.pairwise(edges))
+
+    def jobs(self, request: Request) -> list[StageJob]:
+        """A Job per stage; only the first gets the data."""
+        return [
+            StageJob(
+                k=k,
+                K=self.K,
+                module=module,
+                names=module.original,
+                method=request.method,
+                length=self.length,
+                per_epoch=len(request.train),
+                optimizer=request.optimizer,
+                schedule=request.schedule,
+                loss=request.loss,
+                metrics=request.metrics,
+                seed=request.seed,
+                train=request.train if k == 0 else None,
+                test=request.test if k == 0 else None,
+                head=self.heads.get(k),
+                codec=request.codec,
+                error_codec=request.error_codec,
+                link=request.link,
+                slow=request.slow,
+                execution=self.execution,
+                emulated=request.emulate is not None,
+                example=self._entering(k) if request.compile else None,
+                log_every=request.log_every,
+                trace=request.trace,
+            )
+            for k, module in enumerate(self.modules)
+        ]
+
+    def started(self, request: Request) -> Started:
+        """What will run, with what the plan and the measured costs predict."""
+        own = [self.costs[a:b] for a, b in self.bounds()]
+        share = 1 / request.method.parts
+        costs = self.ops(request)
+        forward, backward, head = costs.forward, costs.backward, costs.head
+        forecast = predict(request.method, self.K, costs, SLOW_BATCHES if request.slow else None)
+        own_pace = max(slowdown(request.method, k) * (forward[k] + backward[k] + head[k]) for k in range(self.K))
+        period = max(forecast.period, own_pace) if request.workers != "inline" else sum(forward + backward + head) * request.method.parts
+        predictions = tuple(
+            StagePrediction(
+                stage=k,
+                layers=len(own[k]),
+                parameters=sum(cost.params for cost in own[k]),
+                forward=forward[k],
+                backward=backward[k],
+                staleness=f.staleness,
+                layer_staleness=f.layer_staleness,
+                idle=f.idle,
+                head_flops=beside.flops if (beside := self.head_shares.get(k)) else None,
+                head_parameters=beside.params if beside else None,
+                memory=most.grows(request.device) if most else None,
+                live=most.live if most else None,
+                head=head[k],
+            )
+            for k, (f, most) in enumerate(zip(forecast.stages, self.memory(request), strict=True))
+        )
+        return Started(
+            method=spelled(request.method),
+            workers=request.workers,
+            batches=self.length.batches,
+            epochs=self.length.batches / len(request.train),
+            cuts=self.cuts,
+            stages=predictions,
+            samples_per_second=self.batch.rows / period,
+            layout="channels last" if self.execution.channels_last else "default",
+            compiled=self.execution.compile,
+            slow=request.slow,
+            messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
+            encoded=tuple(self._encoded(request.codec, cut, request.method.parts) for cut in self.cuts) if request.codec else (),
+        )
+
+    def ops(self, request: Request) -> Costs:
+        """What the ops of every stage cost: of a method that does a batch in parts, those of a part."""
+        own = [self.costs[a:b] for a, b in self.bounds()]
+        share, waits = 1 / request.method.parts, request.emulate
+        forward = tuple(share * (waits.forward if waits else sum(cost.forward_s for cost in layers)) for layers in own)
+        backward = tuple(share * (waits.backward if waits else sum(cost.backward_s for cost in layers)) for layers in own)
+        head = tuple(share * (self.head_costs[k].total_s if k in self.head_costs else 0.0) for k in range(self.K))
+        return Costs(forward, backward, head=head, slow=request.slow)
+
+    def slots(self, request: Request) -> list[tuple[int, int]] | None:
+        """Slots of activations and of errors that every link of shared memory comes to have; None where links are of another kind.
+
+        The most of several runs: with the measured costs, of stages that are alike, and of such with one of them a little slower. Stages
+        that share cores are now this, now that.
+        """
+        if request.workers == "inline" or not shares(request.link, request.device):
+            return None
+        plan = unroll(request.method, self.K, min(self.length.batches, repeating(request.method, self.K)))
+        measured = replace(self.ops(request), capacity=capacities(request.method, self.K))
+        alike = [fmean(own) for own in (measured.forward, measured.backward, measured.head)]
+
+        def even(slow: int | None) -> Costs:
+            forward, backward, head = (tuple(cost * (DRIFT if k == slow else 1) for k in range(self.K)) for cost in alike)
+            return replace(measured, forward=forward, backward=backward, head=head)
+
+        decoded = request.codec is not None, request.error_codec is not None
+        runs = [slots(simulate(plan, costs), decoded) for costs in (measured, *map(even, (None, *range(self.K))))]
+        return [(max(up for up, _ in link), max(down for _, down in link)) for link in zip(*runs, strict=True)]
+
+    def memory(self, request: Request) -> list[PeakBytes | None]:
+        """What every stage will hold at its peak above what it holds when it is built; None where that cannot be told.
+
+        What free-running stages hold depends on how they run, and what compiled ones hold on the compiler.
+        """
+        if request.emulate or request.compile or isinstance(request.method, AsyncDGL) or self.heads.keys() - self.head_costs.keys():
+            return [None] * self.K
+        ways = RunLinks(request, self.K, [self.costs[cut - 1] for cut in self.cuts], self.batch.targets, self.slots(request))
+        learning = optimizers(request, [learned(module, self.heads.get(k), k) for k, module in enumerate(self.modules)])
+        sizes = [
+            stage_sizes(request, k, ways, self.costs[a:b], self.head_costs.get(k), optimizer, self.batch.inputs)
+            for k, ((a, b), optimizer) in enumerate(zip(self.bounds(), learning, strict=True))
+        ]
+        known = [one for one in sizes if one]
+        return [*peaks(request.method, known, self.length.batches)] if len(known) == self.K else [None] * self.K
+
+    def _entering(self, k: int) -> Tree:
+        """A batch as it enters stage k, on the meta device."""
+        if k == 0:
+            return self.inputs
+        cost = self.costs[self.cuts[k - 1] - 1]
+        made = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in cost.outputs)
+        return made[0] if cost.shape or (len(made) == 1 and made[0].dim() < 2) else made
+
+    def _encoded(self, codec: Codec, cut: int, parts: int) -> tuple[float, float]:
+        """Bytes of the activation there once encoded, and of codebooks: means over the messages."""
+        outputs = [((-(-shape[0] // parts), *shape[1:]) if shape else shape, dtype) for shape, dtype in self.costs[cut - 1].outputs]
+        payload, books = zip(*(predicted(codec, shape, dtype) for shape, dtype in outputs), strict=True)
+        return sum(payload), sum(books)
+
+
+def slowdown(method: Method, k: int) -> float:
+    """How many times as long as it needs stage k is made to take by the method itself."""
+    return method.slowdown(k) if isinstance(method, AsyncDGL) else 1.0

@@ -1,0 +1,70 @@
+"""One stage of a run in this process, beside the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from delock.engine.asynchronous.buffer import ReplayBuffer
+from delock.engine.asynchronous.link import FreeLink
+from delock.engine.asynchronous.runner import FreeRun
+from delock.launch.progress import Progress
+from delock.links import Message
+from delock.links.connect import connect
+from delock.links.rank_link import RankLink
+from delock.methods import AsyncDGL
+from delock.run.job import StageJob, StageResult
+from delock.run.worker import Worker
+
+
+class RankLike(Protocol):
+    """What a launched worker offers (launch.Rank)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def emit(self) -> Callable[[object], None]:
+        """Hands an event to the reporter."""
+
+    @property
+    def progress(self) -> Any:
+        """Its record for the watchdog."""
+
+
+def run_rank(rank: RankLike, job: StageJob) -> StageResult:
+    """Train stage job.k in this process; the other stages are the other ranks of the default process group."""
+    if isinstance(job.method, AsyncDGL):
+        return _run_free(rank, job, job.method, rank.progress)
+    link = joined(rank, job)
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    _begin_together(job)
+    worker.run()
+    result = worker.result(alone=True)
+    link.close()
+    return result
+
+
+def joined(rank: RankLike, job: StageJob) -> RankLink:
+    """The link of stage job.k to its neighbours, with room for the messages that the method's lags ask for. Ranks call it together."""
+    depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
+    return connect(job.link, depth, rank.device, rank.progress)
+
+
+def _run_free(rank: RankLike, job: StageJob, method: AsyncDGL, watch: Progress) -> StageResult:
+    buffer: ReplayBuffer[Message] = ReplayBuffer(method.buffer, method.max_reuse)
+    link = FreeLink(job.k, job.K, buffer, rank.device, watch, lambda: worker.stage.version)
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    _begin_together(job)
+    FreeRun(worker.engine, link, method, job.length, rank.emit).run()
+    link.close()
+    return worker.result(alone=True, read=buffer.close())
+
+
+def _begin_together(job: StageJob) -> None:
+    """Where stages are compiled, wait for the slowest: else the others would wait in their first op, in measured time."""
+    if job.execution.compile:
+        torch.distributed.barrier()

@@ -1,0 +1,121 @@
+"""Training as one stage lives it: windows of the plan, what the last stage reports, and the stage's own account at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delock.engine.asynchronous.buffer import ReuseStatistics
+from delock.engine.engine import Engine, spin
+from delock.engine.feed import Feed
+from delock.engine.log import StageLog
+from delock.launch import allocator, peak_memory
+from delock.links import CountingLink
+from delock.links.coded import CodedLink
+from delock.plan import windows
+from delock.records import Event, StageReport, Traffic
+from delock.run.history import History
+from delock.run.job import StageJob, StageResult
+from delock.stage import Stage
+from delock.stage.compiled import pieces, zeros
+
+
+class Worker:
+    """One stage of a run, ready to execute windows of its plan."""
+
+    def __init__(
+        self, job: StageJob, link: CountingLink, device: torch.device, emit: Callable[[Event], None], progress: Any = None
+    ) -> None:
+        self.job, self.device = job, device
+        last = job.k == job.K - 1
+        self.stage = Stage(
+            job.module,
+            job.k,
+            job.K,
+            optimizer=job.optimizer,
+            schedule=job.schedule,
+            loss=job.loss,
+            head=job.head,
+            names=job.names,
+            seed=job.seed,
+            device=device,
+            mixed=getattr(job.method, "at", None) == "mixed",
+            execution=job.execution,
+        )
+        if job.execution.compile:
+            self.rehearse()
+        self.log = StageLog(spans=[] if job.trace else None)
+        self.tracker = History(job, self.log, emit, device)
+        self.sent = link.sent
+        self.engine = Engine(
+            self.stage,
+            CodedLink(link, job.k, job.codec, job.error_codec, job.seed) if job.codec or job.error_codec else link,
+            feed=Feed(job.train, job.test, job.method.parts, device) if job.train is not None else None,
+            log=self.log,
+            progress=progress,
+            parts=job.method.parts,
+            on_loss=self.tracker.loss if last else None,
+            on_output=self.tracker.output if last else None,
+            slow=job.slow,
+            delay=time.sleep if job.emulated else spin,
+        )
+        self.held = peak_memory.reset_peak(device) - peak_memory.programs(device)
+
+    def rehearse(self) -> None:
+        """Compile the stage for the parts of a batch, outside all measured times."""
+        for part in pieces(self.job.example, self.job.method.parts):
+            self.stage.rehearse(zeros(part, self.device))
+
+    def run(self) -> None:
+        """The whole plan, window by window, beside the other ranks."""
+        for plan in windows(self.job.method, self.job.K, self.job.length, self.job.window):
+            self.engine.run(plan)
+
+    def result(self, *, alone: bool, read: ReuseStatistics | None = None) -> StageResult:
+        """The account of a finished run; `alone`: no other stage shares this process' memory; `read`: from a replay buffer."""
+        log, tracker = self.log, self.tracker
+        peak = peak_memory.peak(self.device) if alone else 0
+        report = StageReport(
+            stage=self.job.k,
+            parameters=sum(p.numel() for p in self.stage.module.parameters()),
+            updates=self.stage.version,
+            **log.seconds,
+            seconds=log.last - (log.first or log.last),
+            staleness=_sorted(log.staleness),
+            layer_staleness=_sorted(log.layer_staleness),
+            peak_memory=peak,
+            memory_growth=max(0, peak - peak_memory.programs(self.device) - self.held) if alone else 0,
+            allocator=allocator.in_use() if self.device.type == "cpu" else "",
+            reuse=_sorted(read.reuse) if read else {},
+            visits_behind=_sorted(read.visits) if read else {},
+            versions_behind=_sorted(read.versions) if read else {},
+            sent_up=self.sent.to.get(self.job.k + 1, Traffic()),
+            sent_down=self.sent.to.get(self.job.k - 1, Traffic()),
+        )
+        head = self.stage.head.module.state_dict() if self.stage.head else {}
+        seconds = tracker.seconds(until=tracker.last)
+        optimizer = self.stage.optimizer.state_dict() if self.stage.optimizer else None
+        spans = log.spans or []
+        return StageResult(
+            state=_home(self.stage.module.state_dict()),
+            head=_home(head),
+            report=report,
+            losses=tracker.losses,
+            evaluations=tracker.evaluations,
+            samples=tracker.samples,
+            seconds=seconds,
+            spans=spans,
+            optimizer=optimizer,
+        )
+
+
+def _sorted(histogram: Mapping[int, int]) -> dict[int, int]:
+    return dict(sorted(histogram.items()))
+
+
+def _home(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in state.items()}

@@ -1,0 +1,136 @@
+"""A stage's module as a function: which weights, which random draws, what becomes of its inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.prune import BasePruningMethod
+
+from delock.errors import UsageError
+from delock.execution import PLAIN, Execution
+from delock.keys import key
+from delock.stage.compiled import Compiled, statistics
+from delock.tensors import Tree, address, floating, like, tensors, with_leaves
+
+Weights = dict[str, Tensor]
+_REPARAMETRIZING = frozenset({"WeightNorm", "SpectralNorm"})
+
+
+class ModuleFunction:
+    """A module in training mode on a device. It is called with one argument, a tensor or a tuple of tensors, and returns the same.
+
+    `how`: the layout of its tensors, the precision it computes in, and whether it is compiled, by `rehearse`, before it is used. Dropout
+    draws from torch's default generator of the device, seeded with key(*name, batch) before every call that learns.
+    """
+
+    def __init__(self, module: nn.Module, name: tuple[int | str, ...], device: torch.device, execution: Execution = PLAIN) -> None:
+        self.module, self.name, self.device, self.execution = execution.prepared(module.to(device)).train(), name, device, execution
+        self.compiled = Compiled(self.module) if execution.compile else None
+        self.weights: Weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.own: frozenset[int] | None = None  # addresses of weights and buffers; None: not asked for yet
+        self.clones_inputs: bool | None = None  # whether the module writes to its input; None: not seen yet
+        self.seeded = True  # False: the module draws nothing, and a GPU that records its calls cannot be seeded
+
+    def __call__(
+        self, batch: int, values: Tree, leaves: tuple[Tensor, ...] = (), weights: Weights | None = None, is_replay: bool = False
+    ) -> Tree:
+        """f(values; weights), the current ones by default, with `leaves` for the floating inputs.
+
+        again: a repetition, in which BatchNorm's statistics and all other buffers stay as they are.
+        """
+        instead: dict[str, Tensor] = dict(weights or {})
+        if is_replay:
+            instead |= {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        elif self.compiled:
+            instead |= statistics(self.module)
+        self._seed(batch)
+        entered = self._enter(values, leaves)
+        module, under = (self.compiled, "inner.") if self.compiled else (self.module, "")
+        if not instead:
+            return self.execution.apply(module, entered, self.device)
+        named = {f"{under}{name}": tensor for name, tensor in instead.items()}
+        return self.execution.apply(lambda given: functional_call(module, named, (given,)), entered, self.device)
+
+    def rehearse(self, values: Tree, leaves: tuple[Tensor, ...], what: str) -> Tree:
+        """Compile forward and backward for inputs like these. Returns outputs, with a graph.
+
+        Weights and buffers stay as they are. Raises UsageError, about `what`, where torch.compile cannot.
+        """
+        compiled, self.compiled = self.compiled, None
+        assert compiled is not None
+        with torch.no_grad():
+            self(0, values, leaves, is_replay=True)  # sees whether the inputs are written to, and fails as the module fails
+        self.compiled = compiled
+        with compiled.compiling(what):
+            with torch.enable_grad():
+                outputs = self(0, values, leaves, is_replay=True)
+            roots = [h for h in floating(outputs) if h.requires_grad]
+            wanted = [t for t in (*leaves, *self.weights.values()) if t.requires_grad]
+            if roots:  # kept, as by the first of several losses: else the graph could be gone through only once
+                torch.autograd.grad(roots, wanted, [torch.ones_like(h) for h in roots], retain_graph=True, allow_unused=True)
+        return outputs
+
+    def evaluate(self, values: Tree) -> Tree:
+        """f(values) in eval mode, without a graph."""
+        self.module.eval()
+        try:
+            with torch.no_grad(), self.execution.context(self.device):
+                return self.module(self._enter(values, ()))
+        finally:
+            self.module.train()
+
+    def sent(self, outputs: Tree) -> Tree:
+        """Outputs cut off from any graph. One that lies in a weight or buffer is copied: an Update would change it under way."""
+        if self.own is None:
+            self.own = frozenset(map(address, (*self.module.parameters(), *self.module.buffers())))
+        own = self.own
+        return like(outputs, [t.detach().clone() if address(t) in own else t.detach() for t in tensors(outputs)])
+
+    def _enter(self, values: Tree, leaves: tuple[Tensor, ...]) -> Tree:
+        """The module's argument; cloned where the module's first op writes in place."""
+        clone = self.clones_inputs is not False
+        entered = [self.execution.laid_out(t.clone() if clone else t) for t in with_leaves(values, leaves)]
+        if self.clones_inputs is None and hasattr(Tensor, "_version"):  # without that counter every call clones
+            self._watch(entered)
+        return like(values, entered)
+
+    def _watch(self, entered: list[Tensor]) -> None:
+        """After the first call see whether the inputs were written to, so that later calls clone only where they must."""
+        before = [t._version for t in entered]
+
+        def look(*_: Any) -> None:
+            handle.remove()
+            self.clones_inputs = any(t._version != was for t, was in zip(entered, before, strict=True))
+
+        handle = self.module.register_forward_hook(look)
+
+    def _seed(self, batch: int) -> None:
+        if not self.seeded:
+            return
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):  # manual_seed means the current GPU
+                torch.cuda.manual_seed(key(*self.name, batch))
+        else:
+            torch.default_generator.manual_seed(key(*self.name, batch))
+
+
+def copies(weights: Mapping[str, Tensor]) -> Weights:
+    """The weights as they are now, as leaves of graphs to come."""
+    return {name: nn.Parameter(w.detach().clone()) for name, w in weights.items()}  # Parameters, as compiled code expects
+
+
+def refuse_derived_weights(module: nn.Module) -> None:
+    """at="mixed" needs graphs that refer to the weights themselves; a parametrized module's graph refers to a derived copy."""
+    for name, child in module.named_modules():
+        hooks = child._forward_pre_hooks.values()
+        old_style = any(type(hook).__name__ in _REPARAMETRIZING or isinstance(hook, BasePruningMethod) for hook in hooks)
+        if old_style or nn.utils.parametrize.is_parametrized(child):
+            raise UsageError(
+                f'at="mixed" cannot be computed for {name or "the module"}: weight_norm, spectral_norm, pruning and other '
+                'parametrizations make a copy of the weights that the graph keeps, so the result would silently be at="stash"; '
+                'use at="stash"'
+            )
