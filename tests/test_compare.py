@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import delock.fitting
+import delock.api
 from delock.cli import main
 from delock.cli.config import CompareConfig, build, flat
 from delock.cli.rows import rows, usable_cores

@@ -41,7 +41,7 @@ def plain(data: Samples, execution: Execution, epochs: int) -> tuple[nn.Module, 
     return model, losses
 
 
-@pytest.mark.parametrize("how", WAYS, ids=str)
+@pytest.mark.parametrize("execution", WAYS, ids=str)
 @pytest.mark.parametrize("stages", [1, 3])
 def test_backpropagation_is_plain_training(execution: Execution, stages: int) -> None:
     data = Samples("image", 24, 8, torch.float32)

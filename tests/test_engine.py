@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import delock.engine
-import delock.train
+import delock.engine.engine
+import delock.run.ranks
+import delock.run.worker
 from delock.engine.engine import run_here
 from delock.errors import NonFinite, StageFailed, UsageError
 from delock.links import Message

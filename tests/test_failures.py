@@ -256,15 +256,15 @@ class BadBackward(torch.autograd.Function):
 class Trouble(nn.Module):
     """The identity until the fifth training batch; only in a stage's process, for the parent measures a copy."""
 
-    def __init__(self, execution: str) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__()
-        self.execution, self.batch = execution, 0
+        self.how, self.batch = how, 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.batch += 1
         if self.batch < 5 or parent_process() is None:
             return x
-        match self.execution:
+        match self.how:
             case "forward":
                 raise ZeroDivisionError("the culprit's own words")
             case "backward":
@@ -281,9 +281,9 @@ def a_loop_without_end() -> None:
         time.sleep(0.01)
 
 
-def troubled(execution: str, cut: int, patience: float = 60.0, link: LinkKind = "gloo") -> tuple[str, float]:
+def troubled(how: str, cut: int, patience: float = 60.0, link: LinkKind = "gloo") -> tuple[str, float]:
     """Train with a layer in trouble; the error's message, and the seconds between the last sign of life and the error."""
-    net = nn.Sequential(nn.Linear(4, 8), Trouble(execution), nn.Linear(8, 8), nn.Linear(8, 2))
+    net = nn.Sequential(nn.Linear(4, 8), Trouble(how), nn.Linear(8, 8), nn.Linear(8, 2))
     batches = [(torch.randn(6, 4), torch.randint(2, (6,))) for _ in range(12)]
     heard = [time.monotonic()]
 
@@ -318,8 +318,8 @@ def troubled(execution: str, cut: int, patience: float = 60.0, link: LinkKind = 
         ("backward", 1, r"stage 1 failed in B4 \(backward of batch 4, tick 5\): ZeroDivisionError: the culprit's own words"),
     ],
 )
-def test_a_stage_that_raises_ends_the_run_and_is_told(execution: str, cut: int, expected: str) -> None:
-    message, seconds = troubled(execution, cut)
+def test_a_stage_that_raises_ends_the_run_and_is_told(how: str, cut: int, expected: str) -> None:
+    message, seconds = troubled(how, cut)
     assert re.match(expected, message), message
     assert "Traceback (most recent call last)" in message
     assert re.search(r'test_failures\.py", line \d+, in (forward|backward)\n', message)

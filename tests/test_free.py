@@ -227,14 +227,14 @@ def test_turns_of_another_number_of_stages() -> None:
 class Trouble(nn.Module):
     """The identity until the fifth training batch, in a stage's process; ends the process, raises, or does not come back."""
 
-    def __init__(self, execution: str) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__()
-        self.execution, self.batch = execution, 0
+        self.how, self.batch = how, 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.batch += 1
         if self.batch >= 5 and parent_process() is not None:
-            match self.execution:
+            match self.how:
                 case "raise":
                     raise ZeroDivisionError("the culprit's own words")
                 case "kill":
@@ -252,9 +252,9 @@ class Trouble(nn.Module):
         ("hang", r"stage 1 hangs in F4 \(forward of batch 4, tick 4\): it has not moved for \d+ s\nstage 0 (is|waits)"),
     ],
 )
-def test_a_stage_in_trouble_ends_the_run_and_is_named(execution: str, expected: str) -> None:
+def test_a_stage_in_trouble_ends_the_run_and_is_named(how: str, expected: str) -> None:
     """Though nobody waits for it, and the stage below would go on for ever."""
-    net = nn.Sequential(nn.Linear(4, 8), Trouble(execution), nn.Linear(8, 8), nn.Linear(8, 2))
+    net = nn.Sequential(nn.Linear(4, 8), Trouble(how), nn.Linear(8, 8), nn.Linear(8, 2))
     batches = [(torch.randn(6, 4), torch.randint(2, (6,))) for _ in range(12)]
     heard = [time.monotonic()]
 

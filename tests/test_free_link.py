@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import delock.links.free
+import delock.engine.asynchronous.link
 from delock.engine.asynchronous.buffer import ReplayBuffer
 from delock.engine.asynchronous.link import DEPTH, END, FreeLink
 from delock.engine.asynchronous.runner import FreeRun

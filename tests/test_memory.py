@@ -227,7 +227,7 @@ def test_messages_in_use_lie_in_slots() -> None:
     assert prepared.slots(replace(request, workers="inline")) is None
 
 
-@pytest.mark.parametrize("how", [PLAIN, Execution(channels_last=True), Execution(amp=True)], ids=str)
+@pytest.mark.parametrize("execution", [PLAIN, Execution(channels_last=True), Execution(amp=True)], ids=str)
 def test_what_is_observed_of_a_block(execution: Execution) -> None:
     """A residual block of 16 channels; what its graph holds beside x: conv, norm and relu, conv."""
     model = build("resnet8", classes=10, in_channels=3, image_size=16)

@@ -158,7 +158,7 @@ def runs_of(work: Work, K: int, cuts: Cuts) -> Iterator[tuple[str, Request, Prep
 
 def grown(works: list[Work], cuts: Cuts) -> dict[str, list[int]]:
     """What every stage of every run has grown by."""
-    runs = (run for work in works for K in STAGES for run in prepared(work, K, cuts))
+    runs = (run for work in works for K in STAGES for run in runs_of(work, K, cuts))
     return {name: run_processes(resident, prepared.jobs(request)) for name, request, prepared in runs}
 
 
