@@ -132,7 +132,7 @@ def test_a_tensor_between_two_atoms_is_held_once() -> None:
 
 
 def test_a_backward_frees_what_it_has_used() -> None:
-    layer = memory_of(graph=100, weights=10, backward=30, passing=40, backward_retained=45)
+    layer = memory_of(graph=100, weights=10, backward=30, backward_with_errors=40, backward_retained=45)
     chain = Atoms([layer] * 3, [8], 1.0)
     assert chain.backward(frees=True) == 30  # at the last atom; the next has 100 less, 10 of gradients and an error more
     assert chain.backward(frees=False) == 45 + 10 + 10
@@ -241,7 +241,7 @@ def test_what_is_observed_of_a_block(execution: Execution) -> None:
     assert seen.graph == pytest.approx(3 * one if not execution.amp else (4 * one) / halves, rel=0.02)
     assert seen.kept == (not execution.amp,)
     assert seen.forward >= seen.graph + one
-    assert 0 < seen.passing_through < seen.forward
+    assert 0 < seen.forward_no_grad < seen.forward
     assert seen.weights == sum(p.nbytes for p in block.parameters())
 
 

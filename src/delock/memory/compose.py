@@ -33,7 +33,7 @@ class StageGraph:
         self.storages = list(here)
         before, most, alone = 0, 0, 0
         for i, layer in enumerate(layers):
-            alone = max(alone, _bytes(here) + layer.passing_through)
+            alone = max(alone, _bytes(here) + layer.forward_no_grad)
             lying = [one for one in self.storages if one.holder is not None or one in here]
             most = max(most, before + _bytes(lying) + layer.forward)
             before += layer.graph
@@ -75,12 +75,12 @@ class StageGraph:
     def _back(self, frees: bool) -> Iterator[tuple[float, float]]:
         """At every atom of a backward, above its begin: activations and errors, gradients of weights."""
         whole, n = self._left(len(self.layers)), len(self.layers)
-        yield self.share * self.layers[-1].losing, 0
+        yield self.share * self.layers[-1].loss_peak, 0
         behind = 0  # gradients of the weights of atoms behind
         for i in reversed(range(n)):
             layer = self.layers[i]
-            own = layer.loss + layer.backward if i == n - 1 else layer.passing  # above the atom's own graph
-            own += 0 if frees else layer.backward_retained - layer.passing
+            own = layer.loss + layer.backward if i == n - 1 else layer.backward_with_errors  # above the atom's own graph
+            own += 0 if frees else layer.backward_retained - layer.backward_with_errors
             gradients = min(own, layer.weights)
             yield self.share * (own - gradients - (whole - self._left(i + 1)) * frees), gradients + behind
             behind += layer.weights

@@ -1,1 +1,1 @@
-"""A network as layers, its stages, and what its layers cost and hold."""
+"""Cuts a network into stages: its layers, their cost in seconds, their memory in bytes, and the cuts that balance them."""

@@ -1,4 +1,24 @@
-"""One forward and backward of an atom with all bytes counted: what its graph holds, and how much more lives at the peaks."""
+"""Counts the bytes that one layer holds in a forward and a backward: its graph, and the peaks within each.
+
+What PyTorch does. Between forward and backward, autograd keeps the tensors that operations saved for their gradients. Within a forward or
+a backward, other tensors live for a moment: results that the next operation uses up, errors, gradients. On a CPU torch keeps no
+count of either. Hooks on saved tensors (`saved_tensors_hooks`) show what the graph keeps, its profiler what was allocated and freed.
+
+Why that is not enough. Saved tensors cannot simply be added up: one may be a weight, an input, a view of another, or be saved twice. A list
+of allocations does not say which tensor each was for. And a stage consists of many layers that are measured one by one, before the cuts are
+known, while inside a stage a layer behaves differently from a layer alone:
+* its output is the next layer's input, so the memory of the two is one;
+* the error that comes back to it is free to go as soon as it is used, where a test bench would hold on to it;
+* its graph may have to survive a first backward, because a second loss or a deferred weight gradient needs it again.
+
+What we do. `LiveBytes` counts every storage when an operation makes it and when its last reference goes; two views of a storage count once.
+The layer runs once without a graph and once with one: forward, loss if it is the last layer, a backward that retains the graph, and a
+backward that frees it. Inputs, weights and buffers are not counted. Each number below is the bytes at the end of an interval or the peak
+within it, above what lived at its beginning. Each output names the input whose storage it shares. The hooks say which inputs and outputs
+the graph holds, and which part of the graph only layers with weights hold. The error is made inside the backward, by a hook, so that
+nothing else refers to it, and counted apart, so that the peak is known with and without it. `memory.compose` joins the layers to stages,
+and `memory.peaks` walks a plan with the result.
+"""
 
 from __future__ import annotations
 
@@ -20,33 +40,37 @@ Value: TypeAlias = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor that an atom returns."""
+    """Describes one tensor that a layer returns."""
 
     size: int  # bytes of its storage
-    source: int | None  # number of the input in whose storage it lies, if it is a view of one or was written there
-    kept: bool  # the atom's graph holds it
+    source: int | None  # index of the input whose storage it shares: it is a view of that input, or was written into it
+    kept: bool  # the layer's graph holds it
 
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:
-    """Bytes of an atom on one batch. The graph is what lives between forward and backward beside weights, buffers, inputs and outputs."""
+    """Holds the bytes of one layer on one batch.
+
+    The graph is all that lives at the end of the forward beside weights, buffers, inputs and outputs. A peak is the most bytes alive
+    within its interval, above those alive at the beginning of the interval.
+    """
 
     weights: int  # parameters that learn
-    largest: int  # the largest of them
+    largest: int  # the largest of these parameters
     buffers: int
     graph: int
-    kept: tuple[bool, ...]  # inputs that the graph holds
-    writes: bool  # it writes to an input
+    kept: tuple[bool, ...]  # per input: the graph holds it
+    writes: bool  # the layer writes into an input
     outputs: tuple[Output, ...]
-    passing_through: int  # the most while it goes forward without a graph, above what was there: outputs included
-    forward: int  # the same with a graph, that included
-    loss: int  # what the loss behind it holds until its backward
-    losing: int  # the most while that is computed
-    backward: int  # the most in its backward above what was there at its begin, where errors of the outputs are somebody else's
-    passing: int  # the same, with these errors, which go as soon as they are used
+    forward_no_grad: int  # peak of a forward without a graph, outputs included
+    forward: int  # peak of a forward with a graph, graph and outputs included
+    loss: int  # bytes at the end of the loss, above the end of the forward: what the loss keeps for its backward
+    loss_peak: int  # peak of the loss, above the end of the forward
+    backward: int  # peak of a backward that frees the graph, above the end of the loss, without the errors of the outputs
+    backward_with_errors: int  # the same, with the errors of the outputs, each freed as soon as it is used
     backward_retained: int  # the same, where the graph stays
-    deferred_errors: int  # errors that flow into layers with weights
-    weight_layers_graph: int  # of the graph, what nothing but such layers hold
+    deferred_errors: int  # errors that flow into modules with weights of their own, all together
+    weight_layers_graph: int  # the part of the graph that only such modules hold
 
 
 def observe(
@@ -57,12 +81,14 @@ def observe(
     device: torch.device,
     execution: Execution,
 ) -> LayerMemory:
-    """What one forward and backward of the module hold; like `measure`, and with the batch in one piece.
+    """Runs one forward and one backward of the module on one batch, in one piece, and returns the bytes they hold.
 
-    The errors that come from behind are as large as the outputs and free to go, as inside a stage, not a tensor that somebody keeps.
+    value: the module's input, a tensor or a tuple of tensors; learns: per tensor of it, whether it needs a gradient;
+    loss: takes the module's output, if the module is the last one, else None. Weights and inputs are left as they are; the random
+    state advances.
     """
     execution = replace(execution, chunks=1)
-    passing_through = _passing_through(LayerTrial(module, value, learns, loss, device, execution))
+    forward_no_grad = _forward_no_grad(LayerTrial(module, value, learns, loss, device, execution))
     trial, live, saved = LayerTrial(module, value, learns, loss, device, execution), LiveBytes(), _Saved()
     live.ignore(trial.there)
     given = trial.given
@@ -76,7 +102,7 @@ def observe(
         own = {storage_of(x): storage_bytes(x) for x in tensors(out) if storage_of(x) not in sources}
         weight_layers_graph = saved.weight_layers_graph([*own, *map(storage_of, trial.there)])
         ends = trial.ends(out)
-        losing, begun = live.peak - held, live.from_here()
+        loss_peak, begun = live.peak - held, live.from_here()
         roots = ends if loss else [_with_error(x, live) for x in ends]
         trial.backward(roots, list(map(torch.ones_like, roots)), keep=True)
         backward_retained, _ = live.peak - begun, live.from_here()
@@ -90,12 +116,12 @@ def observe(
         kept=tuple(storage_of(x) in saved.holders for x in given),
         writes=any(x._version != was for x, was in zip(given, before, strict=True)),
         outputs=tuple(outputs),
-        passing_through=passing_through,
+        forward_no_grad=forward_no_grad,
         forward=forward,
         loss=begun - held,
-        losing=losing,
+        loss_peak=loss_peak,
         backward=live.bare - begun,
-        passing=live.peak - begun,
+        backward_with_errors=live.peak - begun,
         backward_retained=backward_retained,
         deferred_errors=saved.deferred_errors,
         weight_layers_graph=weight_layers_graph,
@@ -103,12 +129,15 @@ def observe(
 
 
 def tensors(value: Value) -> tuple[Tensor, ...]:
-    """One alone, or those of a tuple."""
+    """Returns the tensors of a value: the tensor itself, or those of the tuple."""
     return (value,) if isinstance(value, Tensor) else value
 
 
 class LayerTrial:
-    """The module on inputs of its own, forward and backward once; `there`: all tensors that it begins with."""
+    """Runs a module forward and backward on copies of its inputs.
+
+    `there` lists all tensors that exist before the forward: inputs, parameters, buffers.
+    """
 
     def __init__(
         self,
@@ -122,28 +151,28 @@ class LayerTrial:
         self.module, self.loss, self.device, self.execution = module, loss, device, execution
         self.alone = isinstance(value, Tensor)
         leaves = [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
-        self.given = [x.clone() for x in leaves]  # an atom may write on its input
+        self.given = [x.clone() for x in leaves]  # a layer may write into its input
         self.wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
         self.there = [*leaves, *self.given, *module.parameters(), *module.buffers()]
 
     def forward(self) -> Value:
-        """The output with its graph."""
+        """Returns the module's output, with its graph."""
         out: Value = self.execution.apply(self.module, self.given[0] if self.alone else tuple(self.given), self.device)
         return out
 
     def ends(self, out: Value) -> list[Tensor]:
-        """Where a backward begins: the loss, or the outputs that learn."""
+        """Returns the tensors at which a backward begins: the loss, or without one the outputs that need a gradient."""
         with self.execution.context(self.device):
             return [x for x in tensors(out if self.loss is None else self.loss(out)) if x.requires_grad]
 
     def backward(self, roots: Sequence[Tensor], errors: Sequence[Tensor], keep: bool = False) -> None:
-        """keep: the graph, for another one."""
+        """Computes the gradients of inputs and weights, given the errors of the roots; `keep` retains the graph for another backward."""
         if roots and self.wanted:
             torch.autograd.grad(roots, self.wanted, errors, retain_graph=keep, allow_unused=True)
 
 
-def _passing_through(trial: LayerTrial) -> int:
-    """The peak of a forward that only passes on."""
+def _forward_no_grad(trial: LayerTrial) -> int:
+    """Returns the peak bytes of a forward without a graph, above its beginning."""
     live = LiveBytes()
     live.ignore(trial.there)
     with live, torch.no_grad():
@@ -152,27 +181,27 @@ def _passing_through(trial: LayerTrial) -> int:
 
 
 class _Saved:
-    """What autograd saves in a forward, and what modules with parameters of their own have to do with it."""
+    """Records what autograd saves in a forward, and whether a module with parameters of its own, a weight layer, saved it."""
 
     def __init__(self) -> None:
-        self.holders: dict[int, set[bool]] = {}  # storage -> whether such a module saved it, others, or both
+        self.holders: dict[int, set[bool]] = {}  # storage -> {True} if weight layers saved it, {False} if others did, or both
         self.sizes: dict[int, int] = {}
-        self.deferred_errors = 0  # bytes that such modules return, and so of the errors that come to them
+        self.deferred_errors = 0  # bytes that weight layers return, and so of the errors that flow into them
         self.inside = 0
 
     def note(self, tensor: Tensor) -> Tensor:
-        """A hook for what is saved."""
+        """Records a tensor that autograd saves; a hook for `saved_tensors_hooks`."""
         self.holders.setdefault(storage_of(tensor), set()).add(self.inside > 0)
         self.sizes[storage_of(tensor)] = storage_bytes(tensor)
         return tensor.detach()  # the tensor itself would keep a graph alive that is dropped without a backward
 
     def weight_layers_graph(self, apart: Iterable[int]) -> int:
-        """Bytes that only such modules saved, without some storages."""
+        """Returns the bytes that only weight layers saved, leaving out the storages `apart`."""
         return sum(self.sizes[one] for one in self.holders.keys() - set(apart) if self.holders[one] == {True})
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
-        """Within it, the module's forward is looked at."""
+        """Notes, within the block, when the module's forward enters and leaves its weight layers."""
         layers = [one for one in module.modules() if any(True for _ in one.parameters(recurse=False))]
         hooks = [hook for one in layers for hook in (one.register_forward_pre_hook(self._enter), one.register_forward_hook(self._leave))]
         try:
@@ -190,15 +219,15 @@ class _Saved:
 
 
 def _with_error(out: Tensor, live: LiveBytes) -> Tensor:
-    """A number whose gradient sends an error as large as `out` into it, which nobody holds but the backward."""
+    """Returns a scalar whose backward sends an error of the shape of `out` into it, which only the backward refers to."""
     shape, strides = out.shape, out.stride()
 
-    def fresh(error: Tensor) -> Tensor:
+    def new_error(error: Tensor) -> Tensor:
         live.setting_apart = True
         try:
             return torch.empty_strided(shape, strides, dtype=error.dtype, device=error.device).fill_(1)
         finally:
             live.setting_apart = False
 
-    out.register_hook(fresh)  # type: ignore[no-untyped-call]
+    out.register_hook(new_error)  # type: ignore[no-untyped-call]
     return out.sum()

@@ -1,4 +1,4 @@
-"""Cutting a network: a model is a list of atoms, a stage is a run of atoms that remembers their names in the unsplit model."""
+"""Takes a model apart into layers, the pieces between which it can be cut, and finds the cuts that the user names."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ ACCEPTED = (
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The smallest piece a cut may fall beside. `prefix`: the module's path in the unsplit model ("layer1.0"), "" for stateless glue."""
+    """Holds one layer: the smallest piece of a model that is never cut.
+
+    `prefix`: the module's path in the unsplit model ("layer1.0"), or "" for a module without state that only the adapter added.
+    """
 
     prefix: str
     module: nn.Module
 
 
 def layers(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
-    """The atoms of a model in the order of its forward; the modules are the model's own, not copies.
+    """Returns the layers of a model in the order of its forward; the modules are the model's own, not copies.
 
-    An nn.Sequential gives its children (an only child that is a Sequential is looked into, and so is a `Group`); a list gives its
-    elements, named "0", "1", ...; a torchvision ResNet gives stem, residual blocks and classifier.
-    Raises UsageError for any other model, an empty one, and one with state outside its atoms.
+    An nn.Sequential gives its children; if a child is a `Group`, or the only child and a Sequential, it gives that child's children
+    instead. A list gives its elements, named "0", "1", ... A torchvision ResNet gives stem, residual blocks and classifier.
+    Raises UsageError for any other model, for an empty one, and for one with state outside its layers.
     """
     if isinstance(model, (list, tuple, nn.ModuleList)):
         found = [Layer(str(i), _module(part)) for i, part in enumerate(model)]
@@ -51,9 +54,10 @@ def layers(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
 
 
 def resolve_cuts(layers: Sequence[Layer], cuts: Sequence[int | str]) -> list[int]:
-    """Cuts as indices of the first atom of each later stage: K - 1 strictly increasing numbers in 1 .. len(atoms) - 1.
+    """Returns the index of the first layer of each later stage: K - 1 strictly increasing numbers in 1 .. len(layers) - 1.
 
-    A cut is such an index (also as a string) or a name: the prefix of an atom ("layer2.0"), or of a group ("layer2" is its first atom).
+    A cut is an index, also as a string, or a name: the prefix of a layer ("layer2.0") or of a group ("layer2" means its first layer).
+    Raises UsageError for an unknown name, an index out of range, cuts out of order, and more stages than layers.
     """
     if len(cuts) >= len(layers):
         raise UsageError(f"{len(cuts) + 1} stages need at least as many layers, and this network has {len(layers)}: use fewer stages")
@@ -67,7 +71,7 @@ def resolve_cuts(layers: Sequence[Layer], cuts: Sequence[int | str]) -> list[int
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a batch statistic is taken anywhere in the model; a batch of one sample cannot be trained then."""
+    """Returns True if a module of the model takes batch statistics; then a batch of one sample cannot be trained."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
@@ -78,12 +82,12 @@ def _module(part: object) -> nn.Module:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the module is calling its children in turn: a subclass of nn.Sequential may compute something else."""
+    """Returns True if the module calls its children in turn; a subclass of nn.Sequential may compute something else."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _only_child(prefix: str, model: nn.Module) -> tuple[str, nn.Module]:
-    """Inside all Sequentials that hold nothing but one other Sequential."""
+    """Returns the innermost Sequential, and its prefix, of a chain of Sequentials that each hold nothing but the next one."""
     for name, child in model.named_children():
         if len(model._modules) == 1 and _is_plain(child):
             return _only_child(under(prefix, name), child)
@@ -100,7 +104,7 @@ def _children(prefix: str, model: nn.Module) -> Iterator[Layer]:
 
 
 def _is_torchvision_resnet(model: nn.Module) -> bool:
-    """By name, so that torchvision is not imported for it; a subclass with another forward is not one."""
+    """Returns True for a torchvision ResNet with its own forward; compares names, so that torchvision is not imported."""
     base = next((c for c in type(model).__mro__ if (c.__module__, c.__name__) == ("torchvision.models.resnet", "ResNet")), None)
     return base is not None and all(getattr(type(model), f) is getattr(base, f) for f in ("forward", "_forward_impl"))
 
@@ -123,7 +127,7 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def state_names(module: nn.Module) -> list[str]:
-    """Everything in the state dict, in its order (extra state too), then the buffers it leaves out."""
+    """Returns all names in the state dict, in its order (extra state too), then the buffers that it leaves out."""
     return list(dict.fromkeys([*module.state_dict(), *(name for name, _ in named_state(module))]))
 
 

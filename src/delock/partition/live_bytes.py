@@ -1,4 +1,16 @@
-"""Bytes of the tensors that live, counted as operations make them and as the last reference to them goes."""
+"""Counts the bytes of living tensors: up when an operation returns one, down when the last reference to its storage goes.
+
+What PyTorch does. A GPU's allocator counts the bytes in use and their peak. For the CPU torch has no such counter, and tensors on the meta
+device have no memory at all. The profiler records allocations, but only afterwards, and without saying which tensor each was for.
+
+Why the size of a tensor is not enough. A view shares the storage of another tensor, and an operation may return its input. A storage
+lives as long as the last of the tensors that share it, and autograd may hold the only reference.
+
+What we do. A `TorchDispatchMode` sees the result of every operation, those of a backward included, on any device. The first time that it
+sees a storage it adds its bytes and attaches a finalizer, which subtracts them when the storage is freed; so a peak is exact between any
+two operations. Within an operation it sees nothing: memory that a kernel takes and gives back for itself is missed, except where
+`workspace` knows it.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +26,21 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts, while it is active, the storages of tensors that operations return, those of a backward included, on any device.
+    """Counts, while it is active, the bytes of all storages that operations return.
 
-    `now`: bytes alive; `peak`: the most there were; `bare`: the most without those made while `setting_apart`. What exists before is
-    not counted once it is shown to `ignore`; nor is what a kernel has for itself alone, but for `workspace`.
+    `now`: bytes alive; `peak`: the most since the last `from_here`; `bare`: the same peak without storages made while `setting_apart` was
+    True. Tensors that exist before must be given to `ignore`, else they are counted once an operation returns them.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.apart = self.bare = 0
         self.setting_apart = False
-        self.known: dict[int, Any] = {}  # storage -> what counts it off when it dies
+        self.known: dict[int, Any] = {}  # storage -> its finalizer
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Else torch loads its compiler at the first operation, which takes seconds."""
+        """Returns False, because otherwise torch loads its compiler at the first operation, which takes seconds."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -40,12 +52,12 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """These were there before."""
+        """Leaves the storages of these tensors uncounted: they were there before."""
         for tensor in tensors:
             self._watch(tensor, partial(_drop, self.known))
 
     def from_here(self) -> int:
-        """Bytes alive now; the peaks begin anew."""
+        """Returns the bytes alive now, and starts the peaks again from them."""
         self.peak, self.bare = self.now, self.now - self.apart
         return self.now
 
@@ -75,11 +87,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 def workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes that kernels of a CPU take and give back, where they are as large as activations.
+    """Returns the bytes that a CPU kernel takes and gives back within one operation, where they are as large as activations; else 0.
 
-    oneDNN computes convolutions in a layout of its own, unless they are channels_last. For the gradient of the kernel error and input
-    are reordered to it; for that of the input the error is, or the result from it: twice where the convolution has strides. The backward
-    of batch norm makes its result twice.
+    oneDNN computes convolutions in a layout of its own, unless they are channels_last. For the gradient of the weights it reorders error
+    and input to that layout. For the gradient of the input it reorders the error, or the result back from it, and both where the
+    convolution has strides. The backward of batch norm makes its result twice.
     """
     if func is torch.ops.aten.native_batch_norm_backward.default and args[0].device.type == "cpu":
         return int(args[1].nbytes) if args[9][0] else 0
@@ -96,10 +108,10 @@ def _drop(known: dict[int, Any], key: int) -> None:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tensors have in common that share memory, on the meta device too."""
+    """Returns a key that is equal for tensors that share memory, on the meta device too."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def storage_bytes(tensor: Tensor) -> int:
-    """Bytes of all its storage, of which it may be a part."""
+    """Returns the bytes of the whole storage, of which the tensor may be a part."""
     return tensor.untyped_storage().nbytes()

@@ -1,4 +1,4 @@
-"""What each atom costs and holds, measured, and the cuts that make the dearest stage as cheap as can be."""
+"""Measures the cost of each layer on one batch: seconds, bytes of its output, parameters, memory."""
 
 from __future__ import annotations
 
@@ -19,28 +19,24 @@ from delock.partition.layer_memory import LayerMemory, LayerTrial, Value, observ
 from delock.partition.layers import Layer
 from delock.tensors import tensors
 
-MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # what a module raises that is given what it does not take
+MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # raised by a module when it is called with inputs that it does not take
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """Cost of one atom on one batch: seconds, bytes of its output (what a link carries if cut behind it), and number of parameters.
+    """Holds the cost of one layer on one batch."""
 
-    `shape` is that of its output for one sample, without the batch; empty for a tuple of tensors. `outputs`: shape, with the batch, and
-    dtype of every tensor of it. `memory`: what it holds; None where that cannot be counted.
-    """
-
-    forward_s: float
-    backward_s: float
-    out_bytes: int
-    params: int
-    shape: tuple[int, ...] = ()
-    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
-    memory: LayerMemory | None = None
+    forward_s: float  # seconds of a forward, in training mode; the last layer's includes the loss
+    backward_s: float  # seconds of a backward
+    out_bytes: int  # of the output: what a link carries if the network is cut behind the layer
+    params: int  # number of parameters
+    shape: tuple[int, ...] = ()  # of the output for one sample, without the batch; () for a tuple of tensors
+    outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()  # shape, with the batch, and dtype of every tensor of the output
+    memory: LayerMemory | None = None  # None where it cannot be counted
 
     @property
     def total_s(self) -> float:
-        """Forward and backward: what `balance` is given."""
+        """Returns the seconds of forward and backward together, the cost that `balance` takes."""
         return self.forward_s + self.backward_s
 
 
@@ -55,20 +51,19 @@ def measure(
     execution: Execution = PLAIN,
     learns: bool = False,
 ) -> list[LayerCost]:
-    """Cost of each atom in training mode on one batch: median over `repeats`; the last atom's includes the loss.
+    """Measures every layer in training mode on one batch; seconds are the median of `repeats` runs, after one that warms up.
 
-    A run before them, which warms up, is the one whose memory is counted.
-
-    inputs: a tensor or tuple of tensors, any dtype, as the model takes them; targets: any pytree of tensors, as the loss takes them.
-    Works on a copy of one atom at a time, so weights, statistics and the random state stay as they are and memory is that of one atom.
-    As in training, an atom's backward makes the gradient of its input only if something before it learns; `learns`: before the first.
-    Raises UsageError if an atom or the loss does not take what it is given.
+    inputs: a tensor or a tuple of tensors, any dtype, as the model takes them; targets: any tree of tensors, as the loss takes them.
+    Memory is counted in the run that warms up. Only one layer at a time is copied and run, so weights, statistics and the random
+    state stay as they are, and no more memory is needed than one layer takes.
+    As in training, a backward computes the gradient of a layer's input only if something before it learns; learns: the inputs need one.
+    Raises UsageError if a layer or the loss does not take its input, or if a layer returns something other than tensors.
     """
     device = torch.device(device)
     costs = []
     value: Value = tree_map_only(Tensor, lambda x: execution.laid_out(x.to(device)), inputs)
     targets = tree_map_only(Tensor, lambda x: x.to(device), targets)
-    wants = tuple(learns and x.is_floating_point() for x in tensors(value))  # per tensor: a gradient
+    wants = tuple(learns and x.is_floating_point() for x in tensors(value))  # per tensor: it needs a gradient
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         for i, layer in enumerate(layers):
             last = i == len(layers) - 1
@@ -98,7 +93,7 @@ def measure(
 def _observed(
     module: nn.Module, value: Value, wants: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, execution: Execution
 ) -> LayerMemory | None:
-    """None for a module that cannot be observed: whether it can be trained the runs to come will tell, without what counts the bytes."""
+    """Returns the layer's memory, or None if it cannot be counted; the timed runs show whether the layer works without the counter."""
     try:
         return observe(module, value, wants, loss, device, execution)
     except (*MISFITS, AttributeError):
@@ -108,7 +103,7 @@ def _observed(
 def _run(
     module: nn.Module, value: Value, wants: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, execution: Execution
 ) -> tuple[float, float, Value]:
-    """Seconds of one forward and of one backward, and the output with its graph spent."""
+    """Returns the seconds of one forward and of one backward, and the output, its graph freed."""
     trial = LayerTrial(module, value, wants, loss, device, execution)
     began = _now(device)
     out = trial.forward()

@@ -1,4 +1,4 @@
-"""Stages of a cut network: each is a run of layers that remembers its names in the unsplit model."""
+"""Makes one module per stage from consecutive layers; it keeps the names that its tensors have in the unsplit model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from delock.partition.layers import Layer, listed, named_state, resolve_cuts, st
 
 
 class StageModule(nn.Sequential):
-    """The atoms of one stage, called with one argument: a tensor or a tuple of tensors. The modules are shared with the model, not copied.
+    """Runs the layers of one stage in turn, on a tensor or a tuple of tensors. It shares its modules with the model.
 
     `original` maps the stage's own name of every parameter and buffer to its name in the unsplit model.
     """
@@ -25,12 +25,15 @@ class StageModule(nn.Sequential):
         }
 
     def original_state(self) -> dict[str, Any]:
-        """`state_dict()` under the names of the unsplit model; tensors share memory with the stage."""
+        """Returns the `state_dict()` under the names of the unsplit model; tensors share memory with the stage."""
         return {self.original[name]: value for name, value in self.state_dict().items()}
 
 
 def stages(layers: Sequence[Layer], cuts: Sequence[int | str]) -> list[StageModule]:
-    """The K = len(cuts) + 1 stages between the cuts (see `resolve_cuts`). Raises UsageError if two stages share a parameter or buffer."""
+    """Returns the K = len(cuts) + 1 stages between the cuts, which are as in `resolve_cuts`.
+
+    Raises UsageError for cuts that `resolve_cuts` refuses, and if two stages share a parameter or buffer.
+    """
     bounds = [0, *resolve_cuts(layers, cuts), len(layers)]
     parts = [layers[a:b] for a, b in itertools.pairwise(bounds)]
     _refuse_shared(parts)
@@ -38,7 +41,7 @@ def stages(layers: Sequence[Layer], cuts: Sequence[int | str]) -> list[StageModu
 
 
 def join_state(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The unsplit model's state dict from the stages' (`StageModule.original_state`), in the order of the stages."""
+    """Returns the unsplit model's state dict, joined from the stages' `original_state()` in the order of the stages."""
     whole: dict[str, Any] = {}
     for k, state in enumerate(states):
         if twice := whole.keys() & state.keys():
@@ -48,7 +51,7 @@ def join_state(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_shared(parts: Sequence[Sequence[Layer]]) -> None:
-    """In one process a tensor in two stages would get two optimizers, in several it would become two tensors: neither is the model."""
+    """Raises UsageError for a tensor in two stages: in one process it would get two optimizers, in several it would become two tensors."""
     owner: dict[tuple[str, int], tuple[int, str]] = {}
     for k, part in enumerate(parts):
         for layer in part:
