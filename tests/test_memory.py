@@ -153,8 +153,8 @@ def test_what_is_predicted_is_what_stages_hold(method: Method) -> None:
             holding[k].execute(step)
             stage, seen = workers[k].stage, holding[k]
             assert seen.batches.keys() == stage.memory.keys()
-            assert seen.graphs == sum(peak_memory.outputs is not None for peak_memory in stage.memory.values())
-            copies = [stage.snapshot, *(peak_memory.weights for peak_memory in stage.memory.values())]
+            assert seen.graphs == sum(held.outputs is not None for held in stage.memory.values())
+            copies = [stage.snapshot, *(held.weights for held in stage.memory.values())]
             assert seen.versions == len({id(copy) for copy in copies if copy is not None})
             assert bool(seen.grads) == any(g is not None for g in stage.learner.grads[: len(stage.body.weights)])
 
@@ -280,13 +280,13 @@ def test_tables_show_the_prediction_beside_what_is_measured() -> None:
     before = started("fdg")
     assert all(stage.memory for stage in before.stages)
     head, rows = prediction_table(before)
-    big = [replace(stage, peak_memory=mega * 10**6) for stage, mega in zip(before.stages, (12, 5), strict=True)]
+    big = [replace(stage, memory=mega * 10**6) for stage, mega in zip(before.stages, (12, 5), strict=True)]
     head, rows = prediction_table(replace(before, stages=tuple(big)))
     assert [row[head.index("memory\n(grows by)")] for row in rows] == ["12 MB", "5 MB"]
     report = StageReport(0, 1, 1, 0, 0, 0, 0, 0, 1, {}, {}, peak_memory=200_000_000, memory_growth=13_000_000)
     head, rows = stage_table([report], big[:1])
     assert rows[0][head.index("grown by") :] == ["13 MB", "12 MB"]
-    assert stage_table([report], [replace(big[0], peak_memory=None)])[1][0][-1] == "-"
+    assert stage_table([report], [replace(big[0], memory=None)])[1][0][-1] == "-"
 
 
 def test_what_is_not_predicted_is_not_told() -> None:
