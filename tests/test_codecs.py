@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from delock.codecs import BF16, INT8, VQ, parse, parse_error, spelled
-from delock.codecs.bits import pack_bits, unpack_bits
-from delock.codecs.coding import decode, encoder, predicted, sizes
+from delock.codecs import BF16, INT8, VQ, decode, parse, parse_error, sizes, spelled
+from delock.codecs.bits import bits_for, pack_bits, unpack_bits
 from delock.errors import UsageError
 from delock.links import Message
 from delock.links.coded import CodedLink, without_codebooks
@@ -26,11 +25,15 @@ def test_names() -> None:
     assert (parse("none"), parse("bf16"), parse("int8"), parse("vq")) == (None, BF16(), INT8(), VQ())
     assert parse("vq:codes=16:dim=8:every=5") == VQ(16, 8, every=5)
     assert parse("vq:groups=4") == VQ(groups=4)
-    assert (VQ().bits, VQ(2).bits, VQ(3).bits, VQ(257).bits, VQ(65536).bits) == (8, 1, 2, 9, 16)
-    assert (VQ(dim=8).length(32), VQ(groups=4).length(32)) == (8, 8)
+    assert [bits_for(codes) for codes in (256, 2, 3, 257, 65536)] == [8, 1, 2, 9, 16]
+    assert (VQ(dim=8).group_size(32), VQ(groups=4).group_size(32)) == (8, 8)
     for text in ("none", "bf16", "int8", "vq", "vq:codes=16:dim=4", "vq:groups=2:every=7"):
         assert spelled(parse(text)) == text
     assert spelled(parse("vq:every=50:dim=16")) == "vq"
+    assert (parse(None), parse(VQ(16)), parse_error(INT8())) == (None, VQ(16), INT8())
+    for wrong in (VQ, 8):
+        with pytest.raises(UsageError, match=r"but it must be one of delock.codecs, such as VQ\(codes=64\), or its name"):
+            parse(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_bits_of_every_width_and_count(width: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bf16_rounds_as_torch_does(dtype: torch.dtype) -> None:
     x = drawn(4, 3, 5, 5, dtype=dtype)
-    made = encoder(BF16(), 0).encode(x, True)
+    made = BF16().encoder(0).encode(x, True)
     assert made
     assert sizes(made) == (x.nbytes, 2 * x.numel(), 0)
     back = decode(made)
@@ -99,7 +102,7 @@ def test_bf16_rounds_as_torch_does(dtype: torch.dtype) -> None:
 def test_int8_by_hand() -> None:
     """Channel 0 has a largest value of 127, so steps of 1; channel 1 one of 254, steps of 2 (3 lies halfway: to even); channel 2 is 0."""
     x = torch.tensor([[127.0, 3.0, 0.0], [-1.4, -254.0, 0.0], [0.6, 1.2, 0.0]])  # (B, C)
-    made = encoder(INT8(), 0).encode(x, True)
+    made = INT8().encoder(0).encode(x, True)
     assert made
     assert made["scale"].tolist() == [1, 2, 0]
     assert made["values"].tolist() == [[127, 2, 0], [-1, -127, 0], [1, 1, 0]]
@@ -110,7 +113,7 @@ def test_int8_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_int8_is_within_half_a_step_of_its_channel(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     x = (drawn(*shape) * 10.0 ** drawn(5, seed=1).view([-1 if i == axis else 1 for i in range(len(shape))])).to(dtype)
-    made = encoder(INT8(), 0).encode(x, True)
+    made = INT8().encoder(0).encode(x, True)
     assert made
     assert sizes(made) == (x.nbytes, x.numel() + 4 * 5, 0)
     back = decode(made)
@@ -124,7 +127,7 @@ def test_int8_is_within_half_a_step_of_its_channel(shape: tuple[int, ...], axis:
 def test_layout_and_graph(codec: str) -> None:
     """A dense tensor keeps its strides, another one becomes dense; no graph comes along."""
     x = drawn(2, 4, 3, 5).requires_grad_()
-    made = encoder(parse(codec) or BF16(), 0)
+    made = (parse(codec) or BF16()).encoder(0)
     for given in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
         back = decode(made.encode(given, True) or {})
         assert (back.stride(), back.shape, back.requires_grad) == (given.stride(), given.shape, False)
@@ -135,7 +138,7 @@ def test_layout_and_graph(codec: str) -> None:
 def test_what_is_no_number_does_not_become_one(codec: str) -> None:
     x = drawn(2, 4, 3, 3)
     x[1, 2, 0, 0] = math.nan
-    assert decode(encoder(parse(codec) or BF16(), 0).encode(x, True) or {}).isnan().any()
+    assert decode((parse(codec) or BF16()).encoder(0).encode(x, True) or {}).isnan().any()
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------------------
@@ -144,13 +147,13 @@ def test_what_is_no_number_does_not_become_one(codec: str) -> None:
 def test_the_ratios_of_the_formula() -> None:
     """128 x 32 x 32 with d = 16 and 256 codes is 64 : 1 before codebooks; a book of 256 x 128 numbers every 50 batches beside it."""
     shape = (16, 128, 32, 32)
-    payload, books = predicted(VQ(), shape, torch.float32)
+    payload, books = VQ().predicted(shape, torch.float32)
     assert (16 * 128 * 32 * 32 * 4) / payload == 64
     assert books == 4 * 256 * 128 / 50
-    assert predicted(VQ(16, 8), shape, torch.float32)[0] == 16 * 32 * 32 * 16 * 4 / 8
-    assert predicted(BF16(), shape, torch.float32) == (16 * 128 * 32 * 32 * 2, 0)
-    assert predicted(INT8(), shape, torch.float32) == (16 * 128 * 32 * 32 + 4 * 128, 0)
-    assert predicted(VQ(), shape, torch.int64) == (16 * 128 * 32 * 32 * 8, 0)
+    assert VQ(16, 8).predicted(shape, torch.float32)[0] == 16 * 32 * 32 * 16 * 4 / 8
+    assert BF16().predicted(shape, torch.float32) == (16 * 128 * 32 * 32 * 2, 0)
+    assert INT8().predicted(shape, torch.float32) == (16 * 128 * 32 * 32 + 4 * 128, 0)
+    assert VQ().predicted(shape, torch.int64) == (16 * 128 * 32 * 32 * 8, 0)
 
 
 @pytest.mark.parametrize("codec", [BF16(), INT8(), VQ(8, 2, every=3), VQ(1000, 4, every=3)], ids=spelled)
@@ -168,7 +171,7 @@ def test_the_bytes_on_the_wire_are_those_of_the_formula(codec: Any) -> None:
         assert len(packed) == packed_length(without_codebooks(message))
         wire += len(packed)
         above.receive(0, ("h", b, 0))
-    payload, books = predicted(codec, tuple(x.shape), x.dtype)
+    payload, books = codec.predicted(tuple(x.shape), x.dtype)
     sent = box_end.sent.to[1]
     assert (sent.messages, sent.raw, sent.encoded) == (7, 7 * x.nbytes, 7 * payload)
     assert sent.codebooks == (3 * 4 * codec.codes * 8 if isinstance(codec, VQ) else 0) == round(9 * books)

@@ -16,8 +16,7 @@ import delock
 from delock.cli import main
 from delock.cli.config import CompareConfig, TrainConfig, build, flat, resolve
 from delock.cli.rows import rows
-from delock.codecs import BF16, INT8, VQ, parse, parse_error
-from delock.codecs.coding import decode, encoder, predicted
+from delock.codecs import BF16, INT8, VQ, decode, parse, parse_error
 from delock.errors import UsageError
 from delock.keys import key
 from delock.links import Message
@@ -83,13 +82,13 @@ def test_errors_are_those_at_the_decoded_activation(codec: str) -> None:
     x, y = drawn(8, 3), torch.arange(8) % 2
 
     def encode(h: Tensor, place: tuple[int, int]) -> Tensor:
-        return decode(encoder(parse(codec) or BF16(), key(0, "codec", *place, 0)).encode(h, True) or {})
+        return decode((parse(codec) or BF16()).encoder(key(0, "codec", *place, 0)).encode(h, True) or {})
 
     h = lower(x)
     leaf = encode(h, (0, 1)).requires_grad_()
     loss = cross_entropy(upper(leaf), y)
     (error,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-    back = decode(encoder(INT8(), 0).encode(error, True) or {})
+    back = decode(INT8().encoder(0).encode(error, True) or {})
     want = [*torch.autograd.grad(h, lower.parameters(), back), *torch.autograd.grad(loss, upper.parameters())]
     before = [p.detach().clone() for p in (*lower.parameters(), *upper.parameters())]
     sgd = torch.optim.SGD
@@ -102,7 +101,7 @@ def test_errors_are_those_at_the_decoded_activation(codec: str) -> None:
         steps=1,
         workers="inline",
         codec=codec,
-        error_codec="int8",
+        error_codec=INT8(),
     )
     for now, old, gradient in zip((*lower.parameters(), *upper.parameters()), before, want, strict=True):
         assert torch.equal(now, old - gradient)
@@ -120,7 +119,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, stop: int, co
 
 def test_a_resumed_sender_brings_its_codebook() -> None:
     """The receiver may be another process, which has none."""
-    first, second = (encoder(VQ(codes=4, dim=2, every=9), 0) for _ in range(2))
+    first, second = (VQ(codes=4, dim=2, every=9).encoder(0) for _ in range(2))
     first.encode(drawn(6, 4), True)
     second.load(pickle.loads(pickle.dumps(first.state())))
     for learn in (False, True):
@@ -162,7 +161,7 @@ def test_bad_input_is_refused_before_the_start() -> None:
     with pytest.raises(UsageError, match=r"stage 0 sends \(4, 12\): vq cannot divide 12 channels into groups of 16: .* 1, 2, 3, 4, 6, 12$"):
         fit(linear, drawn(4, 3), codec="vq")
     with pytest.raises(UsageError, match="vq cannot divide 12 channels into 5 groups"):
-        fit(linear, drawn(4, 3), codec="vq:groups=5")
+        fit(linear, drawn(4, 3), codec=VQ(groups=5))
     with pytest.raises(UsageError, match="interlocking sends no errors down, so there is none for an error codec"):
         fit(linear, drawn(4, 3), method=delock.Interlocking(n_wise=1), heads=[nn.Linear(12, 2)], error_codec="bf16")
     with pytest.raises(UsageError, match="errors travel as"):
@@ -173,7 +172,7 @@ def test_the_page_on_codecs() -> None:
     """Its example of ratios, and its code."""
     page = (Path(__file__).parent.parent / "docs" / "codecs.md").read_text(encoding="utf-8")
     for samples, ratio in ((128, 63.8), (1, 48.5)):
-        payload, books = predicted(VQ(), (samples, 128, 32, 32), torch.float32)
+        payload, books = VQ().predicted((samples, 128, 32, 32), torch.float32)
         assert round(4 * samples * 128 * 32 * 32 / (payload + books), 1) == ratio
         assert f"{ratio} : 1" in page
     names = {"activation": drawn(6, 8, 3, 3)}

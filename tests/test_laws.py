@@ -25,7 +25,7 @@ FLOORS = (
     ("api", "recipes"),
     ("cli", "__main__"),
 )
-LIGHT = ("delock", "delock.ops", "delock.plan", "delock.methods", "delock.timeline", "delock.draw", "delock.cli")
+LIGHT = ("delock", "delock.ops", "delock.plan", "delock.methods", "delock.codecs", "delock.timeline", "delock.draw", "delock.cli")
 HEAVY = ("torch", "torchvision", "matplotlib", "sklearn")
 LONGEST = 400  # lines of a file
 

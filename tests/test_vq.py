@@ -10,9 +10,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from delock.codecs import VQ, codebook, parse
+from delock.codecs import VQ, codebook, decode, parse
 from delock.codecs.codebook import Codebooks, nearest
-from delock.codecs.coding import decode, encoder
 from delock.errors import DelockError, UsageError
 from delock.keys import key
 from delock.links import Message
@@ -98,7 +97,7 @@ def test_a_large_batch_is_learned_from_in_part() -> None:
 
 def test_more_codes_than_vectors() -> None:
     """Codes are then drawn more than once; every vector is met exactly once there is a code for each."""
-    x, made = drawn(5, 4), encoder(VQ(codes=64, dim=4, every=1), 0)
+    x, made = drawn(5, 4), VQ(codes=64, dim=4, every=1).encoder(0)
     for _ in range(20):
         payload = made.encode(x, True)
     assert payload
@@ -126,7 +125,7 @@ def activations() -> list[Tensor]:
 
 @pytest.mark.parametrize(("codec", "at_most"), [("vq:dim=4:every=5", 0.02), ("vq:codes=64:dim=8:every=5", 0.1)])
 def test_the_error_falls_on_real_activations(activations: list[Tensor], codec: str, at_most: float) -> None:
-    made = encoder(parse(codec) or VQ(), 0)
+    made = (parse(codec) or VQ()).encoder(0)
     errors = [float((decode(made.encode(x, True) or {}) - x).square().sum() / x.square().sum()) for x in activations]
     first, last = sum(errors[:5]) / 5, sum(errors[-5:]) / 5
     assert last < 0.9 * first
@@ -134,7 +133,7 @@ def test_the_error_falls_on_real_activations(activations: list[Tensor], codec: s
 
 
 def test_a_message_decodes_after_the_codebook_has_moved_on(activations: list[Tensor]) -> None:
-    made, library = encoder(VQ(codes=16, dim=4, every=3), 0), Library()
+    made, library = VQ(codes=16, dim=4, every=3).encoder(0), Library()
     kept, now = [], []
     for b, x in enumerate(activations[:10]):
         payload = made.encode(x, True)
@@ -149,7 +148,7 @@ def test_a_message_decodes_after_the_codebook_has_moved_on(activations: list[Ten
 
 
 def test_a_lost_codebook_is_noticed() -> None:
-    made = encoder(VQ(codes=4, dim=2, every=2), 0)
+    made = VQ(codes=4, dim=2, every=2).encoder(0)
     first, second = (Message(made.encode(drawn(3, 4), True)) for _ in range(2))
     assert first
     with pytest.raises(DelockError, match="encoded with codebook 1, and the last that came is 0"):
@@ -157,7 +156,7 @@ def test_a_lost_codebook_is_noticed() -> None:
 
 
 def test_evaluation_teaches_nothing() -> None:
-    made = encoder(VQ(codes=4, dim=2, every=2), 0)
+    made = VQ(codes=4, dim=2, every=2).encoder(0)
     assert made.encode(drawn(6, 4), learn=False) is None  # there is nothing to encode it with
     made.encode(drawn(6, 4), learn=True)
     before = pickle.dumps(made.state())
@@ -168,7 +167,7 @@ def test_evaluation_teaches_nothing() -> None:
 
 
 def test_another_number_of_channels_is_refused() -> None:
-    made = encoder(VQ(codes=4, dim=2), 0)
+    made = VQ(codes=4, dim=2).encoder(0)
     made.encode(drawn(6, 4), learn=True)
     with pytest.raises(UsageError, match="vq has learned 4 channels, and this activation has 6"):
         made.encode(drawn(6, 6), learn=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from delock.codecs import parse, parse_error
+from delock.codecs import Codec, parse, parse_error
 from delock.data.iterable import as_loader
 from delock.errors import UsageError
 from delock.launch.processes import run_processes
@@ -49,8 +49,8 @@ def fit(
     clip: float | None = None,
     metrics: Mapping[str, Metric] | None = None,
     heads: str | Sequence[nn.Module] | None = None,
-    codec: str = "none",
-    error_codec: str = "none",
+    codec: str | Codec | None = None,
+    error_codec: str | Codec | None = None,
     seed: int = 0,
     workers: Workers = "processes",
     device: str = "cpu",
@@ -88,8 +88,8 @@ def fit(
     heads       for methods with local losses: the auxiliary head of every stage but the last, as modules (stage output -> what `loss`
                 takes) or by a name of delock.nets.heads; by default chosen from the shape of the stage's output. Given modules are
                 trained in place
-    codec       of the activations that travel: "none", "bf16", "int8" or "vq", with settings "vq:codes=256:dim=16:every=50"; error_codec:
-                of the errors, "none", "bf16" or "int8"
+    codec       of the activations that travel, one of delock.codecs: BF16(), INT8(), VQ(codes=256, dim=16, every=50), or as text "bf16",
+                "int8", "vq:codes=256:dim=16:every=50"; error_codec: of the errors, BF16() or INT8()
     seed        of dropout, and of the order and transforms of data that has no seed of its own, such as a DataLoader
     workers     "processes" on this host, one per stage with `threads` threads each, or "inline", all stages in this process with
                 `threads` threads in all; under torchrun its ranks are used, and only rank 0 gets the Result, the others None

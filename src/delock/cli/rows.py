@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
 from delock.cli.config import CompareConfig, TrainConfig, build, flat, override, resolve, table
 from delock.cli.config.options import ComparisonOptions
-from delock.codecs import VQ
+from delock.codecs import CODECS, settings
 from delock.errors import UsageError
 from delock.methods import METHODS
 
 PLAIN = "plain"
-CODEC = tuple(option.name for option in fields(VQ))
+CODEC = tuple(name for codec in CODECS.values() for name in settings(codec))
 SHARED = ("method", "epochs", "steps", "eval_every", "seed")  # what makes rows comparable is not a row's own
 
 

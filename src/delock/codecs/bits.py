@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def bits_for(codes: int) -> int:
+    """Returns the bits of an index of 0 .. codes - 1."""
+    return (codes - 1).bit_length()
 
 
 def pack_bits(values: Tensor, width: int) -> Tensor:
-    """Whole numbers (n,) of 0 .. 2^width - 1, width 1 .. 16, as uint8 (ceil(n width / 8),); what is left of the last byte is 0."""
+    """Returns whole numbers (n,) of 0 .. 2^width - 1, width 1 .. 16, as uint8 (ceil(n width / 8),); what is left of the last byte is 0."""
+    import torch
+
     if width == 8:
         return values.to(torch.uint8)
     count = len(values)
@@ -15,11 +24,13 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
     packed = torch.zeros(len(rows), width, dtype=torch.int32, device=values.device)
     for i, byte, shift in _overlaps(width):
         packed[:, byte] |= rows[:, i] << shift if shift >= 0 else rows[:, i] >> -shift
-    return packed.bitwise_and_(255).to(torch.uint8).view(-1)[: length(count, width)]
+    return packed.bitwise_and_(255).to(torch.uint8).view(-1)[: packed_bytes(count, width)]
 
 
 def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
-    """The first `count` values of a row that `pack_bits` made, as int32 (count,)."""
+    """Returns the first `count` values of a row that `pack_bits` made, as int32 (count,)."""
+    import torch
+
     if width == 8:
         return packed[:count].to(torch.int32)
     groups = -(-count // 8)
@@ -30,12 +41,12 @@ def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
     return values.bitwise_and_((1 << width) - 1).view(-1)[:count]
 
 
-def length(count: int, width: int) -> int:
-    """Bytes that so many values take."""
+def packed_bytes(count: int, width: int) -> int:
+    """Returns the bytes that `count` values take."""
     return -(-count * width // 8)
 
 
 def _overlaps(width: int) -> list[tuple[int, int, int]]:
-    """Of eight values: (value, byte it has bits in, how far the value is to be shifted left to lie in that byte)."""
+    """Returns, for eight values, (value, a byte it has bits in, how far the value is to be shifted left to lie in that byte)."""
     spans = [(i, i * width, (i + 1) * width - 1) for i in range(8)]
     return [(i, byte, first - 8 * byte) for i, first, last in spans for byte in range(first // 8, last // 8 + 1)]

@@ -26,8 +26,8 @@ class Codebooks:
         e_j = sum_j / count_j                     both over 1 - r^t after t batches; count Laplace-smoothed with 1e-5
 
     A code whose count is below a hundredth of the mean is set to a vector drawn from the batch, and starts with just that count. The
-    first codes are drawn from the first batch. Of a batch with more than 64 vectors per code, every s-th is taken, s the least that
-    makes it so few, the first of them another one each time. Source: van den Oord et al., NeurIPS 2017 (arXiv 1711.00937), appendix
+    first codes are drawn from the first batch. Of a batch with more than 64 vectors per code, every s-th is taken, with the least s
+    that leaves no more, and the first of them another one each time. Source: van den Oord et al., NeurIPS 2017 (arXiv 1711.00937), appendix
     A.1; dead codes as in Dhariwal et al., arXiv 2005.00341.
     """
 
@@ -36,7 +36,7 @@ class Codebooks:
         self.vectors = self.counts = self.sums = torch.zeros(0)  # (N, K, d), (N, K), (N, K, d), float32
 
     def learn(self, x: Tensor, d: int) -> None:
-        """One step on the vectors of a batch: (M, N d), float32."""
+        """Makes one step on the vectors of a batch: (M, N d), float32."""
         stride = -(-len(x) // (PER_CODE * self.codes))
         batch = x[self.steps % stride :: stride]
         batch = batch.view(len(batch), -1, d).transpose(0, 1).contiguous()  # (N, m, d)
@@ -57,21 +57,21 @@ class Codebooks:
         self.sums = torch.where(dead[..., None], fresh * self.counts[..., None], self.sums)
 
     def _draw(self, batch: Tensor) -> Tensor:
-        """A vector of every group (N, m, d) for each code, none twice unless there are too few; at the same places in all: (N, K, d)."""
+        """Draws a vector of every group (N, m, d) for each code, at the same places in all; none twice, if there are enough: (N, K, d)."""
         order = torch.randperm(batch.shape[1], generator=torch.Generator().manual_seed(key(self.seed, self.steps)))
         return batch[:, order[torch.arange(self.codes) % len(order)].to(batch.device)]
 
     def state(self) -> dict[str, Any]:
-        """All there is, as values that can be saved."""
+        """Returns all there is, as values that can be saved."""
         return {"steps": self.steps, "vectors": self.vectors, "counts": self.counts, "sums": self.sums}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
+        """Goes on from `state()`."""
         self.steps, self.vectors, self.counts, self.sums = (state[name] for name in ("steps", "vectors", "counts", "sums"))
 
 
 def nearest(x: Tensor, codes: Tensor) -> Tensor:
-    """For every vector of x (M, d) the index (M,) of the nearest of `codes` (K, d), float32.
+    """Returns, for every vector of x (M, d), the index (M,) of the nearest of `codes` (K, d), float32.
 
     Distances are compared by x.(e - m) - (|e - m|^2 / 2 + m.(e - m)), m the mean code, to 16 significant bits: the code found may be
     farther than the nearest, squared, by |x - m|^2 / 2^15. That makes it twice as fast: the index takes the place of the last bits, so
@@ -100,7 +100,7 @@ def nearest(x: Tensor, codes: Tensor) -> Tensor:
 
 
 def _assigned(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the vectors x (m, d) are nearest to each code, and their sums: (K,), (K, d). Summed in one order, always."""
+    """Counts the vectors x (m, d) nearest to each code, and sums them, always in one order: (K,), (K, d)."""
     chosen = nearest(x, codes)
     sums = torch.zeros_like(codes)
     if x.is_cuda:

@@ -1,80 +1,81 @@
-"""Vector quantization of one stream of activations: indices travel, and every now and then the codebook that they are of."""
+"""Product quantization: a vector of channels travels as the index of the nearest one in a codebook that both ends have."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from delock.codecs.bits import pack_bits, unpack_bits
-from delock.codecs.cast import channel_axis, dtype_name, dtype_of
-from delock.codecs.codebook import Codebooks, nearest
-from delock.codecs.names import VQ
+from delock.codecs.base import Codec, Encoder, Payload, channel_axis, dtype_of
+from delock.codecs.bits import bits_for, packed_bytes
 from delock.errors import UsageError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-class VQEncoder:
-    """Encodes with the codebook last sent, while the next one is learned. `seed` is that of the codebooks' draws."""
-
-    def __init__(self, codec: VQ, seed: int) -> None:
-        self.codec, self.books = codec, Codebooks(codec.codes, seed)
-        self.version = 0  # of the codebook last sent
-        self.book = torch.zeros(0)  # that codebook, (N, K, d) float32; never written to
-        self.resend = False  # whether it has to go out again: the receiver may be another one
-
-    def encode(self, x: Tensor, learn: bool) -> dict[str, Any] | None:
-        """The payload of x, with at least two dimensions; None where nothing has been learned yet, and x is not to be learned from.
-
-        Indices are those of every place, group after group. Raises UsageError for another number of channels than before.
-        """
-        if not learn and not self.version:
-            return None
-        axis = channel_axis(x)
-        channels = x.shape[axis]
-        d = self.codec.length(channels)
-        if self.version and channels != self.book.shape[0] * self.book.shape[2]:
-            raise UsageError(f"vq has learned {self.book.shape[0] * self.book.shape[2]} channels, and this activation has {channels}")
-        vectors = x.detach().movedim(axis, -1).reshape(-1, channels).float()  # (M, C)
-        due = learn and self.books.steps % self.codec.every == 0
-        if learn:
-            self.books.learn(vectors, d)
-        if due:
-            self.version, self.book = self.version + 1, self.books.vectors.contiguous()
-        fresh, self.resend = due or self.resend, False
-        indices = torch.stack([nearest(part, book) for part, book in zip(torch.split(vectors, d, 1), self.book, strict=True)], 1)  # (M, N)
-        return {
-            "codec": "vq",
-            "codes": pack_bits(indices.view(-1), self.codec.bits),
-            "shape": list(x.shape),
-            "stride": list(torch.empty_like(x, device="meta").stride()),  # dense, in the order of x
-            "dtype": dtype_name(x),
-            "version": self.version,
-            "book": self.book,
-            "fresh": fresh,
-        }
-
-    def state(self) -> dict[str, Any]:
-        """All there is, as values that can be saved."""
-        return {"books": self.books.state(), "version": self.version, "book": self.book}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`: the next payload brings its codebook."""
-        self.books.load(state["books"])
-        self.version, self.book, self.resend = state["version"], state["book"], True
+LARGEST = 65536  # codes: an index then takes two bytes
 
 
-def decode_vq(payload: dict[str, Any]) -> Tensor:
-    """The vectors that the indices stand for, in the old shape, layout and dtype."""
-    shape: list[int] = payload["shape"]
-    book: Tensor = payload["book"]
-    groups, codes, d = book.shape
-    x = torch.empty_strided(shape, payload["stride"], dtype=dtype_of(payload), device=book.device)
-    axis = channel_axis(x)
-    count = x.numel() // d
-    indices = unpack_bits(payload["codes"], (codes - 1).bit_length(), count).view(-1, groups)
-    if groups > 1:
-        indices = indices + torch.arange(0, groups * codes, codes, dtype=indices.dtype, device=indices.device)
-    vectors = torch.nn.functional.embedding(indices, book.reshape(-1, d))  # (M, N, d)
-    x.movedim(axis, -1).copy_(vectors.view(x.movedim(axis, -1).shape))
-    return x
+@dataclass(frozen=True)
+class VQ(Codec):
+    """Product quantization: the channels in groups of `dim`, each group with a codebook of `codes` vectors that learns as it goes.
+
+    `groups` may be given in place of `dim`. `every`: batches between two codebooks sent. The codebooks learn what activations look
+    like, so errors are not encoded with them.
+    """
+
+    codes: int = 256
+    dim: int = 16
+    groups: int | None = None
+    every: int = 50
+    name: ClassVar[str] = "vq"
+    takes_errors: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.codes <= LARGEST:
+            raise UsageError(f"a codebook of {self.codes} codes is out of range: vq takes codes=2 to codes={LARGEST}")
+        for name, value in (("dim", self.dim), ("groups", self.groups), ("every", self.every)):
+            if value is not None and value < 1:
+                raise UsageError(f"vq's {name} is {value}, but it must be at least 1")
+        if self.groups is not None and self.dim != VQ.dim:
+            raise UsageError(f"vq is given dim={self.dim} and groups={self.groups}, which say the same thing: give one of them")
+
+    def takes(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """True for numbers of more than one byte in tensors that have channels."""
+        return super().takes(shape, dtype) and len(shape) > 1 and dtype.itemsize > 1
+
+    def encoded_bytes(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Counts an index per vector, in whole bytes, and a codebook every so many batches."""
+        channels = shape[channel_axis(shape)]
+        indices = prod(shape) // self.group_size(channels)
+        return packed_bytes(indices, bits_for(self.codes)), 4 * self.codes * channels / self.every
+
+    def group_size(self, channels: int) -> int:
+        """Returns d, the channels in a group. Raises UsageError where the groups are not of equal size."""
+        if self.groups is None and channels % self.dim == 0:
+            return self.dim
+        if self.groups is not None and channels % self.groups == 0:
+            return channels // self.groups
+        asked = f"{self.groups} groups" if self.groups is not None else f"groups of {self.dim}"
+        sizes = ", ".join(str(n) for n in range(1, channels + 1) if channels % n == 0)
+        raise UsageError(f"vq cannot divide {channels} channels into {asked}: give dim=N (or groups=N) with one of {sizes}")
+
+    def encoder(self, seed: int) -> Encoder:
+        """Returns an encoder with codebooks still to be learned; `seed` is that of their draws."""
+        from delock.codecs.quantize import VQEncoder
+
+        return VQEncoder(self.codes, self.every, self.group_size, seed)
+
+    @staticmethod
+    def decode(payload: Payload) -> Tensor:
+        """Returns the vectors that the indices stand for."""
+        from delock.codecs.quantize import decode_vq
+
+        return decode_vq(payload)
+
+    @staticmethod
+    def sizes(payload: Payload) -> tuple[int, int, int]:
+        """Counts indices, and the codebook where it is sent along."""
+        codes: Tensor = payload["codes"]
+        return prod(payload["shape"]) * dtype_of(payload).itemsize, codes.nbytes, payload["book"].nbytes if payload["fresh"] else 0

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from delock.codecs import Codec
-from delock.codecs.coding import Encoder, Payload, decode, encoder, takes
+from delock.codecs import Codec, Encoder, Payload, decode
 from delock.errors import DelockError
 from delock.keys import key
 from delock.links import Link
@@ -37,14 +36,14 @@ class CodedLink:
         return self.link.send(to, name, message)
 
     def _encoded(self, to: int, codec: Codec, learn: bool, place: int, x: Tensor) -> Any:
-        if not takes(codec, x.shape, x.dtype):
+        if not codec.takes(x.shape, x.dtype):
             return x
         payload = self._encoder(to, place, codec).encode(x, learn)
         return x if payload is None else payload
 
     def _encoder(self, to: int, place: int, codec: Codec) -> Encoder:
         if (to, place) not in self.encoders:
-            self.encoders[to, place] = encoder(codec, key(self.seed, "codec", self.k, to, place))
+            self.encoders[to, place] = codec.encoder(key(self.seed, "codec", self.k, to, place))
         return self.encoders[to, place]
 
     def receive(self, source: int, name: MessageName) -> Message:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from delock.codecs.coding import Payload, sizes
+from delock.codecs import Payload, sizes
 from delock.links.message import Message, MessageName, items
 from delock.records import Traffic
 

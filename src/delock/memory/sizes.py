@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from delock.codecs import Codec
-from delock.codecs.coding import predicted
 from delock.memory.compose import StageGraph
 from delock.memory.optimizer import Steps
 from delock.memory.peaks import LinkBytes, StageBytes
@@ -56,7 +55,7 @@ class RunLinks:
     def _encoded(self, codec: Codec | None, outputs: Outputs) -> float:
         if codec is None:
             return _bytes(outputs)
-        return sum(map(sum, (predicted(codec, shape, dtype) for shape, dtype in outputs)))
+        return sum(map(sum, (codec.predicted(shape, dtype) for shape, dtype in outputs)))
 
 
 def stage_sizes(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from delock.codecs.coding import check as check_codec
 from delock.errors import UsageError
 from delock.links.connect import refuse_link
 from delock.methods import AsyncDGL, Method
@@ -78,6 +77,6 @@ def refuse_unfit_codecs(request: Request, cut: Sequence[LayerCost]) -> None:
     K = len(cut) + 1
     for k, cost in enumerate(cut):
         if request.codec:
-            check_codec(request.codec, cost.outputs, f"stage {k}")
+            request.codec.check(cost.outputs, f"stage {k}")
     if request.error_codec and K > 1 and not any(step.down for column in unroll(request.method, K, 1).columns for step in column):
         raise UsageError(f"{request.method.name} sends no errors down, so there is none for an error codec: leave it out")

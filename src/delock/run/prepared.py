@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from delock.codecs import Codec
-from delock.codecs.coding import predicted
 from delock.engine.feed import samples
 from delock.execution import Execution
 from delock.links.connect import shares
@@ -215,7 +214,7 @@ class PreparedRun:
     def _encoded(self, codec: Codec, cut: int, parts: int) -> tuple[float, float]:
         """Bytes of the activation there once encoded, and of codebooks: means over the messages."""
         outputs = [((-(-shape[0] // parts), *shape[1:]) if shape else shape, dtype) for shape, dtype in self.costs[cut - 1].outputs]
-        payload, books = zip(*(predicted(codec, shape, dtype) for shape, dtype in outputs), strict=True)
+        payload, books = zip(*(codec.predicted(shape, dtype) for shape, dtype in outputs), strict=True)
         return sum(payload), sum(books)
 
 
