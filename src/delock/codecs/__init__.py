@@ -51,7 +51,7 @@ def parse_error(codec: str | Codec | None) -> Codec | None:
     found = parse(codec)
     if found is not None and not found.takes_errors:
         *others, last = ["none", *(name for name, other in CODECS.items() if other.takes_errors)]
-        raise UsageError(f"errors travel as {', '.join(others)} or {last}: {found.name} is for activations, and learns what these look like")
+        raise UsageError(f"errors travel as {', '.join(others)} or {last}: {found.name} learns what activations look like")
     return found
 
 
