@@ -50,8 +50,8 @@ def parse_error(codec: str | Codec | None) -> Codec | None:
     """Returns the codec of errors that is meant, as `parse` does. Raises UsageError for one that is for activations alone."""
     found = parse(codec)
     if found is not None and not found.takes_errors:
-        *others, last = ["none", *(name for name, other in CODECS.items() if other.takes_errors)]
-        raise UsageError(f"errors travel as {', '.join(others)} or {last}: {found.name} learns what activations look like")
+        names = " or ".join(name for name, other in CODECS.items() if other.takes_errors)
+        raise UsageError(f"errors travel as none, {names}: {found.name} learns what activations look like")
     return found
 
 
