@@ -1,25 +1,25 @@
-"""The errors that Delock raises on purpose."""
+"""Defines the errors that Delock raises on purpose."""
 
 
 class DelockError(Exception):
-    """Base of every error below."""
+    """The base of every error below."""
 
 
 class UsageError(DelockError, ValueError):
-    """Bad input: says what was wrong in the user's words, and the remedy. The command line prints it as one line and exits with 2."""
+    """Raised for bad input: the message says in the user's words what is wrong, and the remedy. The command line then exits with 2."""
 
 
 class StageFailed(DelockError):
-    """A stage raised, died or hung during a run. The message names the stage, the op and the batch, and shows the original traceback."""
+    """Raised if a stage raised, died or hung: the message names the stage, the op and the batch, and shows the original traceback."""
 
 
 class NonFinite(UsageError):
-    """A loss became infinite or NaN; says at which batch and stage."""
+    """Raised if a loss becomes infinite or NaN: the message names the batch and the stage."""
 
 
 class PlanError(DelockError):
-    """A plan that cannot be executed: the message shows its chart, and what waits for what."""
+    """Raised for a plan that cannot be executed: the message shows its chart, and what waits for what."""
 
 
 class LinkError(DelockError):
-    """A message that should not have come: the two stages do not follow the same plan."""
+    """Raised for a message that was not due: the two stages do not follow the same plan."""

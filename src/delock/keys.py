@@ -1,4 +1,4 @@
-"""Randomness as a function of names: one 63-bit key for (seed, stage, batch) and the like, whoever computes it and when."""
+"""Makes randomness a function of names: a key depends on (seed, stage, batch) and the like, not on the process or the time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import hashlib
 
 
 def key(*parts: int | str) -> int:
-    """A seed for torch's generators, in 0 .. 2**63 - 1; equal parts give equal keys on every machine and Python version."""
+    """Returns a seed for torch's generators, in 0 .. 2**63 - 1; equal parts give equal seeds on every machine and Python version."""
     text = "\x1f".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -1,4 +1,4 @@
-"""Optimizers, learning rates and metrics as small picklable values, ready for `fit`."""
+"""Offers optimizers, learning rates and metrics as small picklable values, ready for `fit`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data: loaders whose batches follow from (seed, epoch, sample), so that every method and number of stages gets the same."""
+"""Provides data loaders whose batches follow from (seed, epoch, sample), so that every method and number of stages gets the same."""
 
 from delock.data.alphabet import Alphabet
 from delock.data.augment import Augment

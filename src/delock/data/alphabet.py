@@ -1,4 +1,4 @@
-"""Text as tokens and back: the characters that occur in it, or the 256 bytes of UTF-8."""
+"""Turns text into tokens and back: the characters that occur in it, or the 256 bytes of UTF-8."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from delock.errors import UsageError
 
 @dataclass(frozen=True)
 class Alphabet:
-    """Token i is characters[i], in order of their code points; None: token i is byte i of UTF-8. A string is all there is to save."""
+    """Maps tokens to characters: token i is characters[i], sorted by code point; with characters=None, token i is byte i of UTF-8.
+
+    Saving the string `characters` saves the alphabet. Raises UsageError for characters that are missing, unsorted or repeated.
+    """
 
     characters: str | None
 
@@ -27,7 +30,7 @@ class Alphabet:
         return 256 if self.characters is None else len(self.characters)
 
     def encode(self, text: str) -> Tensor:
-        """The tokens of a text, (N,) int64. Raises UsageError for a character that is not in the alphabet."""
+        """Returns the tokens of a text, (N,) int64. Raises UsageError for a character that is not in the alphabet."""
         if self.characters is None:
             return torch.tensor(list(text.encode("utf-8", "surrogatepass")), dtype=torch.int64)
         codes, known = _code_points(text), _code_points(self.characters)
@@ -41,7 +44,7 @@ class Alphabet:
         return torch.from_numpy(tokens)
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
-        """The text of tokens (N,). Bytes that are no UTF-8 become U+FFFD: a model may well put such bytes together."""
+        """Returns the text of tokens (N,). Byte sequences that are not UTF-8, which a model may well generate, become U+FFFD."""
         numbers = tokens.tolist() if isinstance(tokens, Tensor) else tokens
         if self.characters is None:
             return bytes(numbers).decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""The standard augmentation of small images, crop and flip, as a function of (key of the epoch, sample)."""
+"""Crops and flips small images, the standard augmentation, as a function of (key of the epoch, sample)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FIELD = np.uint64(0xFFFFFF)  # 24 bits of the hash for each draw
 
 @dataclass(frozen=True)
 class Augment:
-    """Pad by `padding` black pixels on every side, crop back to the old size at a random place; mirror half of the images if `flip`."""
+    """Pads every side by `padding` black pixels, crops to the old size at a random place, and with `flip` mirrors half of the images."""
 
     padding: int
     flip: bool
 
     def __call__(self, pixels: NDArray[np.uint8], samples: NDArray[np.int64], key: int) -> NDArray[np.uint8]:
-        """pixels (B, C, H, W) of the samples (B,) -> (B, C, H, W). What happens to a sample does not depend on the rest of the batch."""
+        """Returns the augmented pixels (B, C, H, W) of the samples (B,). One sample's result does not depend on the rest of the batch."""
         bits = splitmix64(key, samples)  # (B,)
         cropped = self._crop(pixels, bits) if self.padding else pixels.copy()
         if self.flip:
@@ -42,5 +42,5 @@ class Augment:
 
 
 def standard(size: int, *, flip: bool) -> Augment:
-    """The usual crop for images of this size: 4 pixels from 28 x 28 up, 1 for the 8 x 8 digits, where 4 would cut half of the image."""
+    """Returns the usual augmentation for this image size: padding 4 from 28 x 28 up, 1 for 8 x 8 digits, where 4 would cut half away."""
     return Augment(padding=min(4, size // 7), flip=flip)

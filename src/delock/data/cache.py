@@ -1,4 +1,4 @@
-"""Files that can be made again: where they are kept, and how one is written so that nobody ever sees half of it."""
+"""Keeps files that can be made again; a file is written so that no reader ever sees half of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from delock.errors import UsageError
 
 
 def cache_dir() -> Path:
-    """$DELOCK_CACHE, else delock under $XDG_CACHE_HOME, else ~/.cache/delock."""
+    """Returns $DELOCK_CACHE, else delock under $XDG_CACHE_HOME, else ~/.cache/delock."""
     if own := os.environ.get("DELOCK_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -22,9 +22,9 @@ def cache_dir() -> Path:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Save under a temporary name beside `path`, then rename: readers find the old file or the new one, whole.
+    """Saves under a temporary name beside `path`, then renames: readers find either the old file or the new one, complete.
 
-    Raises UsageError where the directory cannot be written.
+    Raises UsageError if the directory cannot be written.
     """
     temporary: str | None = None
     try:
@@ -41,9 +41,9 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path, fingerprint: str, *, verify: bool) -> dict[str, Any] | None:
-    """The content, its tensors mapped from the file; None if there is no file, or a damaged one, or one with another fingerprint.
+    """Returns the content, its tensors mapped from the file; None if the file is missing, damaged, or has another fingerprint.
 
-    `verify` reads the file once to compare its checksums (0.1 s for 180 MB).
+    verify: read the whole file once to compare its checksums (0.1 s for 180 MB).
     """
     try:
         if verify:
@@ -52,5 +52,5 @@ def read(path: Path, fingerprint: str, *, verify: bool) -> dict[str, Any] | None
                     return None
         content: dict[str, Any] = torch.load(path, mmap=True, weights_only=True)
         return content if content["fingerprint"] == fingerprint else None
-    except Exception:  # there is no end to the ways in which a file can be damaged, and one remedy: make it again
+    except Exception:  # a file can be damaged in many ways, and there is one remedy: make it again
         return None

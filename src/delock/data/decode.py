@@ -1,4 +1,4 @@
-"""From image files to one uint8 tensor."""
+"""Decodes image files into one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ CHUNK = 64  # files per task of the pool: enough to hide what a task costs, few 
 
 
 def decode(files: list[Path], image_size: int | None, on_progress: OnProgress | None = None) -> Tensor:
-    """(N, 3, S, S) uint8, RGB, in the order of `files`; S is `image_size`, else the size of the first image.
+    """Returns the images as (N, 3, S, S) uint8, RGB, in the order of `files`; S is `image_size`, or the size of the first image.
 
     With an image_size, an image of another size is cut to a square about its centre and resized (bilinear, antialiased).
-    Raises UsageError for a file that is no readable image, and, without an image_size, for one that is not as large as the first or
-    not square.
+    on_progress(done, total): called with numbers of images while they are decoded.
+    Raises UsageError for a file that is not a readable image and, without an image_size, for an image that is not square or not as
+    large as the first.
     """
     size = image_size or _own_size(files[0])
     pixels = np.empty((len(files), 3, size, size), np.uint8)
@@ -33,7 +34,7 @@ def decode(files: list[Path], image_size: int | None, on_progress: OnProgress | 
             pixels[i] = _read(files[i], size, resize=image_size is not None, first=files[0]).transpose(2, 0, 1)
         return stop
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: decoding leaves the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: decoding releases the interpreter's lock
         try:
             for done in pool.map(fill, range(0, len(files), CHUNK)):
                 if on_progress is not None:
@@ -52,13 +53,13 @@ def _own_size(file: Path) -> int:
 
 
 def _read(file: Path, size: int | None, *, resize: bool, first: Path) -> NDArray[np.uint8]:
-    """(H, W, 3)."""
+    """Returns one image as (H, W, 3) uint8."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # what PIL's readers raise
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # raised by PIL's readers
         raise UsageError(f"cannot read the image {file}: {error}. Repair or remove it") from error
     if size is not None and image.size != (size, size):
         if not resize:

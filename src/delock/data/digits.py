@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's 1,797 handwritten digits, 8 x 8 pixels in 17 shades of grey, ten classes."""
+"""Reads the embedded data set: scikit-learn's 1,797 handwritten digits, 8 x 8 pixels in 17 shades of grey, ten classes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ TEST_IMAGES = 360
 
 
 def digits() -> Source:
-    """1,437 training and 360 test images, stratified by class. The split is always that of seed 0, whatever the seed of the run.
+    """Returns 1,437 training and 360 test images, stratified by class; the split does not depend on the seed of the run.
 
-    Shades 0 .. 16 are scaled to 0 .. 240. Never flipped: a mirrored digit is no digit.
+    Shades 0 .. 16 are scaled to 0 .. 240. Digits are not flipped, because a mirrored digit is not a digit.
     """
-    from sklearn.datasets import load_digits  # 2 s to import: only who reads digits pays
+    from sklearn.datasets import load_digits  # takes 2 s to import: only for those who read digits
     from sklearn.model_selection import train_test_split
 
     found = load_digits()

@@ -1,4 +1,4 @@
-"""Images in a directory, laid out like ImageNet: DIR/train/CLASS/*.jpg and DIR/test (or DIR/val)/CLASS/*.jpg; decoded once, cached."""
+"""Reads images from a directory laid out like ImageNet, DIR/train/CLASS/*.jpg and DIR/test (or val)/CLASS/*.jpg; decodes once, caches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ FORMAT = 1  # raise when the content of the cache file changes
 
 
 def folder(directory: Path, *, image_size: int | None = None, on_progress: OnProgress | None = None) -> Source:
-    """RGB images, all of one size: their own, or `image_size` x `image_size`, to which those of another size are fitted.
+    """Returns the RGB images of a directory, all of one size: their own, or `image_size` x `image_size`, to which others are fitted.
 
-    The decoded images are kept in one file in the cache directory and mapped from there, so a second start takes about a second, and
-    a loader sent to another process carries a path. The file is made again when a name, size or date in DIR has changed. Decoding
-    needs room in memory for all images once (bytes: 3 x height x width each).
+    The decoded images are kept in one file in the cache directory and mapped from there. So a second start takes about a second, and
+    a loader sent to another process carries only a path. The file is made again when the name, size or date of a file in DIR changes.
+    Decoding needs memory for all images at once: 3 x height x width bytes each.
+    on_progress(done, total): called with numbers of images while they are decoded.
     Raises UsageError for a missing directory, missing, empty or differing classes, a broken image, and images of several sizes.
     """
     if image_size is not None and image_size < 1:

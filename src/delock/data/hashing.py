@@ -1,4 +1,4 @@
-"""Counter-based random numbers on whole arrays: the i-th number depends on (key, i) alone, not on what was drawn before it."""
+"""Computes counter-based random numbers on whole arrays: the i-th number depends on (key, i) alone, not on earlier draws."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ MIX2 = np.uint64(0x94D049BB133111EB)
 
 
 def splitmix64(key: int, counters: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """64 random bits for each counter: entry i is output counters[i] of the generator SplitMix64 started at `key`.
+    """Returns 64 random bits for each counter: entry i is output counters[i] of the generator SplitMix64 started at `key`.
 
-    Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. Its state only counts up by GOLDEN, so any
-    output can be had without those before it. Keys come from `delock.keys.key`, which spreads them over the state space.
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. The state of the generator only counts up
+    by GOLDEN, so any output can be computed without those before it. Keys come from `delock.keys.key`, which spreads them over the state
+    space.
     """
     z = (counters.astype(np.uint64) + np.uint64(1)) * GOLDEN + np.uint64(key)  # arrays of uint64 wrap around, as they should
     z = (z ^ (z >> np.uint64(30))) * MIX1
@@ -23,5 +24,5 @@ def splitmix64(key: int, counters: NDArray[np.int64]) -> NDArray[np.uint64]:
 
 
 def permutation(key: int, n: int) -> NDArray[np.int64]:
-    """A random order of 0 .. n-1: the order of n hashes. Unlike a library's shuffle it is the same under every version."""
+    """Returns a random order of 0 .. n-1, (n,): that of n hashes. Unlike a library's shuffle, it is the same under every version."""
     return np.argsort(splitmix64(key, np.arange(n)), kind="stable")

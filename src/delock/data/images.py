@@ -1,4 +1,4 @@
-"""Labelled images held in memory as bytes, and the Loader that turns them into shuffled, augmented, normalised batches."""
+"""Holds labelled images in memory as bytes, and loads them as shuffled, augmented, normalised batches."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from delock.keys import key
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """pixels (N, C, H, W) uint8 and labels (N,) int64, both on the CPU.
+    """Holds pixels (N, C, H, W) uint8 and labels (N,) int64, both on the CPU. Raises UsageError for other shapes and dtypes.
 
-    `reopen` = (function, arguments) finds the same images again in another process, where they lie in a file: then a pickle holds
-    that in place of the bytes.
+    reopen: (function, arguments) that finds the same images in another process, if they lie in a file; a pickle then holds this pair
+    in place of the bytes.
     """
 
     pixels: Tensor
@@ -46,14 +46,14 @@ class Images:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation of each channel, with pixels scaled to 0 .. 1."""
+    """Holds the mean and standard deviation of each channel, for pixels scaled to 0 .. 1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 def statistics(images: Images) -> Statistics:
-    """Over all pixels of all images; exact up to the last rounding, because it works on the counts of the 256 values."""
+    """Returns mean and standard deviation over all pixels of all images, from counts of the 256 values, so exact up to rounding."""
     channels = images.pixels.shape[1]
     counts = np.zeros((channels, 256), np.int64)
     for some in torch.split(images.pixels, 1024):  # bincount widens its input to int64: keep that copy small
@@ -67,11 +67,11 @@ def statistics(images: Images) -> Statistics:
 
 
 class Batches:
-    """A Loader over `Images`: inputs (B, C, H, W) float32 normalised by `stats`, targets (B,) int64.
+    """Loads batches of `Images`: inputs (B, C, H, W) float32 normalised by `stats`, targets (B,) int64.
 
-    With `shuffle`, the order of epoch e is a permutation that follows from (seed, e); the augmentation of a sample follows from
-    (seed, e, index of the sample in `images`). Neither depends on batch size or on who asks. The last batch holds what is left.
-    `samples` restricts the loader to these indices.
+    With `shuffle`, the order of epoch e is a permutation that follows from (seed, e). The augmentation of a sample follows from
+    (seed, e, index of the sample in `images`). Neither depends on the batch size or on the process. The last batch of an epoch holds the
+    remaining samples. samples: indices to which the loader is restricted, (n,) int64.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Batches:
         return [min(self.batch_size, len(self.samples) - i) for i in range(0, len(self.samples), self.batch_size)]
 
     def order(self, e: int) -> NDArray[np.int64]:
-        """The samples of epoch e, as indices into `images`, in the order in which they come."""
+        """Returns the samples of epoch e as indices into `images`, (n,) int64, in the order in which they are read."""
         return self.samples[permutation(key(self.seed, "order", e), len(self.samples))] if self.shuffle else self.samples
 
     def epoch(self, e: int) -> Iterator[tuple[Tensor, Tensor]]:

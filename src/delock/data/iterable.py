@@ -1,4 +1,4 @@
-"""Anybody's own batches as a Loader: a torch DataLoader, a list, or any other iterable of (inputs, targets)."""
+"""Makes a Loader from the user's own batches: a torch DataLoader, a list, or any other iterable of (inputs, targets)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from delock.keys import key
 
 
 def as_loader(obj: Any, seed: int = 0, *, batches_per_epoch: int | None = None) -> Loader:
-    """`obj` itself if it is a Loader already, else a Loader over what iterating it gives, batch by batch.
+    """Returns `obj` itself if it is a Loader already, else a Loader over the batches that iterating it gives.
 
-    Its data is made a function of (seed, epoch, batch): the default random generators are seeded before `iter` and before each
-    batch and put back afterwards, own generators of a DataLoader and its sampler are seeded at the start of an epoch, and
-    `set_epoch` is called on `obj` and its samplers where it exists. So nothing that happens elsewhere in the process changes the
-    data. Workers of a DataLoader follow, except with persistent_workers, whose generators run on across epochs.
-    batches_per_epoch: read only so many; needed where `obj` has no length.
-    Raises UsageError for what cannot be iterated and for a missing or impossible length. While reading, it is raised for an item
-    that is no pair, inputs that are no tensor or tuple of tensors, and an epoch with fewer batches than promised.
+    The Loader makes the data a function of (seed, epoch, batch), so that nothing that happens elsewhere in the process changes it. It seeds
+    the default random generators before `iter` and before each batch, and restores them afterwards. It seeds the generators that a
+    DataLoader and its sampler own at the start of an epoch, and calls `set_epoch` on `obj` and its samplers where it exists. The workers of
+    a DataLoader follow, except with persistent_workers, whose generators run on across epochs.
+    batches_per_epoch: read only this number of batches; required if `obj` has no length.
+    Raises UsageError if `obj` cannot be iterated, or if its length is missing or below 1. Reading raises it for an item that is not a pair,
+    for inputs that are not a tensor or a tuple of tensors, and for an epoch with fewer batches than promised.
     """
     if isinstance(obj, Loader):
         return obj
@@ -41,7 +41,7 @@ def as_loader(obj: Any, seed: int = 0, *, batches_per_epoch: int | None = None) 
 
 
 class Plain:
-    """The Loader that `as_loader` makes. Picklable if the object is."""
+    """Loads the batches of any iterable, for `as_loader`. It can be pickled if the iterable can."""
 
     def __init__(self, obj: Iterable[Any], seed: int, batches: int) -> None:
         self.obj = obj
@@ -52,7 +52,7 @@ class Plain:
         return self.batches
 
     def sizes(self) -> list[int] | None:
-        """Known for a list of batches and for a DataLoader over a map-style data set with the usual batching; else None."""
+        """Returns the samples of each batch for a list of batches and a map-style DataLoader with the usual batching; else None."""
         sizes = _sizes(self.obj)
         return sizes[: self.batches] if sizes is not None and len(sizes) >= self.batches else None
 
@@ -71,7 +71,7 @@ class Plain:
 
 @contextmanager
 def seeded(k: int) -> Iterator[None]:
-    """Within: torch's default CPU generator, numpy's and Python's start from `k`. After: they go on where they were."""
+    """Seeds the default generators of torch (CPU), numpy and Python with `k` within the block, and restores their states after it."""
     torch_state, numpy_state, python_state = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(k)  # not torch.manual_seed, which would seed the GPUs as well
     np.random.seed(k % 2**32)
@@ -115,7 +115,7 @@ def _sizes(obj: Any) -> list[int] | None:
 
 
 def _first(item: Any) -> Tensor | None:
-    """The tensor of a batch whose first dimension counts its samples, if it has one."""
+    """Returns the tensor of a batch whose first dimension counts the samples, or None."""
     inputs = item[0] if isinstance(item, (list, tuple)) and item else None
     inputs = inputs[0] if isinstance(inputs, (list, tuple)) and inputs else inputs
     return inputs if isinstance(inputs, Tensor) and inputs.dim() else None

@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Loads data sets by name."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ def load(
     test_batch_size: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Data:
-    """The data set `name` (one of NAMES) as a training and a test loader.
+    """Returns the data set `name` (one of NAMES) as a training and a test loader.
 
-    data_dir: where "folder" finds its images, and torchvision's sets their files (default: datasets in the cache directory).
-    seed: order and augmentation of the training images; never which images there are. The test loader has a fixed order.
-    image_size: "folder": resize to it; "synthetic": make them so large; the other sets have the size they have.
-    limit: train on so many images only, a fixed random choice (a smaller one is part of a larger one); statistics are of all.
-    on_progress(done, total): called while images are decoded.
+    data_dir: the directory of the images of "folder" or of torchvision's files (default for these: datasets in the cache directory).
+    seed: decides the order and the augmentation of the training images, never their choice. The test loader has a fixed order.
+    download: fetch torchvision's files into data_dir first.
+    image_size: the size to which "folder" resizes its images and in which "synthetic" makes them; other sets accept None only.
+    limit: train on this number of images, a fixed random choice (a smaller choice is part of a larger one); statistics are of all images.
+    test_batch_size: by default batch_size.
+    on_progress(done, total): called with numbers of images while they are decoded.
     Raises UsageError for an unknown name, data that is missing or unfit, and numbers out of range.
     """
     source = _source(name, Path(data_dir) if data_dir is not None else None, download, image_size, on_progress)

@@ -1,4 +1,4 @@
-"""Which images a directory in ImageNet's layout holds, without opening one."""
+"""Lists the images of a directory in ImageNet's layout, without opening one."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """classes, sorted; files, sorted by class and name; labels (N,) int64; stamp: every file's name, bytes and date as one string."""
+    """Lists the images of one part, training or test."""
 
-    classes: list[str]
-    files: list[Path]
-    labels: Tensor
-    stamp: str
+    classes: list[str]  # sorted
+    files: list[Path]  # sorted by class and name
+    labels: Tensor  # (N,) int64
+    stamp: str  # name, size in bytes and date of every file
 
 
 def scan(directory: Path) -> tuple[Listing, Listing]:
-    """The training and the test images. Of DIR/test and DIR/val the first that exists is the test set.
+    """Returns the training and the test images; the test images are those of DIR/test, or of DIR/val if there is no DIR/test.
 
-    Raises UsageError for a missing directory, a missing or empty class, and classes that differ between the two.
+    Raises UsageError for a missing directory, a missing or empty class, and classes that differ between the two parts.
     """
     if not directory.is_dir():
         raise UsageError(f"data directory {directory} does not exist (or is no directory): expected one with train/CLASS/*.jpg in it")
@@ -59,7 +59,7 @@ def _listing(part: Path) -> Listing:
 
 
 def _stamps(directory: Path) -> list[tuple[str, str]]:
-    """(name, "bytes date") of each image."""
+    """Returns (name, "bytes date") of each image."""
     stamps = []
     for entry in os.scandir(directory):
         if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file():

@@ -1,4 +1,4 @@
-"""A data set before it is batched: what each reader (digits, vision, folder, synthetic) returns."""
+"""Defines Source, a data set before it is batched; the readers digits, vision, folder and synthetic return one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OnProgress: TypeAlias = Callable[[int, int], None]  # (images done, images in al
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Training and test images, `stats` of the training images, and whether a mirror image is as good as the original (`flip`)."""
+    """Holds the training and test images of a data set."""
 
     train: Images
     test: Images
     classes: int
-    stats: Statistics
-    flip: bool
+    stats: Statistics  # of the training images
+    flip: bool  # a mirrored image is as good as the original

@@ -1,4 +1,4 @@
-"""Made-up images for benchmarks and quick runs: one random picture per class, seen through noise, so that a network can learn them."""
+"""Makes images for benchmarks and quick runs: one random picture per class plus noise, so that a network can learn them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from delock.errors import UsageError
 def synthetic(
     images: int = 2048, test_images: int = 512, *, channels: int = 3, image_size: int = 32, classes: int = 10, seed: int = 0
 ) -> Source:
-    """`images` training and `test_images` test images (channels, image_size, image_size); label of image i is i modulo `classes`.
+    """Returns random images (channels, image_size, image_size), `images` for training and `test_images` for testing.
 
-    Raises UsageError where a count is below 1.
+    The label of image i is i modulo `classes`. Equal arguments give equal images. Raises UsageError for a count below 1.
     """
     counts = {"images": images, "test_images": test_images, "channels": channels, "image_size": image_size, "classes": classes}
     for name, count in counts.items():

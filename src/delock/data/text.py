@@ -1,4 +1,4 @@
-"""A text, cut into windows of tokens that a language model reads and predicts: a file, or the reference manual inside Python."""
+"""Cuts a text into windows of tokens for a language model: a file, or the language reference that comes with Python."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tokens = NDArray[Any]  # (N,) of the smallest unsigned type that holds the alpha
 
 @dataclass(frozen=True)
 class TextData:
-    """A text, ready to train on: inputs (B, context) int64 tokens, targets (B, context) int64, the token after each of them."""
+    """Holds a text, ready to train on: inputs are tokens (B, context) int64, targets (B, context) int64 the token after each of them."""
 
     train: Loader
     test: Loader
@@ -35,22 +35,22 @@ class TextData:
 
     @property
     def vocabulary(self) -> int:
-        """Number of different tokens."""
+        """Returns the number of different tokens."""
         return len(self.alphabet)
 
     def encode(self, text: str) -> Tensor:
-        """As `Alphabet.encode`."""
+        """Returns the tokens of a text, as `Alphabet.encode` does."""
         return self.alphabet.encode(text)
 
     def decode(self, tokens: Tensor) -> str:
-        """As `Alphabet.decode`."""
+        """Returns the text of tokens, as `Alphabet.decode` does."""
         return self.alphabet.decode(tokens)
 
 
 class RandomWindows:
-    """A Loader of windows that begin anywhere: sample i of epoch e begins at a place that follows from (seed, e, i) alone.
+    """Loads windows that begin anywhere in the text: sample i of epoch e begins at a place that follows from (seed, e, i) alone.
 
-    Every batch is full. Its pickle holds the text.
+    Every batch is full. A pickle of the loader holds the text.
     """
 
     def __init__(self, tokens: Tokens, context: int, batch_size: int, batches: int, seed: int) -> None:
@@ -70,10 +70,10 @@ class RandomWindows:
 
 
 class Passages:
-    """A Loader of the windows that follow one another without overlap, the same in every epoch; the last batch holds what is left.
+    """Loads windows that follow one another without overlap, the same in every epoch; the last batch holds the remaining windows.
 
-    Every token but the first is a target once, except those of a last window that is not full: it is left out, so that all windows
-    are of one length, and the mean over samples that an evaluation takes is the mean over tokens. Its pickle holds the text.
+    Every token but the first is a target once. A last window that is not full is left out: so all windows are of one length, and
+    the mean over samples that an evaluation takes is the mean over tokens. A pickle of the loader holds the text.
     """
 
     def __init__(self, tokens: Tokens, context: int, batch_size: int) -> None:
@@ -103,15 +103,17 @@ def load_text(
     batches_per_epoch: int | None = None,
     test_batch_size: int | None = None,
 ) -> TextData:
-    """The text of a file as a training and a validation loader: its first part and its last, `test_fraction` of the tokens.
+    """Returns the text of a file as a training and a validation loader; validation reads the last `test_fraction` of the tokens.
 
-    path: None is the embedded text, the language reference that Python prints in help() (`pydoc_data.topics`, 465,000 characters under
-    3.11). It differs between Python versions, and so do results on it; `TextData.name` tells the version.
-    level: "char", tokens are the characters that occur in the text, which must be UTF-8 (line ends stay as they are), or "byte",
-    256 tokens, any file.
-    seed: of the training windows; the validation windows are always the same (see RandomWindows and Passages).
-    batches_per_epoch: by default so many that an epoch reads about as many tokens as the training text has.
-    Raises UsageError for a file that is missing, empty, or no UTF-8, a context longer than either part, and numbers out of range.
+    path: a text file; None is the embedded text, the language reference that Python prints in help() (`pydoc_data.topics`, 465,000
+    characters under 3.11). It differs between Python versions, and so do results on it; `TextData.name` includes the version.
+    level: "char" makes the characters that occur in the text the tokens; the file must be UTF-8, and line ends stay as they are. "byte"
+    reads any file as 256 different tokens.
+    context: the number of tokens in a window.
+    seed: decides the training windows; the validation windows are always the same (see RandomWindows and Passages).
+    batches_per_epoch: by default an epoch reads about as many tokens as the training text has.
+    test_batch_size: by default batch_size.
+    Raises UsageError for a file that is missing, empty, or not UTF-8, a context longer than either part, and numbers out of range.
     """
     _check_numbers(context=context, batch_size=batch_size, batches_per_epoch=batches_per_epoch, test_batch_size=test_batch_size)
     if not 0 < test_fraction < 1:

@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST, read by torchvision from a directory."""
+"""Reads CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST through torchvision from a directory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from delock.errors import UsageError
 
 @dataclass(frozen=True)
 class Kind:
-    """Its class in torchvision.datasets; the sub-directory that this class looks for; number of labels; are mirror images welcome."""
+    """Describes one of torchvision's data sets."""
 
-    reader: str
-    folder: str
+    reader: str  # its class in torchvision.datasets
+    folder: str  # the sub-directory in which this class looks for its files
     classes: int
-    flip: bool
+    flip: bool  # a mirrored image is as good as the original
 
 
 KINDS = MappingProxyType(
@@ -34,11 +34,11 @@ KINDS = MappingProxyType(
 
 
 def vision(name: str, directory: Path, *, download: bool = False) -> Source:
-    """Read the files under `directory`, or fetch them into it first with `download`.
+    """Reads the data set `name` (a key of KINDS) from `directory`; with `download` fetches its files into it first.
 
-    Raises UsageError where they are missing or incomplete, and where the download fails.
+    Raises UsageError if files are missing or incomplete, or if the download fails.
     """
-    import torchvision.datasets  # 4 s to import: only who reads one of these pays
+    import torchvision.datasets  # takes 4 s to import: only for those who read one of these
 
     kind = KINDS[name]
     reader = getattr(torchvision.datasets, kind.reader)

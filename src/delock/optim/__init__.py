@@ -1,1 +1,1 @@
-"""Optimizers and learning rates as factories that every stage calls for itself."""
+"""Provides optimizers and learning rates as factories that every stage calls for itself."""

@@ -1,4 +1,4 @@
-"""The course of the learning rate as a small picklable value that every stage calls with its own optimizer."""
+"""Sets the learning rate, through a small picklable value that every stage calls with its own optimizer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The learning rate of update n = 0, 1, ... of a stage: a factor of the optimizer's own; (n + 1) / warmup in a warm-up.
+    """Scales the optimizer's learning rate by a factor of the number n = 0, 1, ... of the stage's update.
 
-    shape: "constant"; "cosine", from 1 after the warm-up to 0 after `updates`; "steps", times `gamma` at each of the `milestones`.
+    warmup: number of updates n during which the factor is (n + 1) / warmup.
+    shape: after the warm-up, "constant" keeps 1; "cosine" falls from 1 to 0, which it reaches after `updates`; "steps" multiplies by
+    `gamma` at each of the `milestones`.
     updates, warmup and milestones count the stage's own updates, so that all stages use the same rate for the same batch.
     """
 
@@ -28,7 +30,7 @@ class Schedule:
         return LambdaLR(optimizer, self.factor)
 
     def factor(self, n: int) -> float:
-        """The factor at update n."""
+        """Returns the factor at update n."""
         if n < self.warmup:
             return (n + 1) / self.warmup
         if self.shape == "cosine":
