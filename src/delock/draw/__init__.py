@@ -1,4 +1,4 @@
-"""Pictures of schedules and of runs, as PNG and SVG. matplotlib is loaded when the first one is drawn; no torch."""
+"""Draws schedules and runs as PNG and SVG. matplotlib is loaded when the first picture is drawn; torch is not loaded."""
 
 from delock.draw.chrome import chrome
 from delock.draw.curves import Run, curves

@@ -1,4 +1,4 @@
-"""A timeline in the trace event format of Chrome, which Perfetto (ui.perfetto.dev) and chrome://tracing open."""
+"""Writes a timeline in Chrome's trace event format, which Perfetto (ui.perfetto.dev) and chrome://tracing open."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ MICRO = 1e6  # the format counts microseconds
 
 
 def chrome(timeline: Timeline, path: str | Path) -> Path:
-    """Write one thread per stage: a box per op, with its batch, version, tick and wait, and a box "wait" before one that waited."""
+    """Writes one thread per stage and returns the path: a box per op with its facts, and a box "wait" before an op that waited.
+
+    Times in the file are microseconds since the timeline's begin.
+    """
     place = Path(path)
     events = [event for k in range(timeline.K) for event in _events(timeline, k)]
     place.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n", encoding="utf-8")

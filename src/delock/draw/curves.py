@@ -1,4 +1,4 @@
-"""How runs learn: loss and test metric, against epochs and against seconds."""
+"""Draws how runs learn: loss and test metric, against epochs and against seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METRICS = ("accuracy", "bits_per_character", "bits_per_byte")
 
 
 class Run(NamedTuple):
-    """One line of the picture."""
+    """Holds one line of the picture."""
 
     label: str
     evaluations: Sequence[EvaluationRecord]
@@ -28,20 +28,19 @@ class Run(NamedTuple):
 
 
 def curves(runs: Sequence[Run | tuple[str, Sequence[EvaluationRecord], Sequence[StepRecord]]], stem: str | Path) -> list[Path]:
-    """Draw training loss (above; running mean) and a test metric (below) of several runs.
+    """Draws training loss (above) and a test metric (below) of several runs, against epochs (left) and seconds of training (right).
 
-    The metric is the accuracy, or bits per character or byte, whichever the runs have; without one it is the test loss. Left against
-    epochs, right against seconds of training. Writes STEM.png and STEM.svg and returns their paths. Raises UsageError when no run has a
-    record.
+    The training loss is a running mean. The metric is the accuracy, or bits per character or byte, whichever the runs have; without one it
+    is the test loss. Writes STEM.png and STEM.svg and returns their paths. Raises UsageError if no run has a record.
     """
-    told = [Run(*run) for run in runs]
-    if not any(run.evaluations or run.steps for run in told):
+    drawn = [Run(*run) for run in runs]
+    if not any(run.evaluations or run.steps for run in drawn):
         raise UsageError("there is no record to draw in these runs")
-    metric = _shown(told)
+    metric = _metric_name(drawn)
     with style():
         figure = new(9.0, 6.0)
         grid = figure.subplots(2, 2, sharex="col", sharey="row")
-        for i, run in enumerate(told):
+        for i, run in enumerate(drawn):
             look = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)], "label": run.label}
             _loss(grid[0], run, look)
             _metric(grid[1], run, metric, look | {"marker": MARKERS[i % len(MARKERS)], "markersize": 4})
@@ -57,7 +56,7 @@ def curves(runs: Sequence[Run | tuple[str, Sequence[EvaluationRecord], Sequence[
 
 
 def _loss(row: Sequence[Axes], run: Run, look: dict[str, Any]) -> None:
-    """A running mean over steps, or what evaluations noted where there are no steps."""
+    """Draws a running mean over the steps or, without steps, the training losses of the evaluations."""
     records: Sequence[StepRecord | EvaluationRecord] = run.steps or run.evaluations
     if run.steps:
         losses = smooth([step.loss for step in run.steps])
@@ -67,8 +66,8 @@ def _loss(row: Sequence[Axes], run: Run, look: dict[str, Any]) -> None:
     row[1].plot([record.seconds for record in records], losses, **look, linewidth=1.3)
 
 
-def _shown(runs: Sequence[Run]) -> str | None:
-    """The metric that is drawn."""
+def _metric_name(runs: Sequence[Run]) -> str | None:
+    """Returns the name of the metric to draw, or None."""
     found = {name for run in runs for record in run.evaluations for name in record.metrics}
     return next((name for name in METRICS if name in found), None)
 
@@ -81,6 +80,6 @@ def _metric(row: Sequence[Axes], run: Run, metric: str | None, look: dict[str, A
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean of each value and those before it, over a twentieth of them all, so that lines do not hide each other."""
+    """Returns the running mean over a twentieth of the values, each with those before it, so that lines do not hide each other."""
     width = max(1, len(values) // 20)
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]

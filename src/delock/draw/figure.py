@@ -1,4 +1,4 @@
-"""What all pictures share: colours that colour-blind readers can tell apart, fonts, and files that are equal for equal input."""
+"""Sets what all pictures share: colours that colour-blind readers can distinguish, fonts, and files that are equal for equal input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STYLE = MappingProxyType(
 
 
 def style() -> AbstractContextManager[None]:
-    """Draw and save in here: the settings above hold, and the caller's come back afterwards."""
+    """Returns a context with the settings above, to draw and save in; the caller's settings are restored after it."""
     import matplotlib
 
     settings: Any = dict(STYLE)
@@ -41,14 +41,14 @@ def style() -> AbstractContextManager[None]:
 
 
 def new(width: float, height: float) -> Figure:
-    """An empty figure (inches), of nobody else's state: pyplot is not involved."""
+    """Returns an empty figure of this size in inches; pyplot and its global state are not used."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, stem: str | Path) -> list[Path]:
-    """Write STEM.png and STEM.svg; a suffix of one of the two on the stem is left away."""
+    """Writes STEM.png and STEM.svg and returns their paths; a suffix .png or .svg of the stem is removed first."""
     path = Path(stem)
     path = path.with_suffix("") if path.suffix in (".png", ".svg") else path
     files = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]

@@ -1,4 +1,4 @@
-"""Schedules on the clock: a row per stage, a box per op, and what is left grey is idle."""
+"""Draws schedules on the clock: a row per stage, a box per op; grey is idle time."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def gantt(
     window: tuple[float, float] | None = None,
     unit: str = "seconds",
 ) -> list[Path]:
-    """Draw one panel per timeline, by title, above each other on one time axis: {"predicted": ..., "measured": ...}.
+    """Draws one panel per timeline, by title, above each other on one time axis: {"predicted": ..., "measured": ...}.
 
-    `window` is the stretch shown, counted from each timeline's own begin; by default all of the longest one. Writes STEM.png and
-    STEM.svg and returns their paths. Raises UsageError when there is nothing to draw.
+    window: the stretch to show, in the timelines' unit since the begin of each; by default all of the longest timeline.
+    unit: the label of the time axis.
+    Writes STEM.png and STEM.svg and returns their paths. Raises UsageError if the timelines hold no op.
     """
     if not any(column for timeline in timelines.values() for column in timeline.columns):
         raise UsageError("there is no op to draw in these timelines")
@@ -47,7 +48,7 @@ def gantt(
 
 
 def _panel(axes: Axes, title: str, timeline: Timeline, left: float, right: float) -> set[Kind]:
-    """Draw one timeline; the kinds of op that were seen."""
+    """Draws one timeline, and returns the kinds of op that it shows."""
     begin, seen = timeline.begin, set[Kind]()
     axes.set_title(title)
     axes.set_xlim(left, right)
@@ -61,7 +62,7 @@ def _panel(axes: Axes, title: str, timeline: Timeline, left: float, right: float
         seen |= {kind for _, kind in shown}
         for kind in sorted({kind for _, kind in shown}):
             boxes = [(span.start - begin, span.end - span.start) for span, other in shown if other == kind]
-            edge = _colour(kind) if kind == "update" else "white"  # an update may be too short for an edge to leave anything of it
+            edge = _colour(kind) if kind == "update" else "white"  # an update may be so short that a white edge would cover it
             axes.broken_barh(boxes, (k - 0.4, 0.8), facecolor=_colour(kind), edgecolor=edge, linewidth=0.8 if kind == "update" else 0.5)
         for span, _ in shown:
             _number(axes, span, begin, left, right)
@@ -69,7 +70,7 @@ def _panel(axes: Axes, title: str, timeline: Timeline, left: float, right: float
 
 
 def _number(axes: Axes, span: Span, begin: float, left: float, right: float) -> None:
-    """Write the batch into its box if it fits there."""
+    """Writes the batch into its box if it fits."""
     if isinstance(span.op, Update):
         return
     text = str(span.op.batch)
@@ -81,15 +82,15 @@ def _number(axes: Axes, span: Span, begin: float, left: float, right: float) -> 
 
 
 def _kinds(column: Iterable[Span]) -> Iterable[tuple[Span, Kind]]:
-    """Every span with its kind. A Backward did recompute if Updates came between its Forward and itself; else its graph was kept."""
+    """Yields every span with its kind; a replayed Backward is shown as a replay only if an Update came after its Forward."""
     taken: dict[int, int] = {}
     for span in column:
         if isinstance(span.op, Forward) and span.op.train:
             taken[span.op.batch] = span.version
-        yield span, _kind(span.op, fresh=isinstance(span.op, Backward) and taken.get(span.op.batch) == span.version)
+        yield span, _kind(span.op, same_weights=isinstance(span.op, Backward) and taken.get(span.op.batch) == span.version)
 
 
-def _kind(op: Op, fresh: bool) -> Kind:
+def _kind(op: Op, same_weights: bool) -> Kind:
     match op:
         case Forward(train=train):
             return "forward" if train else "evaluation"
@@ -98,7 +99,7 @@ def _kind(op: Op, fresh: bool) -> Kind:
         case Backward(part="weights"):
             return "weight gradient"
         case Backward(at=at):
-            return "backward with replay" if at == "replay" and not fresh else "backward"
+            return "backward with replay" if at == "replay" and not same_weights else "backward"
         case Update():
             return "update"
 

@@ -1,4 +1,4 @@
-"""Networks by name, and the pieces that language models need beside them."""
+"""Builds networks by name, and provides what language models need besides: losses, metrics, generation."""
 
 from delock.nets.generate import generate
 from delock.nets.gpt import bits, gpt, nats

@@ -1,4 +1,4 @@
-"""A stage whose arithmetic is a timed wait: schedules of more workers than the machine has cores, with real messages of real sizes."""
+"""Emulates a stage by timed waits, to try schedules of more workers than the machine has cores, with real messages of real sizes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from delock.keys import key
 
 
 class Emulated(nn.Module):
-    """Takes (B, ...), waits `forward` seconds, returns zeros (B, *shape); its backward waits `backward` seconds, an eval forward none.
+    """Waits `forward` seconds per forward and `backward` seconds per backward in training, and maps (B, ...) to zeros (B, *shape).
 
-    jitter: every wait is longer or shorter by a share of at most so much, a function of (seed, number of the forward). Where input and
-    weight gradient are computed apart, each takes half of the backward.
+    In eval mode it does not wait. If input and weight gradient are computed apart, each waits half of `backward`.
+    jitter: the largest share by which a wait is longer or shorter; the share is a function of (seed, number of the forward).
     """
 
     def __init__(self, shape: tuple[int, ...], forward: float, backward: float, *, jitter: float = 0.0, seed: int = 0) -> None:
@@ -23,10 +23,10 @@ class Emulated(nn.Module):
         self.shape, self.seconds, self.jitter, self.seed = shape, (forward, backward), jitter, seed
         self.weight = nn.Parameter(torch.zeros(()))
         self.count = 0
-        self.original: dict[str, str] = {}  # its parameter is none of the unsplit model's
+        self.original: dict[str, str] = {}  # its parameter does not belong to the unsplit model
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) -> (B, *shape)."""
+        """Maps (B, ...) to (B, *shape)."""
         if not self.training:
             return x.new_zeros(len(x), *self.shape)
         ahead, back = (seconds * self._stretch(i) for i, seconds in enumerate(self.seconds))
@@ -34,7 +34,7 @@ class Emulated(nn.Module):
         time.sleep(ahead)
         done = _Done()
         weight = _Wait.apply(self.weight, back, done, False)
-        made: Tensor = _Zeros.apply(_Wait.apply(x, back, done, True), weight, self.shape, done)  # made later: autograd comes to it first
+        made: Tensor = _Zeros.apply(_Wait.apply(x, back, done, True), weight, self.shape, done)  # made last, so autograd runs it first
         return made
 
     def _stretch(self, which: int) -> float:
@@ -43,14 +43,14 @@ class Emulated(nn.Module):
 
 
 class _Done:
-    """What has been done of a backward: an error that comes for the second time wants the weight's half only."""
+    """Remembers which part of a backward is done: if the same error arrives a second time, only the weight's half is left."""
 
     error: Tensor | None = None
-    half = False  # the input's half
+    half = False  # the input's half is done
 
 
 class _Wait(torch.autograd.Function):
-    """The identity; its backward waits: the input's for a half, the weight's for what is left."""
+    """Computes the identity; its backward waits: half of the seconds for the input, the rest for the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seconds: float, done: _Done, first: bool) -> Tensor:
@@ -65,7 +65,7 @@ class _Wait(torch.autograd.Function):
 
 
 class _Zeros(torch.autograd.Function):
-    """Zeros of a shape, for which input and weight have gradients: zeros too."""
+    """Returns zeros of a shape; the gradients of input and weight are zeros too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, shape: tuple[int, ...], done: _Done) -> Tensor:

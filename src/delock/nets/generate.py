@@ -1,4 +1,4 @@
-"""Text from a trained GPT, token after token."""
+"""Generates text with a trained GPT, token by token."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> Tensor:
-    """The prompt (B, T) int64 and n tokens more, (B, T + n), on the CPU; drawn in eval mode, the model's mode is put back.
+    """Returns the prompt (B, T) int64 followed by n generated tokens, (B, T + n) int64 on the CPU.
 
-    model: one made by `delock.nets.gpt.gpt`, on any device; it sees the last `context` tokens, and each new token costs a forward of
-    all of them.
-    generator: a CPU generator, so that a seed means the same on every device. temperature: the logits are divided by it, 0 takes the
-    likeliest token. top_k: draw from the k likeliest tokens alone.
-    Raises UsageError for another model, an empty prompt, numbers out of range, and a model whose logits are no numbers.
+    model: made by `delock.nets.gpt.gpt`, on any device. It runs in eval mode, and its mode is restored. It sees the last `context`
+    tokens, and each new token costs a forward of all of these.
+    generator: a CPU generator, so that a seed gives the same text on every device.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_k: draw from the k likeliest tokens only.
+    Raises UsageError for another model, an empty prompt, numbers out of range, and a model with infinite or NaN logits.
     """
     embed = model[0]
     if not isinstance(embed, Embed):
@@ -46,7 +47,7 @@ def generate(
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """One token per row, (B, 1) int64."""
+    """Draws one token per row from the logits (B, vocabulary): (B, 1) int64."""
     if not logits.isfinite().all():
         raise UsageError("the model's outputs are no numbers (its training diverged): nothing can be generated from it")
     if temperature == 0:

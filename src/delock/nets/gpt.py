@@ -1,4 +1,4 @@
-"""GPT: a decoder-only transformer for any alphabet, depth and width, as a Sequential that may be cut before every block."""
+"""Builds GPT, a decoder-only transformer for any alphabet, depth and width, as a Sequential that may be cut before every block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STD = 0.02  # of all initial weights (Radford et al., "Language models are unsup
 
 
 class Embed(nn.Module):
-    """Token and place, each looked up in a learned table, added: (B, T) int64 -> (B, T, width), T at most `context`."""
+    """Adds the learned embeddings of each token and of its position: (B, T) int64 -> (B, T, width), T at most `context`."""
 
     def __init__(self, vocabulary: int, context: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: h + attention(norm(h)), then h + mlp(norm(h)); (B, T, C) -> (B, T, C). A place sees itself and those before it."""
+    """Computes h + attention(norm(h)), then h + mlp(norm(h)): (B, T, C) -> (B, T, C). A position sees itself and those before it."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Block(nn.Module):
         return h + change
 
     def attend(self, x: Tensor) -> Tensor:
-        """Causal attention of all heads, side by side; (B, T, C) -> (B, T, C)."""
+        """Returns the causal attention of all heads, concatenated: (B, T, C) -> (B, T, C)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, C / heads) each
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         return out.transpose(1, 2).flatten(2)
@@ -64,13 +64,15 @@ def gpt(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> nn.Sequential:
-    """embed, block0 .. block{depth - 1}, norm, head: (B, T) int64 tokens -> (B, T, vocabulary) logits of each next token; T <= context.
+    """Returns a GPT with the layers embed, block0 .. block{depth - 1}, norm, head.
 
-    Parameters: (2 vocabulary + context) width + depth (12 width^2 + 13 width) + 2 width. The head is a matrix of its own, without
-    bias: tied to the token table it would lock the last stage to the first, for both would have to be updated as one.
-    `dropout` acts where GPT-2's does: on the embedding, the attention weights and both branches of a block.
-    Initial weights, GPT-2's: normal with standard deviation 0.02, of the layers that end a branch 0.02 / sqrt(2 depth); biases 0.
-    Each is a function of (seed, its name, its shape) alone; the global random state is neither read nor changed.
+    It maps tokens (B, T) int64 to the logits (B, T, vocabulary) of each next token; T is at most `context`. It has (2 vocabulary + context)
+    width + depth (12 width^2 + 13 width) + 2 width parameters. The head is a matrix of its own, without
+    bias: if it were tied to the token table, the last stage and the first would have to be updated as one.
+    dropout: probability, applied as in GPT-2 to the embedding, the attention weights and both branches of a block.
+    seed: initial weights are GPT-2's, normal with standard deviation 0.02, or 0.02 / sqrt(2 depth) for the layers that end a branch; biases
+    are
+    0. Each weight is a function of (seed, its name, its shape) alone; the global random state is neither read nor changed.
     Raises UsageError for sizes below 1, a width that the heads do not divide, and dropout outside [0, 1).
     """
     sizes = {"vocabulary": vocabulary, "depth": depth, "width": width, "heads": heads, "context": context}
@@ -95,12 +97,12 @@ def gpt(
 
 
 def nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over all tokens, a scalar: logits (B, T, vocabulary), targets (B, T) int64. The loss to train a GPT with."""
+    """Returns the loss of a GPT, the mean cross-entropy over all tokens, a scalar: logits (B, T, vocabulary), targets (B, T) int64."""
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 def bits(logits: Tensor, targets: Tensor) -> float:
-    """Bits per token, nats / ln 2: with characters as tokens, bits per character. Arguments as for `nats`."""
+    """Returns the bits per token, nats / ln 2; if tokens are characters, the bits per character. It takes the arguments of `nats`."""
     return float(nats(logits.detach(), targets)) / math.log(2)
 
 
@@ -116,6 +118,6 @@ def _initialize(model: nn.Sequential, depth: int, seed: int) -> None:
         elif "norm" in name:
             parameter.fill_(1)
         else:
-            # 2 * depth branches add up in h: scaled so, its variance does not grow with the depth
+            # 2 * depth branches add up in h: with this scale its variance does not grow with the depth
             std = STD / math.sqrt(2 * depth) if name.endswith(("out.weight", "down.weight")) else STD
             parameter.normal_(0, std, generator=torch.Generator().manual_seed(key(seed, name)))

@@ -1,4 +1,4 @@
-"""A Sequential between whose children a cut may fall."""
+"""Marks the Sequentials whose children are layers of their own."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from torch import nn
 
 
 class Group(nn.Sequential):
-    """A Sequential between whose children a cut may fall: `atoms` looks inside it, where it takes any other child as one piece."""
+    """Marks a Sequential that may be cut between its children: `partition.layers.layers` takes each child as a layer of its own."""

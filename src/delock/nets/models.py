@@ -1,4 +1,4 @@
-"""Networks by name: the table MODELS and `build`, whose initial weights are a function of the seed alone."""
+"""Builds networks by name: the table MODELS, and `build`, whose initial weights are a function of its arguments alone."""
 
 from __future__ import annotations
 
@@ -54,10 +54,11 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
 
 
 def build(name: str, *, classes: int, in_channels: int, image_size: int, dropout: float = 0.0, seed: int = 0) -> nn.Module:
-    """The network of that name on the CPU: (B, in_channels, image_size, image_size) float -> (B, classes) logits.
+    """Returns the network `name` (a key of MODELS) on the CPU.
 
+    It maps (B, in_channels, image_size, image_size) float32 to logits (B, classes).
     Initial weights depend on the arguments alone; the global random state is neither read nor changed.
-    Raises UsageError for an unknown name, sizes below 1, and dropout outside [0, 1) or for a network that has none.
+    Raises UsageError for an unknown name, sizes below 1, dropout outside [0, 1), and dropout above 0 for a network that has none.
     """
     builder = _builder(name)
     if min(classes, in_channels, image_size) < 1:

@@ -1,4 +1,4 @@
-"""ResNets for small images, depth 6n + 2 (He et al., arXiv 1512.03385, section 4.2)."""
+"""Builds ResNets for small images, of depth 6n + 2 (He et al., arXiv 1512.03385, section 4.2) and as ResNet-18 and ResNet-34."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from delock.nets.group import Group
 
 
 class BasicBlock(nn.Module):
-    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)); (B, width_in, H, W) -> (B, width, ceil(H / stride), ceil(W / stride)).
+    """Computes relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)).
 
-    The shortcut is the paper's option A: where the shape changes, every second pixel and zeros for the new channels, half of them
-    before the old ones and half after; it has no parameters.
+    It maps (B, width_in, H, W) to (B, width, ceil(H / stride), ceil(W / stride)). The shortcut is the paper's option A, without
+    parameters: if the shape changes, it takes every second pixel and adds channels of zeros, half of them before the old channels and half
+    after.
     """
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
@@ -27,7 +28,7 @@ class BasicBlock(nn.Module):
         self.stride, self.new = stride, width - width_in
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # in place: both ReLUs write on tensors made here, which no backward needs (batch norm keeps its input, a sum keeps nothing)
+        # in place: both ReLUs write into tensors made here, which no backward needs (batch norm keeps its input, a sum keeps nothing)
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, width, H', W')
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x), inplace=True)
 
@@ -39,7 +40,10 @@ class BasicBlock(nn.Module):
 
 
 def resnet(n: int, *, classes: int, in_channels: int, width: int = 16) -> nn.Sequential:
-    """ResNet-(6n + 2): three groups of n blocks, `width`, twice and four times as many channels. (B, in_channels, H, W) -> (B, classes)."""
+    """Returns ResNet-(6n + 2): three groups of n blocks with `width`, 2 `width` and 4 `width` channels.
+
+    It maps (B, in_channels, H, W) to (B, classes).
+    """
 
     def group(before: int, after: int, stride: int) -> Group:
         return Group(BasicBlock(before, after, stride), *(BasicBlock(after, after, 1) for _ in range(n - 1)))
@@ -47,7 +51,7 @@ def resnet(n: int, *, classes: int, in_channels: int, width: int = 16) -> nn.Seq
     layers: dict[str, nn.Module] = {
         "conv1": nn.Conv2d(in_channels, width, 3, 1, 1, bias=False),
         "bn1": nn.BatchNorm2d(width),
-        "relu": nn.ReLU(),  # not in place: as an atom it may be the first of a stage, and would write on a received message
+        "relu": nn.ReLU(),  # not in place: it may be the first layer of a stage, and would write into a received message
         "layer1": group(width, width, 1),
         "layer2": group(width, 2 * width, 2),
         "layer3": group(2 * width, 4 * width, 2),
@@ -59,7 +63,10 @@ def resnet(n: int, *, classes: int, in_channels: int, width: int = 16) -> nn.Seq
 
 
 def he(model: nn.Sequential) -> nn.Sequential:
-    """He's normal initialization in place (arXiv 1502.01852): variance 2 / fan_out (convolutions), 2 / fan_in (linear); biases 0."""
+    """Initializes a model in place with He's normal weights, variance 2 / fan_out (convolutions) or 2 / fan_in (linear), and biases 0.
+
+    Source: He et al., arXiv 1502.01852.
+    """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, mode="fan_out" if isinstance(module, nn.Conv2d) else "fan_in", nonlinearity="relu")
@@ -69,7 +76,7 @@ def he(model: nn.Sequential) -> nn.Sequential:
 
 
 class ProjectionBlock(BasicBlock):
-    """A basic block whose shortcut, where the shape changes, is the paper's option B: bn(conv1x1(x)), with the block's stride."""
+    """Replaces the shortcut by the paper's option B where the shape changes: bn(conv1x1(x)), with the block's stride."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__(width_in, width, stride)
@@ -81,15 +88,15 @@ class ProjectionBlock(BasicBlock):
 
 
 def resnet18(*blocks: int, classes: int, in_channels: int) -> nn.Sequential:
-    """Groups of so many blocks, 64, 128, 256 and 512 channels wide: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34.
+    """Returns groups of blocks[i] blocks, 64, 128, 256, 512 channels wide: (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34.
 
-    (B, in_channels, H, W) -> (B, classes). The last is the network of interlocking backpropagation's CIFAR-10 example.
+    It maps (B, in_channels, H, W) to (B, classes). ResNet-34 is the network of interlocking backpropagation's CIFAR-10 example.
     Parameters have the names of torchvision's networks; only the stem's have another shape.
     """
     layers: dict[str, nn.Module] = {
         "conv1": nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False),
         "bn1": nn.BatchNorm2d(64),
-        "relu": nn.ReLU(),  # not in place: as an atom it may be the first of a stage, and would write on a received message
+        "relu": nn.ReLU(),  # not in place: it may be the first layer of a stage, and would write into a received message
     }
     width_in = 64
     for i, count in enumerate(blocks):

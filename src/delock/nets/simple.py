@@ -1,4 +1,4 @@
-"""Two small networks to try things on: a convolutional one with batch norm, and a multilayer perceptron."""
+"""Builds two small networks for experiments: a convolutional one with batch norm, and a multilayer perceptron."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from delock.nets.resnet import he
 
 
 def cnn(*, classes: int, in_channels: int, dropout: float) -> nn.Sequential:
-    """Five conv-BN-ReLU layers, 32 to 128 channels, two of stride 2; global mean; linear. (B, in_channels, H, W) -> (B, classes)."""
+    """Returns five conv-BN-ReLU layers with 32 to 128 channels, two of them with stride 2, then global mean and a linear layer.
+
+    It maps (B, in_channels, H, W) to (B, classes).
+    """
 
     def layer(width_in: int, width: int, stride: int) -> nn.Sequential:
         conv = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
@@ -30,7 +33,10 @@ def cnn(*, classes: int, in_channels: int, dropout: float) -> nn.Sequential:
 
 
 def mlp(*, classes: int, in_channels: int, image_size: int, dropout: float, width: int = 256) -> nn.Sequential:
-    """Three hidden ReLU layers, `width` wide. (B, in_channels, image_size, image_size) -> (B, classes)."""
+    """Returns a perceptron of three hidden ReLU layers, each `width` wide.
+
+    It maps (B, in_channels, image_size, image_size) to (B, classes).
+    """
     layers: dict[str, nn.Module] = {
         "flatten": nn.Flatten(1),
         "hidden1": _layer({"linear": nn.Linear(in_channels * image_size**2, width)}, dropout),
@@ -42,6 +48,6 @@ def mlp(*, classes: int, in_channels: int, image_size: int, dropout: float, widt
 
 
 def _layer(parts: dict[str, nn.Module], dropout: float) -> nn.Sequential:
-    """One atom: the parts, a ReLU (in place: neither a linear map nor a norm needs its output again), dropout if any."""
+    """Returns one layer: the parts, a ReLU (in place: neither a linear map nor a norm needs its output again), and dropout if above 0."""
     drop: dict[str, nn.Module] = {"dropout": nn.Dropout(dropout)} if dropout else {}
     return nn.Sequential(OrderedDict({**parts, "relu": nn.ReLU(inplace=True), **drop}))

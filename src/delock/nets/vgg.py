@@ -1,4 +1,4 @@
-"""Plain convolutional networks for small images: VGG (Simonyan, Zisserman, arXiv 1409.1556), and the one of DGL's buffer study."""
+"""Builds plain convolutional networks for small images: VGG (Simonyan, Zisserman, arXiv 1409.1556) and the CNN of DGL's buffer study."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from delock.nets.resnet import he
 
 
 def vgg(*layers: int, classes: int, in_channels: int, image_size: int) -> nn.Sequential:
-    """Five runs of so many conv3x3-BN-ReLU layers, 64, 128, 256, 512 and 512 channels wide, a max pool behind each; mean; one linear.
+    """Returns five runs of layers[i] conv3x3-BN-ReLU layers, 64, 128, 256, 512, 512 channels wide, then global mean and a linear layer.
 
-    (B, in_channels, image_size, image_size) -> (B, classes). (1, 1, 2, 2, 2) is VGG-11 and (2, 2, 4, 4, 4) VGG-19, whose names count
-    the paper's three linear layers. Pools stop where nothing is left to pool. No bias before a batch norm.
+    It maps (B, in_channels, image_size, image_size) to (B, classes). (1, 1, 2, 2, 2) is VGG-11 and (2, 2, 4, 4, 4) VGG-19; the names count
+    the paper's three linear layers, where this network has one. A max pool follows each run, as long as an image has more than one pixel.
+    Convolutions have no bias, because a batch norm follows.
     """
     made: dict[str, nn.Module] = {}
     width_in, side = in_channels, image_size
@@ -28,11 +29,11 @@ def vgg(*layers: int, classes: int, in_channels: int, image_size: int) -> nn.Seq
 
 
 def dgl_cnn6(width: int, *, classes: int, in_channels: int, image_size: int) -> nn.Sequential:
-    """Six conv3x3-BN-ReLU layers, twice `width`, twice 2 `width`, twice 4 `width`, a max pool before each change of width; an mlp head.
+    """Returns six conv3x3-BN-ReLU layers with an mlp head: two each of `width`, 2 `width` and 4 `width` channels, max pools between.
 
-    (B, in_channels, image_size, image_size) -> (B, classes). Of decoupled greedy learning (arXiv 2106.06401), where width is 128: its
-    sides are 32, 32, 16, 16, 8, 8 on CIFAR. The network's own head has two hidden layers, as in the code released with the paper
-    (auxiliary ones have three). One conv layer per stage, as there: cuts at conv2, pool1, conv4, pool2, conv6.
+    It maps (B, in_channels, image_size, image_size) to (B, classes). Source: decoupled greedy learning (arXiv 2106.06401), where `width` is
+    128 and the sides of the images are 32, 32, 16, 16, 8, 8 on CIFAR. The network's own head has two hidden layers, as in the code released
+    with the paper; auxiliary heads have three. For one conv layer per stage, as in the paper, cut at conv2, pool1, conv4, pool2, conv6.
     """
     made: dict[str, nn.Module] = {}
     width_in, side = in_channels, image_size
@@ -48,13 +49,16 @@ def dgl_cnn6(width: int, *, classes: int, in_channels: int, image_size: int) -> 
 
 
 def _layer(width_in: int, width: int) -> nn.Sequential:
-    """One atom; ReLU in place, as a norm does not need its output again."""
+    """Returns conv, norm and ReLU as one layer; the ReLU works in place, because a norm does not need its output again."""
     conv = nn.Conv2d(width_in, width, 3, 1, 1, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(width), relu=nn.ReLU(inplace=True)))
 
 
 def _pool(made: dict[str, nn.Module], number: int, side: int) -> int:
-    """Adds a pool, an atom of its own (a cut beside it chooses the side of the head), and gives the side behind it."""
+    """Adds a pool if the side is above 1, and returns the side after it.
+
+    The pool is a layer of its own, so that a cut before or after it decides the size of the images that an auxiliary head gets.
+    """
     if side > 1:
         made[f"pool{number}"] = nn.MaxPool2d(2)
     return max(1, side // 2)

@@ -1,4 +1,4 @@
-"""Wide residual networks WRN-depth-widen (Zagoruyko and Komodakis, arXiv 1605.07146): pre-activation, dropout inside the block."""
+"""Builds wide residual networks WRN-depth-widen (Zagoruyko, Komodakis, arXiv 1605.07146): pre-activation, dropout inside the block."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from delock.nets.resnet import he
 
 
 class WideBlock(nn.Module):
-    """x + conv(drop(relu(bn(conv(relu(bn(x))))))); where the shape changes, the shortcut is a 1x1 convolution of relu(bn(x)).
+    """Computes x + conv(drop(relu(bn(conv(relu(bn(x))))))); if the shape changes, the shortcut is a 1x1 convolution of relu(bn(x)).
 
-    (B, width_in, H, W) -> (B, width, ceil(H / stride), ceil(W / stride)).
+    It maps (B, width_in, H, W) to (B, width, ceil(H / stride), ceil(W / stride)).
     """
 
     def __init__(self, width_in: int, width: int, stride: int, dropout: float) -> None:
@@ -29,7 +29,7 @@ class WideBlock(nn.Module):
         self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if changed else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # in place on the batch norms' outputs, which no backward needs; the block's own input is never written on
+        # in place on the batch norms' outputs, which no backward needs; the block's own input is never written into
         active = F.relu(self.bn1(x), inplace=True)  # (B, width_in, H, W)
         out = F.relu(self.bn2(self.conv1(active)), inplace=True)  # (B, width, H', W')
         change: torch.Tensor = self.conv2(self.drop(out))
@@ -37,7 +37,10 @@ class WideBlock(nn.Module):
 
 
 def wrn(depth: int, widen: int, *, classes: int, in_channels: int, dropout: float) -> nn.Sequential:
-    """WRN-depth-widen, depth = 6n + 4: three groups of n blocks, 16, 32, 64 times `widen` channels. (B, C, H, W) -> (B, classes)."""
+    """Returns WRN-depth-widen, depth = 6n + 4: three groups of n blocks with 16, 32 and 64 times `widen` channels.
+
+    It maps (B, in_channels, H, W) to (B, classes).
+    """
     n = (depth - 4) // 6
     a, b, c = 16 * widen, 32 * widen, 64 * widen
 
@@ -50,7 +53,7 @@ def wrn(depth: int, widen: int, *, classes: int, in_channels: int, dropout: floa
         "layer2": group(a, b, 2),
         "layer3": group(b, c, 2),
         "bn": nn.BatchNorm2d(c),
-        "relu": nn.ReLU(),  # not in place: as an atom it may be the first of a stage, and would write on a received message
+        "relu": nn.ReLU(),  # not in place: it may be the first layer of a stage, and would write into a received message
         "avgpool": nn.AdaptiveAvgPool2d(1),
         "flatten": nn.Flatten(1),
         "fc": nn.Linear(c, classes),

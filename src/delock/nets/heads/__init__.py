@@ -1,4 +1,4 @@
-"""Auxiliary heads: the layers that give the output of a stage a loss of its own, and what they cost beside their stage."""
+"""Builds auxiliary heads, the layers that give the output of a stage a loss of its own, and counts their cost beside their stage."""
 
 from delock.nets.heads.build import HEADS, build_head, choose
 from delock.nets.heads.cost import HeadShare, flops, head_share

@@ -1,4 +1,4 @@
-"""The heads by name: the table HEADS, conv strings, and `build_head`, whose initial weights are a function of the seed alone.
+"""Builds heads by name: the table HEADS, conv strings, and `build_head`, whose initial weights are a function of its arguments alone.
 
 cnn, mlp and mlp-sr are the auxiliary networks of decoupled greedy learning (Belilovsky, Eickenberg, Oyallon, arXiv 2106.06401);
 conv strings name the heads of interlocking backpropagation's image networks (Gomez et al., arXiv 2010.04116).
@@ -28,24 +28,25 @@ AXES: Mapping[int, str] = MappingProxyType({3: "images (C, H, W)", 2: "sequences
 
 
 def build_head(name: str, shape: Sequence[int], classes: int, *, seed: int = 0) -> nn.Sequential:
-    """The head of that name on the CPU, float32, for a stage whose output has this shape (of one sample: without the batch).
+    """Returns the head `name` on the CPU, float32, for a stage whose output has this shape; `shape` is that of one sample, without batch.
 
     (B, C, H, W) -> (B, classes):
       mlp-sr   average pool to a quarter of each side (rounded up); 3 x [Conv1x1 C -> C, no bias; BN; ReLU]; then as mlp
       mlp      average pool to a quarter of each side, then to 2 x 2; flatten; 3 x [Linear 4C -> 4C; BN; ReLU]; Linear(4C -> classes)
       cnn      2 x [Conv3x3 C -> C, pad 1, no bias; BN; ReLU] at full size; average pool to 2 x 2; BN; flatten; Linear(4C -> classes)
-      conv128-bn-conv64-bn-pool-fc, or any such string: convN is a Conv3x3 to N channels (pad 1, bias), bn a BN behind it, which may be
-               left out, and then comes a ReLU, unwritten; pool is the mean over the image, fc the Linear to the classes
+      conv128-bn-conv64-bn-pool-fc, or any such string: convN is a Conv3x3 to N channels (pad 1, bias), bn an optional BN after it; a
+               ReLU follows each, which the string does not name; pool is the mean over the image, fc the Linear to the classes
     (B, T, C) -> (B, T, classes):
-      transformer   LayerNorm; Linear without bias, so that it can be an embedding of the same stage
+      transformer   LayerNorm; Linear without bias, whose weight an embedding of the same stage can share
     (B, C) -> (B, classes):
       linear
 
-    A pool never enlarges, and each side of an image is its own: where a side is too short for 2 pixels it gives 1, and 4C is 2C or C.
-    mlp-sr has 2C parameters less than in the code released with the paper, which registers one BN(C) that it never uses.
+    A pool never enlarges an image, and treats each side by itself: a side of 1 pixel stays 1, and 4C becomes 2C or C.
+    mlp-sr has 2C parameters fewer than in the code released with the paper, which registers one BN(C) that it never uses.
 
-    Initial weights depend on the arguments alone (give every stage a seed of its own, `keys.key(seed, "head", k)`); the global random
-    state is neither read nor changed. Raises UsageError for an unknown name, a head that does not fit the shape, and sizes below 1.
+    seed: give every stage its own, `keys.key(seed, "head", k)`; initial weights depend on the arguments alone, and the global random state
+    is neither read nor changed.
+    Raises UsageError for an unknown name, a head that does not fit the shape, and sizes below 1.
     """
     shape = tuple(shape)
     layers = _layers(name, shape)
@@ -57,12 +58,18 @@ def build_head(name: str, shape: Sequence[int], classes: int, *, seed: int = 0) 
 
 
 def choose(shape: Sequence[int]) -> str:
-    """The default head for an output of this shape (without the batch): mlp-sr, transformer or linear. Raises UsageError if none fits."""
+    """Returns the name of the default head for an output of this shape, without the batch: mlp-sr, transformer or linear.
+
+    Raises UsageError if no head fits.
+    """
     return _fitting(tuple(shape))[0]
 
 
 def mlp_layers(shape: Shape, classes: int, depth: int) -> dict[str, nn.Module]:
-    """From (B, C, H, W): average pool to at most 2 x 2, `depth` hidden layers of Linear-BN-ReLU as wide as what is left, and a Linear."""
+    """Returns the layers of an mlp for (B, C, H, W): average pool to at most 2 x 2, flatten, `depth` times Linear-BN-ReLU, Linear.
+
+    Hidden layers are as wide as the flattened pool.
+    """
     channels, *sides = shape
     fine = _at_most_2(sides)
     width = channels * math.prod(fine)
@@ -71,7 +78,7 @@ def mlp_layers(shape: Shape, classes: int, depth: int) -> dict[str, nn.Module]:
 
 
 def quarter(shape: Shape) -> Shape:
-    """A quarter of each side of (C, H, W), rounded up: what mlp and mlp-sr pool to first."""
+    """Returns (C, H / 4, W / 4), rounded up: the shape to which mlp and mlp-sr pool first."""
     channels, *sides = shape
     return (channels, *(math.ceil(side / 4) for side in sides))
 
@@ -156,7 +163,7 @@ def _convs(channels: int, count: int, kernel: int) -> dict[str, nn.Module]:
 
 
 def _active(layer: nn.Module, norm: nn.Module | None) -> nn.Sequential:
-    """layer, norm if any, ReLU (in place: neither a linear map nor a norm needs its output again)."""
+    """Returns layer, norm if given, and ReLU (in place: neither a linear map nor a norm needs its output again)."""
     return nn.Sequential(layer, *([norm] if norm else []), nn.ReLU(inplace=True))
 
 

@@ -1,4 +1,7 @@
-"""What a head costs beside its stage: multiply-adds and parameters. Design rule of DGL: at most about 5 % of the stage's multiply-adds."""
+"""Counts the multiply-adds and parameters of a head and of its stage.
+
+Decoupled greedy learning keeps the multiply-adds of a head to about 5 % of its stage's.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from delock.errors import UsageError
 
-Value: TypeAlias = Tensor | tuple[Tensor, ...]  # what goes from stage to stage
+Value: TypeAlias = Tensor | tuple[Tensor, ...]  # sent from stage to stage
 
 
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """Multiply-adds of the forward of one sample, and numbers of parameters, of a head and of its stage (without the head)."""
+    """Compares a head with its stage, the head itself left out."""
 
-    head_flops: int
-    stage_flops: int
-    head_params: int
-    stage_params: int
+    head_flops: int  # multiply-adds of the forward of one sample
+    stage_flops: int  # the same
+    head_params: int  # number of parameters
+    stage_params: int  # the same
 
     @property
     def flops(self) -> float:
-        """The head's multiply-adds over the stage's; infinite for a stage that has none."""
+        """Returns the head's multiply-adds divided by the stage's; infinite if the stage has none."""
         return self.head_flops / self.stage_flops if self.stage_flops else math.inf
 
     @property
     def params(self) -> float:
-        """The head's parameters over the stage's; infinite for a stage that has none."""
+        """Returns the head's parameters divided by the stage's; infinite if the stage has none."""
         return self.head_params / self.stage_params if self.stage_params else math.inf
 
     def __str__(self) -> str:
@@ -43,21 +46,22 @@ class HeadShare:
 
 
 def flops(module: nn.Module, shape: Sequence[int]) -> int:
-    """Multiply-adds of the forward of one sample of this shape (float, without the batch): of convolutions, matrix products, attention.
+    """Returns the multiply-adds of the forward of one sample, a float tensor of this shape, which leaves out the batch.
 
-    Biases, norms, pools and activations count nothing; attention counts every pair of positions, masked or not.
-    Works on a copy in eval mode: weights, statistics and the random state stay as they are.
+    Convolutions, matrix products and attention are counted; biases, norms, pools and activations are not. Attention counts every pair of
+    positions, masked or not. A copy runs in eval mode, so weights, statistics and the random state stay as they are.
     """
     place = next(module.parameters(), torch.zeros(()))
     return _count(module, torch.zeros(1, *shape, device=place.device, dtype=place.dtype))[0]
 
 
 def head_share(stage: nn.Module, head: nn.Module, inputs: Value) -> HeadShare:
-    """What `head` costs beside `stage`. inputs: a batch as the stage takes it, a tensor or a tuple of tensors of any dtype, batch first.
+    """Returns the cost of `head` beside that of `stage`, counted on the first sample of a batch, on copies in eval mode.
 
-    Runs the first sample only, on copies in eval mode. Raises UsageError if the head does not take what the stage puts out.
+    inputs: a batch as the stage takes it, a tensor or a tuple of tensors of any dtype, batch first.
+    Raises UsageError if the head does not take the output of the stage.
     """
-    stage_flops, out = _count(stage, tree_map_only(Tensor, lambda x: x[:1].detach().clone(), inputs))  # cloned: it may be written on
+    stage_flops, out = _count(stage, tree_map_only(Tensor, lambda x: x[:1].detach().clone(), inputs))  # cloned: the stage may write into it
     try:
         head_flops, _ = _count(head, out)
     except torch.OutOfMemoryError:
@@ -69,7 +73,7 @@ def head_share(stage: nn.Module, head: nn.Module, inputs: Value) -> HeadShare:
 
 
 def _count(module: nn.Module, inputs: Value) -> tuple[int, Value]:
-    """Multiply-adds of one forward, and its output."""
+    """Returns the multiply-adds of one forward, and its output."""
     module = copy.deepcopy(module).eval()
     # with gradients and the plain attention: else fused kernels run, which the counter does not see on every device
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
