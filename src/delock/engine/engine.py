@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from delock.engine.clipping import NetworkNorm
 from delock.engine.log import OpTime, StageLog, kind_of
 from delock.errors import DelockError, NonFinite, StageFailed
 from delock.launch.progress import Progress
-from delock.links import Link, Message
+from delock.links import Link, Message, MessageName
 from delock.links.coded import decoded
 from delock.ops import Backward, Forward, Update, label
-from delock.plan import Plan, Step, walk
+from delock.plan import Plan, Step, received, walk
 from delock.stage import Stage, checkpoint
 from delock.timeline import Slowdown
 
@@ -57,7 +57,7 @@ class Engine:
         self.on_loss, self.on_output = on_loss, on_output
         self.slow, self.delay = slow, delay
         self.spent = OpTime()
-        self.norms = torch.zeros(0)  # stage 0: of all gradients of the network, for the coming Update
+        self.network_norm = NetworkNorm(stage.k, stage.K)
         self.in_flight: Counter[int] = Counter()  # messages sent by a neighbour in windows so far, and not yet received
 
     def run(self, plan: Plan) -> None:
@@ -86,12 +86,12 @@ class Engine:
             assert self.feed is not None
             message = self.feed(op)
         else:
-            message = self._receive(k - 1, (kind, op.batch if op.source is None else op.source, 0))
+            message = self.receive(k - 1, (kind, op.batch if op.source is None else op.source, 0))
         began = perf_counter()
         result = self.stage.forward(step, message)
         self._straggle(step, began)
         if step.up:
-            self._send(k + 1, (kind, op.batch, 0), result)
+            self.send(k + 1, (kind, op.batch, 0), result)
         elif op.evaluates and self.on_output:
             self.on_output(step, result)
 
@@ -101,49 +101,28 @@ class Engine:
             self.delay(extra * (perf_counter() - began))
 
     def _backward(self, step: Step, op: Backward) -> None:
-        k = self.stage.k
+        k, stage = self.stage.k, self.stage
         began = perf_counter()
-        self.stage.prepare(step)  # a replay runs while the error is under way
+        stage.prepare(step)  # a replay runs while the error is under way
         self._straggle(step, began)
-        memory = self.stage.memory[op.batch]
-        error = self._receive(k + 1, ("d", op.batch, op.loss)) if _receives(k, step, k + 1) else None
+        error = self.receive(k + 1, ("d", op.batch, op.loss)) if received(k, op) else None
         began = perf_counter()
-        delta, loss = self.stage.backward(step, error)
+        done = stage.backward(step, error)
         self._straggle(step, began)
-        if step.down:
-            assert delta is not None
-            self._send(k - 1, ("d", op.batch, op.loss), delta)
+        if done.error is not None:
+            self.send(k - 1, ("d", op.batch, op.loss), done.error)
         if step.sends_norms:
-            self._pass_down_norms(self.stage.version)
+            self.network_norm.pass_down(stage.version, stage.gradient_norms(), self)
         if step.last:
-            self.log.count_staleness(self.stage.version - memory.taken, step.tick - memory.step.tick)
-        if loss is not None:
-            self.check_loss(step, op, loss, memory.message.samples)
-
-    # Clipping over the network: with their last Backwards the stages pass down the norms of all gradients above, in one row; stage 0
-    # knows them all in the order of the layers, whatever the cuts, and |g| goes up with the Updates.
-
-    def _pass_down_norms(self, number: int) -> None:
-        k = self.stage.k
-        above = self._receive(k + 1, ("n", number, 0)).values if k + 1 < self.stage.K else ()
-        norms = (self.stage.learner.norms(), *above)
-        if k > 0:
-            self._send(k - 1, ("n", number, 0), Message(norms))
-        else:
-            self.norms = torch.cat([row for row in norms if len(row)] or [self.norms])
+            self.log.count_staleness(stage.version - done.version, step.tick - done.tick)
+        if done.loss is not None:
+            self.check_loss(step, op, done.loss, done.samples)
 
     def _update(self, step: Step, op: Update) -> None:
-        norm = self._whole_norm(op) if op.over == "network" else None
+        norm = self.network_norm.pass_up(op.number, self) if op.over == "network" else None
         began = perf_counter()
         self.stage.update(op, norm)
         self._straggle(step, began)
-
-    def _whole_norm(self, op: Update) -> Tensor:
-        k, name = self.stage.k, ("t", op.number, 0)
-        norm: Tensor = self._receive(k - 1, name).values if k > 0 else torch.linalg.vector_norm(self.norms)
-        if k + 1 < self.stage.K:
-            self._send(k + 1, name, Message(norm))
-        return norm
 
     def check_loss(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
         """Tell a loss that this stage has computed. Raises NonFinite for one that is no number."""
@@ -158,7 +137,8 @@ class Engine:
         if self.on_loss:
             self.on_loss(step, value, self.stage, samples)
 
-    def _receive(self, source: int, name: tuple[str, int, int]) -> Message:
+    def receive(self, source: int, name: MessageName) -> Message:
+        """Receives a message; the wait for it and its decoding count as time of the op under way."""
         asked = perf_counter()
         message = self.link.receive(source, name)
         arrived = perf_counter()
@@ -167,7 +147,8 @@ class Engine:
         self.spent.copied += perf_counter() - arrived
         return message
 
-    def _send(self, to: int, name: tuple[str, int, int], message: Message) -> None:
+    def send(self, to: int, name: MessageName, message: Message) -> None:
+        """Sends a message; packing it, and the wait for room in the link, count as time of the op under way."""
         asked = perf_counter()
         full = self.link.send(to, name, message)
         self.spent.waited += full
@@ -177,12 +158,17 @@ class Engine:
     # ---- saving what is in flight --------------------------------------------------------------------------------------------------
 
     def settle(self, plan: Plan) -> None:
-        """Count what the neighbours sent in this window and what was received from them: the difference is under way."""
+        """Counts what the neighbours sent in this window and what was received from them: the difference is under way.
+
+        The norms of an Update are sent and received within its tick, so within a window.
+        """
         k = self.stage.k
+        ops = [step.op for step in plan.columns[k] if not isinstance(step.op, Update)]
+        taken = Counter(source for op in ops for source, _ in received(k, op))
         for source in (k - 1, k + 1):
             if 0 <= source < plan.K:
                 sent = sum(step.up if source < k else step.down for step in plan.columns[source])
-                self.in_flight[source] += sent - sum(_receives(k, step, source) for step in plan.columns[k])
+                self.in_flight[source] += sent - taken[source]
 
     def state(self) -> dict[str, Any]:
         """The stage and the messages under way to it, between two windows. Every stage of the run has to be asked at the same tick."""
@@ -208,16 +194,6 @@ def describe(step: Step, parts: int) -> str:
         case Update():
             what = "update"
     return f"{what}, tick {step.tick}"
-
-
-def _receives(k: int, step: Step, source: int) -> bool:
-    match step.op:
-        case Forward():
-            return source == k - 1
-        case Backward(loss=loss, part=part):
-            return source == k + 1 and loss > k and part != "weights"
-        case Update():
-            return False
 
 
 def run_here(plan: Plan, engines: Sequence[Engine]) -> None:

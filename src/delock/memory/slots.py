@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from delock.ops import Backward, Forward, Op
-from delock.plan import Product, gives
-from delock.timeline.measures import at_once, received
+from delock.plan import Product, gives, received
+from delock.timeline.measures import at_once
 from delock.timeline.spans import Span, Timeline
 
 
 def slots(timeline: Timeline, decoded: tuple[bool, bool] = (False, False)) -> list[tuple[int, int]]:
     """Per link, the slots that activations and errors come to lie in. `decoded`: whether (they, these) are decoded as they come, which
     is then the last use of the message."""
-    wanted = {name for column in timeline.columns for span in column if _batch(span.op) for name in received(span)}  # no norms: no size
+    wanted = {name for column in timeline.columns for span in column if _batch(span.op) for name in received(span.stage, span.op)}  # no norms: no size
     made = {name: span.end for column in timeline.columns for span in column for name in gives(span.stage, span.op) if name in wanted}
 
     def most(sender: int, receiver: int, copied: bool) -> int:
@@ -37,7 +37,7 @@ def _told(column: Sequence[Span], sender: int, made: dict[Product, float], copie
     done: list[Product] = []  # and not told
     last = {batch: i for i, span in enumerate(column) if (batch := _batch(span.op))}
     for i, span in enumerate(column):
-        taken = [name for name in received(span) if name[0] == sender and name in made]
+        taken = [name for name in received(span.stage, span.op) if name[0] == sender and name in made]
         batch = _batch(span.op)
         if taken:
             told |= dict.fromkeys(done, span.start)

@@ -30,6 +30,11 @@ def needs(k: int, op: Op) -> list[Product]:
             return []
 
 
+def received(k: int, op: Op) -> list[Product]:
+    """What op of stage k waits for that another stage makes: it comes in a message."""
+    return [product for product in needs(k, op) if product[0] != k]
+
+
 def gives(k: int, op: Op) -> list[Product]:
     """The names under which `needs` may ask for what op of stage k makes."""
     match op:

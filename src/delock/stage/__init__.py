@@ -2,6 +2,6 @@
 
 from delock.stage.in_flight import InFlight
 from delock.stage.learner import OptimizerFactory, ScheduleFactory
-from delock.stage.stage import Loss, Stage
+from delock.stage.stage import BackwardResult, Loss, Stage
 
-__all__ = ["InFlight", "Loss", "OptimizerFactory", "ScheduleFactory", "Stage"]
+__all__ = ["BackwardResult", "InFlight", "Loss", "OptimizerFactory", "ScheduleFactory", "Stage"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ from delock.stage.split_backward import Grads, joint, split_backward
 from delock.tensors import Tree, floating, leaves_of, like, with_leaves
 
 Loss = Callable[[Any, Any], Tensor]
+
+
+class BackwardResult(NamedTuple):
+    """A finished Backward, as the engine needs it."""
+
+    error: Message | None  # delta_k, where stage k - 1 listens
+    loss: Tensor | None  # of the batch, where it is this stage's own
+    samples: int  # of the batch
+    version: int  # of the weights that the derivative was taken at
+    tick: int  # of the batch's Forward
 
 
 class Stage:
@@ -140,25 +150,29 @@ class Stage:
     # ---- Backward ------------------------------------------------------------------------------------------------------------------
 
     def prepare(self, step: Step) -> None:
-        """The replay of a Backward, which does not need the incoming error and so may run before it has come."""
+        """Recomputes the graph of a Backward where it was not kept. It needs no incoming error, so it may run before that has come."""
         memory = self.memory[step.op.batch]  # type: ignore[union-attr]
         if memory.outputs is None and memory.message.values is not None:
             memory.taken = self.version
             self.build(memory, None, is_replay=True)
 
-    def backward(self, step: Step, error: Message | None) -> tuple[Message | None, Tensor | None]:
-        """g_k += weight (dh_{k+1}/dw_k)^T d: returns delta_k where stage k - 1 listens, and the loss where it is this stage's own.
+    def backward(self, step: Step, error: Message | None) -> BackwardResult:
+        """g_k += weight (dh_{k+1}/dw_k)^T d, once `prepare` has had the step. Returns delta_k, the loss, and when both are from.
 
         `error` holds one tensor per floating output of this stage. Raises UsageError for a loss that is no scalar, or has no gradient.
         """
         op = step.op
         assert isinstance(op, Backward)
-        self.prepare(step)
         memory = self.memory[op.batch]
         if step.last:
             del self.memory[op.batch]
         if memory.message.values is None:
-            return (Message(None) if step.down else None), torch.zeros(()) if op.loss == self.k else None
+            delta, loss = Message(None) if step.down else None, torch.zeros(()) if op.loss == self.k else None
+        else:
+            delta, loss = self._gradients(step, op, memory, error)
+        return BackwardResult(delta, loss, memory.message.samples, memory.taken, memory.step.tick)
+
+    def _gradients(self, step: Step, op: Backward, memory: InFlight, error: Message | None) -> tuple[Message | None, Tensor | None]:
         if op.part == "weights":
             later, passed_on = memory.halves.pop(op.loss)
             self._learn(op, later(not step.last), passed_on)
@@ -234,6 +248,10 @@ class Stage:
             if differentiable and not loss.requires_grad:
                 raise UsageError("the loss cannot be differentiated: compute it from the outputs by torch's own functions")
             return loss if memory.message.weight == 1 else loss * memory.message.weight
+
+    def gradient_norms(self) -> Tensor:
+        """The norms of the accumulated gradients, one by one: (number of weights with a gradient,)."""
+        return self.learner.norms()
 
     # ---- Update --------------------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from delock.ops import Backward, Forward, Op, Update
-from delock.plan import Product, gives, needs
+from delock.plan import gives, received
 from delock.timeline.spans import Span, Timeline
 
 
@@ -55,15 +55,10 @@ def messages(timeline: Timeline) -> list[tuple[int, int]]:
     lives: dict[tuple[int, bool], list[tuple[float, float]]] = {}
     for column in timeline.columns:
         for span in column:
-            for name in received(span):
+            for name in received(span.stage, span.op):
                 if name in made:
                     lives.setdefault((min(name[0], span.stage), name[0] < span.stage), []).append((made[name], span.start))
     return [(at_once(lives.get((k, True), [])), at_once(lives.get((k, False), []))) for k in range(timeline.K - 1)]
-
-
-def received(span: Span) -> list[Product]:
-    """What an op takes from neighbours."""
-    return [name for name in needs(span.stage, span.op) if name[0] != span.stage]
 
 
 def at_once(lives: Iterable[tuple[float, float]]) -> int:

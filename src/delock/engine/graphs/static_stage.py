@@ -48,12 +48,13 @@ class StaticStage:
         place = slot % self.group
         learner.count = place
         learner.grads = list(self.held) if place else [None] * len(self.held)
-        delta, loss = self.stage.backward(step, self.errors.get(slot) if op.loss > self.stage.k else None)
-        if loss is not None:
-            self.loss = loss.clone() if self.loss is None else self.loss.copy_(loss)
+        self.stage.prepare(step)
+        done = self.stage.backward(step, self.errors.get(slot) if op.loss > self.stage.k else None)
+        if done.loss is not None:
+            self.loss = done.loss.clone() if self.loss is None else self.loss.copy_(done.loss)
         if place + 1 < self.group:
             self._hold(learner.grads)
-        return delta
+        return done.error
 
     def _hold(self, grads: list[Tensor | None]) -> None:
         for i, grad in enumerate(grads):
