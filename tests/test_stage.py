@@ -240,10 +240,10 @@ def test_an_error_holds_one_tensor_per_floating_input() -> None:
 
     upper = stage(Reads(), 1, 2, loss=lambda out, target: out.sum())
     upper.forward(forward, sent)
-    error, loss, samples, *_ = upper.backward(backward, None)
+    error, loss, batch = upper.backward(backward, None)
     assert error is not None
     assert loss is not None
-    assert samples == 3
+    assert batch.message.samples == 3
     h, mask, skip = error.values  # h, the floats and x, but not the integers
     assert torch.equal(h, sent.values[2])
     assert torch.equal(mask, sent.values[0])

@@ -20,7 +20,8 @@ from delock.timeline.spans import Span, Timeline
 def slots(timeline: Timeline, decoded: tuple[bool, bool] = (False, False)) -> list[tuple[int, int]]:
     """Per link, the slots that activations and errors come to lie in. `decoded`: whether (they, these) are decoded as they come, which
     is then the last use of the message."""
-    wanted = {name for column in timeline.columns for span in column if _batch(span.op) for name in received(span.stage, span.op)}  # no norms: no size
+    spans = [span for column in timeline.columns for span in column if _batch(span.op)]  # no Updates: a norm has no size
+    wanted = {name for span in spans for name in received(span.stage, span.op)}
     made = {name: span.end for column in timeline.columns for span in column for name in gives(span.stage, span.op) if name in wanted}
 
     def most(sender: int, receiver: int, copied: bool) -> int:

@@ -25,13 +25,26 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class BackwardResult(NamedTuple):
-    """A finished Backward, as the engine needs it."""
+    """A finished Backward, as the engine needs it. It holds the batch until the error is on its way: predicted memory counts on that."""
 
     error: Message | None  # delta_k, where stage k - 1 listens
     loss: Tensor | None  # of the batch, where it is this stage's own
-    samples: int  # of the batch
-    version: int  # of the weights that the derivative was taken at
-    tick: int  # of the batch's Forward
+    batch: InFlight
+
+    @property
+    def samples(self) -> int:
+        """Samples in the batch."""
+        return self.batch.message.samples
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that the derivative was taken at."""
+        return self.batch.taken
+
+    @property
+    def tick(self) -> int:
+        """Tick of the batch's Forward."""
+        return self.batch.step.tick
 
 
 class Stage:
@@ -170,7 +183,7 @@ class Stage:
             delta, loss = Message(None) if step.down else None, torch.zeros(()) if op.loss == self.k else None
         else:
             delta, loss = self._gradients(step, op, memory, error)
-        return BackwardResult(delta, loss, memory.message.samples, memory.taken, memory.step.tick)
+        return BackwardResult(delta, loss, memory)
 
     def _gradients(self, step: Step, op: Backward, memory: InFlight, error: Message | None) -> tuple[Message | None, Tensor | None]:
         if op.part == "weights":
