@@ -276,7 +276,7 @@ def test_a_link_that_takes_nothing_holds_nobody_up(neighbours: Neighbours) -> No
 
     helper = threading.Thread(target=after)
     helper.start()
-    FreeRun(worker.engine, link, AsyncDGL(1), made[1].length, tell).run()
+    FreeRun(worker.engine, link, made[1].length, tell).run()
     link.close()
     helper.join(PATIENT)
     assert [turn.ordinal for turn in turns] == list(range(len(turns)))

@@ -36,6 +36,11 @@ class Method(ABC):
         """Batches whose gradients one Update applies (M of ADL; 1 elsewhere)."""
         return 1
 
+    @property
+    def free_running(self) -> bool:
+        """Whether each stage runs in a process of its own at its own pace, so that no order of ops is known before the run."""
+        return False
+
     @abstractmethod
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
         """The ops of stage k at tick t, in order. Each tick starts one new batch at stage 0."""
@@ -47,6 +52,10 @@ class Method(ABC):
     def offset(self, k: int, K: int) -> int:
         """off_k: ticks between a batch's Forward on stage 0 and on stage k."""
         return 0
+
+    def slowdown(self, k: int) -> float:
+        """How many times as long as it needs the method itself makes stage k take."""
+        return 1.0
 
     def headed(self, K: int) -> range:
         """The stages below the last that have a loss, and so an auxiliary head, of their own."""

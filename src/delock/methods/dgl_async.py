@@ -49,8 +49,11 @@ class AsyncDGL(DGL):
         if not 0 <= self.noise < 1:
             raise UsageError(f"noise is {self.noise}, but it must lie in [0, 1): a stage is slowed by S = 1 / (1 - noise)")
 
+    @property
+    def free_running(self) -> bool:
+        return self.turns == "free"
+
     def slowdown(self, k: int) -> float:
-        """S of stage k: 1 for all but the slowed one."""
         return 1 / (1 - self.noise) if k == self.slow_stage else 1.0
 
     def fits(self, K: int) -> None:

@@ -59,7 +59,7 @@ def _run_free(rank: RankLike, job: StageJob, method: AsyncDGL, watch: Progress) 
     link = FreeLink(job.k, job.K, buffer, rank.device, watch, lambda: worker.stage.version)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     _begin_together(job)
-    FreeRun(worker.engine, link, method, job.length, rank.emit).run()
+    FreeRun(worker.engine, link, job.length, rank.emit).run()
     link.close()
     return worker.result(alone=True, read=buffer.close())
 

@@ -22,6 +22,7 @@ from delock.run.history import History
 from delock.run.job import StageJob, StageResult
 from delock.stage import Stage
 from delock.stage.compiled import pieces, zeros
+from delock.timeline import Slowdown
 
 
 class Worker:
@@ -51,6 +52,7 @@ class Worker:
         self.log = StageLog(spans=[] if job.trace else None)
         self.tracker = History(job, self.log, emit, device)
         self.sent = link.sent
+        slow, delay = _pace(job)
         self.engine = Engine(
             self.stage,
             CodedLink(link, job.k, job.codec, job.error_codec, job.seed) if job.codec or job.error_codec else link,
@@ -60,8 +62,8 @@ class Worker:
             parts=job.method.parts,
             on_loss=self.tracker.loss if last else None,
             on_output=self.tracker.output if last else None,
-            slow=job.slow,
-            delay=time.sleep if job.emulated else spin,
+            slow=slow,
+            delay=delay,
         )
         self.held = peak_memory.reset_peak(device) - peak_memory.programs(device)
 
@@ -111,6 +113,13 @@ class Worker:
             spans=spans,
             optimizer=optimizer,
         )
+
+
+def _pace(job: StageJob) -> tuple[Slowdown | None, Callable[[float], None]]:
+    """The ticks in which the stage takes longer, and how it does: a core that is not needed is left to the stages that share it."""
+    if job.method.free_running and (times := job.method.slowdown(job.k)) > 1:
+        return Slowdown(times - 1), time.sleep
+    return job.slow, time.sleep if job.emulated else spin
 
 
 def _sorted(histogram: Mapping[int, int]) -> dict[int, int]:

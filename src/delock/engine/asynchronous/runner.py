@@ -7,11 +7,9 @@ from collections.abc import Callable
 
 from delock.engine.asynchronous.link import FreeLink
 from delock.engine.engine import Engine
-from delock.methods.dgl_async import AsyncDGL
 from delock.ops import Backward, Forward, Update
 from delock.plan import RunLength, Step
 from delock.records import Visit, VisitsRecord
-from delock.timeline import Slowdown
 
 TOGETHER, LATEST = 32, 1.0  # turns in a record, unless it is so many seconds since the one before
 
@@ -22,11 +20,9 @@ class FreeRun:
     A stage that has made its own goes on forwarding for those above, no faster than before: its cores may be theirs, too.
     """
 
-    def __init__(self, engine: Engine, link: FreeLink, method: AsyncDGL, length: RunLength, emit: Callable[[VisitsRecord], None]) -> None:
+    def __init__(self, engine: Engine, link: FreeLink, length: RunLength, emit: Callable[[VisitsRecord], None]) -> None:
         self.engine, self.link, self.length, self.emit = engine, link, length, emit
         self.k, self.up = engine.stage.k, engine.stage.k + 1 < engine.stage.K
-        if (slowdown := method.slowdown(self.k)) > 1:
-            engine.slow, engine.delay = Slowdown(slowdown - 1), time.sleep  # the core is free meanwhile, for a stage that shares it
         self.visits = self.evaluations = self.updates = 0
         self.begun = self.training = 0.0  # when the last visit began, and seconds of all visits that trained
         self.turns: list[Visit] = []
