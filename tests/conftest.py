@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ranks import Pids, alive
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -29,3 +31,21 @@ def nothing_left() -> Iterator[None]:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is decoded or downloaded goes into a folder of the test's own."""
     monkeypatch.setenv("DELOCK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and a cache of its own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("DELOCK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def pids() -> Iterator[Pids]:
+    """Afterwards none of the processes that reported their pid is alive."""
+    reported = Pids()
+    yield reported
+    assert reported, "no rank reported its pid"
+    assert [pid for pid in reported if alive(pid)] == []

@@ -1,7 +1,7 @@
 """Independent oracles: every training method as its equation or the sequential loop, in plain PyTorch over whole networks.
 
 Nothing of the library is used but `delock.keys.key` (dropout seeds), so that what is compared with these was written twice.
-The loop is fact 1 of the common ground; `dsp` and `mixed_deque` are the same methods in their papers' own words, tick by tick.
+The loop is fact 1 of the common ground; oracles_ticks has the same methods in their papers' own words, tick by tick.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,8 +20,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from delock.keys import key
 
 Batch = tuple[Any, Any]  # inputs: a tensor or a tuple of tensors; targets: any pytree of tensors
+
+
 Loss = Callable[[Any, Any], Tensor]
+
+
 MakeOptimizer = Callable[[list[Tensor]], Any]
+
+
 MakeSchedule = Callable[[Any], Any]
 
 
@@ -68,15 +73,15 @@ def _floats(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if x.is_floating_point()]
 
 
-def _detached(tree: Any, leaf: bool = False) -> Any:
+def detached(tree: Any, leaf: bool = False) -> Any:
     return tree_map(lambda x: x.detach().requires_grad_(leaf and x.is_floating_point()), tree)
 
 
-def _cloned(tree: Any) -> Any:
+def cloned(tree: Any) -> Any:
     return tree_map(torch.clone, tree)
 
 
-def _pull(out: Any, error: Sequence[Tensor], h: Any) -> list[Tensor]:
+def pull(out: Any, error: Sequence[Tensor], h: Any) -> list[Tensor]:
     """The VJP of what made `out` of `h`: parameters collect theirs in `.grad`; returns one tensor per floating input."""
     pairs = [(o, d) for o, d in zip(_floats(out), error, strict=True) if o.requires_grad]
     if pairs:
@@ -84,7 +89,7 @@ def _pull(out: Any, error: Sequence[Tensor], h: Any) -> list[Tensor]:
     return [torch.zeros_like(x) if x.grad is None else x.grad for x in _floats(h)]
 
 
-class _Slice:
+class Slice:
     """f_k with its parameters, optimizer and schedule; everything private to the oracle."""
 
     def __init__(
@@ -120,8 +125,8 @@ class _Slice:
 
     def forward(self, b: int, h: Any) -> tuple[Any, Any]:
         """The input as leaves and the output, with the graph between; a clone stands between them for first ops in place."""
-        h = _detached(h, leaf=self.k > 0)
-        return h, self.call(b, _cloned(h))
+        h = detached(h, leaf=self.k > 0)
+        return h, self.call(b, cloned(h))
 
     @contextlib.contextmanager
     def statistics_kept(self) -> Iterator[None]:
@@ -146,12 +151,14 @@ class _Slice:
         self.updates += 1
 
 
-def _slices(stages: Sequence[nn.Module], make: MakeOptimizer, schedule: MakeSchedule | None, seed: int, data: bool = False) -> list[_Slice]:
-    return [_Slice(k, module, make, schedule, seed, data) for k, module in enumerate(stages)]
+def slices_of(
+    stages: Sequence[nn.Module], make: MakeOptimizer, schedule: MakeSchedule | None, seed: int, data: bool = False
+) -> list[Slice]:
+    return [Slice(k, module, make, schedule, seed, data) for k, module in enumerate(stages)]
 
 
 @contextlib.contextmanager
-def _own_randomness() -> Iterator[None]:
+def own_randomness() -> Iterator[None]:
     """The caller's generators are where they were, afterwards."""
     with torch.random.fork_rng(devices=_gpus()):
         yield
@@ -163,14 +170,14 @@ def _gpus() -> list[int]:
     return list(range(torch.cuda.device_count())) if in_use else []
 
 
-def _top(run: OracleRun, loss: Loss, out: Any, y: Any) -> tuple[Tensor, list[Tensor]]:
+def top_error(run: OracleRun, loss: Loss, out: Any, y: Any) -> tuple[Tensor, list[Tensor]]:
     """The loss, recorded, and the error of the loss in itself."""
     value = loss(out, y)
     run.losses.append(value.detach())
     return value, [torch.ones_like(value)]
 
 
-def _finished(run: OracleRun, slices: list[_Slice]) -> OracleRun:
+def finished(run: OracleRun, slices: list[Slice]) -> OracleRun:
     run.states = [{n: x.detach().clone() for n, x in s.module.state_dict().items()} for s in slices]
     run.optimizer_states = [s.optimizer.state_dict() if s.optimizer else {} for s in slices]
     return run
@@ -179,7 +186,7 @@ def _finished(run: OracleRun, slices: list[_Slice]) -> OracleRun:
 # Backpropagation ------------------------------------------------------------------------------------------------------
 
 
-@_own_randomness()
+@own_randomness()
 def backprop(
     stages: Sequence[nn.Module],
     batches: Sequence[Batch],
@@ -194,13 +201,13 @@ def backprop(
 
     w <- optimizer(w, sum_i (n_i / n) dLoss_i/dw) over the parts i of the batch, split by tensor_split, empty ones skipped.
     """
-    run, slices = OracleRun(), _slices(stages, make_optimizer, make_schedule, seed)
+    run, slices = OracleRun(), slices_of(stages, make_optimizer, make_schedule, seed)
     for t, (x, y) in enumerate(batches):
         xs, ys = (_parts(tree, accumulate) for tree in (x, y))
         sizes = [len(tree_leaves(part)[0]) for part in xs]
         total: list[Tensor] = []
         for i in [i for i in range(accumulate) if sizes[i]]:
-            h = _cloned(xs[i])
+            h = cloned(xs[i])
             for s in slices:
                 h = s.call(t * accumulate + i, h)
             value = loss(h, ys[i]) * (sizes[i] / sum(sizes))
@@ -211,7 +218,7 @@ def backprop(
         run.losses.append(torch.stack(total).sum())
         run.staleness.append([0] * len(slices))
         run.age.append([0] * len(slices))
-    return _finished(run, slices)
+    return finished(run, slices)
 
 
 def _parts(tree: Any, n: int) -> list[Any]:
@@ -221,7 +228,7 @@ def _parts(tree: Any, n: int) -> list[Any]:
 # The loop behind DDG, FR, FDG, ADL and DSP ----------------------------------------------------------------------------
 
 
-@_own_randomness()
+@own_randomness()
 def delayed(
     stages: Sequence[nn.Module],
     batches: Sequence[Batch],
@@ -243,8 +250,8 @@ def delayed(
     n-th group of M batches makes its n-th update. An incomplete last group is applied at the end: mean or sum of its r batches.
     `shrink` multiplies the error that a stage k < K-1 receives.
     """
-    early = _early(delays, backward_first)
-    run, slices = OracleRun(), _slices(stages, make_optimizer, make_schedule, seed)
+    early = early_forwards(delays, backward_first)
+    run, slices = OracleRun(), slices_of(stages, make_optimizer, make_schedule, seed)
     for b, (x, y) in enumerate(batches):
         used = [max(0, b - d + e) // M for d, e in zip(delays, early, strict=True)]
         with contextlib.ExitStack() as replays:
@@ -252,7 +259,7 @@ def delayed(
             for s, version in zip(slices, used, strict=True):
                 s.load(s.versions[version])
                 leaf, out = s.forward(b, h)
-                h = _detached(out)
+                h = detached(out)
                 if at == "replay":  # the same input and mask at the current weights
                     replays.enter_context(s.statistics_kept())
                     s.load(s.versions[s.updates])
@@ -260,10 +267,10 @@ def delayed(
                 elif at == "mixed":  # the same graph over other numbers
                     s.overwrite(s.versions[s.updates])
                 graphs.append((leaf, out))
-            top, error = _top(run, loss, out, y)
-            error = _pull(top, error, leaf)
+            top, error = top_error(run, loss, out, y)
+            error = pull(top, error, leaf)
             for leaf, out in reversed(graphs[:-1]):
-                error = _pull(out, [d * shrink for d in error], leaf)
+                error = pull(out, [d * shrink for d in error], leaf)
         run.age.append([s.updates - version for s, version in zip(slices, used, strict=True)])
         run.staleness.append([0] * len(slices) if at == "replay" else run.age[-1])
         if (b + 1) % M == 0 or b + 1 == len(batches):
@@ -272,165 +279,13 @@ def delayed(
                 s.update(b % M + 1 if reduce == "mean" else 1)
                 s.versions[s.updates] = s.snapshot()
                 s.versions = {n: w for n, w in s.versions.items() if n >= version}  # used versions never fall
-    return _finished(run, slices)
+    return finished(run, slices)
 
 
-def _early(delays: Sequence[int], backward_first: bool) -> list[int]:
+def early_forwards(delays: Sequence[int], backward_first: bool) -> list[int]:
     """e_k. An update cannot be in a batch's forward before that batch has been down, so e = 1 wants a delay."""
     if any(b > a for a, b in itertools.pairwise(delays)) or delays[-1] != 0:
         raise ValueError(f"delays fall to 0 at the last stage, got {list(delays)}")
     if backward_first and not all(delays[:-1]):
         raise ValueError(f"backward-first needs delays of 1 or more below the last stage, got {list(delays)}")
     return [int(backward_first)] * (len(delays) - 1) + [0]
-
-
-# The same methods in other words --------------------------------------------------------------------------------------
-
-
-@_own_randomness()
-def mixed_deque(
-    stages: Sequence[nn.Module],
-    batches: Sequence[Batch],
-    *,
-    loss: Loss,
-    make_optimizer: MakeOptimizer,
-    delays: Sequence[int],
-    make_schedule: MakeSchedule | None = None,
-    seed: int = 0,
-    M: int = 1,
-    backward_first: bool = True,
-    shrink: float = 1.0,
-    reduce: Literal["mean", "sum"] = "mean",
-) -> OracleRun:
-    """FDG and ADL as their released code computed them on PyTorch <= 1.4: tick by tick, every stage keeps the graphs of the
-    batches under way in a deque, and its optimizer writes `p.data` in place under them.
-
-    At tick t stage k forwards batch t and backwards batch t - D_k: lags enter through D alone, so that p = 0 stands for all.
-    """
-    _early(delays, backward_first)  # only checks
-    run, slices = OracleRun(), _slices(stages, make_optimizer, make_schedule, seed, data=True)
-    n, last = len(batches), len(slices) - 1
-    graphs: list[deque[tuple[int, int, Any, Any]]] = [deque() for _ in slices]  # (batch, version, input, output)
-    errors: list[dict[int, list[Tensor]]] = [{} for _ in slices]  # errors[k][b]: the error of batch b at the output of stage k
-    run.age = run.staleness = [[-1] * len(slices) for _ in range(n)]
-
-    def forward(t: int) -> None:
-        h, y = batches[t]
-        for s, live in zip(slices, graphs, strict=True):
-            leaf, out = s.forward(t, h)
-            h = _detached(out)
-            if s.k == last:
-                out, errors[last][t] = _top(run, loss, out, y)
-            live.append((t, s.updates, leaf, out))
-
-    def backward(k: int, b: int) -> None:
-        if not 0 <= b < n:
-            return
-        batch, version, leaf, out = graphs[k].popleft()
-        assert batch == b
-        d = errors[k].pop(b)
-        error = _pull(out, [x * shrink for x in d] if k < last else d, leaf)
-        if k > 0:
-            errors[k - 1][b] = error
-        run.staleness[b][k] = slices[k].updates - version
-        if (b + 1) % M == 0 or b + 1 == n:
-            slices[k].update(b % M + 1 if reduce == "mean" else 1)
-
-    for t in range(n + delays[0]):
-        for k in reversed(range(last)) if backward_first else ():
-            backward(k, t - delays[k])
-        if t < n:
-            forward(t)
-        for k in [last] if backward_first else reversed(range(last + 1)):
-            backward(k, t - delays[k])
-    return _finished(run, slices)
-
-
-class UnifiedSGD:
-    """DSP's optimizers: y' = w - a g; z' = w - s a g; w' = y' + beta (z' - z), z_0 = w_0; s = 0 heavy ball, s = 1 Nesterov.
-
-    At a constant rate its w are those of torch.optim.SGD(nesterov=bool(s)).
-    """
-
-    def __init__(self, params: list[Tensor], lr: float, momentum: float, s: float, weight_decay: float) -> None:
-        self.params, self.lr, self.momentum, self.s, self.weight_decay = params, lr, momentum, s, weight_decay
-        self.z = [p.detach().clone() for p in params]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for i, w in enumerate(self.params):
-            if w.grad is None:
-                continue
-            g = w.grad + self.weight_decay * w
-            y = w - self.lr * g
-            z = w - self.s * self.lr * g
-            w.copy_(y + self.momentum * (z - self.z[i]))
-            self.z[i] = z
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"z": self.z}
-
-
-@_own_randomness()
-def dsp_unified(
-    stages: Sequence[nn.Module],
-    batches: Sequence[Batch],
-    *,
-    loss: Loss,
-    p: Sequence[int],
-    m: Sequence[int],
-    lr: float,
-    momentum: float = 0.0,
-    s: float = 0.0,
-    weight_decay: float = 0.0,
-    seed: int = 0,
-) -> OracleRun:
-    """DSP(p_0..p_{K-1}; m_0..m_{K-1}) as the paper runs it: lock-step ticks and three queues a stage, `UnifiedSGD`.
-
-    g_k = [df_k(h_k; w_k now)/dw_k]^T delta_{k+1} with h_k of m_k ticks ago, q_k = m_k - m_{k+1} - p_k >= 1.
-    """
-    q = [m[k] - m[k + 1] - p[k] for k in range(len(m) - 1)]
-    if p[-1] or m[-1] or min([1, *p[:-1], *q]) < 1:
-        raise ValueError(f"no DSP: p = {list(p)}, m = {list(m)}")
-    run, slices = OracleRun(), _slices(stages, lambda w: UnifiedSGD(w, lr, momentum, s, weight_decay), None, seed)
-    inputs, outputs, errors = (_queues(lags) for lags in (m, p[:-1], q))
-    run.age = [[-1] * len(slices) for _ in batches]
-    run.staleness = [[0] * len(slices) for _ in batches]
-    for t in range(len(batches) + m[0]):
-        fed: Any = (t, *batches[t]) if t < len(batches) else None
-        arrived: list[Any] = [fed, *(queue.popleft() for queue in outputs)]  # all stages read before any writes: a barrier
-        from_above: list[Any] = [*(queue.popleft() for queue in errors), None]
-        for f in slices:
-            top = f.k == len(slices) - 1
-            sent: Any = None
-            stored: Any = None
-            if arrived[f.k] is not None:
-                b, h, y = arrived[f.k]
-                with torch.no_grad():
-                    sent = (b, f.call(b, _cloned(h)), y)
-                stored = (b, h, y, f.updates)
-            inputs[f.k].append(stored)
-            if not top:
-                outputs[f.k].append(sent)
-
-            sent = None
-            if (stored := inputs[f.k].popleft()) is not None:
-                b, h, y, version = stored
-                run.age[b][f.k] = f.updates - version
-                with f.statistics_kept():
-                    leaf, out = f.forward(b, h)
-                    if top:
-                        out, error = _top(run, loss, out, y)
-                    else:
-                        batch, error = from_above[f.k]
-                        assert batch == b
-                    sent = (b, _pull(out, error, leaf))
-                f.update()
-            if f.k > 0:
-                errors[f.k - 1].append(sent)
-    return _finished(run, slices)
-
-
-def _queues(lags: Sequence[int]) -> list[deque[Any]]:
-    """Delay lines: what goes in comes out `lag` ticks later; `lag + 1` long while a tick is under way."""
-    return [deque([None] * lag, maxlen=lag + 1) for lag in lags]

@@ -1,4 +1,4 @@
-"""Ranks start, report, fail, hang and end; whatever happens, no process is left behind."""
+"""Ranks start, report and end; bad input is refused, and no rank outlives its parent."""
 
 from __future__ import annotations
 
@@ -10,129 +10,17 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from delock.errors import StageFailed, UsageError
+from delock.errors import UsageError
 from delock.launch.cores import share_cores
 from delock.launch.processes import run_processes
-from delock.launch.progress import Progress
 from delock.launch.rank import Rank
-from delock.launch.torchrun import under_torchrun
-from delock.launch.watchdog import POLL, Watchdog
 
-import programs
-
-PROGRAM = Path(__file__)  # scripts of the tests below import the targets from here
-
-
-class Pids(list[int]):
-    """on_event that notes the pids the ranks emit, and everything else beside."""
-
-    def __init__(self) -> None:
-        self.others: list[tuple[int, object]] = []
-
-    def __call__(self, rank: int, event: object) -> None:
-        match event:
-            case ("pid", int(pid)):
-                self.append(pid)
-            case _:
-                self.others.append((rank, event))
-
-
-@pytest.fixture
-def pids() -> Iterator[Pids]:
-    """Afterwards none of the processes that told their pid is alive."""
-    told = Pids()
-    yield told
-    assert told, "no rank told its pid"
-    assert [pid for pid in told if alive(pid)] == []
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def tell_pid(rank: Rank) -> None:
-    rank.emit(("pid", os.getpid()))
-
-
-# -- targets -----------------------------------------------------------------------------------------------------------------------
-
-
-def greet(rank: Rank, payload: Any) -> tuple[int, int, Any]:
-    tell_pid(rank)
-    for i in range(3):
-        rank.emit(("step", i))
-    ranks = torch.tensor([rank.rank])
-    dist.all_reduce(ranks)
-    return rank.rank, int(ranks), payload
-
-
-def raise_in_one(rank: Rank, how: str) -> None:
-    """Rank 1 raises; the others block in a receive from it that never comes."""
-    tell_pid(rank)
-    rank.progress.at("F12", "epoch 1, batch 3")
-    dist.barrier()
-    if rank.rank != 1:
-        rank.progress.wait_for(1)
-        dist.recv(torch.empty(3), 1)
-    match how:
-        case "error":
-            raise ZeroDivisionError("the culprit's own words")
-        case "usage":
-            raise UsageError("the batch holds one sample; give it two")
-        case "leave":
-            os._exit(3)
-        case "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "segv":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        case "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        case "hang":
-            a_loop_without_end()
-    rank.progress.wait_for(0)
-    dist.recv(torch.empty(3), 0)
-
-
-def a_loop_without_end() -> None:
-    while True:
-        time.sleep(0.01)
-
-
-def block(rank: Rank, payload: object) -> None:
-    tell_pid(rank)
-    rank.progress.at("F0")
-    a_loop_without_end()
-
-
-def environment(rank: Rank, name: str) -> tuple[str | None, int, set[int]]:
-    return os.environ.get(name), torch.get_num_threads(), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-
-
-def born_with(rank: Rank, payload: object) -> str:
-    return Path("/proc/self/environ").read_text()
-
-
-def slow_set_up(rank: Rank, seconds: float) -> int:
-    tell_pid(rank)
-    if rank.rank == 0:
-        time.sleep(seconds)  # stands for the decoding of a data set
-    rank.progress.at("F0")
-    rank.progress.wait_for(1 - rank.rank)
-    dist.barrier()
-    return rank.rank
-
+from ranks import Pids, alive, born_with, environment, greet, wait_until
 
 # -- all is well -------------------------------------------------------------------------------------------------------------------
 
@@ -183,76 +71,6 @@ def test_ranks_are_bound_to_cores_of_their_own_if_there_are_enough() -> None:
     assert free == here
 
 
-# -- failures ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_rank_that_raises_is_told_with_its_op_and_traceback(pids: Pids) -> None:
-    began = time.monotonic()
-    with pytest.raises(StageFailed) as caught:
-        run_processes(raise_in_one, ["error"] * 3, on_event=pids)
-    message = str(caught.value)
-    assert message.startswith("stage 1 failed in F12 (epoch 1, batch 3): ZeroDivisionError: the culprit's own words")
-    assert "in raise_in_one" in message
-    assert time.monotonic() - began < 30
-
-
-def test_a_usage_error_is_raised_with_its_words_alone(pids: Pids) -> None:
-    with pytest.raises(UsageError, match=r"^the batch holds one sample; give it two$"):
-        run_processes(raise_in_one, ["usage"] * 2, on_event=pids)
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("kill", "stage 1 was killed by SIGKILL (the system does so when memory runs out) in F12 (epoch 1, batch 3)"),
-        ("segv", "stage 1 was killed by SIGSEGV in F12 (epoch 1, batch 3)"),
-        ("leave", "stage 1 ended with exit code 3 in F12 (epoch 1, batch 3)"),
-    ],
-)
-def test_a_rank_that_dies_is_named_though_its_peers_raise_first(how: str, words: str, pids: Pids) -> None:
-    with pytest.raises(StageFailed, match="^" + re.escape(words)) as caught:
-        run_processes(raise_in_one, [how] * 3, on_event=pids)
-    assert ("in raise_in_one" in str(caught.value)) == (how == "segv")  # a fatal signal leaves the Python stack
-
-
-def test_a_rank_that_hangs_shows_its_stack(pids: Pids) -> None:
-    with pytest.raises(StageFailed) as caught:
-        run_processes(raise_in_one, ["hang"] * 2, on_event=pids, patience=1.0)
-    message = str(caught.value)
-    assert message.startswith("stage 1 hangs in F12 (epoch 1, batch 3): it has not moved for 1 s")
-    assert "stage 0 waits for stage 1 in F12" in message
-    assert "in a_loop_without_end" in message
-    assert "die_with_parent" not in message
-    assert "multiprocessing" not in message
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_a_stopped_rank_is_told_as_stopped(pids: Pids) -> None:
-    with pytest.raises(StageFailed, match=r"^stage 1 is stopped by a signal in F12"):
-        run_processes(raise_in_one, ["stop"] * 2, on_event=pids, patience=1.0)
-
-
-def test_ranks_that_wait_for_each_other_are_told(pids: Pids) -> None:
-    with pytest.raises(StageFailed, match=r"^stage 0 waits for stage 1 in F12(.|\n)*stage 1 waits for stage 0 in F12"):
-        run_processes(raise_in_one, ["wait"] * 2, on_event=pids, patience=1.0)
-
-
-def test_setting_up_may_take_longer_than_patience(pids: Pids) -> None:
-    assert run_processes(slow_set_up, [1.5] * 2, on_event=pids, patience=0.5) == [0, 1]
-
-
-def test_an_error_of_on_event_ends_the_run() -> None:
-    told: list[int] = []
-
-    def stumble(rank: int, event: Any) -> None:
-        told.append(event[1])
-        raise KeyError("not ready")
-
-    with pytest.raises(KeyError, match="not ready"):
-        run_processes(block, [None], on_event=stumble)
-    assert not alive(told[0])
-
-
 # -- bad input ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -301,8 +119,9 @@ def start_blocking_program(tmp_path: Path) -> tuple[subprocess.Popen[str], list[
         textwrap.dedent(
             f"""
             import sys
-            sys.path.insert(0, {str(PROGRAM.parent)!r})
-            from test_launch import block, run_processes
+            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            from ranks import block
+            from delock.launch.processes import run_processes
             if __name__ == "__main__":
                 try:
                     run_processes(block, [0, 1], patience=0, on_event=lambda rank, event: print(event[1], flush=True))
@@ -336,19 +155,12 @@ def test_ranks_do_not_outlive_their_parent(tmp_path: Path, by: signal.Signals) -
     wait_until(lambda: not any(map(alive, ranks)), 20)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    """Processes of which this one is no parent can only be polled."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "too late"
-        time.sleep(0.05)
-
-
 def test_a_script_without_guard_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(PROGRAM.parent)!r})\n"
-        "from test_launch import greet, run_processes\nfrom delock.launch.context import context\ncontext()\nrun_processes(greet, [1, 2])\n"
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from ranks import greet\nfrom delock.launch.processes import run_processes\n"
+        "from delock.launch.context import context\ncontext()\nrun_processes(greet, [1, 2])\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
@@ -363,134 +175,6 @@ def test_what_is_defined_in_a_notebook_is_told_so() -> None:
     assert re.search(r"UsageError: a stage's process cannot rebuild what it was sent: .*'target'.*workers=\"inline\"", done.stderr)
 
 
-# -- progress and watch ------------------------------------------------------------------------------------------------------------
-
-
-def test_progress_reads_as_written() -> None:
-    memory = bytearray(Progress.SIZE)
-    writer, reader = Progress(memory), Progress(memory)
-    assert not reader.read().born
-    writer.born()
-    assert str(reader.read()) == "before its first op"
-    writer.at("F" + "1" * 50, "é" * 50)  # longer than the record keeps
-    assert reader.read().op == "F" + "1" * 31
-    assert reader.read().batch == "é" * 48
-    writer.at("B3", "epoch 1")
-    writer.wait_for(2)
-    at = reader.read()
-    assert (str(at), at.waits_for, at.moves) == ("in B3 (epoch 1)", 2, 4)
-    writer.go_on()
-    assert reader.read().waits_for is None
-
-
-def nothing_stops(rank: int) -> str:
-    return ""
-
-
-def test_aside_an_op_nobody_is_late() -> None:
-    progress = Progress()
-    progress.at("F12")
-    progress.wait_for(1)
-    with progress.aside():
-        assert not progress.read().begun
-    assert (str(progress.read()), progress.read().waits_for) == ("in F12", 1)
-    assert Progress(bytearray(progress.raw())).read() == progress.read()
-
-
-def test_the_watch_blames_nobody_while_its_own_process_slept(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("delock.launch.watchdog.time.monotonic", lambda: now[0])
-    record = Progress()
-    record.at("F0")
-    watch = Watchdog([record], 2.0, nothing_stops)
-    looks = []
-    for step in (0.0, 0.25, 3600.0, 0.25, 0.25, 0.25, 0.25, 0.25):  # a long on_event, or Ctrl-Z, in the middle
-        now[0] += step
-        looks.append(watch.look([0]))
-    assert looks == [[]] * 7 + [[0]]
-
-
 def test_the_fork_server_can_be_started_before_torch_is_imported() -> None:
     code = "import sys, delock.launch.context as c; c.context(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
-
-
-# -- torchrun ----------------------------------------------------------------------------------------------------------------------
-
-UNDER_TORCHRUN = f"""
-import os, sys
-sys.path.insert(0, {str(PROGRAM.parent)!r})
-from test_launch import greet, raise_in_one
-from delock.launch.torchrun import run_torchrun, under_torchrun
-
-assert under_torchrun()
-if sys.argv[1] == "greet":
-    for run in range(2):  # one program may train twice
-        events = []
-        results = run_torchrun(greet, lambda rank: f"for {{rank}}", on_event=lambda rank, event: events.append((rank, event)))
-        assert (results is None) == (os.environ["RANK"] != "0")
-        if results is not None:
-            print("results", results)
-            for rank in range(2):
-                print("events", rank, [event for of, event in events if of == rank and event[0] != "pid"])
-        else:
-            assert not events
-else:
-    run_torchrun(raise_in_one, lambda rank: sys.argv[1], patience=2.0)
-"""
-
-
-def torchrun(tmp_path: Path, what: str) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "script.py"
-    script.write_text(UNDER_TORCHRUN)
-    return programs.torchrun(script, what)
-
-
-def test_torchrun_gives_rank_0_all_events_and_results(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "greet")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines.count("results [(0, 1, 'for 0'), (1, 1, 'for 1')]") == 2
-    for rank in range(2):
-        assert lines.count(f"events {rank} [('step', 0), ('step', 1), ('step', 2)]") == 2
-
-
-def test_a_failing_rank_under_torchrun_is_told_once(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "error")
-    assert done.returncode != 0
-    assert "error: stage 1 failed in F12 (epoch 1, batch 3): ZeroDivisionError: the culprit's own words" in done.stderr
-    assert "error: stage 0" not in done.stderr
-
-
-def test_a_rank_that_hangs_under_torchrun_shows_its_stack(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "hang")
-    assert done.returncode != 0
-    assert done.stderr.count("error: stage ") == 1
-    assert "error: stage 1 hangs in F12 (epoch 1, batch 3): it has not moved for 2 s\nstage 0 waits for stage 1 in F12" in done.stderr
-    assert "in a_loop_without_end" in done.stderr
-
-
-def test_this_process_is_not_under_torchrun() -> None:
-    assert not under_torchrun()
-
-
-def test_who_waited_for_a_rank_that_is_done_now_has_time_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr("delock.launch.watchdog.time.monotonic", lambda: clock[0])
-    records = [Progress(), Progress()]
-    looks = Watchdog(records, 1.0, nothing_stops)
-    for record in records:
-        record.born()
-    records[1].at("F0")
-    records[1].wait_for(0)  # stage 0 sets itself up for a long time
-
-    def after(seconds: float, at_work: list[int]) -> list[int]:
-        for _ in range(round(seconds / POLL)):
-            clock[0] += POLL
-            found = looks.look(at_work)
-        return found
-
-    assert after(5.0, [0, 1]) == []
-    records[0].at("F0")  # does what stage 1 waits for, and is done
-    assert after(POLL, [1]) == []
-    assert after(1.0, [1]) == [1]

@@ -20,6 +20,7 @@ from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method
 from delock.ops import Backward, Forward, Update
 
 import oracles
+import oracles_ticks
 from chain import Chain, by_bp, layers, plain, seeded, sgd, stage, vectors
 from oracles import MakeOptimizer
 
@@ -78,7 +79,7 @@ VARIANTS: dict[str, MakeOptimizer] = {
 def test_mixed_and_stash_do_not_depend_on_how_the_optimizer_writes(optimizer: MakeOptimizer) -> None:
     """Fused optimizers do not count versions, foreach ones write to gradients."""
     modules, data = layers(), vectors(8)
-    want = oracles.mixed_deque(modules, data, loss=mse_loss, make_optimizer=optimizer, delays=[4, 2, 0], backward_first=True, seed=7)
+    want = oracles_ticks.mixed_deque(modules, data, loss=mse_loss, make_optimizer=optimizer, delays=[4, 2, 0], backward_first=True, seed=7)
     Chain(modules, FDG(at="mixed", order="backward-first"), data, optimizer=optimizer).run().assert_equals(want)
     exact = [copy.deepcopy(m).double() for m in modules]
     precise = vectors(8, dtype=torch.float64)

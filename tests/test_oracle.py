@@ -9,6 +9,7 @@ from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method, OneFOneB
 from delock.run.job import StageResult
 
 import oracles
+import oracles_ticks
 from harness import ORDERS, inline, jobs
 from oracles import OracleRun, delays_of
 from workloads import WORK, batches, sgd, warm_up
@@ -108,7 +109,7 @@ def test_mixed_is_what_the_released_code_computed(work: str, K: int, backward_fi
     """A hand-written loop keeps graphs in a deque while the optimizer writes in place: equal bit for bit."""
     net, kind, loss = WORK[work]
     dtype = torch.float32
-    want = oracles.mixed_deque(
+    want = oracles_ticks.mixed_deque(
         net(K, dtype),
         batches(SAMPLES, BATCH, EPOCHS, kind, dtype),
         loss=loss,
@@ -138,7 +139,8 @@ def test_dsp_with_the_papers_unified_optimizer(s: float) -> None:
     net, kind, loss = WORK["conv"]
     made = batches(SAMPLES, BATCH, EPOCHS, kind, torch.float64)
     p, m = (1, 1, 0), (4, 2, 0)
-    want = oracles.dsp_unified(net(3, torch.float64), made, loss=loss, p=p, m=m, lr=0.02, momentum=0.9, s=s, weight_decay=5e-3, seed=7)
+    whole = net(3, torch.float64)
+    want = oracles_ticks.dsp_unified(whole, made, loss=loss, p=p, m=m, lr=0.02, momentum=0.9, s=s, weight_decay=5e-3, seed=7)
     work = jobs("conv", 3, DSP.from_paper(p, m), samples=SAMPLES, batch=BATCH, epochs=EPOCHS, dtype=torch.float64, evaluate=False)
     for job in work:
         job.schedule = None

@@ -12,7 +12,8 @@ from torch import nn
 
 from delock.keys import key
 
-from oracles import OracleRun, UnifiedSGD, backprop, delayed, delays_of, dsp_unified, gap, mixed_deque
+from oracles import OracleRun, backprop, delayed, delays_of, gap
+from oracles_ticks import UnifiedSGD, dsp_unified, mixed_deque
 from workloads import WORK, Samples, batches, class_loss, mlp, sgd, warm_up, weighted_loss
 
 SEED = 3

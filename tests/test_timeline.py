@@ -1,21 +1,17 @@
-"""The clock against the formulas: periods, bubbles, stragglers, back-pressure, idle shares, memory in flight, predictions, pictures."""
+"""The clock against the formulas: when ops start and end, periods, bubbles, stragglers, back-pressure, and the batches held."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
-from delock.draw import Run, curves, gantt
 from delock.errors import PlanError, UsageError
-from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, GPipe, Interlocking, Method, OneFOneB, make
+from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Interlocking, Method, OneFOneB
 from delock.ops import Backward, Forward, Op, Update
 from delock.plan import Plan, RunLength, unroll
-from delock.records import EvaluationRecord, StepRecord
 from delock.timeline import (
     Costs,
     HeldCounts,
@@ -29,19 +25,12 @@ from delock.timeline import (
     layer_staleness,
     messages,
     period,
-    predict,
     simulate,
     steady,
     throughput,
 )
 
-EVERY = [make(name) for name in METHODS] + [FDG(order="backward-first"), ADL(3, order="backward-first"), DSP(2, 3), FR()]
-STRAGGLERS = Slowdown(1.0, probability=1 / 4)
-
-
-def linked(K: int, c: float, **more: Any) -> Costs:
-    """Unit costs with a delay on every link."""
-    return replace(Costs.unit(K), up=(c,) * (K - 1), down=(c,) * (K - 1), **more)
+from timings import EVERY, STRAGGLERS, linked
 
 
 def spans(timeline: Timeline, k: int) -> list[tuple[Op, float, float]]:
@@ -292,109 +281,6 @@ def test_staleness_is_the_same_on_plans_and_timelines(method: Method) -> None:
         assert layer_staleness(column) == layer_staleness(steps)
         assert len(gradient_staleness(column)) == len(layer_staleness(column)) == 15 * method.parts
     assert gradient_staleness(plan.columns[0][-3:]) == {} or method.delay(0, 3) == 0  # a window that saw no Forward tells nothing
-
-
-# ---- predictions -------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("method", "K", "seconds", "speedup", "staleness"),
-    [
-        (BP(3), 4, 36, 1, [0, 0, 0, 0]),
-        (GPipe(4), 4, 21, 16 / 7, [0, 0, 0, 0]),
-        (OneFOneB(8), 4, 33, 32 / 11, [0, 0, 0, 0]),
-        (DDG(), 4, 3, 4, [3, 2, 1, 0]),
-        (FR(), 4, 4, 3, [0, 0, 0, 0]),
-        (FDG(), 4, 3, 4, [6, 4, 2, 0]),
-        (ADL(4, order="backward-first"), 4, 3, 4, [5 / 4, 3 / 4, 1 / 4, 0]),
-        (ADL(20), 4, 3, 4, [6 / 20, 4 / 20, 2 / 20, 0]),
-        (DSP(3, 3), 4, 4, 3, [0, 0, 0, 0]),
-        (FDG(), 1, 3, 1, [0]),
-    ],
-    ids=str,
-)
-def test_predictions_under_unit_costs(method: Method, K: int, seconds: float, speedup: float, staleness: list[float]) -> None:
-    told = predict(method, K, Costs.unit(K))
-    assert told.period == pytest.approx(seconds)
-    assert told.speedup == pytest.approx(speedup)
-    assert [stage.staleness for stage in told.stages] == pytest.approx(staleness)
-    assert [stage.layer_staleness for stage in told.stages] == [method.delay(k, K) for k in range(K)]
-    assert [stage.held for stage in told.stages] == list(in_flight(unroll(method, K, 60)))
-    assert len(told.messages) == K - 1
-
-
-def test_predictions_of_unequal_stages() -> None:
-    told = predict(FDG(), 3, Costs(forward=(1.0, 2.0, 1.0), backward=(2.0, 4.0, 3.0), update=(0.0, 0.0, 1.0)))
-    assert told.period == pytest.approx(6)
-    assert told.speedup == pytest.approx(13 / 6)  # BP's update on stage 2 is done long before its next batch comes
-    assert [stage.idle for stage in told.stages] == pytest.approx([0.5, 0.0, 1 / 6])
-
-
-def test_predictions_take_no_time() -> None:
-    for method in EVERY:
-        seconds = []
-        for _ in range(3):
-            start = time.process_time()
-            predict(method, 8, Costs.unit(8))
-            seconds.append(time.process_time() - start)
-        assert min(seconds) < 0.2, method
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"forward": (1.0,), "backward": (1.0, 1.0)}, "backward has 2 numbers for 1 stages: it needs 1"),
-        ({"forward": (1.0, 1.0), "backward": ()}, "backward has 0 numbers"),
-        ({"forward": (1.0, 1.0), "backward": (1.0, 1.0), "up": (0.1, 0.1)}, "up has 2 numbers for 2 stages: it needs 1"),
-        ({"forward": (1.0, -1.0), "backward": (1.0, 1.0)}, "forward is .* at least 0"),
-        ({"forward": (1.0, 1.0), "backward": (1.0, 1.0), "capacity": (0,)}, "capacity is .* at least 1"),
-        ({"forward": (0.0,), "backward": (0.0,)}, "no stage costs anything"),
-    ],
-)
-def test_costs_that_do_not_fit(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        Costs(**given)
-    for wrong in ({"factor": -0.5}, {"factor": 1.0, "probability": 1.5}):
-        with pytest.raises(UsageError, match="slow-down"):
-            Slowdown(**wrong)
-
-
-# ---- pictures ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_gantt_draws_every_kind_and_the_same_bytes_twice(tmp_path: Path) -> None:
-    predicted = simulate(unroll(DSP(), 3, RunLength(8, every=4, evaluation=2)), replace(Costs.unit(3), update=(0.3,) * 3))
-    late = tuple(tuple(replace(span, start=span.start + 900, end=span.end + 900) for span in column) for column in predicted.columns)
-    files = gantt({"predicted": predicted, "measured": Timeline(late)}, tmp_path / "dsp.v1")
-    assert [file.name for file in files] == ["dsp.v1.png", "dsp.v1.svg"]
-    before = [file.read_bytes() for file in files]
-    assert before[0].startswith(b"\x89PNG")
-    for colour in (b"#56b4e9", b"#e69f00", b"#d55e00", b"#009e73", b"#f0e442", b"#ededed"):  # F, B, replay, U, evaluation, idle
-        assert colour in before[1]
-    again = gantt({"predicted": predicted, "measured": Timeline(late)}, tmp_path / "dsp.v1.png")
-    assert again == files
-    assert [file.read_bytes() for file in again] == before
-    gantt({"predicted": predicted}, tmp_path / "part", window=(0.0, 3.5), unit="forward passes")
-    assert b"#f0e442" not in (tmp_path / "part.svg").read_bytes()  # no evaluation before 4
-    with pytest.raises(UsageError, match="no op to draw"):
-        gantt({"empty": Timeline(((), ()))}, tmp_path / "empty")
-
-
-def test_curves_draw_runs_and_leave_the_settings_alone(tmp_path: Path) -> None:
-    import matplotlib
-
-    settings = dict(matplotlib.rcParams)
-    steps = [StepRecord(i, i / 10, 2.0 / i, 0.1, 32 * i, i * 0.5) for i in range(1, 31)]
-    tests = [EvaluationRecord(10 * e, e, 1.0 / e, 1.1 / e, {"accuracy": 0.5 + 0.1 * e}, 5.0 * e, 320 * e) for e in (1, 2, 3)]
-    runs = [("bp", tests, steps), Run("fdg", tests), Run("stopped", [], steps[:3])]
-    files = curves(runs, tmp_path / "all")
-    first = [file.read_bytes() for file in files]
-    assert [file.read_bytes() for file in curves(runs, files[1])] == first
-    assert dict(matplotlib.rcParams) == settings
-    regression = [replace(record, metrics={}) for record in tests]
-    assert curves([Run("mlp", regression)], tmp_path / "loss")[0].exists()
-    with pytest.raises(UsageError, match="no record"):
-        curves([Run("nothing", [])], tmp_path / "none")
 
 
 @pytest.mark.parametrize("combine", ["furthest", "sum", "mean"])

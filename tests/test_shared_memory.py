@@ -1,50 +1,27 @@
-"""Shared memory between ranks of one host: what is received stays as it was, nothing waits for ever, and nothing is left behind."""
+"""A channel in shared memory, both ends in this process: what is received stays as it was, and nothing waits for ever."""
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import replace
-from multiprocessing import parent_process
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from delock.api import fit
-from delock.codecs import VQ
-from delock.errors import StageFailed, UsageError
-from delock.execution import Execution
 from delock.launch.failure import raised
-from delock.launch.processes import run_processes
 from delock.launch.progress import Progress
-from delock.launch.rank import Rank
 from delock.links import Message, shared_memory
 from delock.links import connect as connecting
-from delock.links.connect import LinkKind, connect
-from delock.links.gloo import DistributedChannel
 from delock.links.shared_memory import RECORD, SharedChannel, SlotEvent
 from delock.links.wire import ALIGN
-from delock.methods import ADL, BP, DGL, DSP, FDG, Interlocking, Method, OneFOneB
-from delock.run.job import StageJob, StageResult
-from delock.run.ranks import run_rank
-from test_links import DTYPES, beside, numbers, tensors, trip
 
-from harness import CPU, assert_equal, in_processes, inline, jobs
-from programs import torchrun
-from workloads import Samples, class_loss, mlp, sgd
+from messages import DTYPES, beside, numbers, tensors, trip
 
 pytestmark = pytest.mark.skipif(connecting._host() is None, reason="no shared memory between processes here")
-
-
-# -- a channel, both ends in this process ------------------------------------------------------------------------------------------
 
 
 def pair(depth: int = 2) -> tuple[SharedChannel, SharedChannel]:
@@ -253,169 +230,6 @@ def test_a_peer_that_is_gone_ends_every_wait(act: str) -> None:
     with beside(wait):
         waits.wait(20)
         upper.connection.close()
-
-
-# -- between processes -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("work", "K", "method"),
-    [
-        ("conv", 2, BP()),
-        ("conv", 3, FDG(order="backward-first")),
-        ("tuple", 3, FDG(at="mixed")),
-        ("tuple", 3, ADL(accumulate=3)),
-        ("tuple", 3, DSP(p=(2, 1), q=(1, 2))),
-        ("conv", 3, DGL()),
-        ("tuple", 4, Interlocking(n_wise=2)),
-        ("conv", 3, Interlocking(n_wise=3, combine="sum", send="late")),
-        ("conv", 3, OneFOneB(micro_batches=4)),
-        ("mlp", 1, FDG()),
-    ],
-    ids=str,
-)
-def test_processes_equal_one_process(work: str, K: int, method: Method) -> None:
-    assert_equal(in_processes(jobs(work, K, method, link="shared")), inline(jobs(work, K, method)))
-
-
-def test_encoded_and_clipped_and_laid_out_as_in_one_process() -> None:
-    """A codebook outlives its message, norms travel between activations, and strides stay."""
-
-    def made(link: LinkKind) -> list[StageJob]:
-        execution = Execution(channels_last=True)
-        return [
-            replace(job, codec=VQ(codes=16, dim=2, every=3), execution=execution, length=replace(job.length, clip=0.1), link=link)
-            for job in jobs("conv", 2, BP(2), samples=48, epochs=3)
-        ]
-
-    assert_equal(in_processes(made("shared")), inline(made("gloo")))
-
-
-def test_windows_and_long_runs() -> None:
-    method = FDG(beta=0.5)
-    assert_equal(
-        in_processes(jobs("tuple", 3, method, samples=96, epochs=4, window=3, link="auto")),
-        inline(jobs("tuple", 3, method, samples=96, epochs=4)),
-    )
-
-
-def places(rank: Rank, kind: LinkKind) -> dict[int, str]:
-    """The channels of a rank of three, where rank 2 is on another host."""
-    far_away(rank)
-    link = connect(kind, {peer: 2 for peer in (rank.rank - 1, rank.rank + 1) if 0 <= peer < 3}, CPU, rank.progress)
-    link.close()
-    return {peer: type(channel).__name__ for peer, channel in link.channels.items()}
-
-
-def far_away(rank: Rank) -> None:
-    if rank.rank == 2:
-        connecting._host = lambda: "another host"  # type: ignore[assignment]
-
-
-def test_a_rank_may_have_a_neighbour_of_each_kind() -> None:
-    near, far = SharedChannel.__name__, DistributedChannel.__name__
-    assert run_processes(places, ["auto"] * 3, pin=False) == [{1: near}, {0: near, 2: far}, {1: far}]
-    with pytest.raises(UsageError, match=r'link is "shared", but stages 1 and 2 are on different hosts: use link "auto"'):
-        run_processes(places, ["shared"] * 3, pin=False)
-
-
-def train_far_away(rank: Rank, job: StageJob) -> StageResult:
-    far_away(rank)
-    return run_rank(rank, job)
-
-
-def test_training_over_both_kinds() -> None:
-    method = ADL(2)
-    got = run_processes(train_far_away, jobs("tuple", 3, method, link="auto"), pin=False, patience=60)
-    assert_equal(got, inline(jobs("tuple", 3, method)))
-
-
-SCRIPT = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from test_shared import trained
-
-result, state = trained("shared")
-if result is not None:
-    torch.save((state, result.losses), sys.argv[1])
-"""
-
-
-def trained(link: LinkKind, **more: Any) -> Any:
-    model, data = nn.Sequential(*mlp(5, torch.float32)), Samples("vector", 40, 8, torch.float32)
-    return fit(model, data, data, loss=class_loss, method=FDG(), optimizer=sgd, cuts=[2], epochs=2, link=link, **more), model.state_dict()
-
-
-def test_under_torchrun(tmp_path: Path) -> None:
-    script, out = tmp_path / "script.py", tmp_path / "out.pt"
-    script.write_text(SCRIPT)
-    done = torchrun(script, str(out))
-    assert done.returncode == 0, done.stderr
-    state, losses = torch.load(out)
-    result, expected = trained("gloo", workers="inline")
-    assert losses == result.losses
-    assert all(torch.equal(value, state[name]) for name, value in expected.items())
-
-
-# -- ends --------------------------------------------------------------------------------------------------------------------------
-
-
-class Look(nn.Module):
-    """The identity, which looks in its sixth batch at what its process has mapped and open; then, if it is to, it is killed."""
-
-    def __init__(self, out: str, kill: bool) -> None:
-        super().__init__()
-        self.out, self.kill, self.batch = out, kill, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.batch += 1
-        if self.batch == 6 and parent_process() is not None:
-            Path(self.out).write_text(Path("/proc/self/maps").read_text() + "\n".join(map(target, Path("/proc/self/fd").iterdir())))
-            if self.kill:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return x
-
-
-def target(descriptor: Path) -> str:
-    try:
-        return "open " + os.readlink(descriptor)
-    except FileNotFoundError:  # that of the folder which is read
-        return ""
-
-
-@pytest.mark.parametrize("kill", [False, True])
-def test_nothing_is_left_behind(tmp_path: Path, kill: bool) -> None:
-    """Slots are memory without a name, which no program holds open: they are gone with the processes that use them."""
-    before = set(Path("/dev/shm").iterdir())
-    model = nn.Sequential(nn.Linear(12, 64), nn.Linear(64, 64), Look(str(tmp_path / "seen"), kill), nn.Linear(64, 10))
-    data = Samples("vector", 120, 8, torch.float32)
-
-    def run() -> None:
-        fit(model, data, loss=class_loss, method="fdg", cuts=[2], optimizer=sgd, epochs=1, link="shared")
-
-    if kill:
-        with pytest.raises(StageFailed, match="stage 1 was killed by SIGKILL"):
-            run()
-    else:
-        run()
-    seen = (tmp_path / "seen").read_text()
-    assert "/memfd:delock (deleted)" in seen
-    assert not re.search(r"open .*memfd:delock", seen)
-    assert not [line for line in seen.splitlines() if "/dev/shm/" in line and not line.endswith("(deleted)")]
-    own = {path for path in set(Path("/dev/shm").iterdir()) - before if path.name.startswith(("delock", "psm", "torch"))}
-    assert not own
-    assert "delock" not in Path("/proc/self/maps").read_text().replace(str(Path(shared_memory.__file__).parents[1]), "")
-
-
-def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="link is 'mail', but it must be one of auto, gloo, shared"):
-        trained("mail")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match='link is "shared", but tensors on cuda do not lie in memory that processes share'):
-        connecting.refuse_link("shared", "cuda")
-    monkeypatch.setattr(connecting, "_host", lambda: None)
-    with pytest.raises(UsageError, match='link is "shared", but this system lacks'):
-        trained("shared")
 
 
 def test_a_record_may_come_in_parts() -> None:

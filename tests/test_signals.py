@@ -1,0 +1,145 @@
+"""`delock` under signals, as in a terminal of its own: it ends in order, nothing recorded is lost, no process is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ranks import wait_until
+
+TRAIN = ["train", "--model", "mlp", "--limit", "128", "--batch-size", "32", "--epochs", "100000", "--log-every", "1", "--out", "a"]
+
+
+COMPARE = ["compare", *TRAIN[1:], "--methods", "bp,fdg"]
+
+
+class Program:
+    """`delock` in a session of its own, as in a terminal of its own."""
+
+    def __init__(self, *words: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "delock", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def until(self, start: str) -> None:
+        """Read its output up to a line that begins so."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(start):
+                return
+        pytest.fail(f"the program ended: {self.process.communicate(timeout=20)}")
+
+    def ends(self, seconds: float) -> tuple[int, str]:
+        """Exit code, and what it said to stderr. Its processes have closed its output, and all are gone."""
+        began = time.monotonic()
+        _, error = self.process.communicate(timeout=60)
+        assert time.monotonic() - began < seconds
+        wait_until(lambda: not self.family(), 5)
+        return self.process.returncode, error
+
+    def family(self) -> dict[int, tuple[int, str]]:
+        """Processes of its session, but for those that only wait to be reaped: pid -> (parent, command)."""
+        listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,pgid=,stat=,args="], capture_output=True, text=True, check=True)
+        found = [line.split(None, 4) for line in listed.stdout.splitlines()]
+        own = [line for line in found if int(line[2]) == self.process.pid and line[3][0] != "Z"]
+        return {int(pid): (int(parent), args) for pid, parent, _, _, args in own}
+
+    def stages(self) -> list[int]:
+        """The processes of its stages: what its fork server has forked, elsewhere what it has spawned."""
+        family = self.family()
+        servers = self.servers()
+        spawned = [pid for pid, (_, args) in family.items() if "multiprocessing.spawn" in args]
+        return sorted(spawned or [pid for pid, (parent, _) in family.items() if parent in servers])
+
+    def servers(self) -> list[int]:
+        """Its fork server, if there is one, and the stages it has forked, which go by the same name."""
+        return [pid for pid, (_, args) in self.family().items() if "multiprocessing.forkserver" in args]
+
+
+@pytest.fixture
+def start(here: Path) -> Iterator[Callable[..., Program]]:
+    """Start programs; whatever comes, nothing of them is left."""
+    programs: list[Program] = []
+
+    def begin(*words: str) -> Program:
+        programs.append(Program(*words))
+        return programs[-1]
+
+    yield begin
+    for program in programs:
+        if program.family():
+            os.killpg(program.process.pid, signal.SIGKILL)
+        program.process.communicate(timeout=20)
+
+
+def status(folder: str) -> str:
+    return str(json.loads(Path(folder, "summary.json").read_text())["status"])
+
+
+@pytest.mark.parametrize(
+    ("sent", "group", "code"),
+    [([signal.SIGINT], True, 130), ([signal.SIGINT] * 3, True, 130), ([signal.SIGTERM], False, 143)],
+    ids=["once", "impatient", "terminate"],
+)
+def test_a_signal_ends_training_in_order(start: Callable[..., Program], sent: list[signal.Signals], group: bool, code: int) -> None:
+    program = start(*TRAIN)
+    program.until("epoch 2")
+    assert len(program.stages()) == 2
+    for number in sent:
+        (os.killpg if group else os.kill)(program.process.pid, number)  # a terminal sends it to all of the group
+    assert program.ends(5) == (code, "interrupted; what was recorded is in a\n")
+    assert status("a") == "interrupted"
+    lines = Path("a/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines].count("evaluation") >= 2
+    assert {path.name for path in Path("a").iterdir()} == {"config.toml", "metrics.jsonl", "summary.json"}
+
+
+def test_ctrl_c_ends_a_comparison_in_order(start: Callable[..., Program]) -> None:
+    program = start(*COMPARE, "--no-plain")
+    program.until("epoch 2")
+    os.killpg(program.process.pid, signal.SIGINT)
+    assert program.ends(5) == (130, "interrupted; what was recorded is in a\n")
+    told = json.loads(Path("a/compare.json").read_text())
+    assert [(row["name"], row["summary"]["status"]) for row in told["rows"]] == [("bp", "interrupted")]
+    assert status("a/bp") == "interrupted"
+    assert Path("a/bp/metrics.jsonl").read_text().endswith("}\n")
+
+
+@pytest.mark.parametrize("there", ["servers", "stages"])
+def test_ctrl_c_while_starting(start: Callable[..., Program], here: Path, there: str) -> None:
+    program = start(*TRAIN)
+    if there == "stages" or sys.platform == "linux":
+        wait_until(lambda: bool(getattr(program, there)()) or program.process.poll() is not None, 60)
+    os.killpg(program.process.pid, signal.SIGINT)
+    code, error = program.ends(5)
+    assert code == 130
+    assert error.startswith("interrupted")
+    assert error.count("\n") == 1
+    assert not list(here.iterdir()) or status("a") == "interrupted"
+
+
+def test_a_killed_stage_ends_training(start: Callable[..., Program]) -> None:
+    program = start(*TRAIN)
+    program.until("epoch 2")
+    os.kill(program.stages()[1], signal.SIGKILL)
+    code, error = program.ends(10)
+    assert code == 1
+    assert re.match(r"error: stage [01] was killed by SIGKILL .*in [FBUE]", error)
+    assert error.endswith("what was recorded is in a\n")
+    assert status("a") == "failed"
+    assert "evaluation" in Path("a/metrics.jsonl").read_text()
+
+
+def test_bad_input_leaves_no_process(start: Callable[..., Program], here: Path) -> None:
+    program = start(*TRAIN, "--stages", "6")  # found out when the server of the stages' processes has been started
+    code, error = program.ends(60)
+    assert (code, error.count("\n"), list(here.iterdir())) == (2, 1, [])
