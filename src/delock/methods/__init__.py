@@ -1,4 +1,4 @@
-"""The table of methods: a new method is one class and one row here."""
+"""Lists all methods in the table METHODS; a new method is one class and one row here."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
 
 
 def options(method: type[Method]) -> list[str]:
-    """Names of a method's options."""
+    """Returns the names of a method's options."""
     return [field.name for field in fields(method)]  # type: ignore[arg-type]
 
 
 def spelled(method: Method) -> str:
-    """The method as one would write it, options at their defaults left out: adl(accumulate=4)."""
+    """Returns the method as one would write it, without options at their defaults: adl(accumulate=4)."""
     default = type(method)()
     changed = [f"{name}={getattr(method, name)}" for name in options(type(method)) if getattr(method, name) != getattr(default, name)]
     return method.name + (f"({', '.join(changed)})" if changed else "")
 
 
 def make(name: str, **given: Any) -> Method:
-    """The method of that name with those options. Raises UsageError, with the nearest name, for a name or an option it does not know."""
+    """Returns the method `name` with these options. Raises UsageError, with the nearest name, for an unknown method or option."""
     if name not in METHODS:
         raise UsageError(f"no method is called {name!r}{_nearest(name, list(METHODS))} (there are {', '.join(METHODS)})")
     known = options(METHODS[name])

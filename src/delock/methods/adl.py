@@ -1,4 +1,4 @@
-"""ADL: FDG's schedule with gradient accumulation, which divides the staleness by M."""
+"""Defines ADL: FDG's schedule with gradient accumulation, which divides the staleness by M."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from delock.ops import Backward, Forward, Op, Reduce, Update
 
 @dataclass(frozen=True)
 class ADL(Method):
-    """Accumulated decoupled learning: a stage updates after M of its own backwards.
+    """Accumulates gradients: each stage updates after M of its own backwards (accumulated decoupled learning).
 
         stage 0 |F0.0 F1.0 F2.0 F3.0 F4.0 B0.0 F5.0 B1.0 F6.1 B2.1     K = 3, M = 2; cell = op, batch . version
         stage 1 |     F0.0 F1.0 F2.0 B0.0 F3.0 B1.0 F4.1 B2.1
         stage 2 |          F0.0 B0.0 F1.0 B1.0 F2.1 B2.1
 
     Source: Zhuang, Lin, Toh, ICML 2021, arXiv 2012.03747. Update n of stage k: w_k <- step(w_k, (1/M) sum_{b=nM}^{nM+M-1} g_k(b)),
-    g_k(b) as in FDG; reduce="sum" leaves out 1/M. Sum with (lr, wd) equals mean with (M lr, wd/M) for SGD.
+    g_k(b) as in FDG; reduce="sum" leaves out 1/M. For SGD, the sum with (lr, wd) equals the mean with (M lr, wd/M).
 
     symbol in the paper | here
     M                   | accumulate
     beta                | beta
 
-    Deviations: the released code sums, and lets the last stage's first update take batches 0 and 1 together; here every update takes M
-    batches, the default is the mean, and an incomplete last group is applied at the drain over its r batches.
-    Staleness of the gradient, j-th batch of a group: max(0, ceil((D_k - e - j) / M)), e = 1 if backward-first and k < K-1 else 0; mean
-    (D_k - e) / M; M >= 2(K-1) makes every one at most 1. Layer-wise: D_k = 2(K-1-k) batches.
-    Memory of stage k: D_k + 1 graphs (backward-first D_k), ceil((D_k - e) / M) + 1 weight versions with stash, one gradient.
+    Deviations: the released code takes the sum, and its last stage applies batches 0 and 1 together in its first update. Here the default
+    is the mean, every update applies M batches, and when the run ends, an incomplete last group of r batches is applied as one update over
+    r. Staleness of the gradient, of the j-th batch of a group: max(0, ceil((D_k - e - j) / M)), with e = 1 if backward-first and k < K-1,
+    else 0; its mean is (D_k - e) / M, and with M >= 2(K-1) none is above 1. Layer-wise staleness: D_k = 2(K-1-k) batches. Memory of stage
+    k: D_k + 1 graphs (backward-first: D_k), one gradient, and with stash ceil((D_k - e) / M) + 1 versions of the weights.
     """
 
     name: ClassVar[str] = "adl"

@@ -1,4 +1,4 @@
-"""Methods that break the backward lock only: DDG and features replay."""
+"""Defines the methods that break only the backward lock: DDG and features replay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from delock.ops import Backward, Forward, Op, Update
 
 @dataclass(frozen=True)
 class DDG(Method):
-    """Decoupled parallel backpropagation with delayed gradients: the error of a batch arrives K-1-k ticks late at stage k.
+    """Delays errors: the error of a batch arrives K-1-k ticks late at stage k (decoupled parallel backpropagation, delayed gradients).
 
         stage 0 |F0 F1 .. F2 .. B0.0 F3 .. B1.1         K = 3; cell = op, batch . version
         stage 1 |   F0 F1 B0.0 F2 B1.1 ..
@@ -23,8 +23,8 @@ class DDG(Method):
     symbol in the paper | here
     d                   | K-1-k = D_k
 
-    Deviations: none. Staleness of the gradient: K-1-k updates; layer-wise K-1-k. Memory of stage k: K-k graphs, and as many
-    weight versions.
+    Deviations: none. Staleness of the gradient: K-1-k updates. Layer-wise staleness: K-1-k batches.
+    Memory of stage k: K-k graphs and K-k versions of the weights.
     """
 
     name: ClassVar[str] = "ddg"
@@ -40,14 +40,15 @@ class DDG(Method):
 
 @dataclass(frozen=True)
 class FR(Method):
-    """Features replay: DDG's schedule, but a stage keeps only its inputs and recomputes at its current weights.
+    """Replays features: DDG's schedule, but a stage keeps only its inputs and recomputes its forward at the current weights.
 
     Source: Huo, Gu, Huang, NeurIPS 2018. Update: g_k = [df_k(h_k^{t-d}; w_k^t)/dw_k]^T delta_{k+1}, d = K-1-k.
 
     symbol in the paper | here
     d                   | K-1-k = D_k
 
-    Deviations: none. Staleness of the gradient: 0; layer-wise K-1-k. Memory of stage k: K-k inputs and one graph, no weight copy.
+    Deviations: none. Staleness of the gradient: 0. Layer-wise staleness: K-1-k batches.
+    Memory of stage k: K-k inputs and one graph, no copy of the weights.
     """
 
     name: ClassVar[str] = "fr"

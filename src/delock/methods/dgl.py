@@ -1,4 +1,4 @@
-"""DGL: every stage learns from a loss of its own, and nothing flows backwards between stages."""
+"""Defines DGL: every stage learns from a loss of its own, and no error crosses a link."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from delock.ops import Backward, Forward, Op, Update
 
 @dataclass(frozen=True)
 class DGL(Method):
-    """Decoupled greedy learning, synchronous: stage k minimises the loss of its auxiliary head, its input taken as data.
+    """Minimises at every stage the loss of its own head, with its input taken as data (decoupled greedy learning, synchronous).
 
         stage 0 |F0.0 B0.0 F1.1 B1.1 F2.2 B2.2     K = 3; cell = op, batch . version
         stage 1 |     F0.0 B0.0 F1.1 B1.1 F2.2
@@ -25,7 +25,7 @@ class DGL(Method):
     theta_j, gamma_j    | w_k of the stage, u_k of its head
     x_j                 | h_k, as stage k - 1 computed it before its own update of that batch
 
-    Deviations: none. Staleness of the gradient: 0; layer-wise 0. Memory of stage k: one graph, and its head.
+    Deviations: none. Staleness of the gradient: 0. Layer-wise staleness: 0. Memory of stage k: one graph, and its head.
     """
 
     name: ClassVar[str] = "dgl"

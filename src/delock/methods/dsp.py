@@ -1,4 +1,4 @@
-"""DSP: layer-wise staleness with a free lag on every link, and features recomputed at the current weights."""
+"""Defines DSP: a lag of its own for every link and direction, and features recomputed at the current weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Lags = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class DSP(Method):
-    """Diversely stale parameters: activations stay p_k ticks, errors q_k ticks on the link between stage k and k + 1.
+    """Delays activations by p_k ticks and errors by q_k ticks on the link between stages k and k + 1 (diversely stale parameters).
 
     Source: Xu, Huo, Huang, CVPR 2020, arXiv 1909.02625. Update: w_k <- step(w_k, g), g = [df_k(h_k; w_k now)/dw_k]^T delta_{k+1},
-    h_k as it arrived, made by older weights of the stages below. Both optimizers of the analysis are torch.optim.SGD with momentum
-    (heavy ball) and nesterov=True.
+    where h_k is the input as it arrived, computed with older weights of the stages below. Both optimizers of the paper's analysis are
+    torch.optim.SGD: with momentum (heavy ball), and with nesterov=True besides.
 
     symbol in the paper     | here
     p_k                     | p: one lag per link, or one number for all
@@ -27,7 +27,9 @@ class DSP(Method):
     q_k = m_k - m_{k+1} - p_k | q: one lag per link, or one number for all
 
     `DSP.from_paper(p, m)` takes the paper's DSP(p_0 .. p_{K-1}; m_0 .. m_{K-1}). Deviations: none.
-    Staleness of the gradient: 0; layer-wise D_k. Memory: (1 + D_k) |h_k| + (2 + p_k + q_k) |h_{k+1}|, one graph, one weight copy.
+    Staleness of the gradient: 0. Layer-wise staleness: D_k batches.
+    Memory of stage k: one graph, no copy of the weights, and (1 + D_k) |h_k| + (2 + p_k + q_k) |h_{k+1}| in the sizes of its input and
+    output: D_k + 1 inputs, and the messages under way.
     """
 
     name: ClassVar[str] = "dsp"
@@ -41,7 +43,7 @@ class DSP(Method):
 
     @classmethod
     def from_paper(cls, p: tuple[int, ...], m: tuple[int, ...]) -> DSP:
-        """DSP(p; m) as the paper writes it, one p and one m per stage. Raises UsageError when no lags q >= 1 give that m."""
+        """Returns DSP(p; m) as the paper writes it, one p and one m per stage. Raises UsageError if no lags q >= 1 give that m."""
         if len(p) != len(m) or not p or p[-1] != 0 or m[-1] != 0:
             raise UsageError(f"DSP({p}; {m}): p and m need one number per stage, and 0 for the last stage")
         q = tuple(m[k] - m[k + 1] - p[k] for k in range(len(p) - 1))

@@ -1,4 +1,4 @@
-"""FDG: fully decoupled learning with delayed gradients and gradient shrinking."""
+"""Defines FDG: fully decoupled learning with delayed gradients and gradient shrinking."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from delock.ops import Backward, Forward, Op, Update
 
 @dataclass(frozen=True)
 class FDG(Method):
-    """Fully decoupled training with delayed gradients: activations and errors are both one tick under way.
+    """Delays activations and errors by one tick per link, so that all stages work at once (fully decoupled delayed gradients).
 
         stage 0 |F0.0 F1.0 F2.0 F3.0 F4.0 B0.0 F5.1 B1.1      K = 3; cell = op, batch . version
         stage 1 |     F0.0 F1.0 F2.0 B0.0 F3.1 B1.1
@@ -25,10 +25,10 @@ class FDG(Method):
     beta                | beta, the factor of every error received; 1 turns shrinking off
     K-1-k (module lag)  | half of D_k
 
-    Options: at = "stash" (default, the equations) or "mixed" (what the released code computed); order = "forward-first" (default,
-    the figures) or "backward-first" (the released code). Deviations: none.
-    Staleness of the gradient: D_k = 2(K-1-k) updates forward-first; backward-first D_k - 1 for k < K-1, 0 for K-1. Layer-wise: D_k.
-    Memory of stage k: D_k + 1 graphs (backward-first D_k), with stash as many weight versions.
+    Options: at = "stash" (default, as in the paper's equations) or "mixed" (as the released code computed); order = "forward-first"
+    (default, as in the paper's figures) or "backward-first" (as in the released code). Deviations: none.
+    Staleness of the gradient: D_k = 2(K-1-k) updates; backward-first D_k - 1 for k < K-1, and 0 for the last stage.
+    Layer-wise staleness: D_k batches. Memory of stage k: D_k + 1 graphs (backward-first: D_k), with stash as many versions of the weights.
     """
 
     name: ClassVar[str] = "fdg"

@@ -1,4 +1,4 @@
-"""Interlocking backpropagation: local losses whose gradients reach N stages."""
+"""Defines interlocking backpropagation: local losses whose gradients reach N stages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from delock.ops import Backward, Forward, Op, Update
 
 @dataclass(frozen=True)
 class Interlocking(Method):
-    """N-wise: stage k learns from the loss of stage min(k + N - 1, K - 1); errors stream down one by one, nearest loss first.
+    """Trains stage k on the loss of stage min(k + N - 1, K - 1), N-wise; errors come down one by one, nearest loss first.
 
         stage 0 |F0.0           B0.0 F1.1           B1.1     K = 4, N = 2; b: the error passed on, w: the weight gradient, B: both
         stage 1 |     F0.0 b0.0      B0.0 F1.1 b1.1          b0.0 is the error of L_1, for stage 0; B0.0 that of L_2
         stage 2 |          F0.0 b0.0      B0.0 F1.1 b1.1     b0.0 is the error of L_2, for stage 1; B0.0 that of L_3
-        stage 3 |               F0.0 b0.0 w0.0      F1.1     b0.0 is the error of L_3, for stage 2, and w0.0 its second half
+        stage 3 |               F0.0 b0.0 w0.0      F1.1     b0.0 is the error of L_3, for stage 2; w0.0 its weight gradient
 
     Source: Gomez, Key, Perlin, Gou, Frosst, Dean, Gal, JMLR 23(171), 2022; arXiv 2010.04116. Update: w_k <- step(w_k, dL_j / dw_k) with
     j = min(k + N - 1, K - 1); u_k <- step(u_k, dL_k / du_k), h_{k+1} taken as data. combine="sum": the sum of dL_i / dw_k over
@@ -26,11 +26,11 @@ class Interlocking(Method):
 
     symbol in the paper | here
     N                   | n_wise (1: local learning, 2: pairwise, K: backpropagation)
-    auxiliary network   | head of stage k < K-1; with "furthest" the heads of stages k < N-1 train nobody and are left out
+    auxiliary network   | head of stage k < K-1; with "furthest" the heads of stages k < N-1 train no stage and are left out
 
-    send="early" sends an error before the weight gradient is computed, "late" after it: the same numbers.
-    Deviations: none. Staleness of the gradient: 0; layer-wise 0. Memory of stage k: one graph, and its head.
-    Steady period with forward = input gradient = weight gradient = 1 and free heads, for any K > N: 2(N-1) + 3 early, 3N late.
+    send="early" sends an error before the weight gradient is computed, "late" after it; the numbers are the same.
+    Deviations: none. Staleness of the gradient: 0. Layer-wise staleness: 0. Memory of stage k: one graph, and its head.
+    Steady period, if forward, input gradient and weight gradient take 1 each, heads nothing, and K > N: 2(N-1) + 3 early, 3N late.
     """
 
     name: ClassVar[str] = "interlocking"
@@ -62,12 +62,12 @@ class Interlocking(Method):
         return min(k + self.n_wise - 1, K - 1)
 
     def _trainers(self, k: int, K: int) -> range:
-        """The losses that train w_k."""
+        """Returns the losses that train w_k."""
         furthest = self._furthest(k, K)
         return range(furthest if self.combine == "furthest" else k, furthest + 1)
 
     def _passed_on(self, k: int, K: int) -> range:
-        """The losses from k on whose errors a stage below k asks for."""
+        """Returns the losses of stage k and above whose errors stage k sends down."""
         if k == 0:
             return range(0)
         first = min(self.n_wise, K) - 1 if self.combine == "furthest" else 0

@@ -1,4 +1,4 @@
-"""The synchronous baselines: backpropagation, GPipe and 1F1B compute the same gradient in a different order of work."""
+"""Defines the synchronous baselines: backpropagation, GPipe and 1F1B compute the same gradient in a different order of work."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from delock.ops import Backward, Forward, Op, Update
 
 @dataclass(frozen=True)
 class BP(Method):
-    """Backpropagation, one (micro-)batch at a time through all stages and back: naive model parallelism on K workers.
+    """Sends one (micro-)batch at a time through all stages and back: backpropagation, as naive model parallelism on K workers.
 
-    Source: Rumelhart, Hinton, Williams 1986. Update: w <- step(w, sum_j (n_j / n) grad L(x_j; w)) over the M parts x_j of a batch.
+    Source: Rumelhart, Hinton, Williams 1986. Update: w <- step(w, sum_j (n_j / n) grad L(x_j; w)) over the M micro-batches x_j of a
+    batch, of n_j and n samples.
 
     symbol in the paper | here
     M (accumulation)    | accumulate
 
-    Deviations: none. Staleness: 0, layer-wise 0. Memory of stage k: one graph of one part.
+    Deviations: none. Staleness of the gradient: 0. Layer-wise staleness: 0. Memory of stage k: one graph of one micro-batch.
     """
 
     name: ClassVar[str] = "bp"
@@ -45,15 +46,16 @@ class BP(Method):
 
 @dataclass(frozen=True)
 class GPipe(Method):
-    """GPipe: all M micro-batches forward, then all backward, one update.
+    """Runs all M micro-batches forward, then all backward, then one update.
 
     Source: Huang et al., NeurIPS 2019. Update: that of BP with accumulate = M, bit for bit (backward in order 0 .. M-1).
 
     symbol in the paper | here
     M                   | micro_batches
 
-    Deviations: backward order (the paper runs it last to first), no recomputation. Staleness: 0, layer-wise 0.
-    Memory of stage k: M graphs of one micro-batch. Bubble: (K-1) / (M+K-1).
+    Deviations: backwards run first to last, where the paper runs them last to first; no recomputation.
+    Staleness of the gradient: 0. Layer-wise staleness: 0.
+    Memory of stage k: M graphs of one micro-batch. Idle share (bubble): (K-1) / (M+K-1).
     """
 
     name: ClassVar[str] = "gpipe"
@@ -79,7 +81,7 @@ class GPipe(Method):
 
 @dataclass(frozen=True)
 class OneFOneB(Method):
-    """1F1B (PipeDream-flush): min(M, K-1-k) warm-up forwards, then one forward, one backward in turn; one update.
+    """Runs min(M, K-1-k) forwards, then a forward and a backward in turn, then one update (1F1B, PipeDream-flush).
 
         stage 0 |F0 F1 F2 .. B0 F3 B1 .. B2 .. B3 U      K = 3, M = 4
         stage 1 |   F0 F1 B0 F2 B1 F3 B2 .. B3 U
@@ -90,8 +92,8 @@ class OneFOneB(Method):
     symbol in the paper | here
     m                   | micro_batches
 
-    Deviations: none. Staleness: 0, layer-wise 0. Memory of stage k: min(M, K-k) graphs of one micro-batch.
-    Bubble: (K-1) / (M+K-1).
+    Deviations: none. Staleness of the gradient: 0. Layer-wise staleness: 0.
+    Memory of stage k: min(M, K-k) graphs of one micro-batch. Idle share (bubble): (K-1) / (M+K-1).
     """
 
     name: ClassVar[str] = "1f1b"

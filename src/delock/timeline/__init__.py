@@ -1,4 +1,4 @@
-"""Time as a pass over a plan: predicted and measured timelines, staleness, memory in flight. No torch."""
+"""Computes time as a pass over a plan: predicted and measured timelines, staleness, memory in flight. It loads no torch."""
 
 from delock.timeline.costs import Costs, Emulation, Slowdown, straggler
 from delock.timeline.measures import idle, messages, period, steady, throughput

@@ -1,4 +1,4 @@
-"""What a method will do on K stages, before anything runs: speed, idle shares, staleness, what is in flight."""
+"""Predicts a method on K stages before anything runs: speed, idle shares, staleness, batches in flight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from delock.timeline.staleness import HeldCounts, gradient_staleness, in_flight,
 
 @dataclass(frozen=True, slots=True)
 class StageForecast:
-    """What the plan says about one stage."""
+    """Holds what the plan says about one stage."""
 
     staleness: float  # of the gradient: mean over a warm group of batches, in updates
     layer_staleness: int  # D_k, in batches
@@ -24,19 +24,21 @@ class StageForecast:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Steady state of a method under a cost model."""
+    """Describes the steady state of a method under a cost model."""
 
-    period: float  # seconds per batch; a batch of a synchronous method is all its micro-batches
+    period: float  # seconds per batch, of all its micro-batches
     speedup: float  # over BP in as many stages, with the same costs
     stages: tuple[StageForecast, ...]
     messages: tuple[tuple[int, int], ...]  # per link, the most activations and errors under way at one time
 
 
 def predict(method: Method, K: int, costs: Costs, batches: int | None = None) -> Prediction:
-    """Unroll and simulate `batches` batches (default: enough for a steady state without slow-downs; with them give some thousand).
+    """Unrolls and simulates a run of a method, and returns its steady state.
 
-    Costs are those of one op, which for a synchronous method is one micro-batch. Links of unlimited capacity get the method's own, as
-    in the engine. Raises UsageError when the method or the costs do not fit K stages.
+    costs: of one op, which is for one micro-batch if the method splits batches. If they name no capacities, links get the method's own, as
+    in the engine.
+    batches: the length of the run; the default is long enough for a steady state without slow-downs. With slow-downs give some thousand.
+    Raises UsageError if the method or the costs do not fit K stages.
     """
     batches = _enough(method, K) if batches is None else batches
     plan = unroll(method, K, batches)
@@ -56,16 +58,16 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
 
 
 def capacities(method: Method, K: int) -> tuple[int, ...]:
-    """What the engine's links hold, for `Costs.capacity`."""
+    """Returns the number of messages that each of the engine's links holds, for `Costs.capacity`."""
     return tuple(method.capacity(k, K) for k in range(K - 1))
 
 
 def _whole(costs: Costs, parts: int) -> Costs:
-    """The costs of a batch in one piece, from those of one of its parts; a message is under way as long as a part's."""
+    """Returns the costs of a batch in one piece, from those of a micro-batch; the delay of a message stays that of a micro-batch."""
     forward, backward, replay = (tuple(parts * cost for cost in work) for work in (costs.forward, costs.backward, costs.replay))
     return replace(costs, forward=forward, backward=backward, replay=replay, head=())  # BP has none
 
 
 def _enough(method: Method, K: int) -> int:
-    """Batches after which the steady stretch is long and warm, and the last complete group of an Update as well."""
+    """Returns a number of batches with a long steady stretch, which includes the last complete group of batches of one Update."""
     return 2 * method.span(K) + max(6, 36 // method.parts) + 2 * method.batches_per_update

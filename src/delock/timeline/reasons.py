@@ -1,4 +1,4 @@
-"""Where a stage's time went: computing, by kind, and idle, by what it waited for."""
+"""Divides a stage's time: computing, by kind of op, and waiting, by the message it waited for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ KINDS = ("forward", "backward", "update", "copy", "wait: activation", "wait: err
 
 
 def reasons(timeline: Timeline) -> list[dict[str, float]]:
-    """Per stage the shares of the steady stretch, which add up to 1: the KINDS above.
+    """Returns, per stage, the share of the steady stretch that each of the KINDS took; they add up to 1.
 
-    "copy" is what laying out, encoding and decoding messages takes, "wait: slot" what a full link does. "between ops" is what no op
-    accounts for: the engine, garbage, other programs; of a simulated timeline nothing.
+    "copy" is time for laying out, encoding and decoding messages. "wait: slot" is time in which a link was full. "between ops" is the rest,
+    outside all ops: the engine, garbage collection, other programs; in a simulated timeline it is 0.
     """
     begin, end = steady(timeline)[:2]
     return [_shares(column, begin, end) for column in timeline.columns]
@@ -37,7 +37,7 @@ def _shares(column: Iterable[Span], begin: float, end: float) -> dict[str, float
 
 
 def _names(op: Op) -> tuple[str, str]:
-    """What an op is counted as, and what it waits for."""
+    """Returns the kind as which an op is counted, and the message for which it waits."""
     match op:
         case Forward():
             return "forward", "activation"
