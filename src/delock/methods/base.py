@@ -43,7 +43,8 @@ class Method(ABC):
 
     @abstractmethod
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
-        """Yields the ops of stage k at tick t, in order. Each tick starts one new batch at stage 0."""
+        """Yields the ops of stage k at tick t, in order. Each tick starts one new batch at stage 0, and ticks repeat: tick(t + M) is tick(t)
+        with every batch M later, M = batches_per_update (micro-batches: parts * M later)."""
 
     @abstractmethod
     def delay(self, k: int, K: int) -> int:

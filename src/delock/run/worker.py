@@ -73,8 +73,10 @@ class Worker:
             self.stage.rehearse(zeros(part, self.device))
 
     def run(self) -> None:
-        """The whole plan, window by window, beside the other ranks."""
-        for plan in windows(self.job.method, self.job.K, self.job.length, self.job.window):
+        """The whole plan, window by window, beside the other ranks; of the others' columns only the neighbours' are drawn."""
+        job = self.job
+        near = range(max(0, job.k - 1), min(job.K, job.k + 2))
+        for plan in windows(job.method, job.K, job.length, job.window, near):
             self.engine.run(plan)
 
     def result(self, *, alone: bool, read: ReuseStatistics | None = None) -> StageResult:

@@ -1,0 +1,73 @@
+"""Plans as they would be without thinking: all ticks are drawn, then every step looks through the whole plan for what others need of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from delock.methods import Method
+from delock.ops import Backward, Forward, Op, Update
+from delock.plan import RunLength, Step
+
+
+def drawn(method: Method, k: int, K: int, length: RunLength) -> Iterator[Step]:
+    """What stage k does, with the version at which it does it, and nothing else known."""
+    end, every = length.batches * method.parts, length.every * method.parts
+    ticks = length.batches + method.span(K)
+    pending = version = evaluations = 0
+    for t in range(ticks + 1):
+        ops: list[Op] = list(method.tick(t, k, K)) if t < ticks else []
+        for op in [op for op in ops if isinstance(op, Update) or 0 <= op.batch < end]:
+            if isinstance(op, Update):
+                if pending:
+                    yield Step(clipped(op, method, length, version), t, version)
+                    pending, version = 0, version + 1
+                continue
+            if isinstance(op, Forward) and every and op.batch and op.batch % every == 0:
+                yield from evaluation(t, version, evaluations, length)
+                evaluations += 1
+            yield Step(op, t, version)
+            pending += isinstance(op, Backward) and op.part != "input"
+    if every:
+        yield from evaluation(ticks, version, evaluations, length)
+
+
+def clipped(op: Update, method: Method, length: RunLength, version: int) -> Update:
+    if length.clip is None:
+        return op
+    return replace(op, clip=length.clip, over="network", number=version) if method.synchronous else replace(op, clip=length.clip)
+
+
+def evaluation(t: int, version: int, before: int, length: RunLength) -> Iterator[Step]:
+    n = length.evaluation
+    return (Step(Forward(before * n + i, train=False), t, version) for i in range(n))
+
+
+def plain(method: Method, K: int, length: RunLength) -> list[list[Step]]:
+    """Every stage's column, by looking at all steps for each."""
+    columns = [list(drawn(method, k, K, length)) for k in range(K)]
+    return [[told(columns, k, i) for i in range(len(column))] for k, column in enumerate(columns)]
+
+
+def told(columns: Sequence[Sequence[Step]], k: int, i: int) -> Step:
+    """Step i of stage k with all its flags."""
+    step, behind = columns[k][i], columns[k][i + 1 :]
+    match step.op:
+        case Forward(b, train):
+            later = [other for other in behind if train and isinstance(other.op, Backward) and other.op.batch == b]
+            at = {other.op.at for other in later if isinstance(other.op, Backward) and other.version > step.version}
+            keep = "nothing" if not later else "input" if at == {"replay"} else "graph"
+            up = k + 1 < len(columns) and any(other.op == step.op for other in columns[k + 1])
+            return replace(step, keep=keep, snapshot="stash" in at, up=up)  # type: ignore[arg-type]
+        case Backward(b, loss, _, part):
+            again = [other.op for other in behind if isinstance(other.op, Backward) and other.op.batch == b]
+            below = [other.op for other in columns[k - 1] if isinstance(other.op, Backward)] if k else []
+            return replace(
+                step,
+                last=not again,
+                down=part != "weights" and any((op.batch, op.loss) == (b, loss) for op in below),
+                weights_later=part == "input" and any((op.loss, op.part) == (loss, "weights") for op in again),
+                sends_norms=bool(behind) and isinstance(behind[0].op, Update) and behind[0].op.over == "network",
+            )
+        case _:
+            return step
