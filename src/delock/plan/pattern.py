@@ -8,7 +8,7 @@ its time, or for another's sake. One thing changes in a run: before a stage's fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TypeAlias
@@ -89,7 +89,7 @@ class Pattern:
             offset=op.batch - place[0] // self.M * self.n,
             sent=sent,
             last=backwards[-1:] == [(place, op)],
-            weights_later=_half(op, "input") and any(_half(other, "weights") and other.loss == op.loss for _, other in backwards),
+            weights_later=_halved(op, [other for _, other in backwards]),
             closes=closes,
             learns=_learns(op),
             kept=bool(backwards),
@@ -133,5 +133,5 @@ def _learns(op: Op) -> bool:
     return isinstance(op, Backward) and op.part != "input"
 
 
-def _half(op: Op, which: str) -> bool:
-    return isinstance(op, Backward) and op.part == which
+def _halved(op: Op, backwards: Iterable[Backward]) -> bool:
+    return isinstance(op, Backward) and op.part == "input" and any((other.part, other.loss) == ("weights", op.loss) for other in backwards)

@@ -75,9 +75,10 @@ class _Column:
             case Forward():
                 keep, snapshot = _keep(self.pattern.crossing(one, batch)) if one.kept else ("nothing", False)
                 return Step(op, t, version, keep, snapshot, up=one.sent)
+            case Update() if self.over_network:
+                return Step(replace(op, clip=self.length.clip, over="network", number=version), t, version)
             case Update() if self.length.clip is not None:
-                over = {"over": "network", "number": version} if self.over_network else {}
-                return Step(replace(op, clip=self.length.clip, **over), t, version)
+                return Step(replace(op, clip=self.length.clip), t, version)
             case Update():
                 return Step(op, t, version)
             case _:
