@@ -1,8 +1,12 @@
-"""The tensors in what a stage takes and gives, a tensor or a tuple of tensors."""
+"""A value is a tensor or a tuple of tensors: a stage takes one and gives one. A tree is any nest of tensors: labels, and what travels.
+
+This is the one place that takes values and trees apart.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -10,64 +14,88 @@ from torch import Tensor
 
 from delock.errors import UsageError
 
+Value: TypeAlias = Tensor | tuple[Tensor, ...]
 Tree: TypeAlias = Any
-"""Tensors in tuples, lists and dicts with string keys; None and plain numbers and strings may stand among them."""
+"""Tensors in tuples, lists and dicts with string keys; None and plain numbers and strings may stand among them. A Value is a Tree."""
+
+# ---- values ------------------------------------------------------------------------------------------------------------------------
 
 
-def tensors(values: Tree) -> tuple[Tensor, ...]:
-    """All of them, in order."""
-    return (values,) if isinstance(values, Tensor) else tuple(values)
+def tensors(value: Value) -> tuple[Tensor, ...]:
+    """Returns the tensors of a value, in order."""
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def like(value: Value, new: Sequence[Tensor]) -> Value:
+    """Returns new tensors in the form of a value: one alone, or a tuple."""
+    return new[0] if isinstance(value, Tensor) else tuple(new)
 
 
 def is_floating(tensor: Tensor) -> bool:
-    """Whether it may have a gradient; complex ones are floating too."""
+    """Says whether a tensor may have a gradient; complex ones may, too."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def floating(values: Tree) -> list[Tensor]:
-    """Those that may have a gradient: an error message holds one tensor for each."""
-    return [t for t in tensors(values) if is_floating(t)]
+def floating(value: Value) -> list[Tensor]:
+    """Returns the tensors that may have a gradient; an error message holds one tensor for each."""
+    return [t for t in tensors(value) if is_floating(t)]
 
 
-def leaves_of(values: Tree, wanted: bool) -> tuple[Tensor, ...]:
-    """The floating ones, cut off from any graph, as the beginnings of a new one."""
-    return tuple(t.detach().requires_grad_(wanted) for t in floating(values))
+def leaves_of(value: Value, wanted: bool) -> tuple[Tensor, ...]:
+    """Returns the floating tensors cut off from any graph, as the beginnings of a new one; `wanted`: their gradients will be."""
+    return tuple(t.detach().requires_grad_(wanted) for t in floating(value))
 
 
-def with_leaves(values: Tree, leaves: tuple[Tensor, ...]) -> list[Tensor]:
-    """All of them, with the leaves in place of the floating ones (none where there are no leaves)."""
-    source: Iterator[Tensor] = iter(leaves)
-    return [next(source) if leaves and is_floating(t) else t for t in tensors(values)]
-
-
-def like(values: Tree, new: list[Tensor]) -> Tree:
-    """The new tensors in the form of the old: one alone, or a tuple."""
-    return new[0] if isinstance(values, Tensor) else tuple(new)
+def with_leaves(value: Value, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the tensors of a value with the leaves in place of the floating ones, or as they are if there are no leaves."""
+    source = iter(leaves)
+    return [next(source) if leaves and is_floating(t) else t for t in tensors(value)]
 
 
 def address(tensor: Tensor) -> int:
-    """Where its memory begins; 0 for layouts without one."""
+    """Returns where the tensor's memory begins; 0 for layouts without one."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
-def flatten(tree: Tree, leaves: list[Tensor]) -> Any:
-    """Append the tensors of a tree to `leaves` and return its shape, in nested tuples. Raises UsageError for what cannot travel."""
+# ---- trees -------------------------------------------------------------------------------------------------------------------------
+
+
+def tree_tensors(tree: Tree) -> Iterator[Tensor]:
+    """Yields the tensors of a tree, in order. What cannot travel may stand in it and is passed over."""
     if isinstance(tree, Tensor):
-        leaves.append(tree)
-        return ("t", len(leaves) - 1)
-    if hasattr(tree, "_fields"):
-        raise UsageError(f"a {type(tree).__name__} is a named tuple, which would arrive as a plain one: use a tuple or a dict")
-    if isinstance(tree, tuple | list):
-        return ("u" if isinstance(tree, tuple) else "l", *[flatten(item, leaves) for item in tree])
-    if isinstance(tree, dict) and all(isinstance(name, str) for name in tree):
-        return ("d", *[(name, flatten(item, leaves)) for name, item in tree.items()])
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return ("c", repr(tree), tree)  # repr, because 1, 1.0 and True are equal, and layouts are looked up by equality
-    raise UsageError(f"a {type(tree).__name__} cannot travel between stages: use tensors in tuples, lists and dicts with string keys")
+        yield tree
+    elif isinstance(tree, tuple | list | dict):
+        for item in tree.values() if isinstance(tree, dict) else tree:
+            yield from tree_tensors(item)
 
 
-def unflatten(shape: Any, leaves: list[Tensor]) -> Tree:
-    """The tree that `flatten` took apart."""
+def map_tensors(act: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """Returns the tree with act(tensor) in place of every tensor. Raises UsageError for what cannot travel."""
+    if isinstance(tree, Tensor):
+        return act(tree)
+    shape, leaves = flatten(tree)
+    return unflatten(shape, [act(leaf) for leaf in leaves])
+
+
+def rows(tree: Tree, begin: int, end: int, count: int) -> Tree:
+    """Returns the tree with rows begin to end of every tensor that has `count` of them, one per sample; other tensors stay whole."""
+    return map_tensors(lambda leaf: leaf[begin:end] if leaf.dim() and len(leaf) == count else leaf, tree)
+
+
+def split_bounds(count: int, parts: int) -> list[tuple[int, int]]:
+    """Returns the first row, and the one after the last, of every part: the first count % parts parts have one row more."""
+    edges = [i * (count // parts) + min(i, count % parts) for i in range(parts + 1)]
+    return list(pairwise(edges))
+
+
+def flatten(tree: Tree) -> tuple[Any, list[Tensor]]:
+    """Returns the shape of a tree, in nested tuples of plain values, and its tensors. Raises UsageError for what cannot travel."""
+    leaves: list[Tensor] = []
+    return _shape(tree, leaves), leaves
+
+
+def unflatten(shape: Any, leaves: Sequence[Tensor]) -> Tree:
+    """Returns the tree that `flatten` took apart, with these tensors."""
     kind = shape[0]
     if kind == "t":
         return leaves[shape[1]]
@@ -77,3 +105,18 @@ def unflatten(shape: Any, leaves: list[Tensor]) -> Tree:
         return {name: unflatten(item, leaves) for name, item in shape[1:]}
     items = [unflatten(item, leaves) for item in shape[1:]]
     return tuple(items) if kind == "u" else items
+
+
+def _shape(tree: Tree, leaves: list[Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        leaves.append(tree)
+        return ("t", len(leaves) - 1)
+    if hasattr(tree, "_fields"):
+        raise UsageError(f"a {type(tree).__name__} is a named tuple, which would arrive as a plain one: use a tuple or a dict")
+    if isinstance(tree, tuple | list):
+        return ("u" if isinstance(tree, tuple) else "l", *[_shape(item, leaves) for item in tree])
+    if isinstance(tree, dict) and all(isinstance(name, str) for name in tree):
+        return ("d", *[(name, _shape(item, leaves)) for name, item in tree.items()])
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return ("c", repr(tree), tree)  # repr, because 1, 1.0 and True are equal, and layouts are looked up by equality
+    raise UsageError(f"a {type(tree).__name__} cannot travel between stages: use tensors in tuples, lists and dicts with string keys")

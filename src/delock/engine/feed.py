@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.links.message import Message
 from delock.ops import Forward
-from delock.tensors import Tree, flatten, unflatten
+from delock.tensors import Tree, map_tensors, rows, split_bounds, tree_tensors
 
 
 class Feed:
@@ -59,31 +57,21 @@ class Feed:
         return Message(inputs, targets, samples=samples(inputs))
 
     def _moved(self, batch: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-        leaves: list[Tensor] = []
-        tree = flatten(batch, leaves)
-        inputs, targets = unflatten(tree, [leaf.to(self.device, non_blocking=True) for leaf in leaves])
+        inputs, targets = map_tensors(lambda leaf: leaf.to(self.device, non_blocking=True), batch)
         return tuple(inputs) if isinstance(inputs, list) else inputs, targets
 
     def _parts(self, inputs: Tree, targets: Tree) -> list[Message]:
         n = samples(inputs)
         if self.parts == 1:
             return [Message(inputs, targets, samples=n)]
-        pieces = [self._piece((inputs, targets), n, j) for j in range(self.parts)]
+        pieces = [rows((inputs, targets), begin, end, n) for begin, end in split_bounds(n, self.parts)]
         counts = [samples(x) for x, _ in pieces]
         return [Message(x if count else None, y, count / n, count) for (x, y), count in zip(pieces, counts, strict=True)]
-
-    def _piece(self, tree: Any, n: int, j: int) -> Any:
-        """Part j of every tensor that has one row per sample; the others go to every part whole."""
-        leaves: list[Tensor] = []
-        shape = flatten(tree, leaves)
-        rows = [leaf.tensor_split(self.parts)[j] if leaf.dim() and len(leaf) == n else leaf for leaf in leaves]
-        return unflatten(shape, rows)
 
 
 def samples(inputs: Tree) -> int:
     """Samples in a batch: the first dimension of its first tensor. Raises UsageError for a batch without one."""
-    leaves: list[Tensor] = []
-    flatten(inputs, leaves)
-    if not leaves or not leaves[0].dim():
+    first = next(tree_tensors(inputs), None)
+    if first is None or not first.dim():
         raise UsageError("a batch of inputs must hold a tensor with one row per sample")
-    return len(leaves[0])
+    return len(first)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from delock.links.message import Message, MessageName
-from delock.tensors import Tree, flatten, unflatten
+from delock.tensors import Tree, flatten, map_tensors, unflatten
 
 # layout of the bytes: PREFIX | JSON text | pad | tensor | pad | tensor | pad      every tensor starts at a multiple of ALIGN
 PREFIX = struct.Struct("<qcqqdqq")  # length of all, kind, batch, loss, weight, samples, length of the JSON text
@@ -139,8 +139,7 @@ def _view(packed: Tensor, place: Place) -> Tensor:
 
 
 def _laid_out(message: Message, apart: Callable[[Tensor], bool]) -> tuple[MessageLayout, list[Tensor]]:
-    leaves: list[Tensor] = []
-    tree = flatten((message.values, message.targets), leaves)
+    tree, leaves = flatten((message.values, message.targets))
     return _layout(tree, tuple([(leaf.dtype, leaf.shape, leaf.stride(), apart(leaf)) for leaf in leaves])), leaves
 
 
@@ -188,9 +187,7 @@ def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
 
 def make_dense(tree: Tree) -> Tree:
     """The tree as it would arrive over a wire: dense strides and aligned memory, so that kernels add in the same order everywhere."""
-    leaves: list[Tensor] = []
-    shape = flatten(tree, leaves)
-    return unflatten(shape, [leaf if _settled(leaf) else _settle(leaf) for leaf in leaves])
+    return map_tensors(lambda leaf: leaf if _settled(leaf) else _settle(leaf), tree)
 
 
 def _settled(leaf: Tensor) -> bool:

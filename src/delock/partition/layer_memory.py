@@ -25,17 +25,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from delock.execution import Execution
 from delock.partition.live_bytes import LiveBytes, storage_bytes, storage_of
-
-Value: TypeAlias = Tensor | tuple[Tensor, ...]
+from delock.tensors import Value, like, tensors, tree_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +126,6 @@ def observe(
     )
 
 
-def tensors(value: Value) -> tuple[Tensor, ...]:
-    """Returns the tensors of a value: the tensor itself, or those of the tuple."""
-    return (value,) if isinstance(value, Tensor) else value
-
-
 class LayerTrial:
     """Runs a module forward and backward on copies of its inputs.
 
@@ -149,7 +142,7 @@ class LayerTrial:
         execution: Execution,
     ) -> None:
         self.module, self.loss, self.device, self.execution = module, loss, device, execution
-        self.alone = isinstance(value, Tensor)
+        self.value = value
         leaves = [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
         self.given = [x.clone() for x in leaves]  # a layer may write into its input
         self.wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
@@ -157,7 +150,7 @@ class LayerTrial:
 
     def forward(self) -> Value:
         """Returns the module's output, with its graph."""
-        out: Value = self.execution.apply(self.module, self.given[0] if self.alone else tuple(self.given), self.device)
+        out: Value = self.execution.apply(self.module, like(self.value, self.given), self.device)
         return out
 
     def ends(self, out: Value) -> list[Tensor]:
@@ -215,7 +208,7 @@ class _Saved:
 
     def _leave(self, module: nn.Module, given: Any, out: Any) -> None:
         self.inside -= 1
-        self.deferred_errors += sum(x.nbytes for x in tree_leaves(out) if isinstance(x, Tensor))
+        self.deferred_errors += sum(x.nbytes for x in tree_tensors(out))
 
 
 def _with_error(out: Tensor, live: LiveBytes) -> Tensor:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from delock.tensors import tree_tensors
 
 
 class LiveBytes(TorchDispatchMode):
@@ -45,8 +46,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+        for leaf in tree_tensors(out):
+            if leaf.layout == torch.strided:
                 self._count(leaf)
         self._reach(workspace(func, args))
         return out

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from delock.errors import UsageError
 from delock.execution import PLAIN, Execution
-from delock.partition.layer_memory import LayerMemory, LayerTrial, Value, observe
+from delock.partition.layer_memory import LayerMemory, LayerTrial, observe
 from delock.partition.layers import Layer
-from delock.tensors import tensors
+from delock.tensors import Value, map_tensors, tensors
 
 MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # raised by a module when it is called with inputs that it does not take
 
@@ -61,8 +60,8 @@ def measure(
     """
     device = torch.device(device)
     costs = []
-    value: Value = tree_map_only(Tensor, lambda x: execution.laid_out(x.to(device)), inputs)
-    targets = tree_map_only(Tensor, lambda x: x.to(device), targets)
+    value: Value = map_tensors(lambda x: execution.laid_out(x.to(device)), inputs)
+    targets = map_tensors(lambda x: x.to(device), targets)
     wants = tuple(learns and x.is_floating_point() for x in tensors(value))  # per tensor: it needs a gradient
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         for i, layer in enumerate(layers):
@@ -86,7 +85,7 @@ def measure(
             outputs = tuple((tuple(x.shape), x.dtype) for x in tensors(out))
             costs.append(LayerCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params, shape, outputs, memory))
             wants = tuple(x.requires_grad for x in tensors(out))
-            value = tree_map_only(Tensor, Tensor.detach, out)
+            value = map_tensors(Tensor.detach, out)
     return costs
 
 

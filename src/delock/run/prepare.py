@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from delock.engine.feed import samples
 from delock.errors import UsageError
@@ -22,6 +21,7 @@ from delock.run.heads import auxiliary, head_cost, head_shares
 from delock.run.layout_choice import choose_layout
 from delock.run.prepared import Batch, PreparedRun
 from delock.run.request import Request
+from delock.tensors import map_tensors
 from delock.timeline import Emulation
 
 
@@ -55,7 +55,7 @@ def prepare(request: Request, cuts: Sequence[int | str] | None) -> PreparedRun:
     modules = stages(parts, found)
     shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
     if request.compile:  # what layers cost was measured before
-        execution, inputs = replace(execution, compile=True), tree_map_only(Tensor, lambda x: x.to("meta"), inputs)
+        execution, inputs = replace(execution, compile=True), map_tensors(lambda x: x.to("meta"), inputs)
     return PreparedRun(
         length, parts, found, costs, batch, execution, modules, heads, head_costs, shares, inputs if request.compile else None
     )

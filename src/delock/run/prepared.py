@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from delock.codecs import Codec
 from delock.engine.feed import samples
@@ -29,7 +29,7 @@ from delock.plan import RunLength, unroll
 from delock.records import StagePrediction, Started
 from delock.run.job import StageJob
 from delock.run.request import Request
-from delock.tensors import Tree, flatten, tensors
+from delock.tensors import Tree, tensors, tree_tensors
 from delock.timeline import Costs, capacities, predict, simulate
 
 SLOW_BATCHES = 400  # enough for a mean over random slow ticks
@@ -48,9 +48,8 @@ class Batch:
     @classmethod
     def of(cls, inputs: Any, targets: Any) -> Batch:
         """Of a loader's batch."""
-        leaves: list[Tensor] = []
-        flatten(targets, leaves)
-        return cls(samples(inputs), tuple((tuple(x.shape), x.dtype) for x in tensors(inputs)), sum(x.nbytes for x in leaves))
+        shapes = tuple((tuple(x.shape), x.dtype) for x in tensors(inputs))
+        return cls(samples(inputs), shapes, sum(x.nbytes for x in tree_tensors(targets)))
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from delock.errors import UsageError
-from delock.tensors import Tree, like, tensors
+from delock.tensors import Value, map_tensors, rows, split_bounds, tensors
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of batch norms
 
@@ -26,14 +26,14 @@ class Compiled(nn.Module):
         super().__init__()
         self.inner = inner
 
-        def run(given: Tree) -> Tree:
-            return inner(given)
+        def run(given: Value) -> Value:
+            return inner(given)  # type: ignore[no-any-return]
 
         run.__code__ = run.__code__.replace()  # torch keeps what it compiled, of which there may be eight, by code object
         self.run = torch.compile(run, dynamic=False, options={"fallback_random": True})
         self.stance: Literal["default", "eager_on_recompile"] = "eager_on_recompile"
 
-    def forward(self, given: Tree) -> Tree:
+    def forward(self, given: Value) -> Value:
         with torch.compiler.set_stance(self.stance):
             return self.run(given)
 
@@ -82,16 +82,14 @@ def _complaint(what: str, error: Exception) -> str:
     return f"torch.compile does not take {what}: {said}; leave compile out"
 
 
-def pieces(example: Tree, parts: int) -> list[Tree]:
-    """Inputs as the micro-batches of a batch have them, one of every shape; `example`: a batch on the meta device."""
-    whole = tensors(example)
-    rows = len(whole[0])
-    split = [[t.tensor_split(parts)[j] if t.dim() and len(t) == rows else t for t in whole] for j in range(parts)]
-    found = {tuple(t.shape for t in part): like(example, part) for part in split if len(part[0])}
-    return list(found.values())
+def pieces(example: Value, micro_batches: int) -> list[Value]:
+    """Returns inputs as the micro-batches of a batch have them, one of every shape; `example`: a batch on the meta device."""
+    count = len(tensors(example)[0])
+    split = [rows(example, begin, end, count) for begin, end in split_bounds(count, micro_batches) if begin < end]
+    return list({tuple(t.shape for t in tensors(piece)): piece for piece in split}.values())
 
 
-def zeros(example: Tree, device: torch.device) -> Tree:
-    """Inputs of the shapes and dtypes of an example."""
-    made: list[Tensor] = [torch.zeros(t.shape, dtype=t.dtype, device=device) for t in tensors(example)]
-    return like(example, made)
+def zeros(example: Value, device: torch.device) -> Value:
+    """Returns inputs of the shapes and dtypes of an example."""
+    made: Value = map_tensors(lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device), example)
+    return made

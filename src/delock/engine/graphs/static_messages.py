@@ -23,8 +23,7 @@ class StaticMessages:
 
     def put(self, slot: int, message: Message) -> None:
         """Copy a message in. Its first use in a slot allocates. Raises UsageError where it is not shaped as the first one."""
-        new: list[Tensor] = []
-        shape = flatten((message.values, message.targets), new)
+        shape, new = flatten((message.values, message.targets))
         if slot not in self.leaves:
             self.shape, self.samples = shape, message.samples
             self.leaves[slot] = [torch.empty_like(leaf) for leaf in make_dense(tuple(t.detach() for t in new))]

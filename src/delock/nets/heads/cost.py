@@ -9,17 +9,14 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from delock.errors import UsageError
-
-Value: TypeAlias = Tensor | tuple[Tensor, ...]  # sent from stage to stage
+from delock.tensors import Value, map_tensors, tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,24 +58,24 @@ def head_share(stage: nn.Module, head: nn.Module, inputs: Value) -> HeadShare:
     inputs: a batch as the stage takes it, a tensor or a tuple of tensors of any dtype, batch first.
     Raises UsageError if the head does not take the output of the stage.
     """
-    stage_flops, out = _count(stage, tree_map_only(Tensor, lambda x: x[:1].detach().clone(), inputs))  # cloned: the stage may write into it
+    stage_flops, out = _count(stage, map_tensors(lambda x: x[:1].detach().clone(), inputs))  # cloned: the stage may write into it
     try:
-        head_flops, _ = _count(head, out)
+        head_flops, _ = _count(head, map_tensors(Tensor.detach, out))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        shapes = ", ".join(str(tuple(x.shape[1:])) for x in ((out,) if isinstance(out, Tensor) else out))
+        shapes = ", ".join(str(tuple(x.shape[1:])) for x in tensors(out))
         raise UsageError(f"the head does not take the output of its stage, of shape {shapes} without the batch: {error}") from error
     return HeadShare(head_flops, stage_flops, _params(head), _params(stage))
 
 
 def _count(module: nn.Module, inputs: Value) -> tuple[int, Value]:
-    """Returns the multiply-adds of one forward, and its output."""
+    """Returns the multiply-adds of one forward, and its output, with a graph."""
     module = copy.deepcopy(module).eval()
     # with gradients and the plain attention: else fused kernels run, which the counter does not see on every device
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = module(inputs)
-    return counter.get_total_flops() // 2, tree_map_only(Tensor, Tensor.detach, out)
+    return counter.get_total_flops() // 2, out
 
 
 def _params(module: nn.Module) -> int:
