@@ -18,7 +18,7 @@ PART = Costs(forward=(0.25,) * K, backward=(0.5,) * K)  # of a quarter of the ba
 
 
 def main() -> None:
-    """Predicted timelines, drawn above one another."""
+    """Draws the predicted timelines above one another."""
     timelines = {
         "backpropagation": simulate(unroll(BP(), K, 4), WHOLE),
         "1F1B, every batch in 4 micro-batches": simulate(unroll(OneFOneB(4), K, 8), PART),
