@@ -1,14 +1,13 @@
-"""Regression on one's own data: an MLP in two stages, each in its own process.
+"""Trains a regression on one's own data: an MLP in two stages, each in its own process.
 
     python examples/regression.py
     python examples/regression.py --method adl --workers inline
 
-It shows what `delock.fit` takes from you: an nn.Sequential, a DataLoader over your own data set, targets of more than one
-tensor, a loss with a weight per sample, a metric of your own, a cut, and what it gives back: the history, and the trained weights
-in the model.
+It shows what `delock.fit` takes: an nn.Sequential, a DataLoader over your own data set, targets of more than one tensor, a loss with a
+weight per sample, a metric of your own, and a cut. It also shows the outcome: the history, and the trained weights in the model.
 
-The data are made up: Friedman's function of five of ten numbers, measured with two instruments, of which one is nine times as
-noisy. A measurement's weight in the loss is one over its variance.
+The data are made up: Friedman's function of five of ten numbers, measured with two instruments, of which one is nine times as noisy. The
+weight of a measurement in the loss is one over its variance.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ NOISE = (1.0, 9.0)  # standard deviations of the two instruments; the function i
 
 
 class Measurements(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Sample i: inputs (10,), targets {"y": (), "weight": ()}, all float32. Mean weight 1."""
+    """Holds samples: inputs (10,), targets {"y": (), "weight": ()}, all float32. The mean weight is 1."""
 
     def __init__(self, n: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -50,7 +49,7 @@ class Measurements(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 def network(width: int = 64, seed: int = 0) -> nn.Sequential:
-    """(B, 10) -> (B, 1). A cut may fall between any two of its layers."""
+    """Returns a network (B, 10) -> (B, 1) that may be cut between any two of its layers."""
     torch.manual_seed(seed)
     sizes = [FEATURES, width, width, width]
     hidden = [layer for a, z in itertools.pairwise(sizes) for layer in (nn.Linear(a, z), nn.ReLU())]
@@ -58,17 +57,17 @@ def network(width: int = 64, seed: int = 0) -> nn.Sequential:
 
 
 def weighted_squares(outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:
-    """The mean over the batch, a scalar."""
+    """Returns the mean over the batch, a scalar."""
     return (targets["weight"] * (outputs.squeeze(1) - targets["y"]) ** 2).mean()
 
 
 def weighted_distance(outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:
-    """A metric is a mean over the batch, too; batches count by their number of samples."""
+    """Returns a metric, which is a mean over the batch, too; batches count by their number of samples."""
     return (targets["weight"] * (outputs.squeeze(1) - targets["y"]).abs()).mean()
 
 
 def main(words: Sequence[str] | None = None) -> Result | None:
-    """Train, print, return what `fit` returned."""
+    """Trains, prints, and returns the result of `fit`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="fdg", choices=delock.METHODS)
     parser.add_argument("--workers", default="processes", choices=("processes", "inline"))

@@ -1,13 +1,13 @@
-"""A language model of one's own as a list of stages: integers go in, and a tuple of tensors travels from stage to stage.
+"""Trains a language model of one's own, a list of stages: integers go in, and a tuple of tensors travels from stage to stage.
 
     python examples/tokens.py
     python examples/tokens.py --method dsp --workers inline
 
-It shows a model that is no nn.Sequential cut by the library but a list of modules, one per stage; inputs of int64; messages
-(h, tokens, real), of which only h is floating and so only h has an error sent back; targets with places that do not count
-(ignore_index); parameter groups by name; and a length in steps with evaluations in between.
+The model is not an nn.Sequential that the library cuts but a list of modules, one per stage. Inputs are int64. Messages are (h, tokens,
+real), of which only h is floating, so only h has an error sent back. Some positions of the targets do not count (ignore_index). Parameter
+groups are made by name. The length of the run is given in batches, with evaluations in between.
 
-The text is the few lines below, a sequence per line. Shorter lines are padded, `real` says which places are no padding.
+The text is the few lines below, a sequence per line. Shorter lines are padded; `real` marks the positions that are not padding.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ Named = Iterable[tuple[str, nn.Parameter]]
 
 
 def encode(line: str) -> list[int]:
-    """A line as numbers: the space is 1, letters are 2 to 27."""
+    """Returns a line as numbers: the space is 1, letters are 2 to 27."""
     return [1 if letter == " " else ord(letter) - ord("a") + 2 for letter in line]
 
 
 def collate(lines: list[str]) -> tuple[Tensor, Tensor]:
-    """Inputs (B, T) int64, and the tokens that follow as targets (B, T); T is the longest line's: batches differ in shape."""
+    """Returns inputs (B, T) int64, and the tokens that follow as targets (B, T); T is the longest line's, so batches differ in shape."""
     codes = [encode(line) for line in lines]
     tokens = nn.utils.rnn.pad_sequence([torch.tensor(code[:-1]) for code in codes], batch_first=True, padding_value=PADDING)
     targets = nn.utils.rnn.pad_sequence([torch.tensor(code[1:]) for code in codes], batch_first=True, padding_value=IGNORED)
@@ -59,7 +59,7 @@ def collate(lines: list[str]) -> tuple[Tensor, Tensor]:
 
 
 class Block(nn.Module):
-    """Causal attention and an MLP on h (B, T, C); tokens (B, T) and real (B, 1, T) travel along unchanged."""
+    """Computes causal attention and an MLP on h (B, T, C); tokens (B, T) and real (B, 1, T) travel along unchanged."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 class Entry(nn.Module):
-    """(B, T) tokens -> (h, tokens, real)."""
+    """Maps tokens (B, T) to (h, tokens, real)."""
 
     def __init__(self, width: int, longest: int = 128) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Entry(nn.Module):
 
 
 class Head(nn.Module):
-    """(h, tokens, real) -> logits (B, T, 28). It looks the tokens up again, in a table of which letter follows which."""
+    """Maps (h, tokens, real) to logits (B, T, 28). It looks the tokens up again, in a table of letter pairs."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -103,29 +103,29 @@ class Head(nn.Module):
 
 
 def stages(width: int = 32, seed: int = 0) -> list[nn.Module]:
-    """Three stages."""
+    """Returns the three stages."""
     torch.manual_seed(seed)
     return [nn.Sequential(Entry(width), Block(width)), Block(width), nn.Sequential(Block(width), Head(width))]
 
 
 def loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats per letter that counts, a scalar."""
+    """Returns the nats per letter that counts, a scalar."""
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of the letters that count which the model puts first."""
+    """Returns the share of counted letters that the model ranks first."""
     counts = targets != IGNORED
     return float((logits.argmax(-1) == targets)[counts].double().mean())
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay is for this parameter: for matrices, not for biases, norms and tables of tokens."""
+    """Returns True if weight decay acts on a parameter: on matrices, not on biases, norms and tables of tokens."""
     return parameter.dim() == 2 and not any(table in name for table in ("token", "place", "pairs"))
 
 
 def optimizer(named: Named) -> torch.optim.Optimizer:
-    """Called by every stage with its own parameters, under their names in the whole model, such as "2.1.linear.weight"."""
+    """Makes the optimizer of a stage from its own parameters, under their names in the whole model, such as "2.1.linear.weight"."""
     named = list(named)
     groups = [
         {"params": [p for name, p in named if decays(name, p)], "weight_decay": 0.1},
@@ -135,7 +135,7 @@ def optimizer(named: Named) -> torch.optim.Optimizer:
 
 
 def main(words: Sequence[str] | None = None) -> Result | None:
-    """Train, print, return what `fit` returned."""
+    """Trains, prints, and returns the result of `fit`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="fdg", choices=delock.METHODS)
     parser.add_argument("--workers", default="processes", choices=("processes", "inline"))

@@ -18,7 +18,7 @@ WINDOW = 10  # logged steps in the running mean of the loss
 
 
 def main() -> None:
-    """A column per folder: training loss above test accuracy."""
+    """Draws a column per folder: training loss above test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,9 +1,9 @@
-"""Accuracy against compression: DGL in three stages on CIFAR-10 with each codec, and product quantization at 8, 16, 32 and 64 to 1.
+"""Measures accuracy against compression: DGL in three stages on CIFAR-10 with each codec, and product quantization up to 64 to 1.
 
     python benchmarks/codecs/run.py $DELOCK_DATA --jobs 2 --out benchmarks/codecs
 
-The network is the six-layer one of the DGL papers at a quarter of its widths, cut in front of its pools, so that 32 channels at 32 x 32 and
-64 at 16 x 16 travel; 12,500 images. Both ratios are those of the bytes that were sent: before codebooks, and with them.
+The network is the six-layer one of the DGL papers at a quarter of its widths. It is cut in front of its pools, so that 32 channels at 32 x
+32 and 64 at 16 x 16 travel; it trains on 12,500 images. Both ratios are of the bytes that were sent: before codebooks, and with them.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ CUTS = ("pool1", "pool2")
 
 @cache
 def images(folder: str) -> Data:
-    """CIFAR-10, decoded once in each process."""
+    """Returns CIFAR-10, decoded once in each process."""
     return load("folder", data_dir=folder, batch_size=BATCH, test_batch_size=500, limit=IMAGES)
 
 
 def train(folder: str, epochs: int, steps: int | None, work: tuple[str, int]) -> dict[str, Any]:
-    """One run of (codec, seed)."""
+    """Trains with one (codec, seed)."""
     codec, seed = work
     data = images(folder)
     model = build("dgl-cnn6-quarter", classes=10, in_channels=3, image_size=32, seed=seed)
@@ -84,7 +84,7 @@ def train(folder: str, epochs: int, steps: int | None, work: tuple[str, int]) ->
 
 
 def table(rows: Sequence[dict[str, Any]], what: str) -> str:
-    """A row per codec: ratios, megabytes sent, and test accuracy, the mean over the seeds with the least and the largest."""
+    """Returns a row per codec: ratios, megabytes sent, and test accuracy, the mean over the seeds with the least and the largest."""
     lines = ["| codec | before codebooks | with codebooks | MB sent | test accuracy, % |", "|---|---:|---:|---:|---:|"]
     for codec in CODECS:
         own = [row for row in rows if row["codec"] == codec]
@@ -96,7 +96,7 @@ def table(rows: Sequence[dict[str, Any]], what: str) -> str:
 
 
 def figure(rows: Sequence[dict[str, Any]], stem: Path) -> None:
-    """Accuracy against the ratio with codebooks: a dot per run, a line through the means."""
+    """Draws accuracy against the ratio with codebooks: a dot per run, a line through the means."""
     drawn, axis = plt.subplots(figsize=(6, 3.6))
     places, means = [], []
     for codec in CODECS:
@@ -117,7 +117,7 @@ def figure(rows: Sequence[dict[str, Any]], stem: Path) -> None:
 
 
 def main() -> None:
-    """Run all, then the table and the figure."""
+    """Runs everything, then writes the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="CIFAR-10 as an image folder: train/<class>/*.jpg, test/<class>/*.jpg")
     parser.add_argument("--epochs", type=int, default=4)

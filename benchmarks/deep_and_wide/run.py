@@ -1,9 +1,9 @@
-"""Very deep and very wide: ResNet-1202 in four stages, WRN-28-10 in two, ten updates of every stage on one repeated batch.
+"""Trains very deep and very wide networks: ResNet-1202 in four stages, WRN-28-10 in two, ten updates of every stage on one repeated batch.
 
     python benchmarks/deep_and_wide/run.py --out benchmarks/deep_and_wide
 
-The last loss is that of a batch whose forward found every stage with at least ten updates behind it. Memory: resident bytes of each
-stage's process at its peak, and above what the built stage held before the first batch.
+The last loss is that of a batch that every stage forwarded after at least ten updates. Memory is the peak of resident bytes of each stage's
+process, in all, and above the built stage before its first batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UPDATES = 10
 
 
 def row(name: str, K: int, lr: float, method: delock.Method, batch: int, size: int) -> str:
-    """Train one network with one method; a line of the table."""
+    """Trains one network with one method and returns a line of the table."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 3, size, size, generator=generator)
     y = torch.randint(10, (batch,), generator=generator)
@@ -49,7 +49,7 @@ def row(name: str, K: int, lr: float, method: delock.Method, batch: int, size: i
 
 
 def main() -> None:
-    """Print and write the table."""
+    """Prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=32, help="side of the images")

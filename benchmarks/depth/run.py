@@ -1,9 +1,10 @@
-"""Speed of decoupled methods in 2 to 16 stages, emulated: every stage waits 320 ms forward and 640 ms backward; messages of 1 MB are real.
+"""Measures decoupled methods in 2 to 16 emulated stages: every stage waits 320 ms forward and 640 ms backward; messages of 1 MB are real.
 
     python benchmarks/depth/run.py --out benchmarks/depth
 
-A row per method and number of stages: time per batch in the steady state beside the ideal (what one stage computes), and beside the
-simulator, whose link delay is measured first. 1F1B in 8 micro-batches of the same batch is what people use; its bubble is (K-1)/(M+K-1).
+Every row is a method and a number of stages. It compares the time per batch in the steady state with the ideal, which is the computation of
+one stage, and with the simulator, whose link delay is measured first. 1F1B in 8 micro-batches of the same batch is the usual alternative;
+its bubble is (K-1)/(M+K-1).
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ ROWS, FEATURES, MICRO = 128, 2048, 8  # a message of 128 x 2048 floats is 1 MB
 
 
 def data(batches: int) -> Any:
-    """The same batch over and over."""
+    """Returns a loader that repeats one batch."""
     made: tuple[Tensor, Tensor] = torch.randn(ROWS, FEATURES), torch.randint(10, (ROWS,))
     return as_loader([made] * batches)
 
 
 def measured(method: Method, K: int, emulate: Emulation, steps: int) -> float:
-    """Seconds per batch: the median over the steady half of the run."""
+    """Returns the seconds per batch: the median over the steady half of the run."""
     ends: list[float] = []
 
     def hear(event: Event) -> None:
@@ -62,13 +63,13 @@ def measured(method: Method, K: int, emulate: Emulation, steps: int) -> float:
 
 
 def link_delay() -> float:
-    """Seconds from one end of a link to the other and back, halved: naive backpropagation over two stages that hardly compute."""
+    """Returns the seconds over a link one way: half of a round trip of naive backpropagation over two stages that hardly compute."""
     tiny = Emulation(0.001, 0.001)
     return max(0.0, (measured(delock.BP(), 2, tiny, 60) - 2 * 0.002) / 2)
 
 
 def simulated(method: Method, K: int, delay: float) -> float:
-    """What the simulator says, with that delay on every link."""
+    """Returns the seconds per batch of the simulator, with that delay on every link."""
     share = 1 / method.parts
     costs = Costs((share * FORWARD,) * K, (share * BACKWARD,) * K, up=(delay,) * (K - 1), down=(delay,) * (K - 1))
     plan = unroll(method, K, 2 * K + 36 + 4 * method.batches_per_update)
@@ -76,7 +77,7 @@ def simulated(method: Method, K: int, delay: float) -> float:
 
 
 def main() -> None:
-    """Everything, then the table."""
+    """Runs everything, then writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--out", type=Path, required=True)
@@ -100,7 +101,7 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A row per run."""
+    """Returns a row per run."""
     lines = ["| K | method | ideal (ms) | measured (ms) | ideal / measured | measured / simulated |", "|---:|---|---:|---:|---:|---:|"]
     for row in rows:
         times = f"{1e3 * row['ideal']:.0f} | {1e3 * row['measured']:.0f} | {row['ideal'] / row['measured']:.3f}"

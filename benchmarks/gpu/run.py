@@ -1,9 +1,10 @@
-"""Several stages on one GPU as captured ticks, beside backpropagation captured as a CUDA graph: samples per second.
+"""Measures several stages on one GPU as captured ticks, beside backpropagation captured as a CUDA graph, in samples per second.
 
     python benchmarks/gpu/run.py --rounds 5 --out benchmarks/gpu
 
-Every method takes turns with the baseline, A B A B, on the same random images, which lie on the GPU; a turn is a number of batches after
-the pipeline has filled. A ratio is that of one round; the table has medians. What does not fit into memory says so in the table.
+Every method takes turns with the baseline, A B A B, on the same random images, which lie on the GPU. A turn is a number of batches after
+the pipeline has filled. A ratio is taken within one round; the table has medians. A network that does not fit into memory has a row that
+says so.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ ENDLESS = 1_000_000  # batches: no run comes to its end
 
 @dataclass
 class Fixed:
-    """A loader that gives the same batches again and again."""
+    """Loads the same batches again and again."""
 
     batches: Sequence[tuple[Tensor, Tensor]]
 
@@ -50,16 +51,16 @@ class Fixed:
         return len(self.batches)
 
     def sizes(self) -> list[int]:
-        """Samples of each."""
+        """Returns the number of samples of each batch."""
         return [len(x) for x, _ in self.batches]
 
     def epoch(self, e: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All of them."""
+        """Yields all batches."""
         yield from self.batches
 
 
 class Contender:
-    """A network in K stages under a method, somewhere in an endless run."""
+    """Holds a network in K stages under a method, at some point of an endless run."""
 
     def __init__(self, model: str, rows: int, method: Method, K: int, device: torch.device, captured: bool = True) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -97,7 +98,7 @@ class Contender:
             self.execute = Ticks(self.engines, made, make_streams(device, K), batches=ENDLESS, every=ENDLESS).run
 
     def turn(self, batches: int) -> float:
-        """Samples per second over so many batches; the first turn fills the pipeline before."""
+        """Returns the samples per second over this number of batches; the first turn fills the pipeline before."""
         if self.plans is None:
             self.plans = windows(self.method, self.K, self.length, batches)
             for _ in range(1 + self.method.span(self.K) // batches):
@@ -115,7 +116,7 @@ class Contender:
 
 
 def rounds(base: Contender, other: Contender, count: int, batches: int) -> dict[str, float]:
-    """A against B in turns: the medians of both rates, and of the ratio within a round."""
+    """Runs A and B in turns, and returns the medians of both rates, and of the ratio within a round."""
     pairs = [(base.turn(batches), other.turn(batches)) for _ in range(count)]
     return {
         "base": statistics.median(a for a, _ in pairs),
@@ -127,7 +128,7 @@ def rounds(base: Contender, other: Contender, count: int, batches: int) -> dict[
 
 
 def rivals(names: Sequence[str], stages: Sequence[int]) -> Iterator[tuple[str, Method, int, bool]]:
-    """Everything that the baseline is measured against: name, method, K, captured."""
+    """Returns everything that is compared with the baseline: name, method, K, captured."""
     yield "bp, not captured", BP(), 1, False
     for name in names:
         for K in stages:
@@ -135,7 +136,7 @@ def rivals(names: Sequence[str], stages: Sequence[int]) -> Iterator[tuple[str, M
 
 
 def table(results: dict[str, dict[str, dict[str, float] | str]], where: str) -> str:
-    """A GitHub table per work."""
+    """Returns a GitHub table per network."""
     lines = []
     for title, found in results.items():
         bases = [one["base"] for one in found.values() if isinstance(one, dict)]
@@ -149,7 +150,7 @@ def table(results: dict[str, dict[str, dict[str, float] | str]], where: str) -> 
 
 
 def main() -> None:
-    """Every work against every rival; the files are written anew after each."""
+    """Compares every network and method, and writes the files again after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=100, help="in a turn")

@@ -1,8 +1,8 @@
-"""Table and figure of N-wise learning from the run folders of README.md: quality against N, means and spreads over the seeds.
+"""Writes the table and the figure of N-wise learning from the run folders of README.md: quality against N, means and spreads over seeds.
 
     python benchmarks/interlocking/figure.py RUNS --out benchmarks/interlocking
 
-RUNS holds cifar-nN-sS and gpt-nN-sS, as the commands of README.md make them.
+RUNS holds cifar-nN-sS and gpt-nN-sS, made by the commands of README.md.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ WORKS = (
 
 
 def values(runs: Path, work: str, n: int, metric: str, scale: float) -> list[float]:
-    """The metric at the end, of every seed."""
+    """Returns the metric at the end of the run, for every seed."""
     summaries = [json.loads(path.read_text()) for path in sorted(runs.glob(f"{work}-n{n}-s*/summary.json"))]
     return [scale * summary[metric] for summary in summaries]
 
 
 def cell(found: list[float], digits: int) -> str:
-    """Mean, and half the range."""
+    """Returns the mean and half the range."""
     return f"{statistics.mean(found):.{digits}f} ± {(max(found) - min(found)) / 2:.{digits}f}" if found else "-"
 
 
 def share(own: dict[int, list[float]], n: int) -> str:
-    """How much of the gap between N = 1 and N = 4 is closed, if there is one: their ranges do not overlap."""
+    """Returns the recovered share of the gap between N = 1 and N = 4; there is no gap if their ranges overlap."""
     low, high = sorted((own[1], own[4]), key=statistics.mean)
     if max(low) >= min(high):
         return "no gap"
@@ -44,7 +44,7 @@ def share(own: dict[int, list[float]], n: int) -> str:
 
 
 def main() -> None:
-    """A row per N; how much of the gap between N = 1 and N = 4 each closes."""
+    """Writes a row per N, with the share of the gap between N = 1 and N = 4 that it recovers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,9 +1,9 @@
-"""Seconds per step of N-wise learning, predicted and measured, on four equal stages of real convolutions in four processes.
+"""Measures the seconds per step of N-wise learning beside the prediction, on four equal stages of real convolutions in four processes.
 
     python benchmarks/interlocking/periods.py --out benchmarks/interlocking
 
-So that four stages run on fewer cores, every convolution is made long by waiting: UNIT seconds in its forward, UNIT where its input
-gradient is computed, UNIT where its weight gradient is. Messages, graphs, optimizer and engine are the real ones.
+So that four stages run on fewer cores, waiting makes every convolution long: UNIT seconds in its forward, UNIT for its input gradient, UNIT
+for its weight gradient. Messages, graphs, optimizer and engine are real.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ UNIT = 0.02  # seconds
 
 
 class Wait(torch.autograd.Function):
-    """The identity, with a wait in the backward."""
+    """Computes the identity, with a wait in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """x itself."""
+        """Returns x itself."""
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Tensor:  # type: ignore[override]
-        """Its error, UNIT seconds later."""
+        """Returns the error, UNIT seconds later."""
         time.sleep(UNIT)
         return d
 
 
 class LongConv(nn.Module):
-    """Conv3x3 and ReLU as a slower machine would do them: (B, C, H, W) -> (B, C, H, W)."""
+    """Computes Conv3x3 and ReLU as a slower machine would: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,18 +59,18 @@ class LongConv(nn.Module):
         nn.init.kaiming_normal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """relu(w * x), after UNIT seconds; both factors wait where their gradients are computed."""
+        """Returns relu(w * x), after UNIT seconds; both factors wait when their gradients are computed."""
         time.sleep(UNIT)
         return torch.relu(conv2d(Wait.apply(x), Wait.apply(self.weight), padding=1))
 
 
 def head() -> nn.Module:
-    """(B, C, H, W) -> (B, 10); costs next to nothing."""
+    """Returns a head (B, C, H, W) -> (B, 10) that costs almost nothing."""
     return nn.Sequential(OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(1), fc=nn.Linear(CHANNELS, 10)))
 
 
 def jobs(method: Method) -> list[StageJob]:
-    """Four stages of LAYERS convolutions; the last has the network's own head."""
+    """Returns the jobs of four stages of LAYERS convolutions; the last has the network's own head."""
     torch.manual_seed(0)
     pictures = [(torch.randn(BATCH, CHANNELS, 8, 8), torch.randint(10, (BATCH,))) for _ in range(STEPS)]
     stages = [nn.Sequential(*(LongConv() for _ in range(LAYERS)), *((head(),) if k == K - 1 else ())) for k in range(K)]
@@ -97,18 +97,18 @@ def jobs(method: Method) -> list[StageJob]:
 
 
 def measured(method: Method) -> Timeline:
-    """What four processes did."""
+    """Returns the timeline of four processes."""
     return Timeline(tuple(tuple(result.spans) for result in run_processes(run_rank, jobs(method), threads=1, pin=False)))
 
 
 def per_step(timeline: Timeline) -> float:
-    """Median seconds between two updates of the last stage, once the pipeline is warm."""
+    """Returns the median seconds between two updates of the last stage, once the pipeline is warm."""
     ends = [span.end for span in timeline.columns[-1] if isinstance(span.op, Update)][K:]
     return statistics.median(b - a for a, b in pairwise(ends))
 
 
 def ahead(timeline: Timeline) -> str:
-    """Of all weight gradients computed after their error was sent: how many were still under way when stage k - 1 took the error."""
+    """Counts the weight gradients computed after their error was sent, and those still under way when stage k - 1 took the error."""
     taken = {(b.stage, b.op.batch, b.op.loss): b.start for column in timeline.columns for b in column if isinstance(b.op, Backward)}
     halves = [b for column in timeline.columns for b in column if isinstance(b.op, Backward) and b.op.part == "weights"]
     under_way = [taken[b.stage - 1, b.op.batch, b.op.loss] < b.end for b in halves if isinstance(b.op, Backward)]
@@ -116,7 +116,7 @@ def ahead(timeline: Timeline) -> str:
 
 
 def main() -> None:
-    """A row per method, and the timelines of N = 3 as a picture."""
+    """Writes a row per method, and draws the timelines of N = 3."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out

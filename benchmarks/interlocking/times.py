@@ -1,9 +1,10 @@
-"""Time per step of N-wise learning on the two works of README.md, in four processes: predicted for free workers, and measured.
+"""Measures the time per step of N-wise learning on the two networks of README.md, in four processes, beside the prediction.
 
     python benchmarks/interlocking/times.py $DELOCK_DATA --out benchmarks/interlocking
 
-Predicted: the schedule on the clock with the costs of layers and heads measured before the run, if every stage has a core of its own. With
-fewer cores than stages a step takes at least the work of all stages over the number of cores. Measured: median over the run.
+The prediction is the schedule on the clock, with the costs of layers and heads measured before the run, if every stage has a core of its
+own. With fewer cores than stages, a step takes at least the work of all stages divided by the number of cores. The measurement is the
+median over the run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ STEPS, WARM, K = 48, 16, 4
 
 
 def row(name: str, n: int, model: torch.nn.Module, data: Loader, cuts: list[int | str], head: str, loss: delock.api.Loss) -> str:
-    """One run of STEPS batches; times in milliseconds."""
+    """Runs STEPS batches and returns times in milliseconds."""
     told: list[Event] = []
     delock.fit(
         model,
@@ -52,7 +53,7 @@ def row(name: str, n: int, model: torch.nn.Module, data: Loader, cuts: list[int 
 
 
 def main() -> None:
-    """A row per work and N."""
+    """Writes a row per network and N."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,11 +1,11 @@
-"""Memory of every stage: predicted from plan and profile, handed out by torch's allocator, and resident in the stage's process.
+"""Measures the memory of every stage: predicted from plan and profile, allocated by torch, and resident in the stage's process.
 
     python benchmarks/memory/run.py --out benchmarks/memory
 
-All in bytes above what the stage holds when it is built, at the most. Predicted, before the start, from one batch: what will live at one
-time, and what the process will grow by. Live: what torch's allocator has handed out and not got back, counted by torch's profiler.
-Resident: growth of the process, shared memory included, pages of program files not, in a run without a profiler: with the allocator that
-Delock has found on this system, and with glibc's.
+All numbers are peaks of bytes during a run, above those of the built stage before its first batch. Predicted from one batch before the
+start: the bytes that will live at one time, and the growth of the process. Live: the bytes that torch's allocator has given out and not got
+back, counted by torch's profiler. Resident: the growth of the process, with shared memory and without pages of program files, in a run
+without a profiler, with the allocator that Delock has found on this system, and with glibc's.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ NAMES = ("live", "resident", "resident, glibc")
 
 @dataclass(frozen=True)
 class Batches:
-    """A loader of random batches, each in memory of its own, as a data set makes them."""
+    """Loads random batches, each in memory of its own, as a data set makes them."""
 
     make: Callable[[torch.Generator], tuple[Tensor, Tensor]]
     rows: int
@@ -61,11 +61,11 @@ class Batches:
         return 100
 
     def sizes(self) -> list[int]:
-        """Rows of every batch."""
+        """Returns the rows of every batch."""
         return [self.rows]
 
     def epoch(self, e: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Others in every epoch."""
+        """Yields batches that differ from epoch to epoch."""
         generator = torch.Generator().manual_seed(e)
         for _ in range(len(self)):
             yield self.make(generator)
@@ -73,7 +73,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class Work:
-    """A network with its data and its loss."""
+    """Holds a network with its data and its loss."""
 
     name: str
     network: Callable[[], nn.Module]
@@ -82,18 +82,18 @@ class Work:
 
 
 def images(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(rows, 3, 32, 32), (rows,)."""
+    """Returns images (rows, 3, 32, 32) and labels (rows,)."""
     return torch.randn(rows, 3, 32, 32, generator=generator), torch.randint(10, (rows,), generator=generator)
 
 
 def text(rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(rows, length) tokens, and the next of each."""
+    """Returns tokens (rows, length), and the next of each."""
     tokens = torch.randint(96, (rows, length + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 def works(scale: float) -> list[Work]:
-    """Much memory in activations, and much in weights; more than 500 MB in all with backpropagation and a scale of 1."""
+    """Returns two networks with much memory in activations and in weights: above 500 MB in all with backpropagation and a scale of 1."""
     resnet = partial(build, "resnet56", classes=10, in_channels=3, image_size=32)
     big = partial(gpt, 96, depth=24, width=64 * round(8 * scale), heads=4, context=32)
     rows = 4 * round(21 * scale)
@@ -104,13 +104,13 @@ def works(scale: float) -> list[Work]:
 
 
 def spec_of(work: Work, method: delock.Method, K: int) -> Request:
-    """The work as `fit` would be asked for it, until the plan repeats itself and every link has been full."""
+    """Returns the request that `fit` would make, for a run until the plan repeats itself and every link has been full."""
     optimizer = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
     return Request(work.network(), work.data, None, work.loss, method, optimizer, stages=K, steps=2 * K + 3, log_every=1000)
 
 
 def live(rank: Rank, job: StageJob) -> int:
-    """Train stage job.k; the most bytes that torch's allocator had handed out at one time, of those it was asked for after the building."""
+    """Trains stage job.k and returns the peak of bytes given out by torch's allocator, above those at the end of building."""
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     handed_out = peak_memory.handed_out(worker.run)
@@ -119,12 +119,12 @@ def live(rank: Rank, job: StageJob) -> int:
 
 
 def resident(rank: Rank, job: StageJob) -> int:
-    """Train stage job.k; growth of the process, without pages of program files."""
+    """Trains stage job.k and returns the growth of the process, without pages of program files."""
     return run_rank(rank, job).report.memory_growth
 
 
 def served(rank: Rank, payload: None) -> str:
-    """The allocator of a stage's process."""
+    """Returns the allocator of a stage's process."""
     return allocator.allocator()
 
 
@@ -134,7 +134,7 @@ Cuts = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One stage of a run, in bytes."""
+    """Holds one stage of a run, in bytes."""
 
     work: str
     K: int
@@ -148,7 +148,7 @@ class Cell:
 
 
 def runs_of(work: Work, K: int, cuts: Cuts) -> Iterator[tuple[str, Request, PreparedRun]]:
-    """Every method with its name, on the same cuts."""
+    """Returns every method with its name, on the same cuts."""
     plain = prepare(spec_of(work, METHODS[0], K), cuts.get(f"{work.name} {K}"))
     cuts[f"{work.name} {K}"] = plain.cuts
     for method in METHODS:
@@ -157,13 +157,13 @@ def runs_of(work: Work, K: int, cuts: Cuts) -> Iterator[tuple[str, Request, Prep
 
 
 def grown(works: list[Work], cuts: Cuts) -> dict[str, list[int]]:
-    """What every stage of every run has grown by."""
+    """Returns the growth of every stage of every run."""
     runs = (run for work in works for K in STAGES for run in runs_of(work, K, cuts))
     return {name: run_processes(resident, prepared.jobs(request)) for name, request, prepared in runs}
 
 
 def grown_with_glibc(scale: float, cuts: Cuts) -> dict[str, list[int]]:
-    """The same in a program whose stages are born with the C library's own heap."""
+    """Returns the same from a program whose stages start with the C library's own heap."""
     command = [sys.executable, __file__, "--scale", str(scale), "--cuts", json.dumps(cuts), "--out", os.devnull]
     done = subprocess.run(command, env={**os.environ, allocator.PRELOAD: ""}, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, list[int]] = json.loads(done.stdout)
@@ -171,7 +171,7 @@ def grown_with_glibc(scale: float, cuts: Cuts) -> dict[str, list[int]]:
 
 
 def run(works: list[Work], scale: float) -> Iterator[list[Cell]]:
-    """Every run, of one line of the table each."""
+    """Makes every run for one line of the table."""
     cuts: Cuts = {}
     found: list[tuple[Work, int, str, str, list[int], list[int], list[int], list[int]]] = []
     for work in works:
@@ -189,7 +189,7 @@ def run(works: list[Work], scale: float) -> Iterator[list[Cell]]:
 
 
 def row(own: list[Cell]) -> str:
-    """One line on the stages of a run: megabytes from stage 0 on, and the worst deviation of the prediction."""
+    """Returns one line about the stages of a run: megabytes from stage 0 on, and the worst deviation of the prediction."""
 
     def each(values: list[int]) -> str:
         return " / ".join(f"{value / 1e6:.0f}" for value in values)
@@ -203,7 +203,7 @@ def row(own: list[Cell]) -> str:
 
 
 def table(rows: list[list[Cell]]) -> str:
-    """All runs, and what the worst and the median stage of each measure is."""
+    """Returns the table of all runs, with the worst and the median stage of each measure."""
     head = ["work", "K", "method", "will live, MB", "will grow by", *(cell for name in NAMES for cell in (name, "off"))]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(row, rows)]
     every = [cell for own in rows for cell in own]
@@ -219,13 +219,13 @@ def table(rows: list[list[Cell]]) -> str:
 
 
 def measures(every: list[Cell]) -> dict[str, list[tuple[int, int]]]:
-    """The three measured numbers of all stages, each behind its prediction."""
+    """Returns the three measured numbers of all stages, each after its prediction."""
     pairs = [((cell.lives, cell.live), (cell.grows, cell.resident), (cell.grows, cell.glibc)) for cell in every]
     return {name: [three[i] for three in pairs] for i, name in enumerate(NAMES)}
 
 
 def draw(every: list[Cell], out: Path) -> None:
-    """Measured over predicted, a point per stage."""
+    """Draws measured over predicted bytes, a point per stage."""
     with style():
         figure = new(4.2, 3.8)
         axis = figure.subplots()
@@ -241,7 +241,7 @@ def draw(every: list[Cell], out: Path) -> None:
 
 
 def main() -> None:
-    """Write the table, the figure and every number."""
+    """Writes the table, the figure and every number."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="of the batch of the images and the width of the GPT")
     parser.add_argument("--out", type=Path, required=True)

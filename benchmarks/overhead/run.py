@@ -1,10 +1,10 @@
-"""What the engine costs per op, and a link per message, above the same bare torch calls: the smallest stage there is, Linear(4, 4).
+"""Measures the time that the engine adds to an op, and a link to a message, above the same bare torch calls, on Linear(4, 4).
 
     python benchmarks/overhead/run.py --out benchmarks/overhead
 
-Ops: one stage in one process, interleaved rounds of a bare loop (forward, autograd.grad, optimizer step on the same tensors) and of the
-engine on a plan of backpropagation; per op, medians. Messages: two processes, a tensor of 64 KB, 1 MB and 8 MB to and fro, the two kinds of
-link against bare gloo isend and irecv of the same bytes into a buffer posted ahead.
+Ops: one stage in one process runs interleaved rounds of a bare loop (forward, autograd.grad, optimizer step on the same tensors) and of the
+engine on a plan of backpropagation; numbers are medians per op. Messages: two processes send a tensor of 64 KB, 1 MB and 8 MB to and fro,
+by the two kinds of link, and by bare gloo isend and irecv of the same bytes into a buffer posted ahead.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SGD = partial(torch.optim.SGD, lr=0.01)
 
 
 class Same:
-    """A loader that has its batches ready: what a data set costs is not the engine's."""
+    """Loads batches that are ready: the cost of a data set is not the cost of the engine."""
 
     def __init__(self, made: list[tuple[Tensor, Tensor]]) -> None:
         self.made = made
@@ -48,21 +48,21 @@ class Same:
         return len(self.made)
 
     def sizes(self) -> list[int]:
-        """Rows of every batch."""
+        """Returns the rows of every batch."""
         return [len(x) for x, _ in self.made]
 
     def epoch(self, e: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same in every epoch."""
+        """Yields the same batches in every epoch."""
         return iter(self.made)
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
-    """Tiny ones."""
+    """Returns tiny batches."""
     return [(torch.randn(4, 4), torch.randn(4, 4)) for _ in range(BATCHES)]
 
 
 def bare(made: list[tuple[Tensor, Tensor]]) -> float:
-    """Seconds per batch of forward, backward and update as one writes them."""
+    """Returns the seconds per batch of forward, backward and update written by hand."""
     module = nn.Linear(4, 4)
     optimizer, weights = SGD(module.parameters()), list(module.parameters())
     begun = perf_counter()
@@ -76,7 +76,7 @@ def bare(made: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def engine(made: list[tuple[Tensor, Tensor]]) -> float:
-    """Seconds per batch of the same three ops by the engine, the plan being there."""
+    """Returns the seconds per batch of the same three ops by the engine; the plan is made before."""
     stage = Stage(nn.Linear(4, 4), 0, 1, optimizer=SGD, loss=mse_loss)
     plan = unroll(BP(), 1, len(made))
     worker = Engine(stage, Mailbox().end(0), feed=Feed(Same(made), None, 1, torch.device("cpu")))
@@ -86,13 +86,13 @@ def engine(made: list[tuple[Tensor, Tensor]]) -> float:
 
 
 def rounds(*ways: Callable[[], float]) -> list[float]:
-    """The median of each, interleaved."""
+    """Returns the median of each, over interleaved rounds."""
     found = [[way() for way in ways] for _ in range(ROUNDS)]
     return [statistics.median(times) for times in zip(*found, strict=True)]
 
 
 def to_and_fro(rank: Rank, payload: None) -> list[list[float]]:
-    """Seconds per message, medians of interleaved rounds, for each of SIZES: bare gloo, and each of KINDS."""
+    """Returns the seconds per message for each of SIZES, by bare gloo and by each of KINDS: medians of interleaved rounds."""
     torch.set_num_threads(1)
     peer = 1 - rank.rank
     links = [connect(kind, {peer: 2}, torch.device("cpu"), rank.progress) for kind in KINDS]
@@ -109,7 +109,7 @@ def to_and_fro(rank: Rank, payload: None) -> list[list[float]]:
 
 
 def by_link(link: Link, rank: int, tensor: Tensor, count: int) -> float:
-    """A message there and one back, `count` times."""
+    """Sends a message there and one back, `count` times."""
     peer, message = 1 - rank, Message(tensor)
     dist.barrier()
     begun = perf_counter()
@@ -124,7 +124,7 @@ def by_link(link: Link, rank: int, tensor: Tensor, count: int) -> float:
 
 
 def by_gloo(rank: int, tensor: Tensor, count: int) -> float:
-    """The same with bare isend and irecv, each receive posted ahead into the same buffer."""
+    """Does the same with bare isend and irecv, each receive posted ahead into the same buffer."""
     peer, posted = 1 - rank, torch.empty_like(tensor)
     work = dist.irecv(posted, peer, tag=9)
     dist.barrier()
@@ -142,7 +142,7 @@ def by_gloo(rank: int, tensor: Tensor, count: int) -> float:
 
 
 def main() -> None:
-    """A row for an op, and one for each size of message and kind of link."""
+    """Writes a row for an op, and one for each size of message and kind of link."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out

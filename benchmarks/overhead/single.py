@@ -1,9 +1,9 @@
-"""One stage against the loop that everybody writes, on real work: ResNet-20, batch 128, interleaved rounds in one process.
+"""Compares one stage with a loop written by hand, on real work: ResNet-20, batch 128, interleaved rounds in one process.
 
     python benchmarks/overhead/single.py --rounds 20 --out benchmarks/overhead
 
-Both train the same network on the same batches with the same optimizer, in a process set up as a stage's is. The ratio of their times is
-taken round by round; the interval is Student's, 95 %, of its mean.
+Both train the same network on the same batches with the same optimizer, in a process set up like that of a stage. The ratio of their times
+is taken round by round; the interval is Student's, 95 %, of its mean.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STUDENT = {14: 2.145, 19: 2.093, 29: 2.045}  # 97.5 % quantile by degrees of fre
 
 
 class Same:
-    """A loader that has its batches ready."""
+    """Loads batches that are ready."""
 
     def __init__(self) -> None:
         self.made = [(torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))) for _ in range(BATCHES)]
@@ -45,21 +45,21 @@ class Same:
         return BATCHES
 
     def sizes(self) -> list[int]:
-        """Rows of every batch."""
+        """Returns the rows of every batch."""
         return [BATCH] * BATCHES
 
     def epoch(self, e: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same in every epoch."""
+        """Yields the same batches in every epoch."""
         return iter(self.made)
 
 
 def network() -> nn.Module:
-    """ResNet-20, always the same."""
+    """Returns ResNet-20, always with the same weights."""
     return build("resnet20", classes=10, in_channels=3, image_size=32)
 
 
 def ratios(rank: Rank, rounds: int) -> list[float]:
-    """Seconds of one stage over seconds of the loop, round by round; which of them is first changes."""
+    """Returns the seconds of one stage divided by those of the loop, round by round; they take turns in being first."""
     data, model = Same(), network().train()
     optimizer = SGD(model.parameters())
     stage = Stage(network(), 0, 1, optimizer=SGD, loss=cross_entropy)
@@ -93,7 +93,7 @@ def ratios(rank: Rank, rounds: int) -> list[float]:
 
 
 def main() -> None:
-    """One line."""
+    """Writes one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, choices=[n + 1 for n in STUDENT], default=20)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""Two network namespaces joined by a veth pair, with or without a limit on its rate; Linux, as root, with iproute2."""
+"""Joins two network namespaces by a veth pair, with or without a limit on its rate; needs Linux, root and iproute2."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ TBF = ("burst", "32kbit", "latency", "400ms")
 
 
 class NotPermitted(Exception):
-    """This machine does not let us make such a link; says why."""
+    """Raised if this machine does not permit such a link; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class End:
-    """One side: its namespace, its interface, its address."""
+    """Holds one side: its namespace, its interface, its address."""
 
     namespace: str
     interface: str
@@ -28,7 +28,7 @@ class End:
 
 @contextmanager
 def joined() -> Iterator[tuple[End, End]]:
-    """Two ends that reach each other and nothing else; gone afterwards, whatever happens. Raises NotPermitted."""
+    """Yields two ends that reach only each other, and always removes them afterwards. Raises NotPermitted."""
     refuse()
     own = f"delock{os.getpid()}"
     ends = (End(f"{own}a", "slow0", "10.213.7.1"), End(f"{own}b", "slow1", "10.213.7.2"))
@@ -49,7 +49,7 @@ def joined() -> Iterator[tuple[End, End]]:
 
 
 def limit(ends: tuple[End, End], rate: str | None) -> None:
-    """Let both directions carry at most `rate`, in the words of tc, such as 100mbit; None takes the limit away."""
+    """Limits both directions to `rate`, written as tc does, such as 100mbit; None removes the limit."""
     for end in ends:
         place = ("-n", end.namespace, "qdisc")
         if rate is None:
@@ -59,12 +59,12 @@ def limit(ends: tuple[End, End], rate: str | None) -> None:
 
 
 def inside(end: End, *words: str) -> list[str]:
-    """The command line that runs another one in a namespace."""
+    """Returns the command line that runs another one in a namespace."""
     return ["ip", "netns", "exec", end.namespace, *words]
 
 
 def refuse() -> None:
-    """Raise NotPermitted where it cannot work."""
+    """Raises NotPermitted if the link cannot work."""
     if not sys.platform.startswith("linux"):
         raise NotPermitted("network namespaces are there on Linux only")
     for tool in ("ip", "tc"):
@@ -75,7 +75,7 @@ def refuse() -> None:
 
 
 def command(*words: str) -> None:
-    """Run one; raises NotPermitted with what it complained of."""
+    """Runs a command; raises NotPermitted with its complaint if it fails."""
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NotPermitted(f"`{' '.join(words)}` failed: {done.stderr.strip() or done.returncode}")

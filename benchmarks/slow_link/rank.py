@@ -1,4 +1,4 @@
-"""One of the two ranks of a run over the slow link; benchmarks/slow_link/run.py starts it with torchrun's variables set."""
+"""Runs one of the two ranks of a run over the slow link; benchmarks/slow_link/run.py starts it with torchrun's variables set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH, CUT, WARM = 128, "layer2", 6  # steps before the clock starts
 
 
 def main(method: str, codec: str, error_codec: str, steps: int, out: Path) -> None:
-    """Train, and on rank 0 write seconds per batch, each stage's seconds of work per batch, and bytes per batch and direction."""
+    """Trains; rank 0 writes seconds per batch, each stage's seconds of work per batch, and bytes per batch and direction."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
     data = load("synthetic", batch_size=BATCH)

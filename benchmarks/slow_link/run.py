@@ -1,10 +1,11 @@
-"""Training over a link of 100 Mbit/s: how much faster with a codec, and how near to the same codec on a link without a limit.
+"""Measures training over a link of 100 Mbit/s with and without a codec, beside the same runs on a link without a limit.
 
     sudo python benchmarks/slow_link/run.py --out benchmarks/slow_link
 
-ResNet-20 in two stages, cut after its first width, batch 128: an activation is 16 x 32 x 32 x 128 float32 numbers, 8.4 MB. The ranks live
-in two network namespaces joined by a veth pair that tc limits in both directions. What is expected follows from bytes and compute time:
-the stages' times without codec and limit, simulated with the messages' times on the link; at best a batch per message's time.
+ResNet-20 is cut after its first width into two stages, with batches of 128: an activation is 16 x 32 x 32 x 128 float32 numbers, 8.4 MB.
+The ranks live in two network namespaces joined by a veth pair that tc limits in both directions. The expected time follows from bytes and
+compute time: the stages' times without codec and limit are simulated with the messages' times on the link; it is at least a message's time
+per batch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Found = dict[Case, dict[str, dict[str, Any]]]  # case -> link -> what rank 0 tol
 
 
 def measure(ends: tuple[End, End], case: Case, steps: int) -> dict[str, Any]:
-    """One run: a rank in each namespace."""
+    """Makes one run, with a rank in each namespace."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "told.json"
         ranks = [start(ends, rank, case, steps, out) for rank in range(2)]
@@ -50,7 +51,7 @@ def measure(ends: tuple[End, End], case: Case, steps: int) -> dict[str, Any]:
 
 
 def start(ends: tuple[End, End], rank: int, case: Case, steps: int, out: Path) -> subprocess.Popen[bytes]:
-    """A rank with the variables that torchrun would set, on that interface alone."""
+    """Starts a rank with the variables that torchrun would set, on that interface alone."""
     variables = {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -66,7 +67,7 @@ def start(ends: tuple[End, End], rank: int, case: Case, steps: int, out: Path) -
 
 
 def expected(found: Found, case: Case) -> float:
-    """Seconds per batch on the limited link, from the speed without codec and limit and the bytes of this case.
+    """Returns the seconds per batch on the limited link, from the speed without codec and limit and the bytes of this case.
 
     The stages' times in that run, its slow first batches among them, are scaled so that they give its steady speed.
     """
@@ -78,7 +79,7 @@ def expected(found: Found, case: Case) -> float:
 
 
 def table(found: Found) -> str:
-    """A row per case, then the ratios that count."""
+    """Returns a row per case, then the ratios."""
     lines = [
         "| method | codec up, down | MB up | MB down | ms, no limit | ms, 100 Mbit/s | ms, expected |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -101,7 +102,7 @@ def table(found: Found) -> str:
 
 
 def main() -> None:
-    """Run every case on both links, print and write the table."""
+    """Runs every case on both links, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=48, help="batches in a run")
     parser.add_argument("--out", type=Path, default=None)

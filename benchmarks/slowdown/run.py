@@ -1,9 +1,9 @@
-"""Accuracy of asynchronous DGL with one slow stage: six layers in six stages, slowed at an early and at a late one, three buffer sizes.
+"""Measures the accuracy of asynchronous DGL with one slow stage of six, early or late, with three buffer sizes.
 
     python benchmarks/slowdown/run.py $DELOCK_DATA --jobs 2 --out benchmarks/slowdown
 
-Source of the study: Belilovsky et al., ICML 2020, here at a quarter of their widths, on 12,500 images. Turns are drawn in one process
-("sampled"): the slow stage with probability 1/S against 1. Every stage makes the same number of updates.
+Source of the study: Belilovsky et al., ICML 2020, here at a quarter of their widths, on 12,500 images. The order is drawn in one process
+("sampled"): the slow stage acts with probability 1/S against 1. Every stage makes the same number of updates.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ CUTS = ("conv2", "pool1", "conv4", "pool2", "conv6")  # a convolution per stage,
 
 @cache
 def images(folder: str) -> Data:
-    """CIFAR-10, decoded once in each process."""
+    """Returns CIFAR-10, decoded once in each process."""
     return load("folder", data_dir=folder, batch_size=BATCH, test_batch_size=500, limit=IMAGES)
 
 
 def train(folder: str, work: tuple[float, int, int, int]) -> dict[str, Any]:
-    """One run of (S, slow stage, buffer, seed); buffer 0 stands for synchronous DGL."""
+    """Makes one run of (S, slow stage, buffer, seed); buffer 0 stands for synchronous DGL."""
     slowdown, stage, buffer, seed = work
     data = images(folder)
     model = build("dgl-cnn6-quarter", classes=10, in_channels=3, image_size=32, seed=seed)
@@ -75,7 +75,7 @@ def train(folder: str, work: tuple[float, int, int, int]) -> dict[str, Any]:
 
 
 def works() -> Iterator[tuple[float, int, int, int]]:
-    """Everything that is run; without a slow stage it does not matter which it is."""
+    """Returns all runs; without a slow stage its number does not matter."""
     for seed in SEEDS:
         yield 1.0, 0, 0, seed
         yield from ((1.0, 0, buffer, seed) for buffer in BUFFERS)
@@ -83,7 +83,7 @@ def works() -> Iterator[tuple[float, int, int, int]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Test accuracy in per cent: a row per slow stage and S, a column per buffer size."""
+    """Returns the test accuracy in per cent: a row per slow stage and S, a column per buffer size."""
 
     def cell(slowdown: float, stage: int, buffer: int) -> str:
         found = [100 * r["accuracy"] for r in rows if (r["S"], r["stage"], r["buffer"]) == (slowdown, stage, buffer)]
@@ -97,7 +97,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]], stem: Path) -> None:
-    """Accuracy against S, a panel per slow stage, a line per buffer size."""
+    """Draws accuracy against S, a panel per slow stage, a line per buffer size."""
     drawn, axes = plt.subplots(1, len(STAGES), figsize=(8, 3.2), sharey=True)
     for axis, stage in zip(axes, STAGES, strict=True):
         for buffer in BUFFERS:
@@ -114,7 +114,7 @@ def figure(rows: list[dict[str, Any]], stem: Path) -> None:
 
 
 def main() -> None:
-    """Run all, then the table and the figure."""
+    """Runs everything, then writes the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("--jobs", type=int, default=1)

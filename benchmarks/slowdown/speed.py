@@ -1,9 +1,9 @@
-"""Updates per second of every stage when one is slow: synchronous DGL and free-running DGL, six stages in six processes.
+"""Measures the updates per second of every stage when one is slow: synchronous and free-running DGL, six stages in six processes.
 
     python benchmarks/slowdown/speed.py --out benchmarks/slowdown
 
-So that six stages run on fewer cores, a stage computes by waiting: UNIT seconds forward and twice that backward, around real messages,
-buffers, graphs and optimizers. Synchronous DGL has the slow stage's waits lengthened; free-running DGL slows it by its own option.
+So that six stages run on fewer cores, a stage waits instead of computing: UNIT seconds forward and twice that backward, around real
+messages, buffers, graphs and optimizers. Synchronous DGL has longer waits in the slow stage; free-running DGL slows it by its own option.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SLOWDOWNS = (1.0, 1.5, 2.0, 4.0)
 
 
 def waiting(seconds: float) -> nn.Module:
-    """(B, FEATURES) -> (B, FEATURES) in so many seconds forward and twice as many backward."""
+    """Maps (B, FEATURES) to (B, FEATURES) in this number of seconds forward and twice that backward."""
     return Emulated((FEATURES,), seconds, 2 * seconds)
 
 
 def jobs(method: Method, factor: float) -> list[StageJob]:
-    """Six stages; stage SLOW takes `factor` times as long."""
+    """Returns the jobs of six stages; stage SLOW takes `factor` times as long."""
     torch.manual_seed(0)
     batches = [(torch.randn(BATCH, FEATURES), torch.randint(10, (BATCH,))) for _ in range(8)]
     stages = [nn.Sequential(waiting(UNIT * (factor if k == SLOW else 1)), *([nn.Linear(FEATURES, 10)] * (k == K - 1))) for k in range(K)]
@@ -66,7 +66,7 @@ def jobs(method: Method, factor: float) -> list[StageJob]:
 
 
 def rates(method: Method, factor: float) -> list[float]:
-    """Updates per second of each stage, medians over the run."""
+    """Returns the updates per second of each stage, medians over the run."""
     ends: list[list[float]] = [[] for _ in range(K)]
 
     def hear(rank: int, event: object) -> None:
@@ -80,7 +80,7 @@ def rates(method: Method, factor: float) -> list[float]:
 
 
 def main() -> None:
-    """A row per S and engine."""
+    """Writes a row per S and engine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out

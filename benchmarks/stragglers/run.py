@@ -1,13 +1,13 @@
-"""Speed with stragglers, K = 4 emulated stages: measured beside the simulator, with the same seeded draws of slow ticks.
+"""Measures the speed of K = 4 emulated stages with stragglers, beside the simulator, with the same seeded draws of slow ticks.
 
     python benchmarks/stragglers/run.py --out benchmarks/stragglers
 
-Every stage waits 120 ms forward and 240 ms backward around real messages of 1 MB. In a slow tick a stage takes 1 + s times as long: each
-stage with probability 1/K in every tick ("random"), or stage 1 in every tick ("fixed"). A cell is the share of the clean speed that is
-kept: measured (simulated; measured time over simulated time, less 1). The simulator knows what an op and a message cost beside the wait:
-that is measured first, with one stage and with two, for waits and messages of a batch and of a micro-batch. Free-running DGL has no
-plan: its stages never wait, so its simulated time is the sum of a stage's own ticks, and its speed the updates per second of a stage, the
-mean over the stages.
+Every stage waits 120 ms forward and 240 ms backward around real messages of 1 MB. In a slow tick a stage takes 1 + s times as long. Each
+stage is slow with probability 1/K in every tick ("random"), or stage 1 is in every tick ("fixed"). A cell is the share of the speed without
+stragglers that is kept: measured (simulated; measured over simulated time, minus 1). The simulator is given the time of an op and of a
+message beside the wait. These are measured first, with one stage and with two, for waits and messages of a batch and of a micro-batch.
+Free-running DGL has no plan and its stages never wait. So its simulated time is the sum of a stage's own ticks, and its speed is the mean
+over the stages of updates per second.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ METHODS: tuple[Method, ...] = (
 
 
 def slowdown(kind: str, extra: float) -> Slowdown | None:
-    """The slow ticks of one cell."""
+    """Returns the slow ticks of one cell."""
     if not extra:
         return None
     return Slowdown(extra, 1 / K, seed=1) if kind == "random" else Slowdown(extra, victim=1)
 
 
 def length(method: Method) -> int:
-    """Steps of a run."""
+    """Returns the number of batches of a run."""
     return LONG if isinstance(method, delock.BP) else STEPS
 
 
 def overhead(parts: int) -> tuple[float, float]:
-    """Seconds that an op takes beside its wait, and a message on its way: backpropagation in one stage and in two, with waits as long."""
+    """Returns the seconds of an op beside its wait, and of a message: backpropagation in one stage and in two, with waits as long."""
     waits = (FORWARD / parts, BACKWARD / parts)
     op = (measured(delock.BP(), None, K=1, rows=ROWS // parts, waits=waits) - sum(waits)) / 2
     return op, max(0.0, measured(delock.BP(), None, K=2, rows=ROWS // parts, waits=waits) / 2 - sum(waits) - 2 * op)
@@ -75,7 +75,7 @@ def overhead(parts: int) -> tuple[float, float]:
 def measured(
     method: Method, slow: Slowdown | None, *, K: int = K, rows: int = ROWS, waits: tuple[float, float] = (FORWARD, BACKWARD)
 ) -> float:
-    """Seconds per batch, between batch WARM and the last that the last stage has done; free-running: see `paces`."""
+    """Returns the seconds per batch, from batch WARM to the last one of the last stage; for free-running stages as `paces` does."""
     made: tuple[Tensor, Tensor] = torch.randn(rows, FEATURES), torch.randint(10, (rows,))
     ends: list[float] = []
     turns: list[list[Visit]] = [[] for _ in range(K)]
@@ -109,7 +109,7 @@ def measured(
 
 
 def simulated(method: Method, slow: Slowdown | None, op: float, delay: float) -> float:
-    """The same, from the plan on the clock, with what an op takes beside its wait, and a message on its way."""
+    """Returns the same from the plan on the clock, with the given time of an op beside its wait, and of a message on its way."""
     steps = length(method)
     if isinstance(method, delock.AsyncDGL):
         extra = [sum(slow.extra(n, k) if slow else 0.0 for n in range(WARM + 1, steps)) / (steps - 1 - WARM) for k in range(K)]
@@ -124,12 +124,12 @@ def simulated(method: Method, slow: Slowdown | None, op: float, delay: float) ->
 
 
 def paces(periods: list[float]) -> float:
-    """The period whose rate is the mean of the stages' rates."""
+    """Returns the period whose rate is the mean of the stages' rates."""
     return len(periods) / sum(1 / period for period in periods)
 
 
 def figure(rows: list[dict[str, Any]], stem: Path) -> None:
-    """Share of the clean speed against s: lines are simulated, marks measured."""
+    """Draws the kept share of speed against s: lines are simulated, marks measured."""
     drawn, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, kind in zip(axes, ("random", "fixed"), strict=True):
         for i, method in enumerate(METHODS):
@@ -146,7 +146,7 @@ def figure(rows: list[dict[str, Any]], stem: Path) -> None:
 
 
 def cells(method: Method, kind: str, costs: tuple[float, float]) -> list[dict[str, Any]]:
-    """A row of the table: one run for every s."""
+    """Returns a row of the table: one run for every s."""
     found: list[dict[str, Any]] = []
     for s in EXTRA:
         slow = slowdown(kind, s)
@@ -158,7 +158,7 @@ def cells(method: Method, kind: str, costs: tuple[float, float]) -> list[dict[st
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line per kind of stragglers and method."""
+    """Returns a line per kind of stragglers and method."""
     lines = ["| stragglers | method | " + " | ".join(f"s = {s:g}" for s in EXTRA) + " |", "|---|---|" + "---:|" * len(EXTRA)]
     for kind, method in dict.fromkeys((row["kind"], row["method"]) for row in rows):
         own = [row for row in rows if (row["kind"], row["method"]) == (kind, method)]
@@ -168,7 +168,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """What is asked for, then table and figure of all that is known."""
+    """Makes the requested runs, then writes table and figure of all that are known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--method", nargs="+", choices=[spelled(method) for method in METHODS], default=[spelled(method) for method in METHODS]

@@ -1,4 +1,4 @@
-"""The ceiling: each rank does its own share of every batch, both at the same time, and nothing is sent."""
+"""Measures the ceiling: both ranks do their own share of every batch at the same time, and nothing is sent."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Forward = Callable[[int], Tensor]  # number of a batch -> what to differentiate
 
 
 def ceiling(local: bool, here: Here) -> Turn:
-    """The share of a rank: forward on an input that is there, backward from its loss or an error that is there, update.
+    """Builds the share of a rank: forward on an input that is there, backward from its loss or an error that is there, update.
 
-    local: stage 0 has a loss of its own, as in DGL, and wants no error; then stage 1 makes none.
+    local: stage 0 has a loss of its own, as in DGL, and takes no error; then stage 1 computes none.
     """
     part = here.part(here.share.halves[here.number])
     parts, error = [part], None
@@ -53,14 +53,14 @@ def _passed_on(here: Here, part: Part, i: int) -> Tensor:
 
 
 class _Alone:
-    """One rank's share, timed op by op."""
+    """Runs one rank's share, timed op by op."""
 
     def __init__(self, parts: list[Part], forward: Forward, error: Tensor | None) -> None:
         self.forward, self.error, self.done = forward, error, 0
         self.optimizer = SGD([w for part in parts for w in part.parameters()])
 
     def turn(self, n: int) -> Told:
-        """n batches on the clock; one more so that the slower rank has company to its end."""
+        """Runs n batches on the clock, and one more, so that the slower rank does not end alone."""
         for _ in range(WARM):
             self._one()
         begun = perf_counter()
@@ -84,7 +84,7 @@ class _Alone:
 
 
 def ddg_period(told: list[Told]) -> float:
-    """Seconds per batch of DDG by its plan, if its ops take what they took in that turn of both ranks, and messages nothing."""
+    """Returns the seconds per batch of DDG by its plan, if its ops take their times in that turn of both ranks, and messages take none."""
     forward, backward, update = zip(*(one.costs or (0.0, 0.0, 0.0) for one in told), strict=True)
     method, K = DDG(), len(told)
     return period(simulate(unroll(method, K, 40), Costs(forward, backward, update=update, capacity=capacities(method, K))))

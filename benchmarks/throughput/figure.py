@@ -1,4 +1,4 @@
-"""The figure from results.json: speeds over plain PyTorch with one thread, a panel for every configuration."""
+"""Draws the figure from results.json: speeds over plain PyTorch with one thread, a panel for every configuration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def figure(results: Mapping[str, Found], stem: Path) -> None:
 
 
 def _panel(axis: Axes, title: str, found: Found) -> None:
-    """A bar for every contender; of torch's schedules, for the best."""
+    """Draws a bar for every contender, and of torch's schedules for the best."""
     contenders = (TWO, DDP, "naive model parallelism", best_schedule(found), *OURS)
     spread = {name: known for name in contenders if name and (known := ratios(found, name, PLAIN))}
     middle = [statistics.median(known) for known in spread.values()]

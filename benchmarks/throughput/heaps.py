@@ -1,9 +1,9 @@
-"""Speed and memory under every allocator that is installed, in two stages: glibc's, jemalloc, tcmalloc.
+"""Measures speed and memory under every installed allocator, in two stages: glibc's, jemalloc, tcmalloc.
 
     python benchmarks/throughput/heaps.py --rounds 5 --out benchmarks/throughput
 
-An allocator serves a process from its start on, so every turn is a program of its own; they take turns, A B C A B C. Each trains a
-work with DDG on one core per stage, as a user would, and says how long a batch took and by how much every stage grew.
+An allocator serves a process from its start, so every turn is a program of its own; they take turns, A B C A B C. Each trains a network
+with DDG on one core per stage, as a user would, and reports the time per batch and the growth of every stage.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Turn = tuple[float, list[int]]  # milliseconds a batch, bytes that every stage g
 
 
 def train(name: str) -> Turn:
-    """One turn, in this program."""
+    """Runs one turn, in this program."""
     work, batches = WORKS[name], BATCHES[name]
     result = delock.fit(
         work.model(), Ready(work.batches()), loss=work.loss, method="ddg", stages=2, optimizer=SGD, steps=batches, log_every=batches
@@ -40,7 +40,7 @@ def train(name: str) -> Turn:
 
 
 def turn(name: str, library: str) -> Turn:
-    """One turn in a program whose stages are born with that library; none: with the C library alone."""
+    """Runs one turn in a program whose stages start with that library; None means the C library alone."""
     command = [sys.executable, __file__, "--train", name]
     done = subprocess.run(command, env={**os.environ, **served(library)}, stdout=subprocess.PIPE, text=True, check=True)
     milliseconds, grown = json.loads(done.stdout)
@@ -48,12 +48,12 @@ def turn(name: str, library: str) -> Turn:
 
 
 def served(library: str) -> Mapping[str, str]:
-    """The environment for that; the fork server has it from its program."""
+    """Returns the environment for that; the fork server inherits it from its program."""
     return allocator.environment({allocator.PRELOAD: library}, None) | {allocator.PRELOAD: library}
 
 
 def libraries() -> dict[str, str]:
-    """What is installed, by name."""
+    """Returns the installed allocators, by name."""
     found = {"glibc": ""}
     for file in allocator.FILES:
         path = allocator.installed((file,))
@@ -63,7 +63,7 @@ def libraries() -> dict[str, str]:
 
 
 def row(name: str, turns: Mapping[str, list[Turn]]) -> str:
-    """A work: median and range of every allocator's times, their ratio to glibc's, the larger stage's growth."""
+    """Returns the row of a network: median and range of every allocator's times, their ratio to glibc's, the larger stage's growth."""
     base = median(ms for ms, _ in turns["glibc"])
     cells = [WORKS[name].title]
     for own in turns.values():
@@ -75,7 +75,7 @@ def row(name: str, turns: Mapping[str, list[Turn]]) -> str:
 
 
 def main() -> None:
-    """Write the table."""
+    """Writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path())

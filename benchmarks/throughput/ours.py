@@ -1,4 +1,4 @@
-"""The library's own methods, by the function that its processes run, on either link; every turn is a run of its own."""
+"""Runs Delock's methods, by the function that its processes run, on either link; every turn is a run of its own."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ FROM = 1  # the clock starts when the Backward of this batch has ended
 
 
 def ours(method: str, link: LinkKind, here: Here) -> Turn:
-    """Stage `rank` of the method."""
+    """Builds stage `rank` of the method."""
     job = replace(here.share.jobs[method][here.number], link=link)
     return partial(_turn, here, job)
 
 
 def _turn(here: Here, job: StageJob, n: int) -> Told:
-    """Seconds per batch between the ends of two Backwards n batches apart.
+    """Returns the seconds per batch between the ends of two Backwards n batches apart.
 
-    The last of them comes before the stage has nothing more to forward: n Forwards, n Backwards and their Updates lie between.
+    The second of them comes before the stage runs out of Forwards: n Forwards, n Backwards and their Updates lie between.
     """
     batches = FROM + n + job.method.delay(0, job.K) + 1
     module, head = copy.deepcopy((job.module, job.head))

@@ -1,4 +1,4 @@
-"""The two ranks of a configuration: every contender is built once, then they take turns, round by round."""
+"""Runs the two ranks of a configuration: every contender is built once, then they take turns, round by round."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVEN = {*OURS, *CEILINGS}  # of whose batches an even number is on the clock: AD
 
 @dataclass
 class Task:
-    """What a rank is asked for: turns of about so many seconds, by these contenders, in these rounds."""
+    """Holds the task of a rank: turns of about this number of seconds, by these contenders, in these rounds."""
 
     share: Share
     names: list[str]
@@ -32,7 +32,7 @@ class Task:
 
 @dataclass
 class Begun:
-    """A contender is about to be built, or to have its turn, in a process with that allocator."""
+    """Says that a contender is about to be built, or to have its turn, in a process with that allocator."""
 
     name: str
     allocator: str
@@ -40,7 +40,7 @@ class Begun:
 
 @dataclass
 class Turned:
-    """A contender has had its turn, the one before the first round being number -1; `batches`: on the clock."""
+    """Says that a contender has had its turn; the turn before the first round has number -1; `batches` were on the clock."""
 
     name: str
     round: int
@@ -49,7 +49,7 @@ class Turned:
 
 
 def pair(rank: Rank, task: Task) -> None:
-    """Take part in everything; what comes out is emitted as it comes."""
+    """Takes part in everything, and emits every outcome at once."""
     here = Here(rank, WORKS[task.share.work], task.share)
     turns: dict[str, tuple[Turn, int]] = {}
     for name in task.names:
@@ -73,7 +73,7 @@ def _begin(rank: Rank, name: str, when: str) -> None:
 
 
 def _batches(own: float, seconds: float, fewest: int) -> int:
-    """Batches that take about so many seconds by the slower rank, a multiple of the fewest."""
+    """Returns the number of batches that take about this number of seconds on the slower rank, a multiple of the fewest."""
     slower = torch.tensor(own, dtype=torch.float64)
     dist.all_reduce(slower, dist.ReduceOp.MAX)
     return max(1, round(seconds / float(slower) / fewest)) * fewest

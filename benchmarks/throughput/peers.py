@@ -1,4 +1,4 @@
-"""What people use today: plain PyTorch, naive model parallelism, torch.distributed.pipelining, data parallelism."""
+"""Runs the usual alternatives: plain PyTorch, naive model parallelism, torch.distributed.pipelining, data parallelism."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MICRO, FOLDED = (2, 4, 8), (4,)  # micro-batches of a batch; of ZBV, whose patte
 
 
 def plain(here: Here) -> Turn:
-    """The loop that everybody writes, on rank 0, one thread."""
+    """Runs a loop written by hand, on rank 0, with one thread."""
     if here.number:
         return idle
     model = here.part(here.share.model)
@@ -35,7 +35,7 @@ def plain(here: Here) -> Turn:
 
 
 def plain_on_all(here: Here) -> Turn:
-    """The same with a thread on each of the two cores; rank 1 sleeps meanwhile."""
+    """Runs the same with a thread on each of the two cores; rank 1 sleeps meanwhile."""
     if here.number:
         return idle
     alone, own = plain(here), os.sched_getaffinity(0)
@@ -53,7 +53,7 @@ def plain_on_all(here: Here) -> Turn:
 
 
 def naive(here: Here) -> Turn:
-    """Two stages, one at work at a time, with blocking messages."""
+    """Runs two stages, of which one works at a time, with blocking messages."""
     part = here.part(here.share.halves[here.number], travels=True)
     passed = output_of(here, [here.share.halves[0]], len(here.batch(0)[0]))
 
@@ -76,7 +76,7 @@ def naive(here: Here) -> Turn:
 
 
 def data_parallel(here: Here) -> Turn:
-    """The whole network in both, half a batch each, gradients averaged while they come."""
+    """Runs the whole network on both ranks, half a batch each; gradients are averaged as they are computed."""
     model = DistributedDataParallel(here.part(here.share.model), forward_sync_buffers=False, gradient_as_bucket_view=True)
 
     def step(batch: Batch) -> Tensor:
@@ -89,7 +89,7 @@ def data_parallel(here: Here) -> Turn:
 
 
 def pipeline(schedule: str, micro: int, here: Here) -> Turn:
-    """A schedule that has one stage on each rank."""
+    """Runs a schedule that has one stage on each rank."""
     part = here.part(here.share.halves[here.number], travels=True)
     stage = staged(here, here.share.halves, here.number, part, micro)
     made = SINGLE[schedule]
@@ -98,7 +98,7 @@ def pipeline(schedule: str, micro: int, here: Here) -> Turn:
 
 
 def folded(micro: int, here: Here) -> Turn:
-    """ZBV, which has two stages on each rank, the first and the last of the four on rank 0."""
+    """Runs ZBV, which has two stages on each rank, the first and the last of the four on rank 0."""
     numbers = [here.number, 3 - here.number]
     parts = [here.part(here.share.quarters[i], travels=True) for i in numbers]
     stages = [staged(here, here.share.quarters, i, part, micro) for i, part in zip(numbers, parts, strict=True)]
@@ -107,7 +107,10 @@ def folded(micro: int, here: Here) -> Turn:
 
 
 def staged(here: Here, modules: list[nn.Module], k: int, part: Part, micro: int) -> PipelineStage:
-    """Stage k of the modules. What goes in and out is said beforehand: else it is found by a trial, which batch norm remembers."""
+    """Returns stage k of the modules, with its input and output given.
+
+    Otherwise torch finds them by a trial, which changes the statistics of batch norm.
+    """
     rows = len(here.batch(0)[0]) // micro
     given = here.batch(0)[0][:rows] if k == 0 else output_of(here, modules[:k], rows).requires_grad_()
     return PipelineStage(part, k, len(modules), CPU, input_args=given, output_args=output_of(here, modules[: k + 1], rows).requires_grad_())
@@ -125,7 +128,7 @@ def _driven(here: Here, parts: list[Part], schedule: Any, *, first: bool, last: 
 
 
 def output_of(here: Here, modules: list[nn.Module], rows: int) -> Tensor:
-    """A tensor like that which the modules, one after the other, send on for so many samples."""
+    """Returns a tensor like the output of the modules, one after the other, for this number of samples."""
     h = here.batch(0)[0][:rows]
     with torch.no_grad():
         for module in modules:

@@ -1,4 +1,4 @@
-"""The tables from results.json: medians, ranges, ratios round by round, and what was to be reached."""
+"""Writes the tables from results.json: medians, ranges, ratios round by round, and the aims."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ Found = Mapping[str, Any]  # a configuration of results.json
 
 
 def ratios(found: Found, a: str, b: str) -> list[float]:
-    """a over b in every round in which both were measured."""
+    """Returns a over b in every round in which both were measured."""
     rates = found["rates"]
     return [x / y for x, y in zip(rates.get(a, []), rates.get(b, []), strict=False) if x and y]
 
 
 def ratio(found: Found, a: str, b: str) -> float | None:
-    """Their median."""
+    """Returns the median of these ratios."""
     known = ratios(found, a, b)
     return statistics.median(known) if known else None
 
 
 def said(number: float | None) -> str:
-    """Two digits, or that there is none."""
+    """Returns a number with two digits, or a dash for none."""
     return "-" if number is None else f"{number:.2f}"
 
 
 def limit(name: str) -> str:
-    """What a contender is held against: the library's methods their own ceilings, all others the common one."""
+    """Returns the limit of a contender: its own ceiling for a method of the library that has one, the common ceiling for all others."""
     return LIMITS.get(name.partition(",")[0], CEILING)
 
 
 def best_schedule(found: Found) -> str | None:
-    """The fastest of torch's schedules, by its median."""
+    """Returns the fastest of torch's schedules, by its median."""
     medians = {name: statistics.median(known) for name in found["rates"] if name.endswith(SCHEDULED) and (known := rates(found, name))}
     return max(medians, key=medians.__getitem__, default=None)
 
 
 def rates(found: Found, name: str) -> list[float]:
-    """Samples per second in the rounds in which the contender was measured."""
+    """Returns the samples per second in the rounds in which the contender was measured."""
     return [rate for rate in found["rates"].get(name, []) if rate]
 
 
 def table(results: Mapping[str, Found]) -> str:
-    """The whole of table.md."""
+    """Returns the whole of table.md."""
     parts = [_summary(results), _links(results)]
     parts += [f"## {title}\n\n{_about(found)}\n\n{_contenders(found)}\n\n{_reached(found)}" for title, found in results.items()]
     return "\n\n".join(parts) + "\n"
@@ -91,7 +91,7 @@ def _about(found: Found) -> str:
 
 
 def _losses(found: Found, name: str) -> list[tuple[float, float]]:
-    """Losses that should be equal: of all first batches; of a decoupled method only of the very first, before any update."""
+    """Returns the losses that should be equal: all first ones; for a decoupled method only the very first, before any update."""
     own = found["losses"][name][: 1 if name.startswith(tuple(LIMITS)) else None]
     return list(zip(own, found["losses"].get(PLAIN, []), strict=False))
 
@@ -112,7 +112,7 @@ def _contenders(found: Found) -> str:
 
 
 def _short(why: str) -> str:
-    """What happened, without the stack, in one cell."""
+    """Returns the event without its stack, in one cell."""
     told = " ".join(why.partition("\n\n")[0].split()).replace("|", "/")
     return told if len(told) < 160 else told[:157] + "..."
 
@@ -143,5 +143,5 @@ def _reached(found: Found) -> str:
 
 
 def _ceiling(name: str) -> str:
-    """The no-communication ceiling itself, for DDG too."""
+    """Returns the ceiling without communication itself, for DDG too."""
     return LIMITS["DGL"] if name.startswith("DGL") else CEILING

@@ -1,9 +1,10 @@
-"""Samples per second of FDG, ADL, DDG and DGL in two stages, beside what people use today on the same two cores.
+"""Measures samples per second of FDG, ADL, DDG and DGL in two stages, beside the usual alternatives on the same two cores.
 
     python benchmarks/throughput/run.py --rounds 5 --out benchmarks/throughput
 
-For each configuration - a work in a layout and a precision - one pair of processes builds every contender once; then they take turns,
-A B C A B C. A contender that fails is left out from then on, and the table says why. Results are written after every configuration.
+For each configuration, which is a network in a layout and a precision, one pair of processes builds every contender once; then they take
+turns, A B C A B C. A contender that fails is left out from then on, and the table gives the reason. Results are written after every
+configuration.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Found = dict[str, Any]  # of a configuration, as results.json has it
 
 
 def share(work: str, execution: Execution) -> Share:
-    """Everything that contenders are built from; the cuts by the costs of the layers, measured here and now as `fit` does."""
+    """Returns all that contenders are built from; the cuts come from the costs of the layers, measured here and now as `fit` does."""
     found = WORKS[work]
     batches, model = found.batches(), found.model()
     parts = layers(model)
@@ -58,7 +59,7 @@ def share(work: str, execution: Execution) -> Share:
 
 
 def job(k: int, module: StageModule, head: nn.Module, method: Method, work: Work, execution: Execution) -> StageJob:
-    """What `fit` would send to the process of stage k; the number of batches and the link are filled in there."""
+    """Returns the job that `fit` would send to the process of stage k; the process fills in the number of batches and the link."""
     return StageJob(
         k=k,
         K=2,
@@ -81,7 +82,7 @@ def job(k: int, module: StageModule, head: nn.Module, method: Method, work: Work
 
 
 class Log:
-    """What the ranks tell of a configuration."""
+    """Collects the reports of the ranks on a configuration."""
 
     def __init__(self, title: str) -> None:
         self.title, self.current, self.allocator = title, "", ""
@@ -89,7 +90,7 @@ class Log:
         self.failed: dict[str, str] = {}
 
     def hear(self, rank: int, event: object) -> None:
-        """Of what a rank emits, the turns; the library's own events are left alone."""
+        """Keeps the turns among a rank's events; the library's own events are ignored."""
         if isinstance(event, Begun):
             self.current, self.allocator = event.name, event.allocator
         if isinstance(event, Turned):
@@ -100,23 +101,23 @@ class Log:
                 print(f"{self.title}  round {event.round + 1}  {event.name:26s} {ms:8.1f} ms per batch", flush=True)
 
     def rounds(self, name: str) -> dict[int, list[Told]]:
-        """The turns that both ranks have had: round -> what rank 0 and rank 1 tell."""
+        """Returns the turns that both ranks have had: round -> reports of rank 0 and rank 1."""
         done = {number: both for number, both in self.turns.get(name, {}).items() if len(both) == 2}
         return {number: [both[rank].told for rank in (0, 1)] for number, both in sorted(done.items())}
 
     def left(self, names: list[str], rounds: int) -> range:
-        """The rounds that these contenders have not all completed."""
+        """Returns the rounds that these contenders have not all completed."""
         complete = min((max(self.rounds(name), default=-1) + 1 for name in names), default=rounds)
         return range(complete, rounds)
 
     def forget(self, names: list[str], again: range) -> None:
-        """What was told of first turns and of rounds that are done again: a turn is of two ranks of one pair."""
+        """Drops the reports of first turns and of rounds that are repeated, because a turn belongs to two ranks of one pair."""
         for name in names:
             self.turns[name] = {number: both for number, both in self.turns.get(name, {}).items() if 0 <= number < again.start}
 
 
 def measured(share: Share, title: str, names: list[str], rounds: int, seconds: float) -> Log:
-    """All turns of a configuration. A contender that fails costs its own turns; the others go on in a new pair of processes."""
+    """Runs all turns of a configuration. A contender that fails loses only its own turns; the others go on in a new pair of processes."""
     log = Log(title)
     while names and (left := log.left(names, rounds)):
         log.forget(names, left)
@@ -134,7 +135,7 @@ def measured(share: Share, title: str, names: list[str], rounds: int, seconds: f
 
 
 def collected(log: Log, share: Share, rounds: int) -> Found:
-    """A configuration as results.json has it: samples per second round by round (null where there are none), first losses, failures."""
+    """Returns a configuration for results.json: samples per second round by round (null where there are none), first losses, failures."""
     rows = len(share.batches[0][0])
     software = f"torch {torch.__version__}, Python {platform.python_version()}, {log.allocator}"
     rates: dict[str, list[float | None]] = {}
@@ -157,13 +158,13 @@ def collected(log: Log, share: Share, rounds: int) -> Found:
 
 
 def first_losses(both: list[Told]) -> list[float]:
-    """Of the first batches that a contender learned from: the mean over the ranks that have one."""
+    """Returns the losses of the first batches that a contender learned from: the mean over the ranks that have one."""
     known = [told.losses for told in both if told.losses]
     return [sum(losses) / len(losses) for losses in zip(*known, strict=True)]
 
 
 def asked(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Work and configuration, by name."""
+    """Returns networks and configurations, by name."""
     for work in options.work:
         for configuration in options.configuration:
             if pays(WORKS[work], CONFIGURATIONS[configuration]):
@@ -171,7 +172,7 @@ def asked(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Every configuration, and everything written anew after each."""
+    """Measures every configuration, and writes all files again after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.8, help="of a measurement, about; of torch's schedules half")

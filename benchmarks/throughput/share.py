@@ -1,4 +1,4 @@
-"""What every contender of a configuration is made from, and what it tells: the network and its cuts, the clock, the losses."""
+"""Holds what every contender of a configuration is made from and reports: the network and its cuts, the clock, the losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WARM = 1  # steps of a contender before its clock starts, every time it has its 
 
 @dataclass
 class Share:
-    """What both ranks know of a configuration."""
+    """Holds the facts that both ranks have about a configuration."""
 
     work: str
     execution: Execution
@@ -34,13 +34,13 @@ class Share:
 
     @property
     def layers(self) -> list[int]:
-        """How many each of the two stages has."""
+        """Returns the number of layers of each of the two stages."""
         return [len(list(half.children())) for half in self.halves]
 
 
 @dataclass
 class Told:
-    """What one rank tells of one turn: seconds per batch (0 where it only waited), and the losses of its batches in order."""
+    """Holds the report of one rank on one turn: seconds per batch (0 if it only waited), and the losses of its batches in order."""
 
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Told:
 
 @dataclass
 class Here:
-    """A rank with all that a contender is built from."""
+    """Holds a rank with all that a contender is built from."""
 
     rank: Rank
     work: Work
@@ -57,32 +57,32 @@ class Here:
 
     @property
     def number(self) -> int:
-        """0 or 1."""
+        """Returns 0 or 1."""
         return self.rank.rank
 
     def part(self, module: nn.Module, *, travels: bool = False) -> Part:
-        """A copy of a module to train in the configuration's layout and precision; `travels`: its input and output go through gloo."""
+        """Returns a copy of a module to train in the configuration's layout and precision; `travels`: its messages go through gloo."""
         return Part(copy.deepcopy(module), self.share.execution, travels)
 
     def batch(self, i: int) -> Batch:
-        """Number i, running round."""
+        """Returns batch number i, in a cycle."""
         return self.share.batches[i % len(self.share.batches)]
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The work's, in the configuration's precision."""
+        """Returns the network's loss, in the configuration's precision."""
         with self.share.execution.context(torch.device("cpu")):
             return self.work.loss(outputs, targets)
 
 
 class Part(nn.Module):
-    """A module in a layout and precision, as its user has to write it; what `travels` is made fit for gloo."""
+    """Runs a module in a layout and precision, as its user has to write it; with `travels` its messages suit gloo."""
 
     def __init__(self, module: nn.Module, execution: Execution, travels: bool) -> None:
         super().__init__()
         self.module, self.execution, self.travels = execution.prepared(module).train(), execution, travels
 
     def forward(self, x: Tensor) -> Tensor:
-        """The module's output."""
+        """Returns the module's output."""
         anew = self.travels and self.execution.channels_last and x.requires_grad and x.dim() == 4
         entered = _Entrance.apply(x) if anew else self.execution.laid_out(x)
         with self.execution.context(x.device):
@@ -91,7 +91,7 @@ class Part(nn.Module):
 
 
 class _Entrance(torch.autograd.Function):
-    """Images come in laid out by default, because gloo refuses others, and are laid out anew; so are their gradients on their way back."""
+    """Lays out images anew, which arrive in the default layout because gloo refuses others; does the reverse with their gradients."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
@@ -103,14 +103,14 @@ class _Entrance(torch.autograd.Function):
 
 
 class Trained:
-    """A contender whose every step is one batch, forward, backward and update, on this rank."""
+    """Runs a contender whose step is one batch, forward, backward and update, on this rank."""
 
     def __init__(self, here: Here, modules: Sequence[nn.Module], step: Callable[[Batch], Tensor | None]) -> None:
         self.here, self.step, self.done = here, step, 0
         self.optimizer = SGD([w for module in modules for w in module.parameters()])
 
     def turn(self, n: int) -> Told:
-        """WARM batches, and n on the clock."""
+        """Runs WARM batches, and then n on the clock."""
         losses = [self._one() for _ in range(WARM)]
         begun = perf_counter()
         losses += [self._one() for _ in range(n)]
@@ -126,7 +126,7 @@ class Trained:
 
 
 def idle(n: int) -> Told:
-    """The turn of a rank that has nothing to do."""
+    """Runs the turn of a rank that has nothing to do."""
     return Told()
 
 

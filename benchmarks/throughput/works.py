@@ -1,4 +1,4 @@
-"""What is trained, and in which layouts and precisions: the four works, each the same for every contender."""
+"""Defines the four networks, with their layouts and precisions, the same for every contender."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Work:
-    """A network, its loss, and batches of what it takes."""
+    """Holds a network, its loss, and batches of its inputs."""
 
     title: str
     model: Callable[[], nn.Module]
@@ -33,7 +33,7 @@ class Work:
     letters: bool = False  # inputs and targets are letters; else random numbers and a class per sample
 
     def batches(self) -> list[Batch]:
-        """READY of them, the same in every process."""
+        """Returns READY batches, the same in every process."""
         generator = torch.Generator().manual_seed(0)
         if self.letters:
             return [(_whole(LETTERS, self.shape, generator), _whole(LETTERS, self.shape, generator)) for _ in range(READY)]
@@ -42,7 +42,7 @@ class Work:
 
 
 class Ready:
-    """A loader of batches that are there, over and over: what a data set costs is not the question."""
+    """Loads batches that are ready, again and again: the cost of a data set is not measured."""
 
     def __init__(self, made: list[Batch]) -> None:
         self.made = made
@@ -51,11 +51,11 @@ class Ready:
         return ENDLESS
 
     def sizes(self) -> list[int]:
-        """Rows of the batches, once each."""
+        """Returns the rows of the batches, once each."""
         return [len(x) for x, _ in self.made]
 
     def epoch(self, e: int) -> Iterator[Batch]:
-        """The same in every epoch."""
+        """Yields the same batches in every epoch."""
         for i in range(ENDLESS):
             yield self.made[i % len(self.made)]
 
@@ -71,7 +71,7 @@ def _seeded(make: Callable[[], nn.Sequential]) -> nn.Module:
 
 
 def convolutions(depth: int = 8, width: int = 48) -> nn.Module:
-    """`depth` times convolution, GroupNorm and ReLU at full size; mean over the image; linear. (B, 3, H, W) -> (B, CLASSES)."""
+    """Returns `depth` times convolution, GroupNorm and ReLU at full size; mean over the image; linear: (B, 3, H, W) -> (B, CLASSES)."""
 
     def make() -> nn.Sequential:
         layers: dict[str, nn.Module] = {}
@@ -84,7 +84,7 @@ def convolutions(depth: int = 8, width: int = 48) -> nn.Module:
 
 
 def perceptron(depth: int = 8, width: int = 1024) -> nn.Module:
-    """`depth` times linear and ReLU, and a linear classifier. (B, width) -> (B, CLASSES)."""
+    """Returns `depth` times linear and ReLU, and a linear classifier: (B, width) -> (B, CLASSES)."""
 
     def make() -> nn.Sequential:
         layers = {f"hidden{i}": nn.Sequential(nn.Linear(width, width), nn.ReLU()) for i in range(depth)}
@@ -123,5 +123,5 @@ CONFIGURATIONS: Mapping[str, Execution] = MappingProxyType(
 
 
 def pays(work: Work, execution: Execution) -> bool:
-    """Whether the layout means anything to the work: it is one of images."""
+    """Returns False for a layout that changes nothing: channels last, for a network that does not take images."""
     return not execution.channels_last or len(work.shape) == 4
