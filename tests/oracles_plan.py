@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from delock.methods import Method
-from delock.ops import Backward, Forward, Op, Update
+from delock.ops import Backward, Evaluate, Forward, Op, Update
 from delock.plan import RunLength, Step
 
 
@@ -40,7 +40,7 @@ def clipped(op: Update, method: Method, length: RunLength, version: int) -> Upda
 
 def evaluation(t: int, version: int, before: int, length: RunLength) -> Iterator[Step]:
     n = length.evaluation
-    return (Step(Forward(before * n + i, train=False), t, version) for i in range(n))
+    return (Step(Evaluate(before * n + i), t, version) for i in range(n))
 
 
 def plain(method: Method, K: int, length: RunLength) -> list[list[Step]]:
@@ -53,8 +53,10 @@ def told(columns: Sequence[Sequence[Step]], k: int, i: int) -> Step:
     """Step i of stage k with all its flags."""
     step, behind = columns[k][i], columns[k][i + 1 :]
     match step.op:
-        case Forward(b, train):
-            later = [other for other in behind if train and isinstance(other.op, Backward) and other.op.batch == b]
+        case Evaluate():
+            return replace(step, up=k + 1 < len(columns))
+        case Forward(b):
+            later = [other for other in behind if isinstance(other.op, Backward) and other.op.batch == b]
             at = {other.op.at for other in later if isinstance(other.op, Backward) and other.version > step.version}
             keep = "nothing" if not later else "input" if at == {"replay"} else "graph"
             up = k + 1 < len(columns) and any(other.op == step.op for other in columns[k + 1])

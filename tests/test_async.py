@@ -17,7 +17,7 @@ from delock.engine.asynchronous.buffer import ReplayBuffer
 from delock.engine.asynchronous.schedule import drawn
 from delock.errors import UsageError
 from delock.methods import DGL, AsyncDGL
-from delock.ops import Forward, Update
+from delock.ops import Evaluate, Forward, Update
 from delock.plan import Plan, RunLength, Step, check
 from delock.records import Visit
 
@@ -152,7 +152,7 @@ def oracle(method: AsyncDGL, K: int, updates: int, seed: int = SEED) -> oracles_
 
 def visits(column: tuple[Step, ...]) -> list[tuple[int, int, int, bool]]:
     """Tick, own ordinal, source and whether it trains, of every turn that is no evaluation."""
-    forwards = [(step.tick, step.op) for step in column if isinstance(step.op, Forward) and not step.op.evaluates]
+    forwards = [(step.tick, step.op) for step in column if isinstance(step.op, Forward)]
     return [(tick, op.batch, op.source, op.train) for tick, op in forwards if op.source is not None]
 
 
@@ -212,15 +212,15 @@ def test_a_slowed_stage_acts_as_often_as_its_slowness_says(slow: int, noise: flo
 def test_all_evaluate_when_stage_0_has_made_so_many_updates() -> None:
     plan, _ = drawn(AsyncDGL(2, turns="sampled", slow_stage=0, noise=0.5), 3, RunLength(10, every=4, evaluation=2))
     for k, column in enumerate(plan.columns):
-        tests = [(step.tick, step.op.batch) for step in column if isinstance(step.op, Forward) and step.op.evaluates]
+        tests = [(step.tick, step.op.batch) for step in column if isinstance(step.op, Evaluate)]
         assert [batch for _, batch in tests] == list(range(6))
         assert [tick for tick, _ in tests] == [at for at in evaluated_at(plan) for _ in range(2)]
-        assert all(step.up == (k < 2) for step in column if isinstance(step.op, Forward))
+        assert all(step.up == (k < 2) for step in column if isinstance(step.op, Forward | Evaluate))
 
 
 def evaluated_at(plan: Plan) -> list[int]:
     """Ticks of stage 0's Forwards after 4 and 8 updates, and the one after the last of all."""
-    firsts = {step.version: step.tick for step in reversed(plan.columns[0]) if isinstance(step.op, Forward) and not step.op.evaluates}
+    firsts = {step.version: step.tick for step in reversed(plan.columns[0]) if isinstance(step.op, Forward)}
     return [firsts[4], firsts[8], max(step.tick for column in plan.columns for step in column)]
 
 

@@ -13,7 +13,7 @@ from delock.data.iterable import as_loader
 from delock.engine.feed import Feed, samples
 from delock.errors import UsageError
 from delock.links.message import Message
-from delock.ops import Forward
+from delock.ops import Evaluate, Forward
 
 CPU = torch.device("cpu")
 
@@ -134,19 +134,19 @@ def test_evaluations_count_by_themselves_and_leave_training_where_it_is() -> Non
     source = feed(train, 2, test)
     assert first(source(Forward(0))) == [0]
     assert first(source(Forward(1))) == [1]
-    evaluation = [source(Forward(i, train=False)) for i in range(2)]
+    evaluation = [source(Evaluate(i)) for i in range(2)]
     assert [first(message) for message in evaluation] == [[0, 1, 2], [100]]
     assert [(message.weight, message.samples) for message in evaluation] == [(1.0, 3), (1.0, 1)]  # never split
     assert evaluation[0].targets["y"].tolist() == [0.5, 1.5, 2.5]
     assert first(source(Forward(2))) == [100]
-    assert [first(source(Forward(i, train=False))) for i in (2, 3)] == [[0, 1, 2], [100]]  # the same again: it is one test set
+    assert [first(source(Evaluate(i))) for i in (2, 3)] == [[0, 1, 2], [100]]  # the same again: it is one test set
     assert first(source(Forward(3))) == [101]
     assert train.read == 2
 
 
 def test_a_run_goes_on_in_the_middle_of_an_evaluation() -> None:
     source = feed(Numbered([1]), 1, Numbered([1, 1, 1]))
-    assert [first(source(Forward(i, train=False))) for i in (4, 5, 6)] == [[100], [200], [0]]
+    assert [first(source(Evaluate(i))) for i in (4, 5, 6)] == [[100], [200], [0]]
 
 
 @pytest.mark.parametrize("inputs", [torch.tensor(3.0), (torch.tensor(3.0), torch.ones(2)), ()], ids=["scalar", "scalar first", "empty"])

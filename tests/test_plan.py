@@ -12,7 +12,7 @@ import pytest
 
 from delock.errors import PlanError, UsageError
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, AsyncDGL, GPipe, Interlocking, Method, make
-from delock.ops import Backward, Forward, Update, label
+from delock.ops import Backward, Evaluate, Forward, Update, label
 from delock.plan import Plan, RunLength, Step, chart, check, needs, unroll, walk, windows
 from delock.timeline import gradient_staleness, layer_staleness, warm_mean
 
@@ -102,7 +102,7 @@ def test_every_batch_is_forwarded_and_backwarded_once_per_stage(K: int) -> None:
         for k, column in enumerate(unroll(method, K, COURSE).columns):
             ops = [step.op for step in column]
             n = COURSE.batches * method.parts
-            assert [op.batch for op in ops if isinstance(op, Forward) and op.train] == list(range(n)), method
+            assert [op.batch for op in ops if isinstance(op, Forward)] == list(range(n)), method
             backwards = [op for op in ops if isinstance(op, Backward)]
             assert [op.batch for op in backwards if op.part != "input"] == sorted(list(range(n)) * trainers(method, k, K)), method
             assert ops.count(next(op for op in ops if isinstance(op, Update))) == -(-COURSE.batches // method.batches_per_update)
@@ -203,14 +203,14 @@ def test_evaluation_is_a_position_in_the_program(K: int) -> None:
     for method in cases(K):
         plain = unroll(method, K, COURSE.batches)
         for column, without in zip(unroll(method, K, COURSE).columns, plain.columns, strict=True):
-            tests = [i for i, step in enumerate(column) if step.op == Forward(getattr(step.op, "batch", 0), train=False)]
+            tests = [i for i, step in enumerate(column) if isinstance(step.op, Evaluate)]
             assert [column[i].op.batch for i in tests] == list(range(6))  # type: ignore[union-attr]
             for first, epoch in ((tests[0], 1), (tests[2], 2)):
                 behind = column[first + 2]
                 assert behind.op == Forward(4 * epoch * method.parts)
                 assert column[first].version == column[first + 1].version == behind.version
             assert tests[4:] == [len(column) - 2, len(column) - 1]
-            trained = [step for step in column if not (isinstance(step.op, Forward) and not step.op.train)]
+            trained = [step for step in column if not isinstance(step.op, Evaluate)]
             assert trained == list(without), method  # what is in flight stays untouched
 
 
@@ -249,7 +249,7 @@ def test_what_a_forward_keeps() -> None:
         assert keeps(method, 2) == {("graph", False)}  # no Update between Forward and Backward: the same numbers
     assert keeps(GPipe(), 0) == {("graph", False)}
     evaluated = unroll(FDG(), 3, COURSE).columns[0]
-    assert {step.keep for step in evaluated if isinstance(step.op, Forward) and not step.op.train} == {"nothing"}
+    assert {step.keep for step in evaluated if isinstance(step.op, Evaluate)} == {"nothing"}
 
 
 def changed(plan: Plan, k: int, column: Sequence[Step]) -> Plan:

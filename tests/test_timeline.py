@@ -10,7 +10,7 @@ import pytest
 
 from delock.errors import PlanError, UsageError
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Interlocking, Method, OneFOneB
-from delock.ops import Backward, Forward, Op, Update
+from delock.ops import Backward, Evaluate, Forward, Op, Update
 from delock.plan import Plan, RunLength, unroll
 from delock.timeline import (
     Costs,
@@ -63,7 +63,7 @@ def test_the_clock_equals_a_recursion_over_the_rule(method: Method, K: int) -> N
         if i < 0:
             return 0.0
         op, ready = plan.columns[k][i].op, end(k, i - 1)
-        if isinstance(op, Forward):
+        if isinstance(op, Forward | Evaluate):
             arrival = end(k - 1, place[k - 1, op]) + seconds.up[k - 1] if k else 0.0
             return max(ready, arrival) + seconds.forward[k]
         if isinstance(op, Update):

@@ -1,4 +1,4 @@
-"""The three things a stage can be told to do, as frozen values; each is one line of mathematics."""
+"""The four things that a stage does, as frozen values; each is one line of mathematics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ Reduce = Literal["sum", "mean"]
 class Forward:
     """h_{k+1} = f_k(h_k; w_k): compute and pass on the activation of one (micro-)batch.
 
-    Pairing: on stage k > 0 it consumes the message that Forward(batch, train) on stage k - 1 produced.
-    Evaluation forwards (train=False) count their batches in a number space of their own.
+    Pairing: on stage k > 0 it consumes the message that Forward(batch) on stage k - 1 produced.
 
     With a replay buffer (asynchronous DGL) `batch` is the stage's own ordinal, and `source` that of the Forward on stage k - 1 (on stage
-    0: of the data) whose activation it reads, perhaps not for the first time; train=False then says that the stage has made all its
+    0: of the data) whose activation it reads, perhaps not for the first time. train=False then says that the stage has made all its
     updates and goes on, in eval mode, for the others.
     """
 
@@ -26,10 +25,16 @@ class Forward:
     train: bool = True
     source: int | None = None
 
-    @property
-    def evaluates(self) -> bool:
-        """Whether it is part of an evaluation."""
-        return not self.train and self.source is None
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """h_{k+1} = f_k(h_k; w_k) in eval mode, at the stage's newest weights: one batch of an evaluation on its way to the last stage.
+
+    Pairing: on stage k > 0 it consumes the message that Evaluate(batch) on stage k - 1 produced. Batches of evaluations are counted in a
+    number space of their own, on from one evaluation to the next.
+    """
+
+    batch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +71,16 @@ class Update:
     number: int = 0
 
 
-Op: TypeAlias = Forward | Backward | Update
+Op: TypeAlias = Forward | Evaluate | Backward | Update
 
 
 def label(op: Op) -> str:
-    """The op as a chart writes it: F12, B7, E3 (an evaluation forward), U; parts of a Backward as b (input) and w (weights)."""
+    """Returns the op as a chart writes it: F12, E3, B7, U; parts of a Backward as b (input) and w (weights)."""
     match op:
         case Forward(batch):
-            return f"{'E' if op.evaluates else 'F'}{batch}"
+            return f"F{batch}"
+        case Evaluate(batch):
+            return f"E{batch}"
         case Backward(batch, _, _, part):
             return {"both": "B", "input": "b", "weights": "w"}[part] + str(batch)
         case Update():

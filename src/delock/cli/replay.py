@@ -18,7 +18,7 @@ from delock.cli.workload import build_model, load_data
 from delock.engine.asynchronous.schedule import recorded
 from delock.errors import DelockError, UsageError
 from delock.methods import AsyncDGL
-from delock.ops import Forward, Update
+from delock.ops import Evaluate, Forward, Update
 from delock.records import EvaluationRecord, Event, StepRecord, Visit
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def extent(turns: Sequence[Sequence[Visit]]) -> str:
     """How much of a trace can be done again, in words: of a run that was cut off, not what read turns that are missing."""
     plan, whole = recorded(turns)
     done = [[step.op for step in column] for column in plan.columns]
-    forwards = sum(isinstance(op, Forward) for column in done for op in column)
+    forwards = sum(isinstance(op, Forward | Evaluate) for column in done for op in column)
     updates = "/".join(str(sum(isinstance(op, Update) for op in column)) for column in done)
     left = "" if whole else f" of {sum(map(len, turns)):,} on record (the others read what is not)"
     return f"{forwards:,} turns{left} of {plan.K} stage{'s' if plan.K > 1 else ''}, {updates} updates"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from delock.ops import Backward, Forward, Op, label
+from delock.ops import Backward, Evaluate, Forward, Op, label
 from delock.timeline import Span, Timeline
 
 Event = dict[str, Any]
@@ -43,6 +43,8 @@ def _facts(span: Span) -> Event:
     match span.op:
         case Forward(batch, source=source):
             return {"batch": batch, **({} if source is None else {"source": source}), **facts}
+        case Evaluate(batch):
+            return {"batch": batch, **facts}
         case Backward(batch, loss):
             return {"batch": batch, "loss of stage": loss, **facts}
         case _:
@@ -50,8 +52,4 @@ def _facts(span: Span) -> Event:
 
 
 def _category(op: Op) -> str:
-    match op:
-        case Forward():
-            return "evaluation" if op.evaluates else "forward"
-        case _:
-            return type(op).__name__.lower()
+    return "evaluation" if isinstance(op, Evaluate) else type(op).__name__.lower()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from delock.draw.figure import BLACK, GREEN, LANE, ORANGE, PALE, PURPLE, SKY, VERMILION, YELLOW, new, save, style
 from delock.errors import UsageError
-from delock.ops import Backward, Forward, Op, Update
+from delock.ops import Backward, Evaluate, Forward, Op, Update
 from delock.timeline import Span, Timeline
 
 if TYPE_CHECKING:
@@ -92,8 +92,10 @@ def _kinds(column: Iterable[Span]) -> Iterable[tuple[Span, Kind]]:
 
 def _kind(op: Op, same_weights: bool) -> Kind:
     match op:
-        case Forward(train=train):
-            return "forward" if train else "evaluation"
+        case Forward():
+            return "forward"
+        case Evaluate():
+            return "evaluation"
         case Backward(part="input"):
             return "input gradient"
         case Backward(part="weights"):

@@ -17,7 +17,7 @@ from delock.errors import DelockError, NonFinite, StageFailed
 from delock.launch.progress import Progress
 from delock.links import Link, Message, MessageName
 from delock.links.coded import decoded
-from delock.ops import Backward, Forward, Update, label
+from delock.ops import Backward, Evaluate, Forward, Update, label
 from delock.plan import Plan, Step, received, walk
 from delock.stage import Stage, checkpoint
 from delock.timeline import Slowdown
@@ -33,7 +33,7 @@ def spin(seconds: float) -> None:
 class Engine:
     """One stage at work: executes its steps in order over a link.
 
-    `feed` answers stage 0's Forwards. `on_loss(step, loss, stage, samples)` is called where a loss is computed, and
+    `feed` answers stage 0's Forwards and Evaluates. `on_loss(step, loss, stage, samples)` is called where a loss is computed, and
     `on_output(step, outputs with labels)` by the last stage for every evaluation batch. `parts`: micro-batches per batch, for error
     messages. `slow`: ticks in which the stage takes longer, by `linger(seconds)`. Between windows `state()` holds all there is.
     """
@@ -43,7 +43,7 @@ class Engine:
         stage: Stage,
         link: Link,
         *,
-        feed: Callable[[Forward], Message] | None = None,
+        feed: Callable[[Forward | Evaluate], Message] | None = None,
         log: StageLog | None = None,
         progress: Progress | None = None,
         parts: int = 1,
@@ -74,6 +74,8 @@ class Engine:
         match step.op:
             case Forward() as op:
                 self._forward(step, op)
+            case Evaluate() as op:
+                self._evaluate(step, op)
             case Backward() as op:
                 self._backward(step, op)
             case Update() as op:
@@ -81,19 +83,29 @@ class Engine:
         self.log.op(self.stage.k, step, version, start, perf_counter(), self.spent)
 
     def _forward(self, step: Step, op: Forward) -> None:
-        k, kind = self.stage.k, "e" if op.evaluates else "h"
-        if k == 0:
-            assert self.feed is not None
-            message = self.feed(op)
-        else:
-            message = self.receive(k - 1, (kind, op.batch if op.source is None else op.source, 0))
+        message = self._input(op, ("h", op.batch if op.source is None else op.source, 0))
         began = perf_counter()
-        result = self.stage.forward(step, message)
+        outputs = self.stage.forward(step, message)
         self._straggle(step, began)
         if step.up:
-            self.send(k + 1, (kind, op.batch, 0), result)
-        elif op.evaluates and self.on_output:
-            self.on_output(step, result)
+            self.send(self.stage.k + 1, ("h", op.batch, 0), outputs)
+
+    def _evaluate(self, step: Step, op: Evaluate) -> None:
+        name = "e", op.batch, 0
+        message = self._input(op, name)
+        began = perf_counter()
+        outputs = self.stage.evaluate(message)
+        self._straggle(step, began)
+        if step.up:
+            self.send(self.stage.k + 1, name, outputs)
+        elif self.on_output:
+            self.on_output(step, outputs)
+
+    def _input(self, op: Forward | Evaluate, name: MessageName) -> Message:
+        if self.stage.k > 0:
+            return self.receive(self.stage.k - 1, name)
+        assert self.feed is not None
+        return self.feed(op)
 
     def _straggle(self, step: Step, began: float) -> None:
         """In a slow tick, let what has just been computed take longer."""
@@ -187,7 +199,7 @@ class Engine:
 def describe(step: Step, parts: int) -> str:
     """An op in words, for errors: "backward of batch 3, tick 5"; `parts`: micro-batches per batch."""
     match step.op:
-        case Forward(batch) if step.op.evaluates:
+        case Evaluate(batch):
             what = f"evaluation, batch {batch}"
         case Forward(batch) | Backward(batch):
             what = f"{kind_of(step)} of {f'micro-batch {batch}, batch {batch // parts}' if parts > 1 else f'batch {batch}'}"

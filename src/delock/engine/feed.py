@@ -9,7 +9,7 @@ import torch
 from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.links.message import Message
-from delock.ops import Forward
+from delock.ops import Evaluate, Forward
 from delock.tensors import Tree, map_tensors, rows, split_bounds, tree_tensors
 
 
@@ -27,9 +27,9 @@ class Feed:
         self.evaluation: Iterator[tuple[Tree, Tree]] | None = None
         self.split: list[Message] = []
 
-    def __call__(self, op: Forward) -> Message:
-        """The message of one Forward: inputs, labels, and the part's share of its batch as weight."""
-        if op.evaluates:
+    def __call__(self, op: Forward | Evaluate) -> Message:
+        """Returns the message of one op: inputs, labels, and the part's share of its batch as weight."""
+        if isinstance(op, Evaluate):
             return self._evaluation(op.batch)
         batch, part = divmod(op.batch, self.parts)
         if part == 0 or not self.split:

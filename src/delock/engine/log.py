@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from delock.ops import Backward, Forward, Update
+from delock.ops import Backward, Evaluate, Forward, Update
 from delock.plan import Step
 from delock.timeline import Span
 
@@ -51,9 +51,12 @@ class StageLog:
 
 
 def kind_of(step: Step) -> str:
+    """The time that an op counts as."""
     match step.op:
-        case Forward() as op:
-            return "evaluation" if op.evaluates else "forward"
+        case Forward():
+            return "forward"
+        case Evaluate():
+            return "evaluation"
         case Backward():
             return "backward"
         case Update():

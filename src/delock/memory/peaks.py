@@ -157,7 +157,7 @@ class StageMemory:
     def execute(self, step: Step) -> None:
         """One step. An evaluation holds no graph, and one message at a time."""
         match step.op:
-            case Forward() as op if op.train:
+            case Forward() as op:
                 self._forward(step, op)
             case Backward() as op:
                 self._backward(step, op)

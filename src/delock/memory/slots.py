@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from delock.ops import Backward, Forward, Op
+from delock.ops import Evaluate, Forward, Op, Update
 from delock.plan import Product, gives, received
 from delock.timeline.measures import at_once
 from delock.timeline.spans import Span, Timeline
@@ -54,10 +54,10 @@ def _told(column: Sequence[Span], sender: int, made: dict[Product, float], copie
 
 def _batch(op: Op) -> tuple[int, bool] | None:
     """What an op is about: a batch, or one of an evaluation, which count by themselves."""
-    return (op.batch, isinstance(op, Forward) and op.evaluates) if isinstance(op, Forward | Backward) else None
+    return None if isinstance(op, Update) else (op.batch, isinstance(op, Evaluate))
 
 
 def _tells(span: Span, to: int, made: dict[Product, float]) -> bool:
     """Whether the op ends with a message to that neighbour: an activation goes up, an error down."""
     sends = any(name in made for name in gives(span.stage, span.op))
-    return sends and (to > span.stage) == isinstance(span.op, Forward)
+    return sends and (to > span.stage) == isinstance(span.op, Forward | Evaluate)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from delock.ops import Backward, Forward, Op, Update, label
+from delock.ops import Backward, Evaluate, Forward, Op, Update, label
 
 Product: TypeAlias = tuple[int, Op | tuple[int, int]]
-"""(stage, what it makes): a Forward or an Update by itself, an error as (batch, loss), whichever part of a Backward sends it."""
+"""(stage, what it makes): an error as (batch, loss), whichever part of a Backward sends it; any other op's product as the op itself."""
 
 
 def needs(k: int, op: Op) -> list[Product]:
@@ -17,7 +17,9 @@ def needs(k: int, op: Op) -> list[Product]:
     match op:
         case Forward(source=source) if k > 0:
             return [(k - 1, op if source is None else Forward(source))]
-        case Forward():
+        case Evaluate() if k > 0:
+            return [(k - 1, op)]
+        case Forward() | Evaluate():
             return []
         case Backward(b, loss, part="weights"):
             return [(k, (b, loss))]
@@ -40,6 +42,8 @@ def gives(k: int, op: Op) -> list[Product]:
     match op:
         case Forward(b, source=source):
             return [(k, op if source is None else Forward(b))]
+        case Evaluate():
+            return [(k, op)]
         case Backward(b, loss, _, part):
             return [(k, (b, loss))] if part != "weights" else []
         case Update(over="network"):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from delock.errors import UsageError
 from delock.methods.base import Method
-from delock.ops import At, Forward, Update
+from delock.ops import At, Evaluate, Forward, Update
 from delock.plan.pattern import Pattern, Recurring, patterns
 from delock.plan.steps import Keep, Plan, RunLength, Step
 
@@ -67,7 +67,7 @@ class _Column:
 
     def evaluation(self, t: int, version: int) -> Iterator[Step]:
         first, self.tested = self.tested, self.tested + self.length.evaluation
-        return (Step(Forward(b, train=False), t, version, up=self.pattern.up) for b in range(first, self.tested))
+        return (Step(Evaluate(b), t, version, up=self.pattern.up) for b in range(first, self.tested))
 
     def step(self, one: Recurring, batch: int, t: int, version: int) -> Step:
         op = one.of(batch)

@@ -9,7 +9,7 @@ import torch
 
 from delock.engine.log import StageLog
 from delock.links import Message
-from delock.ops import Backward, Forward
+from delock.ops import Backward, Evaluate
 from delock.plan import Step
 from delock.records import EvaluationRecord, Event, StepRecord
 from delock.run.job import StageJob
@@ -60,7 +60,7 @@ class History:
     def output(self, step: Step, result: Message) -> None:
         """An evaluation batch's outputs."""
         op = step.op
-        assert isinstance(op, Forward)
+        assert isinstance(op, Evaluate)
         if not self.judged:
             self.paused = self.seconds(until=self.last)
         measures = {"": self.job.loss, **self.job.metrics}

@@ -122,14 +122,17 @@ class Stage:
     # ---- Forward -------------------------------------------------------------------------------------------------------------------
 
     def forward(self, step: Step, message: Message) -> Message:
-        """h_{k+1} = f_k(h_k; w_k): returns the outputs, cut off from any graph, with the labels that came along."""
+        """h_{k+1} = f_k(h_k; w_k): returns the outputs, cut off from any graph, with the labels that came along.
+
+        train=False in the op: in eval mode, and nothing is kept.
+        """
         op = step.op
         assert isinstance(op, Forward)
         if message.values is None:  # a part without samples: its Backward has nothing to do
             self.memory[op.batch] = InFlight(step, message, self.version)
             return message
         if not op.train:
-            return replace(message, values=self.body.sent(self.body.evaluate(message.values)))
+            return self.evaluate(message)
         memory = InFlight(step, message, self.version)
         if step.keep == "graph":
             memory.weights = self.current() if step.snapshot else None
@@ -146,6 +149,10 @@ class Stage:
         if step.keep != "nothing":
             self.memory[op.batch] = memory
         return replace(message, values=self.body.sent(outputs))
+
+    def evaluate(self, message: Message) -> Message:
+        """h_{k+1} = f_k(h_k; w_k) in eval mode, at the newest weights: returns the outputs with the labels that came along."""
+        return replace(message, values=self.body.sent(self.body.evaluate(message.values)))
 
     def build(self, memory: InFlight, weights: Weights | None, *, is_replay: bool = False) -> None:
         """Forward with a graph, at `weights` or the current ones; again: BatchNorm's statistics have had this batch already."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from delock.errors import UsageError
 from delock.keys import key
-from delock.ops import Backward, Forward, Op
+from delock.ops import Backward, Evaluate, Forward, Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Costs:
         """Seconds of op on stage k: of the part that needs no error from above (the recomputation), and of the rest."""
         scale = 1.0 + (self.slow.extra(tick, k) if self.slow else 0.0)
         match op:
-            case Forward():
+            case Forward() | Evaluate():
                 return 0.0, scale * self.forward[k]
             case Backward(loss=loss, part=part):
                 half = 1.0 if part == "both" else 0.5  # the two products of a layer's backward cost about the same

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from delock.ops import Backward, Forward, Op, Update
+from delock.ops import Backward, Evaluate, Forward, Op, Update
 from delock.timeline.measures import overlap, steady
 from delock.timeline.spans import Span, Timeline
 
@@ -39,7 +39,7 @@ def _shares(column: Iterable[Span], begin: float, end: float) -> dict[str, float
 def _names(op: Op) -> tuple[str, str]:
     """Returns the kind as which an op is counted, and the message for which it waits."""
     match op:
-        case Forward():
+        case Forward() | Evaluate():
             return "forward", "activation"
         case Backward():
             return "backward", "error"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from delock.engine.asynchronous.link import FreeLink
 from delock.engine.engine import Engine
-from delock.ops import Backward, Forward, Update
+from delock.ops import Backward, Evaluate, Forward, Update
 from delock.plan import RunLength, Step
 from delock.records import Visit, VisitsRecord
 
@@ -81,7 +81,7 @@ class FreeRun:
         first = self.evaluations * self.length.evaluation
         for i in range(first, first + self.length.evaluation):
             start = time.perf_counter()
-            self.engine.execute(Step(Forward(i, train=False), self.visits, self.updates, up=self.up))
+            self.engine.execute(Step(Evaluate(i), self.visits, self.updates, up=self.up))
             self.note(Visit(i, -1, False, self.updates, evaluates=True, sent=self.up, start=start, end=time.perf_counter()))
         self.evaluations += 1
 

@@ -10,7 +10,7 @@ from itertools import accumulate, count
 from delock.engine.asynchronous.buffer import ReplayBuffer, ReuseStatistics
 from delock.keys import key
 from delock.methods.dgl_async import AsyncDGL
-from delock.ops import Backward, Forward, Update
+from delock.ops import Backward, Evaluate, Forward, Update
 from delock.plan.steps import Plan, RunLength, Step
 from delock.records import Visit
 
@@ -71,14 +71,17 @@ def reads(plan: Plan) -> Counter[tuple[int, tuple[str, int, int]]]:
     found: Counter[tuple[int, tuple[str, int, int]]] = Counter()
     for k, column in enumerate(plan.columns[1:]):
         for step in column:
-            if isinstance(op := step.op, Forward):
-                found[k, ("h", op.source, 0) if op.source is not None else ("e", op.batch, 0)] += 1
+            match step.op:
+                case Forward(source=int() as source):
+                    found[k, ("h", source, 0)] += 1
+                case Evaluate(batch):
+                    found[k, ("e", batch, 0)] += 1
     return found
 
 
 def _steps(turn: Visit, k: int, tick: int, clip: float | None) -> Iterator[Step]:
     if turn.evaluates:
-        yield Step(Forward(turn.ordinal, train=False), tick, turn.version, up=turn.sent)
+        yield Step(Evaluate(turn.ordinal), tick, turn.version, up=turn.sent)
         return
     forward = Forward(turn.ordinal, turn.trains, turn.source)
     yield Step(forward, tick, turn.version, keep="graph" if turn.trains else "nothing", up=turn.sent)

@@ -17,7 +17,7 @@ from delock.engine.graphs.static_stage import StaticStage, random_state, refuse_
 from delock.engine.graphs.streams import Streams, Work
 from delock.errors import UsageError
 from delock.links.message import Message
-from delock.ops import Backward, Forward, Update
+from delock.ops import Backward, Evaluate, Forward, Update
 from delock.plan import Plan, Step, walk
 
 WARM = 3  # rounds through all slots before anything is recorded: libraries choose their kernels, optimizers make their state
@@ -47,10 +47,10 @@ class Ticks:
 
     def _tick(self, t: int, steps: list[tuple[int, Step]]) -> None:
         for k, step in steps:
-            if isinstance(step.op, Forward) and step.op.evaluates:
+            if isinstance(step.op, Evaluate):
                 self._look()
                 self.engines[k].execute(step)
-        steps = [(k, step) for k, step in steps if not (isinstance(step.op, Forward) and step.op.evaluates)]
+        steps = [(k, step) for k, step in steps if not isinstance(step.op, Evaluate)]
         if not steps:
             return
         self._feed(steps)
