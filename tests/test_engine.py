@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import delock.engine.engine
-import delock.run.ranks
 import delock.run.worker
 from delock.links import Message
 from delock.methods import BP, DSP, FDG, GPipe, Method, OneFOneB
+from delock.run.inline import run_inline
 
 import oracles
 from chain import Chain, seeded, vectors
@@ -130,7 +130,7 @@ def test_training_time_leaves_out_every_evaluation(hands: Hands, method: Method)
     for job in made:
         job.module.append(Slow(hands, 1, 1000))
     told: list[Any] = []
-    results = delock.run.ranks.run_inline(made, torch.device("cpu"), told.append, threads=1)
+    results = run_inline(made, torch.device("cpu"), told.append, threads=1)
     assert [r.seconds for r in results] == [6 * 2 * (1 + 2) + replays] * 2
     assert all(e.seconds <= results[0].seconds for e in results[1].evaluations)
     assert results[1].evaluations[-1].seconds == results[0].seconds
