@@ -1,84 +1,177 @@
-"""How much memory an optimizer takes: two steps on weights that have a shape and no more, where it can be without."""
+"""Bytes of an optimizer, from a table: those of its state, and what a step of it needs beside.
+
+None is built to find out. A process' first optimizer loads torch's compiler, which takes seconds, and torch refuses fused ones on the
+meta device. So each row says what torch's own code does, and tests/test_optimizer_bytes.py compares it with two real steps:
+
+    single     one weight after the other: temporaries as large as it, while some of the weight before are there until they are replaced
+    foreach    all weights at once, with temporaries for all of them; torch's choice on a GPU
+    fused      no temporaries
+
+A factory of another kind says it itself, by a method `bytes`, or nothing is known of it.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn, optim
 
-from delock.errors import DelockError
-from delock.launch.processes import run_processes
-from delock.launch.rank import Rank
-from delock.partition.live_bytes import LiveBytes
-from delock.run.request import Request
-from delock.stage import OptimizerFactory
+Named: TypeAlias = Sequence[tuple[str, Tensor]]
+"""Weights by their names in the unsplit model. Their shapes and dtypes are read, never their values."""
 
-WeightShapes = Sequence[tuple[str, tuple[int, ...], torch.dtype]]  # name in the unsplit model, shape, dtype
-Steps = tuple[int, int]
-"""Bytes of the state that is there from the first step on, and how much more lives within a step."""
+NUMBER = 4  # bytes of a count of steps, and of other single numbers
 
 
-@dataclass(frozen=True)
-class Question:
-    """An optimizer, and the weights that every stage would give it."""
+@runtime_checkable
+class SizedFactory(Protocol):
+    """A factory of optimizers that knows how much memory they take."""
 
-    optimizer: OptimizerFactory
-    weights: Sequence[WeightShapes]
-    device: str
+    def bytes(self, named: Named, /) -> tuple[int, int]:
+        """Returns bytes of the state that the first step makes, and peak bytes during a later step, above that state."""
+        ...
 
 
-def learned(module: nn.Module, head: nn.Module | None, k: int) -> WeightShapes:
-    """The weights of stage k, named as the stage names them."""
+class Row(NamedTuple):
+    """Bytes for a weight: of the state that the first step makes, and of what a step needs beside."""
+
+    state: Callable[[Tensor], float]
+    numbers: int  # single numbers in the state
+    single: Callable[[Tensor], float]
+    left: int = 0  # temporaries of the weight before, as large as that one
+    foreach: float = 0  # where all weights go at once: temporaries as large as each
+    largest: float = 0  # and some for one weight at a time
+
+
+Options: TypeAlias = Mapping[str, Any]
+
+
+def learned(module: nn.Module, head: nn.Module | None, k: int) -> Named:
+    """Returns the weights of stage k that learn, named as the stage names them."""
     names = getattr(module, "original", {})
     own = [(names.get(name, name), w) for name, w in module.named_parameters()]
     own += [(f"heads.{k}.{name}", w) for name, w in head.named_parameters()] if head else []
-    return [(name, tuple(w.shape), w.dtype) for name, w in own if w.requires_grad]
+    return [(name, w) for name, w in own if w.requires_grad]
 
 
-def optimizers(request: Request, weights: Sequence[WeightShapes]) -> list[Steps | None]:
-    """Of every stage; None where two steps cannot be taken alone. Whether it can be used the stages will tell.
+def optimizer_bytes(optimizer: Callable[..., object], weights: Named, device: str) -> tuple[int, int] | None:
+    """Returns bytes of the state that the first step makes, and peak bytes during a later step, above that state; None: unknown.
 
-    A first optimizer loads torch's compiler, which takes seconds: processes have it already, and this one does without.
+    Known are classes of torch.optim, functools.partial of one, and factories with a method `bytes`.
     """
-    question = Question(request.optimizer, weights, request.device)
-    if request.workers != "processes" or "torch._dynamo" in sys.modules or torch.device(request.device).type != "cpu":
-        return answer(question)
-    try:
-        return run_processes(_answered, [question], pin=False)[0]
-    except DelockError:
-        return [None] * len(weights)
+    if not weights:
+        return 0, 0
+    if isinstance(optimizer, SizedFactory):
+        return optimizer.bytes(weights)
+    made = optimizer if isinstance(optimizer, partial) else partial(optimizer)
+    if not isinstance(made.func, type) or made.func not in TABLE or made.args:
+        return None
+    options = {name: one.default for name, one in inspect.signature(made.func).parameters.items()} | made.keywords
+    return _held(TABLE[made.func](options), [w for _, w in weights], options, torch.device(device))
 
 
-def _answered(rank: Rank, question: Question) -> list[Steps | None]:
-    return answer(question)
+def _held(row: Row, weights: Sequence[Tensor], options: Options, device: torch.device) -> tuple[int, int]:
+    state = sum(map(row.state, weights)) + NUMBER * row.numbers * len(weights)
+    sizes = [w.nbytes for w in weights]
+    if options.get("fused"):
+        step = 0.0
+    elif options.get("foreach") or (options.get("foreach", False) is None and device.type == "cuda"):
+        step = row.foreach * sum(sizes) + row.largest * max(sizes)
+    else:
+        step = max(row.single(w) + row.left * before for w, before in zip(weights, [0, *sizes], strict=False))
+    return round(state), round(step)
 
 
-def answer(question: Question) -> list[Steps | None]:
-    """In this process."""
-    return [_found(question.optimizer, weights, question.device) if weights else (0, 0) for weights in question.weights]
+def _times(tensors: int) -> Callable[[Tensor], float]:
+    """Returns the bytes of so many tensors as large as the weight."""
+    return lambda weight: tensors * weight.nbytes
 
 
-def _found(optimizer: OptimizerFactory, weights: WeightShapes, device: str) -> Steps | None:
-    for where in ("meta", device) if torch.device(device).type == "cpu" else (device,):  # a GPU's steps are others
-        try:
-            return _steps(optimizer, weights, where)
-        except (RuntimeError, TypeError, ValueError, AttributeError):
-            continue
-    return None
+def _new_gradient(o: Options) -> bool:
+    """Says whether a step makes a gradient of its own from the given one."""
+    return bool(o["maximize"] or (o.get("weight_decay") and not o.get("decoupled_weight_decay")))
 
 
-def _steps(optimizer: OptimizerFactory, weights: WeightShapes, device: str) -> Steps:
-    doubles = [(name, nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))) for name, shape, dtype in weights]
-    for _, double in doubles:
-        double.grad = torch.zeros_like(double)
-    live = LiveBytes()
-    live.ignore(tensor for _, double in doubles for tensor in (double, double.grad) if tensor is not None)
-    one = optimizer(doubles)
-    with live:
-        one.step()
-        state = live.from_here()
-        one.step()
-    return state, live.peak - state
+def _sgd(o: Options) -> Row:
+    made = bool(o["maximize"]) + bool(o["weight_decay"])
+    return Row(_times(bool(o["momentum"])), 0, _times(made + bool(o["nesterov"])), foreach=min(made, 1))
+
+
+def _adam(o: Options) -> Row:
+    return Row(_times(2 + bool(o["amsgrad"])), 1, _times(2 + _new_gradient(o)), left=1, foreach=1)
+
+
+def _adamw(o: Options) -> Row:
+    return _adam({**o, "decoupled_weight_decay": True})
+
+
+def _nadam(o: Options) -> Row:
+    return Row(_times(2), 2, _times(2 + _new_gradient(o)), left=1, foreach=1 + _new_gradient(o))
+
+
+def _radam(o: Options) -> Row:
+    return Row(_times(2), 1, _times(2 + _new_gradient(o)), foreach=1)
+
+
+def _adamax(o: Options) -> Row:
+    return Row(_times(2), 1, _times(1 + _new_gradient(o)), foreach=1)
+
+
+def _adagrad(o: Options) -> Row:
+    return Row(_times(0), 0, _times(1 + _new_gradient(o)), left=1, foreach=2)  # its state is there when it is built
+
+
+def _adadelta(o: Options) -> Row:
+    return Row(_times(2), 1, _times(2 + _new_gradient(o)), left=1, foreach=2 + _new_gradient(o))
+
+
+def _rmsprop(o: Options) -> Row:
+    state = 1 + bool(o["momentum"]) + bool(o["centered"])
+    return Row(_times(state), 1, _times(1 + _new_gradient(o)), left=1, foreach=1 + _new_gradient(o))
+
+
+def _rprop(o: Options) -> Row:
+    return Row(_times(2), 1, _times(3), left=bool(o["maximize"]), foreach=1, largest=1.25)
+
+
+def _asgd(o: Options) -> Row:
+    return Row(_times(1), 3, _times(_new_gradient(o)), foreach=1 + bool(o["maximize"]))
+
+
+def _adafactor(o: Options) -> Row:
+    """Its second moments are kept as sums of rows and columns, and it takes one weight after the other on a GPU too."""
+    made = 1 + bool(o["maximize"])
+    foreach, largest = (made, 0) if o["foreach"] else (0, made + 1)
+    return Row(_rows_and_columns, 1, _times(made), left=1, foreach=foreach, largest=largest)
+
+
+def _rows_and_columns(weight: Tensor) -> float:
+    return weight.nbytes * (1 / weight.shape[-1] + 1 / weight.shape[-2]) if weight.dim() > 1 else weight.nbytes
+
+
+def _muon(o: Options) -> Row:
+    """A step takes bfloat16 powers of the gradient: two of its shape, two as wide and high as its shorter side."""
+    return Row(_times(1), 0, lambda w: bool(o["nesterov"]) * w.nbytes + 2 * (2 * w.numel() + 2 * min(w.shape) ** 2))
+
+
+TABLE: Mapping[Callable[..., optim.Optimizer], Callable[[Options], Row]] = MappingProxyType(
+    {
+        optim.SGD: _sgd,
+        optim.Adam: _adam,
+        optim.AdamW: _adamw,
+        optim.NAdam: _nadam,
+        optim.RAdam: _radam,
+        optim.Adamax: _adamax,
+        optim.Adagrad: _adagrad,
+        optim.Adadelta: _adadelta,
+        optim.RMSprop: _rmsprop,
+        optim.Rprop: _rprop,
+        optim.ASGD: _asgd,
+        optim.Adafactor: _adafactor,
+        optim.Muon: _muon,
+    }
+)

@@ -8,7 +8,6 @@ import torch
 
 from delock.codecs import Codec
 from delock.memory.compose import StageGraph
-from delock.memory.optimizer import Steps
 from delock.memory.peaks import LinkBytes, StageBytes
 from delock.partition.layer_memory import LayerMemory
 from delock.partition.measure import LayerCost
@@ -59,7 +58,13 @@ class RunLinks:
 
 
 def stage_sizes(
-    request: Request, k: int, ways: RunLinks, layers: Sequence[LayerCost], head: LayerCost | None, optimizer: Steps | None, batch: Outputs
+    request: Request,
+    k: int,
+    ways: RunLinks,
+    layers: Sequence[LayerCost],
+    head: LayerCost | None,
+    optimizer: tuple[int, int] | None,
+    batch: Outputs,
 ) -> StageBytes | None:
     """What stage k holds; None where something cannot be counted. `batch`: the inputs of the network."""
     memories = [layer.memory for layer in layers if layer.memory]

@@ -31,6 +31,11 @@ class SGD:
         fused = self.momentum > 0  # without, a stage of two tensors would lose 3 us
         return torch.optim.SGD(params, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, fused=fused)
 
+    def bytes(self, named: Named) -> tuple[int, int]:
+        """Returns bytes of its state, and peak bytes during a step, above that: with decay and no momentum, a gradient of its own."""
+        sizes = [w.nbytes for _, w in named]
+        return (sum(sizes), 0) if self.momentum else (0, max(sizes) if self.weight_decay else 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Adam:
@@ -41,6 +46,10 @@ class Adam:
 
     def __call__(self, params: Params) -> Optimizer:
         return torch.optim.Adam(params, self.lr, weight_decay=self.weight_decay, fused=True)
+
+    def bytes(self, named: Named) -> tuple[int, int]:
+        """Returns bytes of its state, two means and a count for every weight; a step needs nothing beside."""
+        return two_means(named), 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,15 @@ class AdamW:
         named = list(params)
         groups = [(self.weight_decay, [one for one in named if decays(*one)]), (0.0, [one for one in named if not decays(*one)])]
         return torch.optim.AdamW([{"params": some, "weight_decay": decay} for decay, some in groups if some], self.lr, fused=True)
+
+    def bytes(self, named: Named) -> tuple[int, int]:
+        """Returns bytes of its state, two means and a count for every weight; a step needs nothing beside."""
+        return two_means(named), 0
+
+
+def two_means(named: Named) -> int:
+    """Returns the bytes of Adam's state: means of gradients and of their squares, and how many steps there were."""
+    return sum(2 * w.nbytes + 4 for _, w in named)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from delock.codecs import Codec
 from delock.engine.feed import samples
 from delock.execution import Execution
 from delock.links.connect import shares
-from delock.memory.optimizer import learned, optimizers
+from delock.memory.optimizer import learned, optimizer_bytes
 from delock.memory.peaks import PeakBytes, peaks, repeating
 from delock.memory.sizes import Outputs, RunLinks, stage_sizes
 from delock.memory.slots import slots
@@ -194,7 +194,8 @@ class PreparedRun:
         if request.emulate or request.compile or isinstance(request.method, AsyncDGL) or self.heads.keys() - self.head_costs.keys():
             return [None] * self.K
         ways = RunLinks(request, self.K, [self.costs[cut - 1] for cut in self.cuts], self.batch.targets, self.slots(request))
-        learning = optimizers(request, [learned(module, self.heads.get(k), k) for k, module in enumerate(self.modules)])
+        weights = [learned(module, self.heads.get(k), k) for k, module in enumerate(self.modules)]
+        learning = [optimizer_bytes(request.optimizer, own, request.device) for own in weights]
         sizes = [
             stage_sizes(request, k, ways, self.costs[a:b], self.head_costs.get(k), optimizer, self.batch.inputs)
             for k, ((a, b), optimizer) in enumerate(zip(self.bounds(), learning, strict=True))
