@@ -88,7 +88,7 @@ class Chain:
                 schedule=schedule,
                 loss=loss,
                 seed=seed,
-                mixed=getattr(method, "at", "") == "mixed",
+                mixed=method.mixed,
             )
             for k, module in enumerate(modules)
         ]

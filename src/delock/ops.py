@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 At = Literal["stash", "replay", "mixed"]
+"""Where a stage differentiates a batch.
+
+stash   at the weights and the activations of the batch's Forward: the equations of DDG, FDG and ADL
+replay  at the weights of now, the activations recomputed with them from the stored input: FR, DSP
+mixed   at the weights of now with the activations of the Forward: what optimizers did that wrote to weights under a live graph
+"""
 Part = Literal["both", "input", "weights"]
 Reduce = Literal["sum", "mean"]
 
+
+@dataclass(frozen=True, slots=True)
+class Derivative:
+    """How a stage comes to have a derivative where `at` says."""
+
+    keeps: Literal["graph", "input"]  # from the Forward to the Backward
+    copies: bool  # the weights of the Forward, before an Update changes them
+    recomputes: bool  # the Forward, with a graph, just before the Backward
+    counts_from: Literal["forward", "backward"]  # the op whose version the staleness of the gradient counts from
+
+
+_NEWEST = Derivative("graph", copies=False, recomputes=False, counts_from="forward")
+DERIVATIVES: Mapping[tuple[At, bool], Derivative] = MappingProxyType(
+    {
+        # (at, the Forward used the weights that are the newest at the Backward): then all three are the same numbers
+        ("stash", True): _NEWEST,
+        ("replay", True): _NEWEST,
+        ("mixed", True): _NEWEST,
+        ("stash", False): Derivative("graph", copies=True, recomputes=False, counts_from="forward"),
+        ("replay", False): Derivative("input", copies=False, recomputes=True, counts_from="backward"),
+        ("mixed", False): Derivative("graph", copies=False, recomputes=False, counts_from="forward"),
+    }
+)
 
 @dataclass(frozen=True, slots=True)
 class Forward:
@@ -43,8 +74,8 @@ class Backward:
 
     Pairing: for loss > k, d is `shrink` times the message that Backward(batch, loss) on stage k + 1 produced; for loss == k it
     comes from the stage's own head, times the batch's weight (n_i / n for a part of a batch, else 1).
-    `at` says where the derivative is taken (00-common: stash, replay, mixed); `part` which of g_k and delta_k are computed: "input"
-    leaves g_k out, or to the Backward(part="weights") of the same batch and loss that follows it. A head's own gradient has weight 1.
+    `at` says where the derivative is taken, `part` which of g_k and delta_k are computed: "input" leaves g_k out, or to the
+    Backward(part="weights") of the same batch and loss that follows it. A head's own gradient has weight 1.
     """
 
     batch: int

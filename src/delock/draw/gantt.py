@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from delock.draw.figure import BLACK, GREEN, LANE, ORANGE, PALE, PURPLE, SKY, VERMILION, YELLOW, new, save, style
 from delock.errors import UsageError
-from delock.ops import Backward, Evaluate, Forward, Op, Update
+from delock.ops import DERIVATIVES, Backward, Evaluate, Forward, Op, Update
 from delock.timeline import Span, Timeline
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _kind(op: Op, same_weights: bool) -> Kind:
         case Backward(part="weights"):
             return "weight gradient"
         case Backward(at=at):
-            return "backward with replay" if at == "replay" and not same_weights else "backward"
+            return "backward with replay" if DERIVATIVES[at, same_weights].recomputes else "backward"
         case Update():
             return "update"
 

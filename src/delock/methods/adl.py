@@ -50,6 +50,10 @@ class ADL(Method):
     def batches_per_update(self) -> int:
         return self.accumulate
 
+    @property
+    def mixed(self) -> bool:
+        return self.at == "mixed"
+
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
         b = t - 2 * (K - 1) + k
         backward: list[Op] = [Backward(b, loss=K - 1, at=self.at, shrink=self.beta)]

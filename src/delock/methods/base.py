@@ -25,6 +25,8 @@ class Method(ABC):
     """True if the gradients that the stages apply in an update all belong to the same weights of the whole network."""
     local_losses: ClassVar[bool] = False
     """True if stages below the last may have losses, and so auxiliary heads, of their own."""
+    planned: ClassVar[bool] = True
+    """True if `tick` says what happens when; else every stage learns from a replay buffer, and the order of turns decides what it reads."""
 
     @property
     def parts(self) -> int:
@@ -38,13 +40,21 @@ class Method(ABC):
 
     @property
     def free_running(self) -> bool:
-        """Whether each stage runs in a process of its own at its own pace, so that no order of ops is known before the run."""
+        """True if every stage runs in a process of its own at its own pace, so that no order of ops is known before the run."""
+        return False
+
+    @property
+    def mixed(self) -> bool:
+        """True if derivatives are taken at="mixed": the optimizer then writes to weights under live graphs."""
         return False
 
     @abstractmethod
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
-        """Yields the ops of stage k at tick t, in order. Each tick starts one new batch at stage 0, and ticks repeat: tick(t + M) is tick(t)
-        with every batch M later, M = batches_per_update (micro-batches: parts * M later)."""
+        """Yields the ops of stage k at tick t, in order.
+
+        Each tick starts one new batch at stage 0, and ticks repeat: tick(t + M) is tick(t) with every batch M later, M = batches_per_update
+        (micro-batches: micro_batches * M later).
+        """
 
     @abstractmethod
     def delay(self, k: int, K: int) -> int:
@@ -55,7 +65,7 @@ class Method(ABC):
         return 0
 
     def slowdown(self, k: int) -> float:
-        """How many times as long as it needs the method itself makes stage k take."""
+        """Returns by which factor the method itself makes stage k slower than it is; 1 for most."""
         return 1.0
 
     def headed(self, K: int) -> range:

@@ -35,6 +35,7 @@ class AsyncDGL(DGL):
     """
 
     name: ClassVar[str] = "dgl-async"
+    planned: ClassVar[bool] = False
     buffer: int = 5
     max_reuse: int = 0
     turns: Literal["free", "sampled", "round-robin"] = "free"

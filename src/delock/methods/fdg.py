@@ -41,6 +41,10 @@ class FDG(Method):
         one_of("at", self.at, ("stash", "mixed"))
         one_of("order", self.order, ("forward-first", "backward-first"))
 
+    @property
+    def mixed(self) -> bool:
+        return self.at == "mixed"
+
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
         backward = Backward(t - 2 * (K - 1) + k, loss=K - 1, at=self.at, shrink=self.beta)
         yield from in_order(self.order, k == K - 1, Forward(t - k), (backward, Update()))

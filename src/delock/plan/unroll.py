@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from delock.errors import UsageError
 from delock.methods.base import Method
-from delock.ops import At, Evaluate, Forward, Update
+from delock.ops import DERIVATIVES, At, Evaluate, Forward, Update
 from delock.plan.pattern import Pattern, Recurring, patterns
 from delock.plan.steps import Keep, Plan, RunLength, Step
 
@@ -87,6 +87,6 @@ class _Column:
 
 
 def _keep(crossing: Collection[At]) -> tuple[Keep, bool]:
-    """What a Forward must keep for Backwards, of which some are behind an Update. With none in between, a replay would redo the same
-    numbers: it keeps the graph."""
-    return ("input" if crossing == {"replay"} else "graph"), "stash" in crossing
+    """Returns what a Forward must keep, and whether it must copy the weights; `crossing`: of its Backwards, those behind an Update."""
+    behind = [DERIVATIVES[at, False] for at in crossing]
+    return ("input" if {one.keeps for one in behind} == {"input"} else "graph"), any(one.copies for one in behind)

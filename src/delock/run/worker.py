@@ -44,7 +44,7 @@ class Worker:
             names=job.names,
             seed=job.seed,
             device=device,
-            mixed=getattr(job.method, "at", None) == "mixed",
+            mixed=job.method.mixed,
             execution=job.execution,
         )
         if job.execution.compile:

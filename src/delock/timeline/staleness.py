@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from delock.ops import Backward, Forward, Op, Update
+from delock.ops import DERIVATIVES, Backward, Forward, Op, Update
 from delock.plan import Plan, Step
 
 
@@ -35,7 +35,7 @@ def gradient_staleness(column: Iterable[Placed]) -> dict[int, int]:
             case Forward(b, True):
                 taken[b] = placed.version
             case Backward(b, at=at, part=part):
-                if at == "replay":
+                if DERIVATIVES[at, taken.get(b) == placed.version].counts_from == "backward":
                     taken[b] = placed.version
                 if part != "input" and b in taken:
                     pending.append(b)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from delock.errors import UsageError
-from delock.methods import AsyncDGL, Method, spelled
+from delock.methods import Method, spelled
 from delock.ops import Backward, Forward, Op, Update
 from delock.plan import Plan, Product, RunLength, Step, gives, needs, unroll, walk
 
@@ -130,7 +130,7 @@ def _canonical(step: Step, slots: int) -> Step:
 
 
 def _refuse(method: Method, K: int, clip: float | None) -> None:
-    alike = not isinstance(method, AsyncDGL) and all(_plain(list(method.tick(1000 * method.batches_per_update, k, K))) for k in range(K))
+    alike = method.planned and all(_plain(list(method.tick(1000 * method.batches_per_update, k, K))) for k in range(K))
     if not alike:
         raise UsageError(
             f"{spelled(method)} cannot run as captured ticks, in which every stage does one forward, then one backward of a whole batch: "

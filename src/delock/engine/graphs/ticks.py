@@ -17,7 +17,7 @@ from delock.engine.graphs.static_stage import StaticStage, random_state, refuse_
 from delock.engine.graphs.streams import Streams, Work
 from delock.errors import UsageError
 from delock.links.message import Message
-from delock.ops import Backward, Evaluate, Forward, Update
+from delock.ops import DERIVATIVES, Backward, Evaluate, Forward, Update
 from delock.plan import Plan, Step, walk
 
 WARM = 3  # rounds through all slots before anything is recorded: libraries choose their kernels, optimizers make their state
@@ -87,7 +87,8 @@ class Ticks:
                     if (b + 1) % self.every == 0 or b + 1 == self.batches:
                         self._look()
                 forward = self.ahead[k].pop(b)
-                taken = forward.version if forward.keep == "graph" else step.version
+                derivative = DERIVATIVES[op.at, forward.version == step.version]
+                taken = (forward if derivative.counts_from == "forward" else step).version
                 engine.log.count_staleness(step.version - taken, step.tick - forward.tick)
             case Update():
                 branch.updated()
