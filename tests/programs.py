@@ -9,18 +9,18 @@ from pathlib import Path
 ABORT = "terminate called without an active exception"
 
 
-def torchrun(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a script on two ranks.
+def torchrun(script: Path, *words: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a script on so many ranks.
 
     Once in some twenty runs, on a loaded machine, a rank other than 0 was seen to abort with ABORT while its interpreter exits, all
     work done (torch 2.15; cause not found): such a run is repeated, once.
     """
-    done = _run(script, *words)
-    return _run(script, *words) if ABORT in done.stderr else done
+    done = _run(ranks, script, *words)
+    return _run(ranks, script, *words) if ABORT in done.stderr else done
 
 
-def _run(script: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), *words]
+def _run(ranks: int, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(script), *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
         try:
             output, errors = program.communicate(timeout=120)

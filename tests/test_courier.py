@@ -15,7 +15,6 @@ from delock.links.rank_link import RankLink
 from delock.methods import ADL, DSP, FDG
 from delock.plan import windows
 from delock.run.job import StageJob, StageResult
-from delock.run.ranks import run_rank
 from delock.run.worker import Worker
 
 from harness import assert_equal, inline, jobs
@@ -73,12 +72,3 @@ def train_with_courier(rank: Rank, job: StageJob) -> StageResult:
 def test_training_with_tensors_apart(method: FDG) -> None:
     got = run_processes(train_with_courier, jobs("tuple", 3, method), pin=False, patience=30)
     assert_equal(got, inline(jobs("tuple", 3, method)))
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_nccl() -> None:
-    got = run_processes(run_rank, jobs("conv", 2, FDG()), device="cuda", patience=60)
-    want = inline(jobs("conv", 2, FDG()))
-    for a, b in zip(got, want, strict=True):
-        for name in b.state:
-            torch.testing.assert_close(a.state[name], b.state[name], rtol=1e-3, atol=1e-4)

@@ -104,8 +104,8 @@ def fit(
     slow        ticks in which a stage is made to take longer (delock.timeline.Slowdown)
     emulate     stages wait instead of computing (delock.timeline.Emulation), with messages as large as the model's; nothing is learned
     turns       what the stages of an earlier free-running run did, from its TurnsRecords, per stage: it is done again (workers="inline")
-    captured    with device "cuda" and workers "inline": every tick is a CUDA graph, its stages on streams (engine/graphs). Not yet run
-                on a GPU. For one forward and one backward per tick, SGD, no dropout, and batches of one size
+    captured    with device "cuda" and workers "inline": every tick is a CUDA graph, its stages on streams (engine/graphs).
+                Experimental. For one forward and one backward per tick, SGD, no dropout, and batches of one size
     on_event    called with Started, StepRecord (every `log_every` batches) and EvaluationRecord as they come; with a free-running
                 method also with TurnsRecord
 

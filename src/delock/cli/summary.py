@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, Literal
 
+from delock import __version__
 from delock.cli.config import TrainConfig, is_text, make_method, tokens
 from delock.cli.tables import metric_text, per_second
 from delock.methods import options
@@ -124,7 +125,7 @@ def summary(story: RunReport) -> dict[str, Any]:
         "workers": story.started.workers if story.started else config.machine.workers,
         "cuts": config.network.cuts,
         "stages": [stage(report) for report in result.stages] if result else [],
-        "versions": {"delock": version("delock"), "torch": version("torch"), "python": platform.python_version()},
+        "versions": {"delock": __version__, "torch": version("torch"), "python": platform.python_version()},
     }
 
 

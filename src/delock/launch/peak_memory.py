@@ -22,6 +22,7 @@ CLEAR = Path("/proc/self/clear_refs")
 def reset_peak(device: torch.device) -> int:
     """Forget the peak so far; returns the bytes held now, free ones returned to the system."""
     if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # a stage without weights has put nothing there yet
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     allocator.give_back()

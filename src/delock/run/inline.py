@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -32,7 +33,7 @@ def run_inline(
     turns: Sequence[Sequence[Visit]] | None = None,
     captured: bool = False,
 ) -> list[StageResult]:
-    """Train all stages in this process. torch's random state and thread count are as before afterwards.
+    """Train all stages in this process. torch's random state and thread count, and where the modules lie, are as before afterwards.
 
     turns: what the stages of a free-running run did, per stage, to be done again. captured: every tick is a CUDA graph, its stages on
     streams; on a CPU the same static memory without graphs, for tests.
@@ -42,7 +43,7 @@ def run_inline(
     if captured:
         jobs = [replace(job, optimizer=capturable(job.optimizer)) for job in jobs]
     before = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _moved_back(jobs), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             if threads:
                 torch.set_num_threads(threads)
@@ -56,6 +57,18 @@ def run_inline(
             return [worker.result(alone=len(jobs) == 1, read=read[worker.job.k] if read else None) for worker in workers]
         finally:
             torch.set_num_threads(before)
+
+
+@contextmanager
+def _moved_back(jobs: Sequence[StageJob]) -> Iterator[None]:
+    """The modules are the caller's: they return to the devices that they were on, however the run ends."""
+    modules = [module for job in jobs for module in (job.module, job.head) if module is not None]
+    before = [next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu")) for module in modules]
+    try:
+        yield
+    finally:
+        for module, device in zip(modules, before, strict=True):
+            module.to(device)
 
 
 def _ticks(job: StageJob, engines: Sequence[Engine], device: torch.device) -> Ticks:

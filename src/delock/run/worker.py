@@ -113,7 +113,7 @@ class Worker:
             samples=tracker.samples,
             seconds=seconds,
             spans=spans,
-            optimizer=optimizer,
+            optimizer=_home(optimizer),
         )
 
 
@@ -128,5 +128,10 @@ def _sorted(histogram: Mapping[int, int]) -> dict[int, int]:
     return dict(sorted(histogram.items()))
 
 
-def _home(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu() for name, value in state.items()}
+def _home(tree: Any) -> Any:
+    """A tree of dicts, lists and tensors, the tensors on the CPU: a process that is sent them need not start its GPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().cpu()
+    if isinstance(tree, Mapping):
+        return {name: _home(value) for name, value in tree.items()}
+    return [_home(value) for value in tree] if isinstance(tree, list) else tree

@@ -205,7 +205,7 @@ class MachineOptions:
     compile: bool = False
     """Compile every stage by torch.compile, before the first batch."""
     captured: bool = False
-    """With --device cuda --workers inline: every tick as a CUDA graph, the stages on streams of one GPU. Not yet run on a GPU."""
+    """With --device cuda --workers inline: every tick as a CUDA graph, the stages on streams of one GPU. Experimental."""
     straggle: Annotated[str | None, shown("no stage", "STAGE:S")] = None
     """Make a stage slower: 1:0.5, stage 1 takes half as long again; random:0.5, every stage does in one of K ticks."""
     emulate: Annotated[str | None, shown("no", "F:B")] = None

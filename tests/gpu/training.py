@@ -1,0 +1,48 @@
+"""Shared by the tests on a GPU: runs there, and comparing them with runs elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from delock.execution import Execution
+from delock.run.inline import run_inline
+from delock.run.job import StageJob, StageResult
+
+from harness import jobs
+
+GPU = torch.device("cuda")
+EXECUTIONS = (Execution(amp=True), Execution(channels_last=True), Execution(chunks=2), Execution(True, True, 2))
+
+
+def on_gpu(made: list[StageJob], captured: bool = False) -> list[StageResult]:
+    """All stages in this process, on one GPU."""
+    return run_inline(made, GPU, lambda event: None, threads=1, captured=captured)
+
+
+def without_dropout(made: list[StageJob]) -> list[StageJob]:
+    """The same jobs; a GPU draws other masks than a CPU."""
+    for job in made:
+        for module in (job.module, *([job.head] if job.head else [])):
+            for dropout in (m for m in module.modules() if isinstance(m, nn.Dropout)):
+                dropout.p = 0.0
+    return made
+
+
+def jobs64(work: str, K: int, method: Any, **options: Any) -> list[StageJob]:
+    """Jobs in double precision and without dropout: nothing but the order of sums may differ between devices."""
+    return without_dropout(jobs(work, K, method, dtype=torch.float64, **options))
+
+
+def assert_close(ours: list[StageResult], other: list[StageResult], rtol: float = 1e-7, atol: float = 1e-9) -> None:
+    """Weights, buffers, losses and evaluations agree; what is counted is equal."""
+    for a, b in zip(ours, other, strict=True):
+        torch.testing.assert_close(a.state, b.state, rtol=rtol, atol=atol)
+        torch.testing.assert_close(a.head, b.head, rtol=rtol, atol=atol)
+        torch.testing.assert_close(a.losses, b.losses, rtol=rtol, atol=atol)
+        assert [e.step for e in a.evaluations] == [e.step for e in b.evaluations]
+        torch.testing.assert_close([e.test_loss for e in a.evaluations], [e.test_loss for e in b.evaluations], rtol=rtol, atol=atol)
+        assert a.report.staleness == b.report.staleness
+        assert a.report.updates == b.report.updates
