@@ -1,4 +1,4 @@
-"""tests/gpu/run.sh on a machine without a GPU: every part says why it is skipped, and what fails or hangs is seen."""
+"""On a machine without a GPU every part of tests/gpu/run.sh says why it is skipped; a part that fails or hangs is seen."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ HERE = ROOT / "tests" / "gpu"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """What run.sh starts, as a module."""
+    """Loads what run.sh starts, as a module."""
     return loaded(HERE / "parts.py")
 
 
 def loaded(path: Path) -> ModuleType:
-    """A script as a module."""
+    """Loads a script as a module."""
     spec = util.spec_from_file_location("a_script", path)
     assert spec is not None
     assert spec.loader is not None
@@ -85,7 +85,7 @@ def test_wheels_bring_what_python_lacks_and_nothing_else(script: ModuleType, tmp
 
 @pytest.mark.parametrize("precision", ["single", "bf16"])
 def test_the_benchmarks_contenders_run(precision: str) -> None:
-    """On a CPU, where nothing is captured: what makes each of them, and a turn of three batches."""
+    """Each can be built, and runs a turn of three batches, on a CPU, where nothing is captured."""
     run, device = loaded(ROOT / "benchmarks" / "gpu" / "run.py"), torch.device("cpu")
     names = [name for name in run.METHODS if precision == "single" or name != "fdg mixed"]  # which autocast does not go with
     work = run.Work("resnet8", 4, precision)

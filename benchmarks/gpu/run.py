@@ -65,7 +65,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Work:
-    """Names a network, samples in a batch, and a precision: single with TF32 in convolutions (torch's default), or bfloat16, channels last."""
+    """Names a network, samples in a batch and a precision: single, with TF32 in convolutions as torch has it, or bf16, channels last."""
 
     model: str
     rows: int

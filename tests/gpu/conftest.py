@@ -1,4 +1,4 @@
-"""For tests that need a GPU: they skip where torch sees none, and let cuDNN add in the same order every time."""
+"""Tests that need a GPU skip where torch sees none, and have cuDNN add in the same order every time."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SHORT = ["--models", "resnet20", "--rows", "32", "128", "--rounds", "3", "--batc
 
 @dataclass(frozen=True)
 class Part:
-    """Something to run: words for python3, how many GPUs it needs, and the most seconds that it may take."""
+    """Holds what to run: words for python3, how many GPUs it needs, and the most seconds that it may take."""
 
     name: str
     words: Sequence[str]
@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended, in a word and in detail."""
+    """Says in a word and in detail how a part ended."""
 
     part: Part
     word: str  # passed, failed, skipped
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def parts(folder: Path) -> list[Part]:
-    """All of them; the benchmark writes into the folder."""
+    """Returns all parts; the benchmark writes into the folder."""
     here = "tests/gpu/test_"
     return [
         Part("training in one process", [*TESTS, f"{here}training_on_gpu.py"]),
@@ -61,7 +61,7 @@ def parts(folder: Path) -> list[Part]:
 
 
 def unpacked(wheels: Path, into: Path) -> None:
-    """Unpack what this Python lacks."""
+    """Unpacks the wheels that this Python lacks."""
     for wheel in sorted(wheels.glob("*.whl")):
         try:
             metadata.distribution(wheel.name.split("-")[0])
@@ -70,26 +70,26 @@ def unpacked(wheels: Path, into: Path) -> None:
 
 
 def environment(site: Path) -> dict[str, str]:
-    """What the parts see: the package, and what has been unpacked; of pytest's plugins only those that are named."""
+    """Returns the environment of the parts, with the package and what was unpacked; pytest loads only the plugins that are named."""
     path = os.pathsep.join([str(ROOT / "src"), str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     more = {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **more}
 
 
 def missing(site: Path) -> list[str]:
-    """Packages that neither this Python nor the folder has."""
+    """Returns the packages that neither this Python nor the folder has."""
     return [name for name in NEEDED if PathFinder.find_spec(name, [*sys.path, str(site)]) is None]
 
 
 def gpus(site: Path) -> tuple[int, str]:
-    """The GPUs that torch sees, and the name of the first."""
+    """Returns the number of GPUs that torch sees, and the name of the first."""
     said = subprocess.run([sys.executable, "-c", COUNT], env=environment(site), capture_output=True, text=True, check=True).stdout
     count, _, name = said.strip().partition(" ")
     return int(count), name
 
 
 def run(part: Part, env: dict[str, str], log: Path, limit: float) -> Outcome:
-    """Run a part with all that it starts in a group of processes that ends with it."""
+    """Runs a part, and all that it starts, in a group of processes that ends with it."""
     began = time.monotonic()
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -111,13 +111,13 @@ def run(part: Part, env: dict[str, str], log: Path, limit: float) -> Outcome:
 
 
 def summary(text: str) -> str:
-    """pytest's own count: "3 failed, 20 passed, 1 skipped"."""
+    """Returns pytest's own count, such as "3 failed, 20 passed, 1 skipped"."""
     found = re.findall(r"^(?:=+ )?(\d+ (?:failed|passed|skipped|error|deselected)[^=\n]*?) in [\d.]+s", text, re.MULTILINE)
     return found[-1] if found else ""
 
 
 def every(todo: Sequence[Part], there: int, env: dict[str, str], folder: Path, whole: float = WHOLE) -> list[Outcome]:
-    """One part after the other, while there is time."""
+    """Runs one part after the other, while there is time."""
     ends, outcomes = time.monotonic() + whole, []
     for number, part in enumerate(todo):
         left = ends - time.monotonic()
@@ -136,7 +136,7 @@ def every(todo: Sequence[Part], there: int, env: dict[str, str], folder: Path, w
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A line per part."""
+    """Returns a line per part."""
     wide = max(len(outcome.part.name) for outcome in outcomes)
     return "\n".join(f"{one.part.name:<{wide}}  {one.word:<7}  {one.seconds:6.1f} s  {one.detail}" for one in outcomes)
 

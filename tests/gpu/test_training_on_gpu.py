@@ -64,7 +64,7 @@ def test_dropout_draws_the_masks_of_the_oracle(method: Method) -> None:
 
 
 def plain(data: Samples, execution: Execution, epochs: int) -> tuple[nn.Module, list[float]]:
-    """A training loop as everyone writes it."""
+    """Trains by the loop that everyone writes."""
     model = resnet().to(GPU).train()
     if execution.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -110,7 +110,7 @@ def test_precisions_and_layouts_under_delay(method: Method, execution: Execution
 
 
 def trained(device: str, **options: Any) -> tuple[nn.Module, Result]:
-    """FDG in two stages, in double precision, evaluated twice."""
+    """Trains by FDG in two stages, in double precision, with two evaluations."""
     model = resnet().double()
     data, test = Samples("image", 24, 8, torch.float64), Samples("image", 11, 4, torch.float64, seed=1)
     result = fit(model, data, test, loss=cross_entropy, optimizer=SGD, stages=2, cuts=[4], epochs=2, workers="inline", device=device,
@@ -134,7 +134,7 @@ def test_fit_evaluates_and_brings_the_weights_home() -> None:
 
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_codecs_on_a_gpu(codec: str) -> None:
-    """What is encoded there is what is encoded on a CPU: values to a half step are the same, so losses agree closely."""
+    """A codec has the same steps on both devices, so losses agree closely, and the bytes are equal."""
     made = [[replace(job, codec=parse(codec)) for job in jobs64("conv", 3, FDG())] for _ in range(2)]
     ours, other = on_gpu(made[0]), inline(made[1])
     assert ours[-1].losses == pytest.approx(other[-1].losses, rel=1e-3)

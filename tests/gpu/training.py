@@ -1,4 +1,4 @@
-"""Shared by the tests on a GPU: runs there, and comparing them with runs elsewhere."""
+"""The tests on a GPU share this: runs there, and comparisons with runs elsewhere."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ EXECUTIONS = (Execution(amp=True), Execution(channels_last=True), Execution(chun
 
 
 def on_gpu(made: list[StageJob], captured: bool = False) -> list[StageResult]:
-    """All stages in this process, on one GPU."""
+    """Trains all stages in this process, on one GPU."""
     return run_inline(made, GPU, lambda event: None, threads=1, captured=captured)
 
 
 def without_dropout(made: list[StageJob]) -> list[StageJob]:
-    """The same jobs; a GPU draws other masks than a CPU."""
+    """Returns the same jobs; a GPU draws other masks than a CPU."""
     for job in made:
         for module in (job.module, *([job.head] if job.head else [])):
             for dropout in (m for m in module.modules() if isinstance(m, nn.Dropout)):
@@ -32,12 +32,12 @@ def without_dropout(made: list[StageJob]) -> list[StageJob]:
 
 
 def jobs64(work: str, K: int, method: Any, **options: Any) -> list[StageJob]:
-    """Jobs in double precision and without dropout: nothing but the order of sums may differ between devices."""
+    """Returns jobs in double precision and without dropout: nothing but the order of sums may differ between devices."""
     return without_dropout(jobs(work, K, method, dtype=torch.float64, **options))
 
 
 def assert_close(ours: list[StageResult], other: list[StageResult], rtol: float = 1e-7, atol: float = 1e-9) -> None:
-    """Weights, buffers, losses and evaluations agree; what is counted is equal."""
+    """Asserts that weights, buffers, losses and evaluations agree, and that what is counted is equal."""
     for a, b in zip(ours, other, strict=True):
         torch.testing.assert_close(a.state, b.state, rtol=rtol, atol=atol)
         torch.testing.assert_close(a.head, b.head, rtol=rtol, atol=atol)
