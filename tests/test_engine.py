@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import delock.engine.engine
-import delock.run.worker
+import delock.run.history
 from delock.links import Message
 from delock.methods import BP, DSP, FDG, GPipe, Method, OneFOneB
 from delock.run.inline import run_inline
@@ -40,7 +40,7 @@ class Hands:
 def hands(monkeypatch: pytest.MonkeyPatch) -> Hands:
     made = Hands()
     monkeypatch.setattr(delock.engine.engine, "perf_counter", made)
-    monkeypatch.setattr(delock.run.worker.time, "perf_counter", made)
+    monkeypatch.setattr(delock.run.history.time, "perf_counter", made)
     return made
 
 

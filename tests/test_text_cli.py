@@ -20,7 +20,7 @@ from delock.cli.config.options import IMAGES
 from delock.cli.config.options import TEXT as TEXT_DEFAULTS
 from delock.cli.sample import decoder
 from delock.data import Alphabet, load_text
-from delock.draw.curves import Run, _shown
+from delock.draw.curves import Run, _metric_name
 from delock.errors import UsageError
 from delock.nets import generate, gpt, nats
 from delock.optim.factories import AdamW, decays
@@ -224,7 +224,7 @@ def test_a_comparison_of_language_models(here: Path, capsys: pytest.CaptureFixtu
     [({"bits_per_byte": 2.0}, "bits_per_byte"), ({"x": 1.0, "bits_per_character": 2.0}, "bits_per_character"), ({"x": 1.0}, None)],
 )
 def test_the_metric_that_is_drawn(metrics: dict[str, float], shown: str | None) -> None:
-    assert _shown([Run("a", ()), Run("b", [EvaluationRecord(1, 1.0, 1.0, 1.0, metrics, 1.0, 1)])]) == shown
+    assert _metric_name([Run("a", ()), Run("b", [EvaluationRecord(1, 1.0, 1.0, 1.0, metrics, 1.0, 1)])]) == shown
 
 
 def test_a_head_is_compared_with_its_stage(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
