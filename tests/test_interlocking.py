@@ -91,7 +91,7 @@ def by_engine(
     method: Method, stages: Sequence[nn.Module], heads: dict[int, Any], made: list[Any], *, loss: Any, optimizer: Any
 ) -> list[StageResult]:
     """These stages, inline, over these batches."""
-    common: dict[str, Any] = {"method": method, "course": RunLength(len(made)), "per_epoch": len(made), "schedule": None, "metrics": {}}
+    common: dict[str, Any] = {"method": method, "length": RunLength(len(made)), "per_epoch": len(made), "schedule": None, "metrics": {}}
     common |= {"K": len(stages), "optimizer": optimizer, "loss": loss, "seed": 7, "names": {}}
     loader, stages, heads = as_loader(made), copy.deepcopy(stages), copy.deepcopy(heads)
     return inline([StageJob(k=k, module=m, train=None if k else loader, head=heads.get(k), **common) for k, m in enumerate(stages)])
