@@ -20,16 +20,16 @@ from delock.run.ranks import run_rank
 from delock.run.worker import Worker
 from delock.stage import OptimizerFactory
 
+import papers
 from oracles_local import tiny_heads
+from papers import ORDERS
 from workloads import WORK, Samples, sgd, warm_up
 
 CPU = torch.device("cpu")
-ORDERS = ("forward-first", "backward-first")
 
 
 def every_method(K: int) -> list[Method]:
     """Each method with each of its derivatives, orders, reduces and lags; of interlocking backpropagation a choice."""
-    p, q = (2, 1, 3, 1)[: K - 1], (1, 2, 1, 1)[: K - 1]
     return [
         BP(),
         BP(accumulate=3),
@@ -45,7 +45,7 @@ def every_method(K: int) -> list[Method]:
             for order in ORDERS
         ),
         DSP(),
-        DSP(p=p, q=q),
+        papers.uneven_dsp(K),
         DGL(),
         *(Interlocking(n_wise=n) for n in sorted({*range(1, min(K, 3) + 1), K})),
         Interlocking(n_wise=min(K, 2), combine="sum", send="late"),

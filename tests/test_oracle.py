@@ -10,8 +10,10 @@ from delock.run.job import StageResult
 
 import oracles
 import oracles_ticks
-from harness import ORDERS, inline, jobs
-from oracles import OracleRun, delays_of
+import papers
+from harness import inline, jobs
+from oracles import OracleRun
+from papers import ORDERS
 from workloads import WORK, batches, sgd, warm_up
 
 N = 30  # batches of 5 samples and a last one of 3: ten epochs of 13 samples
@@ -39,18 +41,9 @@ def assert_close(got: list[StageResult], want: OracleRun) -> None:
     assert oracles.gap(torch.tensor(got[-1].losses, dtype=torch.float64), torch.stack(want.losses).double()) <= 1e-10
 
 
-def lags(method: Method, K: int) -> dict[str, object]:
-    """The oracle's options for a delayed method, from the papers' lags and not from the method's own formulas."""
-    links = K - 1
-    p, q = {
-        "ddg": ([0] * links, [1] * links),
-        "fr": ([0] * links, [1] * links),
-        "fdg": ([1] * links, [1] * links),
-        "adl": ([1] * links, [1] * links),
-        "dsp": ([2, 1, 3, 1][:links], [1, 2, 1, 1][:links]),
-    }[method.name]
-    options: dict[str, object] = {"delays": delays_of(p, q)}
-    options |= {"at": getattr(method, "at", "replay" if method.name in ("fr", "dsp") else "stash")}
+def options_of(method: Method, K: int) -> dict[str, object]:
+    """The oracle's options for a delayed method, from the papers' table and not from the method's own formulas."""
+    options: dict[str, object] = {"delays": papers.delays(method, K), "at": papers.derivative(method)}
     options |= {"backward_first": getattr(method, "order", "") == "backward-first", "shrink": getattr(method, "beta", 1.0)}
     return options | {"M": method.batches_per_update, "reduce": getattr(method, "reduce", "mean")}
 
@@ -69,14 +62,14 @@ DELAYED = [
             for reduce in ("mean", "sum")
             for order, at in (("forward-first", "stash"), ("backward-first", "stash"), ("forward-first", "mixed"))
         ),
-        DSP(p=(2, 1, 3, 1)[: K - 1], q=(1, 2, 1, 1)[: K - 1]),
+        papers.uneven_dsp(K),
     )
 ]
 
 
 @pytest.mark.parametrize(("work", "K", "method"), DELAYED, ids=lambda value: str(value))
 def test_delayed(work: str, K: int, method: Method) -> None:
-    assert_close(run(method, K, work), oracle(method, K, work, **lags(method, K)))
+    assert_close(run(method, K, work), oracle(method, K, work, **options_of(method, K)))
 
 
 @pytest.mark.parametrize("work", ["conv", "tuple"])
@@ -115,7 +108,7 @@ def test_mixed_is_what_the_released_code_computed(work: str, K: int, backward_fi
         loss=loss,
         make_optimizer=sgd,
         make_schedule=warm_up,
-        delays=[2 * (K - 1 - k) for k in range(K)],
+        delays=papers.delays(FDG(), K),
         backward_first=backward_first,
         shrink=beta,
         seed=7,

@@ -11,10 +11,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from delock.errors import PlanError, UsageError
-from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, AsyncDGL, GPipe, Interlocking, Method, make
+from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, AsyncDGL, GPipe, Method, make
 from delock.ops import Backward, Evaluate, Forward, Update, label
 from delock.plan import Plan, RunLength, Step, chart, check, needs, unroll, walk, windows
 from delock.timeline import gradient_staleness, layer_staleness, warm_mean
+
+import papers
 
 COURSE = RunLength(batches=11, every=4, evaluation=2)  # the last stretch is shorter, and 11 leaves incomplete groups for M = 2, 3, 4
 STAGES = pytest.mark.parametrize("K", range(1, 9))
@@ -42,28 +44,6 @@ def values(hint: Any, K: int) -> Sequence[Any]:
     if hint is float:
         return (0.5,)
     return (1, 2, tuple(1 + (2 * link) % 3 for link in range(K - 1)))  # lags
-
-
-def formula_delay(method: Method, k: int, K: int) -> int:
-    """D_k by the table of the papers."""
-    match method:
-        case DDG() | FR():
-            return K - 1 - k
-        case FDG() | ADL():
-            return 2 * (K - 1 - k)
-        case DSP(p, q):
-            return sum((p[j] if isinstance(p, tuple) else p) + (q[j] if isinstance(q, tuple) else q) for j in range(k, K - 1))
-        case _:
-            return 0
-
-
-def formula_staleness(method: Method, b: int, k: int, K: int) -> int:
-    """Gradient staleness of batch b: floor(b/M) - floor(max(0, b - D_k + e)/M); 0 where nothing is taken at old weights."""
-    if not isinstance(method, DDG | FDG | ADL):
-        return 0
-    M = method.accumulate if isinstance(method, ADL) else 1
-    e = int(getattr(method, "order", "") == "backward-first" and k < K - 1)
-    return b // M - max(0, b - formula_delay(method, k, K) + e) // M
 
 
 def shown(column: Sequence[Step], updates: bool = False) -> list[str]:
@@ -104,30 +84,13 @@ def test_every_batch_is_forwarded_and_backwarded_once_per_stage(K: int) -> None:
             n = COURSE.batches * method.parts
             assert [op.batch for op in ops if isinstance(op, Forward)] == list(range(n)), method
             backwards = [op for op in ops if isinstance(op, Backward)]
-            assert [op.batch for op in backwards if op.part != "input"] == sorted(list(range(n)) * trainers(method, k, K)), method
+            assert [op.batch for op in backwards if op.part != "input"] == sorted(list(range(n)) * papers.trainers(method, k, K)), method
             assert ops.count(next(op for op in ops if isinstance(op, Update))) == -(-COURSE.batches // method.batches_per_update)
             assert {step.up for step in column if isinstance(step.op, Forward)} == {k < K - 1}
             down = [step.op.loss for step in column if isinstance(step.op, Backward) and step.down]
-            assert down == passed_on(method, k, K) * n, method
+            assert down == papers.sent_down(method, k, K) * n, method
             last = [step.op.batch for step in column if isinstance(step.op, Backward) and step.last]
             assert last == list(range(n)), method
-
-
-def trainers(method: Method, k: int, K: int) -> int:
-    """How many losses train stage k."""
-    return min(method.n_wise, K - k) if isinstance(method, Interlocking) and method.combine != "furthest" else 1
-
-
-def passed_on(method: Method, k: int, K: int) -> list[int]:
-    """The losses whose errors stage k sends down, nearest first."""
-    match method:
-        case DGL():
-            return []
-        case Interlocking(N, combine):
-            nearest = max(k, N - 1) if combine == "furthest" else k
-            return [loss for loss in range(nearest, K) if 0 <= loss - (k - 1) < N and k > 0]
-        case _:
-            return [K - 1] if k > 0 else []
 
 
 @STAGES
@@ -135,7 +98,7 @@ def test_gradient_staleness_of_every_batch(K: int) -> None:
     for method in cases(K):
         n = 4 * K + 9
         for k, column in enumerate(unroll(method, K, n).columns):
-            expected = {b: formula_staleness(method, b, k, K) for b in range(n * method.parts)}
+            expected = {b: papers.staleness(method, b, k, K) for b in range(n * method.parts)}
             assert gradient_staleness(column) == expected, (method, k)
 
 
@@ -143,16 +106,16 @@ def test_gradient_staleness_of_every_batch(K: int) -> None:
 def test_layer_staleness_of_every_batch(K: int) -> None:
     for method in cases(K):
         for k, column in enumerate(unroll(method, K, COURSE).columns):
-            D = formula_delay(method, k, K)
+            D = papers.delays(method, K)[k]
             assert method.delay(k, K) == D
             assert layer_staleness(column) == dict.fromkeys(range(COURSE.batches * method.parts), D), (method, k)
 
 
 @STAGES
 def test_warm_groups(K: int) -> None:
-    for M, order in product(range(1, 5), ("forward-first", "backward-first")):
+    for M, order in product(range(1, 5), papers.ORDERS):
         for k, column in enumerate(unroll(ADL(M, order=order), K, 12 * K).columns):  # type: ignore[arg-type]
-            D, e = 2 * (K - 1 - k), int(order == "backward-first" and k < K - 1)
+            D, e = papers.delays(ADL(), K)[k], int(order == "backward-first" and k < K - 1)
             staleness = gradient_staleness(column)
             last = 12 * K // M * M - M
             assert [staleness[last + j] for j in range(M)] == [max(0, -((j - D + e) // M)) for j in range(M)]
@@ -185,7 +148,7 @@ def test_no_update_before_the_first_error(K: int) -> None:
             kinds = [type(step.op) for step in column]
             assert kinds.index(Update) > kinds.index(Backward)
             before = sum(isinstance(step.op, Forward) and step.version == 0 for step in column)
-            assert before >= min(COURSE.batches, formula_delay(method, k, K)), method
+            assert before >= min(COURSE.batches, papers.delays(method, K)[k]), method
 
 
 def test_an_incomplete_last_group_is_applied_after_the_drain() -> None:

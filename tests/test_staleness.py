@@ -16,7 +16,7 @@ from delock.ops import Update
 from delock.plan import Step
 from delock.timeline import gradient_staleness, layer_staleness
 
-import oracles
+import papers
 from chain import Chain
 from harness import in_processes, inline, jobs
 
@@ -76,30 +76,13 @@ def ticking(method: Method, K: int) -> Chain:
     return Chain(modules, method, data, loss=lambda out, y: out.sum(), optimizer=Ticking)
 
 
-def lags(method: Method, K: int) -> list[int]:
-    """D_k from the lags of the spec, not from the method's own formula."""
-    links = K - 1
-    p, q = {"ddg": (0, 1), "fr": (0, 1), "fdg": (1, 1), "adl": (1, 1), "dsp": (1, 1)}.get(method.name, (0, 0))
-    ps, qs = [p] * links, [q] * links
-    if method == DSP(p=2, q=3):
-        ps, qs = [2] * links, [3] * links
-    return oracles.delays_of(ps, qs)
-
-
-def expected(method: Method, K: int, k: int) -> tuple[list[int], list[int]]:
-    """Per batch: the version its forward used, and the version it was applied to."""
-    M, D = method.batches_per_update, lags(method, K)[k]
-    e = int(getattr(method, "order", "") == "backward-first" and k < K - 1)
-    return [max(0, b - D + e) // M for b in range(BATCHES)], [b // M for b in range(BATCHES)]
-
-
 DELAYED: list[Method] = [
     DDG(),
     FR(),
     DSP(),
     DSP(p=2, q=3),
-    *(FDG(at=at, order=order) for at in ("stash", "mixed") for order in ("forward-first", "backward-first")),
-    *(ADL(accumulate=M, order=order) for M in (1, 2, 3, 4) for order in ("forward-first", "backward-first")),
+    *(FDG(at=at, order=order) for at in ("stash", "mixed") for order in papers.ORDERS),
+    *(ADL(accumulate=M, order=order) for M in (1, 2, 3, 4) for order in papers.ORDERS),
     ADL(accumulate=3, at="mixed", order="backward-first"),
 ]
 
@@ -118,19 +101,20 @@ def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> No
 
         s.prepare = look
     chain.run()
-    replay = isinstance(method, FR | DSP)
+    derivative = papers.derivative(method)
     for k, stage in enumerate(chain.stages):
-        used, applied = expected(method, K, k)
-        count_staleness = [0 if replay else a - u for u, a in zip(used, applied, strict=True)]
+        used, applied = zip(*(papers.versions(method, b, k, K) for b in range(BATCHES)), strict=True)
+        D = papers.delays(method, K)[k]
+        count_staleness = [0 if derivative == "replay" else a - u for u, a in zip(used, applied, strict=True)]
         assert list(said[k].values()) == count_staleness
         assert gradient_staleness(chain.spans[k]) == dict(enumerate(count_staleness))
-        assert layer_staleness(chain.spans[k]) == dict.fromkeys(range(BATCHES), lags(method, K)[k])
+        assert layer_staleness(chain.spans[k]) == dict.fromkeys(range(BATCHES), D)
         log = chain.engines[k].log
-        assert (log.staleness, log.layer_staleness) == (Counter(count_staleness), Counter({lags(method, K)[k]: BATCHES}))
+        assert (log.staleness, log.layer_staleness) == (Counter(count_staleness), Counter({D: BATCHES}))
         for layer in stage.module:
-            assert [layer.forwards[b][0] for b in range(BATCHES)] == used
-            at = used if getattr(method, "at", "") == "stash" or method.name == "ddg" else applied
-            assert [layer.jacobians[b] for b in range(BATCHES)] == at
+            assert [layer.forwards[b][0] for b in range(BATCHES)] == list(used)
+            at = used if derivative == "stash" else applied
+            assert [layer.jacobians[b] for b in range(BATCHES)] == list(at)
         assert [span.version for span in chain.spans[k] if isinstance(span.op, Update)] == list(range(applied[-1] + 1))
 
 
