@@ -158,9 +158,9 @@ def most(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int, int]:
 
 def holds(s: Stage, replayed: int | None = None) -> tuple[int, int, int]:
     """Live graphs, stored inputs, versions of the weights; versions are held once each, however many graphs refer to them."""
-    kept = list(s.memory.items())
+    kept = list(s.in_flight.items())
     graphs = [m for _, m in kept if m.outputs is not None]
-    copies = {m.weights["weight"].data_ptr(): m.taken for m in graphs if m.weights}
+    copies = {m.weights["weight"].data_ptr(): m.version for m in graphs if m.weights}
     assert len(set(copies.values())) == len(copies), "a version was copied twice"
     assert all(m.weights is None for b, m in kept if m.outputs is None)
     inputs = [b for b, m in kept if m.step.keep == "input" and (m.outputs is None or b == replayed)]
@@ -173,11 +173,11 @@ def test_nothing_is_left_when_a_run_ends_and_graphs_go_with_their_last_use(metho
     graphs: dict[tuple[int, int], Any] = {}
     for k, step in chain.steps():
         match step.op:
-            case Forward(b) if b in chain.stages[k].memory and chain.stages[k].memory[b].outputs is not None:
-                graphs[k, b] = weakref.ref(chain.stages[k].memory[b].outputs)
+            case Forward(b) if b in chain.stages[k].in_flight and chain.stages[k].in_flight[b].outputs is not None:
+                graphs[k, b] = weakref.ref(chain.stages[k].in_flight[b].outputs)
             case Backward(b) if step.last and (k, b) in graphs:
                 assert graphs[k, b]() is None, f"stage {k} still holds the graph of batch {b}"
-    assert not any(s.memory for s in chain.stages)
+    assert not any(s.in_flight for s in chain.stages)
     assert not any(g is not None for s in chain.stages for g in s.learner.grads)
     assert not any(p.grad is not None for s in chain.stages for p in s.learner.weights)
     assert not any(chain.box.queues.values())
@@ -202,7 +202,7 @@ def test_a_state_holds_each_version_of_the_weights_once() -> None:
     first = chain.stages[0]
     second = stage(copy.deepcopy(first.module), 0, 3)
     checkpoint.load(second, pickle.loads(pickle.dumps(checkpoint.state(first))))
-    assert {b: m.taken for b, m in second.memory.items()} == {b: m.taken for b, m in first.memory.items()}
+    assert {b: m.version for b, m in second.in_flight.items()} == {b: m.version for b, m in first.in_flight.items()}
     assert holds(second) == holds(first)
     assert holds(first)[2] > 1
 

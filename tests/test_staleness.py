@@ -97,7 +97,7 @@ def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> No
 
         def look(step: Step, k: int = k, s: Any = s, prepare: Callable[[Step], None] = s.prepare) -> None:
             prepare(step)
-            said[k][step.op.batch] = s.version - s.memory[step.op.batch].taken
+            said[k][step.op.batch] = s.version - s.in_flight[step.op.batch].version
 
         s.prepare = look
     chain.run()

@@ -41,6 +41,7 @@ DERIVATIVES: Mapping[tuple[At, bool], Derivative] = MappingProxyType(
     }
 )
 
+
 @dataclass(frozen=True, slots=True)
 class Forward:
     """h_{k+1} = f_k(h_k; w_k): compute and pass on the activation of one (micro-)batch.

@@ -1,4 +1,4 @@
-"""What is in flight on a stage, as values that can be saved: a graph is its input and its weights, and is built again from them."""
+"""Saves and restores a stage with its batches in flight: a graph is saved as its input and its weights, and built again from them."""
 
 from __future__ import annotations
 
@@ -8,64 +8,72 @@ from typing import Any
 from torch import Tensor
 
 from delock.errors import UsageError
+from delock.links.message import Message
+from delock.plan.steps import Step
 from delock.stage.in_flight import InFlight
 from delock.stage.module import Weights
 from delock.stage.stage import Stage
 
 
 def state(stage: Stage) -> dict[str, Any]:
-    """Everything the stage needs to go on elsewhere; save or copy it before the stage goes on.
+    """Returns everything that the stage needs to go on elsewhere; save or copy it before the stage goes on.
 
     Raises UsageError for at="mixed" without resumable=True: the weights that its graphs were built with are gone.
     """
-    if stage.mixed and not stage.resumable and stage.memory:
+    if stage.mixed and not stage.resumable and stage.in_flight:
         raise UsageError('a stage with at="mixed" can be saved in the middle of a run only when it was built with resumable=True')
     return {
         "module": stage.body.module.state_dict(),
         "head": stage.head.module.state_dict() if stage.head else None,
         "learner": stage.learner.state(),
         "clones_inputs": stage.body.clones_inputs,
-        "memory": {b: (m.step, m.message, m.taken, _weights_of(stage, m), m.outputs is not None) for b, m in stage.memory.items()},
+        "in_flight": {batch: _saved(stage, held) for batch, held in stage.in_flight.items()},
     }
 
 
 def load(stage: Stage, saved: Mapping[str, Any]) -> None:
-    """Continue from `state` of an equal stage: every graph is built again at the weights it was built with, bit for bit."""
+    """Continues from `state` of an equal stage: every graph is built again at the weights it was built with, bit for bit."""
     stage.body.module.load_state_dict(saved["module"])
     if stage.head:
         stage.head.module.load_state_dict(saved["head"])
     stage.learner.load(saved["learner"])
     stage.body.clones_inputs = saved["clones_inputs"]
-    stage.snapshot, stage.memory = None, {}
-    shared: dict[int, Weights] = {}  # version -> its weights, one copy for all graphs
-    for batch, (step, message, taken, weights, graph) in saved["memory"].items():
-        memory = InFlight(step, message, taken)
-        if weights is not None:
-            memory.weights = shared.setdefault(taken, {name: w.clone().requires_grad_() for name, w in weights.items()})
-        elif step.snapshot or (stage.mixed and graph):
-            memory.weights = stage.current()
-        if graph and message.values is not None:
-            _rebuild(stage, memory)
-        stage.memory[batch] = memory
+    stage.snapshot = None
+    copies: dict[int, Weights] = {}  # version -> its weights, one copy for all graphs
+    stage.in_flight = {batch: _restored(stage, copies, *parts) for batch, parts in saved["in_flight"].items()}
 
 
-def _weights_of(stage: Stage, memory: InFlight) -> Weights | None:
-    if memory.weights is None or memory.weights is stage.snapshot:
-        return None  # the current ones
-    return {name: w.detach() for name, w in memory.weights.items()}
+def _saved(stage: Stage, held: InFlight) -> tuple[Step, Message, int, Weights | None, bool]:
+    """Returns the Forward, its message, the version of the weights, those unless they are the current ones, and if there is a graph."""
+    current = held.weights is None or held.weights is stage.snapshot
+    weights = None if current else {name: w.detach() for name, w in (held.weights or {}).items()}
+    return held.step, held.message, held.version, weights, held.outputs is not None
 
 
-def _rebuild(stage: Stage, memory: InFlight) -> None:
-    if not stage.mixed or memory.weights is None:
-        stage.build(memory, memory.weights, is_replay=True)
+def _restored(
+    stage: Stage, copies: dict[int, Weights], step: Step, message: Message, version: int, weights: Weights | None, graph: bool
+) -> InFlight:
+    held = InFlight(step, message, version)
+    if weights is not None:
+        held.weights = copies.setdefault(version, {name: w.clone().requires_grad_() for name, w in weights.items()})
+    elif step.snapshot or (stage.mixed and graph):
+        held.weights = stage.current()
+    if graph and message.values is not None:
+        _rebuild(stage, held)
+    return held
+
+
+def _rebuild(stage: Stage, held: InFlight) -> None:
+    if not stage.mixed or held.weights is None:
+        stage.build(held, held.weights, is_replay=True)
         return
     now = {name: w.detach().clone() for name, w in stage.body.weights.items()}
-    _overwrite(stage, memory.weights)
-    stage.build(memory, None, is_replay=True)
+    _overwrite(stage, held.weights)
+    stage.build(held, None, is_replay=True)
     _overwrite(stage, now)
 
 
 def _overwrite(stage: Stage, values: Mapping[str, Tensor]) -> None:
-    """Write to the weights unseen by autograd, under the live graphs, as the optimizer does."""
+    """Writes to the weights unseen by autograd, under the live graphs, as the optimizer does."""
     for weight, value in zip(stage.learner.weights, values.values(), strict=True):
         weight.data.copy_(value)

@@ -1,4 +1,4 @@
-"""A module through torch.compile: compiled once, before training, for the shapes that will come; whatever else comes runs as it is."""
+"""Runs a module through torch.compile: compiled once, before training, for the shapes that will come; other inputs run uncompiled."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers o
 
 
 class Compiled(nn.Module):
-    """`inner`, compiled; called with one argument, as it is. Parameters and buffers may be swapped under it by functional_call.
+    """The module `inner`, compiled; functional_call may swap parameters and buffers under it.
 
-    Inside `compiling` it compiles what it is called with; else what has not been compiled (a smaller last batch) runs uncompiled. Random
-    numbers are torch's, not inductor's: dropout has the masks of the uncompiled module, unless the layout of its input is another one.
+    Inside `compiling` it compiles for the inputs of each call. Elsewhere an input of a shape that was not compiled, such as a smaller last
+    batch, runs uncompiled. Random numbers are torch's, not inductor's: dropout has the masks of the uncompiled module, unless its input has
+    another layout.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -39,9 +40,9 @@ class Compiled(nn.Module):
 
     @contextmanager
     def compiling(self, what: str) -> Iterator[None]:
-        """Where it may compile. Raises UsageError, about `what`, where that fails.
+        """Lets calls within the block compile. Raises UsageError, about `what`, where that fails.
 
-        Buffers that a backward may write to are turned off, because a graph may be needed by several.
+        Donated buffers, which a backward may overwrite, are turned off, because several backwards may need a graph.
         """
         self.stance = "default"
         try:
@@ -56,16 +57,16 @@ class Compiled(nn.Module):
 
 
 def statistics(module: nn.Module) -> dict[str, Tensor]:
-    """The statistics that batch norms keep, by name, as tensors of their own over the same memory, to be swapped in for a compiled call.
+    """Returns the statistics that batch norms keep, by name, as new tensors over the same memory, to be swapped in for a compiled call.
 
-    Compiled code writes them by autograd's rules, an uncompiled batch norm does not: with versions of their own they may be written while
-    graphs of other batches hold them.
+    Compiled code writes them by autograd's rules, an uncompiled batch norm does not. New tensors have version counters of their own, so
+    they may be written while graphs of other batches hold the old ones.
     """
     return {name: buffer.data for name, buffer in module.named_buffers() if name.rpartition(".")[2] in STATISTICS}
 
 
 def _undonated() -> AbstractContextManager[object]:
-    """Within it, what is compiled may go backward twice. A torch without the setting says so itself where it cannot."""
+    """Returns a context in which compiled graphs may go backward twice. A torch without the setting raises an error where it cannot."""
     try:
         from torch._functorch import config
 

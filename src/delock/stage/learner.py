@@ -1,4 +1,4 @@
-"""Some weights with their gradients, optimizer and schedule: what an Update does."""
+"""The weights of a stage with their gradients, optimizer and schedule: an Update takes place here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ScheduleFactory = Callable[[Optimizer], LRScheduler]
 
 
 class Learner:
-    """The weights of a stage. `behind_graphs`: the optimizer writes to them unseen by autograd, under live graphs (at="mixed")."""
+    """Weights that learn. behind_graphs: the optimizer writes to them unseen by autograd, under live graphs (at="mixed")."""
 
     def __init__(
         self, named: Sequence[tuple[str, Tensor]], optimizer: OptimizerFactory, schedule: ScheduleFactory | None, behind_graphs: bool
@@ -30,17 +30,17 @@ class Learner:
         names = [name for name, _ in named]
         self.optimizer = optimizer(list(zip(names, self.weights, strict=True))) if named else None
         self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
-        _refuse_what_asks_back(self.optimizer, self.schedule)
+        _refuse_unfit(self.optimizer, self.schedule)
         self.grads: list[Tensor | None] = [None] * len(named)
         self.count = 0  # Backwards accumulated since the last Update
         self.version = 0  # Updates made
 
     def add(self, grads: Sequence[Tensor | None], first: int = 0, passed_on: Sequence[Tensor | None] = ()) -> None:
-        """g += grads, for the weights from number `first` on, in memory that is g's own and laid out as the weights are.
+        """g += grads, for the weights from index `first` on, in memory that is g's own and laid out as the weights are.
 
-        Autograd hands out one tensor as the gradient of two parameters, or as an error that is `passed_on` (y = x + a + b), and
-        optimizers write to gradients (foreach Nesterov, clipping); it picks strides as it likes (channels_last), and fused optimizers
-        do not look at them.
+        A copy is made where that is not so. Autograd may return one tensor as the gradient of two parameters, or as an error that is also
+        `passed_on` (y = x + a + b), while optimizers write to gradients (foreach Nesterov, clipping). It chooses strides as it likes
+        (channels_last), and fused optimizers do not look at strides.
         """
         taken = {address(d) for d in passed_on if d is not None}
         for i, new in enumerate(grads, first):
@@ -57,14 +57,14 @@ class Learner:
             self.grads[i] = new
 
     def norms(self) -> Tensor:
-        """The norms of the gradients, one by one: (number of weights with a gradient,)."""
+        """Returns the norms of the gradients, one by one: (number of weights with a gradient,)."""
         norms = [torch.linalg.vector_norm(g) for g in self.grads if g is not None]
         return torch.stack(norms) if norms else torch.zeros(0)
 
     def update(self, op: Update, norm: Tensor | None = None) -> None:
-        """w <- step(w, g), g <- 0, and one step of the schedule: the rate is a function of the stage's own update count.
+        """w <- step(w, g), g <- 0, and one step of the schedule: the rate is a function of the stage's own number of updates.
 
-        `norm` is |g| over the whole network, a scalar, where the op clips over it.
+        norm: |g| over the whole network, a scalar, where the op clips over it.
         """
         for w, g in zip(self.weights, self.grads, strict=True):
             w.grad = g / self.count if g is not None and op.reduce == "mean" and self.count > 1 else g
@@ -82,7 +82,7 @@ class Learner:
         self.version += 1
 
     def state(self) -> dict[str, Any]:
-        """Everything but the weights."""
+        """Returns everything but the weights."""
         return {
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
             "schedule": self.schedule.state_dict() if self.schedule else None,
@@ -92,7 +92,7 @@ class Learner:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from `state()` of an equal learner."""
+        """Continues from `state()` of an equal learner."""
         if self.optimizer:
             self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule:
@@ -100,7 +100,7 @@ class Learner:
         self.version, self.count, self.grads = state["version"], state["count"], list(state["grads"])
 
 
-def _refuse_what_asks_back(optimizer: Optimizer | None, schedule: LRScheduler | None) -> None:
+def _refuse_unfit(optimizer: Optimizer | None, schedule: LRScheduler | None) -> None:
     if isinstance(optimizer, LBFGS):
         raise UsageError("LBFGS computes the loss several times within one step, which a single stage cannot: use another optimizer")
     if isinstance(schedule, ReduceLROnPlateau):

@@ -1,4 +1,4 @@
-"""One slice of the network with its optimizer and its memory: what Forward, Backward and Update mean, exactly."""
+"""One slice of the network with its optimizer and its batches in flight: the exact meaning of Forward, Evaluate, Backward and Update."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from delock.errors import UsageError
 from delock.execution import PLAIN, Execution
 from delock.links.message import Message
 from delock.ops import Backward, Forward, Update
-from delock.plan import Step
+from delock.plan.steps import Step
 from delock.stage.in_flight import InFlight
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
 from delock.stage.module import ModuleFunction, Weights, copies, refuse_derived_weights
-from delock.stage.split_backward import Grads, joint, split_backward
-from delock.tensors import Tree, floating, leaves_of, like, with_leaves
+from delock.stage.split_backward import Gradients, gradients, joint_backward, split_backward
+from delock.tensors import Tree, Value, floating, leaves_of, like, with_leaves
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -39,7 +39,7 @@ class BackwardResult(NamedTuple):
     @property
     def version(self) -> int:
         """Version of the weights that the derivative was taken at."""
-        return self.batch.taken
+        return self.batch.version
 
     @property
     def tick(self) -> int:
@@ -50,11 +50,13 @@ class BackwardResult(NamedTuple):
 class Stage:
     """Stage k of K: a module, its optimizer and schedule, and the loss if it computes one.
 
-    `module` is called with one argument, a tensor or a tuple of tensors, as nn.Sequential is, and returns the same; `head`, the
-    auxiliary head of a stage with a loss of its own, takes its outputs and gives what the loss takes. Dropout is seeded with
-    key(seed, k, batch) before every forward and again before its replay, in the head with key(seed, k, "head", batch).
-    `mixed` says that the plan takes derivatives at="mixed": the optimizer then writes under live graphs. `names` are the parameters'
-    in the unsplit model; the head's are called heads.k.*.
+    module: called with one argument, a tensor or a tuple of tensors, as nn.Sequential is; it returns the same.
+    head: the auxiliary head of a stage with a loss of its own; it takes the module's outputs and returns what the loss takes.
+    names: the parameters' names in the unsplit model, by their names in the module; the head's are called heads.k.*.
+    seed: dropout is seeded with key(seed, k, batch) before every Forward and again before its replay, in the head with
+    key(seed, k, "head", batch).
+    mixed: derivatives are taken at="mixed", so the optimizer writes to weights under live graphs.
+    resumable: with mixed, every graph keeps the weights of its Forward, so that it can be built again from a checkpoint.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class Stage:
         named = [((names or {}).get(name, name), w) for name, w in self.body.weights.items()]
         named += [(f"heads.{k}.{name}", w) for name, w in self.head.weights.items()] if self.head else []
         self.learner = Learner(named, optimizer, schedule, mixed)
-        self.memory: dict[int, InFlight] = {}
+        self.in_flight: dict[int, InFlight] = {}  # batch ->
         self.snapshot: Weights | None = None  # of the current version, shared by all graphs that need it
 
     @property
@@ -98,12 +100,12 @@ class Stage:
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """The stage's own; None when it has nothing to learn."""
+        """The stage's own optimizer; None if the stage has no weights that learn."""
         return self.learner.optimizer
 
     @property
     def version(self) -> int:
-        """v_k: Updates made."""
+        """v_k: the Updates made so far."""
         return self.learner.version
 
     @property
@@ -111,8 +113,8 @@ class Stage:
         """Learning rate of the coming Update (of the first parameter group)."""
         return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else 0.0
 
-    def rehearse(self, values: Tree) -> None:
-        """Compile body and head for inputs like `values`."""
+    def rehearse(self, values: Value) -> None:
+        """Compiles body and head for inputs like `values`."""
         leaves = leaves_of(values, wanted=self.k > 0)
         outputs = self.body.rehearse(values, leaves, f"stage {self.k}")
         if self.head:
@@ -128,149 +130,140 @@ class Stage:
         """
         op = step.op
         assert isinstance(op, Forward)
-        if message.values is None:  # a part without samples: its Backward has nothing to do
-            self.memory[op.batch] = InFlight(step, message, self.version)
+        if message.values is None:  # a micro-batch without samples: its Backward has nothing to do
+            self.in_flight[op.batch] = InFlight(step, message, self.version)
             return message
         if not op.train:
             return self.evaluate(message)
-        memory = InFlight(step, message, self.version)
-        if step.keep == "graph":
-            memory.weights = self.current() if step.snapshot else None
-            self.build(memory, memory.weights)
-            outputs = memory.outputs
-            if self.mixed and self.resumable:
-                memory.weights = self.current()
-        elif self.execution.compile:  # by the code of its replay, for masks of its own could not be trusted to be the same
-            self.build(memory, None)
-            outputs, memory.outputs, memory.leaves = memory.outputs, None, ()
-        else:
-            with torch.no_grad():
-                outputs = self.body(op.batch, message.values)
+        held = InFlight(step, message, self.version)
+        outputs = self._with_graph(held) if step.keep == "graph" else self._without_graph(held, op.batch)
         if step.keep != "nothing":
-            self.memory[op.batch] = memory
+            self.in_flight[op.batch] = held
         return replace(message, values=self.body.sent(outputs))
 
     def evaluate(self, message: Message) -> Message:
         """h_{k+1} = f_k(h_k; w_k) in eval mode, at the newest weights: returns the outputs with the labels that came along."""
         return replace(message, values=self.body.sent(self.body.evaluate(message.values)))
 
-    def build(self, memory: InFlight, weights: Weights | None, *, is_replay: bool = False) -> None:
-        """Forward with a graph, at `weights` or the current ones; again: BatchNorm's statistics have had this batch already."""
-        values = memory.message.values
-        memory.leaves = leaves_of(values, wanted=self.k > 0)
+    def build(self, held: InFlight, weights: Weights | None, *, is_replay: bool = False) -> None:
+        """Runs the module forward with a graph, at `weights` or the current ones.
+
+        is_replay: the batch has gone forward before, so BatchNorm's statistics know it already.
+        """
+        values = held.message.values
+        held.leaves = leaves_of(values, wanted=self.k > 0)
         with torch.enable_grad():
-            memory.outputs = self.body(memory.step.op.batch, values, memory.leaves, weights, is_replay)  # type: ignore[union-attr]
+            held.outputs = self.body(held.step.op.batch, values, held.leaves, weights, is_replay)  # type: ignore[union-attr]
 
     def current(self) -> Weights:
-        """A copy of the body's weights at the current version, the same one until the next Update."""
+        """Returns a copy of the body's weights at the current version, the same one until the next Update."""
         if self.snapshot is None:
             self.snapshot = copies(self.body.weights)
         return self.snapshot
+
+    def _with_graph(self, held: InFlight) -> Tree:
+        held.weights = self.current() if held.step.snapshot else None
+        self.build(held, held.weights)
+        if self.mixed and self.resumable:
+            held.weights = self.current()
+        return held.outputs
+
+    def _without_graph(self, held: InFlight, batch: int) -> Tree:
+        if not self.execution.compile:
+            with torch.no_grad():
+                return self.body(batch, held.message.values)
+        self.build(held, None)  # by the code of the replay: code of its own could not be trusted to draw the same dropout masks
+        outputs, held.outputs, held.leaves = held.outputs, None, ()
+        return outputs
 
     # ---- Backward ------------------------------------------------------------------------------------------------------------------
 
     def prepare(self, step: Step) -> None:
         """Recomputes the graph of a Backward where it was not kept. It needs no incoming error, so it may run before that has come."""
-        memory = self.memory[step.op.batch]  # type: ignore[union-attr]
-        if memory.outputs is None and memory.message.values is not None:
-            memory.taken = self.version
-            self.build(memory, None, is_replay=True)
+        held = self.in_flight[step.op.batch]  # type: ignore[union-attr]
+        if held.outputs is None and held.message.values is not None:
+            held.version = self.version
+            self.build(held, None, is_replay=True)
 
     def backward(self, step: Step, error: Message | None) -> BackwardResult:
-        """g_k += weight (dh_{k+1}/dw_k)^T d, once `prepare` has had the step. Returns delta_k, the loss, and when both are from.
+        """g_k += weight (dh_{k+1}/dw_k)^T d, after `prepare`. Returns delta_k, the loss and the batch.
 
         `error` holds one tensor per floating output of this stage. Raises UsageError for a loss that is no scalar, or has no gradient.
         """
         op = step.op
         assert isinstance(op, Backward)
-        memory = self.memory[op.batch]
+        held = self.in_flight[op.batch]
         if step.last:
-            del self.memory[op.batch]
-        if memory.message.values is None:
-            delta, loss = Message(None) if step.down else None, torch.zeros(()) if op.loss == self.k else None
-        else:
-            delta, loss = self._gradients(step, op, memory, error)
-        return BackwardResult(delta, loss, memory)
-
-    def _gradients(self, step: Step, op: Backward, memory: InFlight, error: Message | None) -> tuple[Message | None, Tensor | None]:
+            del self.in_flight[op.batch]
+        if held.message.values is None:
+            return BackwardResult(Message(None) if step.down else None, torch.zeros(()) if op.loss == self.k else None, held)
         if op.part == "weights":
-            later, passed_on = memory.halves.pop(op.loss)
+            later, passed_on = held.deferred.pop(op.loss)
             self._learn(op, later(not step.last), passed_on)
-            return None, None
-        loss, roots, seeds = self._roots(op, memory, error)
-        passed_on = self._differentiate(step, memory, roots, seeds)
-        if not step.down:
-            return None, loss
-        deltas = tuple(torch.zeros_like(h) if d is None else d for d, h in zip(passed_on, memory.leaves, strict=True))
-        return Message(deltas), loss
+            return BackwardResult(None, None, held)
+        loss, roots, seeds = self._roots(op, held, error)
+        passed_on = self._differentiate(step, op, held, roots, seeds)
+        return BackwardResult(_error(held, passed_on) if step.down else None, loss, held)
 
-    def _differentiate(self, step: Step, memory: InFlight, roots: Sequence[Tensor], seeds: Sequence[Tensor | None]) -> Grads:
-        """The gradients of the inputs where somebody listens; those of the weights are added, or kept for later, or not wanted."""
-        op = step.op
-        assert isinstance(op, Backward)
-        leaves = list(memory.leaves) if step.down else []
-        weights = list((memory.weights if memory.step.snapshot else self.body.weights).values())  # type: ignore[union-attr]
+    def _differentiate(
+        self, step: Step, op: Backward, held: InFlight, roots: Sequence[Tensor], seeds: Sequence[Tensor | None]
+    ) -> Gradients:
+        """Returns the gradients of the inputs, if stage k - 1 listens; those of the weights are added to g_k, deferred, or left out."""
+        leaves = list(held.leaves) if step.down else []
+        weights = list((held.weights if held.weights and held.step.snapshot else self.body.weights).values())
         if op.part == "input" and step.weights_later:
-            cut = joint if self.execution.compile else split_backward
-            passed_on, later = cut(roots, seeds, leaves, weights)
-            memory.halves[op.loss] = later, passed_on
+            split = joint_backward if self.execution.compile else split_backward
+            passed_on, later = split(roots, seeds, leaves, weights)
+            held.deferred[op.loss] = later, passed_on
             return passed_on
         wanted = leaves + (weights if op.part == "both" else [])
-        grads: Grads = (None,) * len(wanted)
-        if roots and wanted:
-            grads = torch.autograd.grad(roots, wanted, seeds, retain_graph=not step.last, allow_unused=True)
+        grads = gradients(roots, wanted, seeds, retain=not step.last)
         if op.part == "both":
             self._learn(op, grads[len(leaves) :], grads[: len(leaves)])
         return grads[: len(leaves)]
 
-    def _learn(self, op: Backward, grads: Grads, passed_on: Grads) -> None:
+    def _learn(self, op: Backward, grads: Gradients, passed_on: Gradients) -> None:
         if op.weight != 1:
             grads = tuple(g if g is None else g * op.weight for g in grads)
         self.learner.add(grads, passed_on=passed_on)
         self.learner.count += 1
 
-    def _roots(self, op: Backward, memory: InFlight, error: Message | None) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
-        """The loss if it is this stage's, the tensors to differentiate, and the gradients that flow into them."""
+    def _roots(self, op: Backward, held: InFlight, error: Message | None) -> tuple[Tensor | None, list[Tensor], list[Tensor | None]]:
+        """Returns the loss if it is this stage's, the tensors to differentiate, and the gradients that flow into them."""
         if op.loss == self.k and self.head is None:
-            loss = self._loss(memory.outputs, memory)
+            loss = self._loss(held.outputs, held.message)
             return loss.detach(), [loss] if loss.requires_grad else [], [None]
         local: Tensor | None
-        errors: Grads
+        errors: Gradients
         if op.loss == self.k:
-            local, errors = self._head(op.batch, memory)
+            local, errors = self._head_loss(self.head, op.batch, held)  # type: ignore[arg-type]
         else:
             assert error is not None
             local, errors = None, tuple(d if op.shrink == 1 else d * op.shrink for d in error.values)
-        pairs = [(h, d) for h, d in zip(floating(memory.outputs), errors, strict=True) if h.requires_grad and d is not None]
+        pairs = [(h, d) for h, d in zip(floating(held.outputs), errors, strict=True) if h.requires_grad and d is not None]
         return local, [h for h, _ in pairs], [d for _, d in pairs]
 
-    def _head(self, batch: int, memory: InFlight) -> tuple[Tensor, Grads]:
+    def _head_loss(self, head: ModuleFunction, batch: int, held: InFlight) -> tuple[Tensor, Gradients]:
         """L_k = loss(a_k(h_{k+1}; u_k), y): adds the head's own gradient, and returns the loss with its error at the stage's outputs."""
-        assert self.head is not None
-        leaves = leaves_of(memory.outputs, wanted=True)
+        leaves = leaves_of(held.outputs, wanted=True)
         with torch.enable_grad():
-            logits = self.head(batch, like(memory.outputs, with_leaves(memory.outputs, leaves)))
-        loss = self._loss(logits, memory)
-        grads = torch.autograd.grad(loss, [*leaves, *self.head.weights.values()], allow_unused=True)
+            logits = head(batch, like(held.outputs, with_leaves(held.outputs, leaves)))
+        loss = self._loss(logits, held.message)
+        grads = torch.autograd.grad(loss, [*leaves, *head.weights.values()], allow_unused=True)
         errors = grads[: len(leaves)]
         self.learner.add(grads[len(leaves) :], first=len(self.body.weights), passed_on=errors)
         return loss.detach(), errors
 
-    def _loss(self, outputs: Any, memory: InFlight) -> Tensor:
+    def _loss(self, outputs: Any, message: Message) -> Tensor:
         assert self.loss is not None
         with torch.enable_grad():
             with self.execution.context(self.device):
-                loss = self.loss(outputs, memory.message.targets)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise UsageError(f"the loss must be one number for a batch, but loss(outputs, targets) returned {shape}; take its mean")
-            differentiable = isinstance(outputs, Tensor | tuple) and any(h.requires_grad for h in floating(outputs))
-            if differentiable and not loss.requires_grad:
-                raise UsageError("the loss cannot be differentiated: compute it from the outputs by torch's own functions")
-            return loss if memory.message.weight == 1 else loss * memory.message.weight
+                loss = self.loss(outputs, message.targets)
+            _refuse_loss(loss, outputs)
+            return loss if message.weight == 1 else loss * message.weight
 
     def gradient_norms(self) -> Tensor:
-        """The norms of the accumulated gradients, one by one: (number of weights with a gradient,)."""
+        """Returns the norms of the accumulated gradients, one by one: (number of weights with a gradient,)."""
         return self.learner.norms()
 
     # ---- Update --------------------------------------------------------------------------------------------------------------------
@@ -279,3 +272,17 @@ class Stage:
         """w_k <- step(w_k, g_k), g_k <- 0; with a head, its weights are among w_k. `norm`: |g| where it is not the stage's alone."""
         self.learner.update(op, norm)
         self.snapshot = None
+
+
+def _error(held: InFlight, passed_on: Gradients) -> Message:
+    """Returns the message to stage k - 1: one tensor per floating input, zeros where the outputs do not depend on it."""
+    return Message(tuple(torch.zeros_like(h) if d is None else d for d, h in zip(passed_on, held.leaves, strict=True)))
+
+
+def _refuse_loss(loss: Any, outputs: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise UsageError(f"the loss must be one number for a batch, but loss(outputs, targets) returned {shape}; take its mean")
+    differentiable = isinstance(outputs, Tensor | tuple) and any(h.requires_grad for h in floating(outputs))
+    if differentiable and not loss.requires_grad:
+        raise UsageError("the loss cannot be differentiated: compute it from the outputs by torch's own functions")
