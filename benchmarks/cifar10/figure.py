@@ -26,8 +26,8 @@ def main() -> None:
     size = (5.2 * len(options.folders), 6.4)  # inches
     figure, axes = plt.subplots(2, len(options.folders), figsize=size, sharex=True, sharey="row", squeeze=False)
     for column, folder in enumerate(options.folders):
-        told = json.loads((folder / "compare.json").read_text())
-        for row in told["rows"]:
+        reported = json.loads((folder / "compare.json").read_text())
+        for row in reported["rows"]:
             lines = [json.loads(line) for line in (folder / row["name"].replace(":", "-") / "metrics.jsonl").read_text().splitlines()]
             steps = [line for line in lines if line["event"] == "step"]
             tests = [line for line in lines if line["event"] == "evaluation"]
@@ -36,7 +36,7 @@ def main() -> None:
             (drawn,) = axes[0, column].plot([line["epoch"] for line in steps], mean, label=row["name"], linewidth=1.2)
             accuracy = [100 * line["test_accuracy"] for line in tests]
             axes[1, column].plot([line["epoch"] for line in tests], accuracy, marker="o", color=drawn.get_color(), linewidth=1.2)
-        axes[0, column].set_title(f"K = {len(told['cuts']) + 1}")
+        axes[0, column].set_title(f"K = {len(reported['cuts']) + 1}")
         axes[0, column].legend(fontsize=8)
         axes[1, column].set_xlabel("epochs")
     axes[0, 0].set_ylabel("training loss")

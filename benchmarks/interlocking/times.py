@@ -29,7 +29,7 @@ STEPS, WARM, K = 48, 16, 4
 
 def row(name: str, n: int, model: torch.nn.Module, data: Loader, cuts: list[int | str], head: str, loss: delock.api.Loss) -> str:
     """Runs STEPS batches and returns times in milliseconds."""
-    told: list[Event] = []
+    reported: list[Event] = []
     delock.fit(
         model,
         data,
@@ -40,10 +40,10 @@ def row(name: str, n: int, model: torch.nn.Module, data: Loader, cuts: list[int 
         steps=STEPS,
         heads=head if n < K else None,
         log_every=1,
-        on_event=told.append,
+        on_event=reported.append,
     )
-    [started] = [event for event in told if isinstance(event, Started)]
-    ends = [event.seconds for event in told if isinstance(event, StepRecord)][WARM:]
+    [started] = [event for event in reported if isinstance(event, Started)]
+    ends = [event.seconds for event in reported if isinstance(event, StepRecord)][WARM:]
     cores = min(K, len(os.sched_getaffinity(0)))
     work = sum(stage.forward + stage.backward for stage in started.stages)
     predicted = next(data.epoch(0))[0].shape[0] / started.samples_per_second

@@ -42,14 +42,14 @@ def main(method: str, codec: str, error_codec: str, steps: int, out: Path) -> No
     if result is None:
         return
     first, last = marks[0], marks[-1]
-    told = {
+    reported = {
         "seconds": (last.seconds - first.seconds) / (last.step - first.step),
         "forward": [stage.forward / steps for stage in result.stages],
         "backward": [(stage.backward + stage.update) / steps for stage in result.stages],
         "up": result.stages[0].sent_up.total / steps,
         "down": result.stages[1].sent_down.total / steps,
     }
-    out.write_text(json.dumps(told))
+    out.write_text(json.dumps(reported))
 
 
 if __name__ == "__main__":

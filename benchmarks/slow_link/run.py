@@ -29,13 +29,13 @@ RATE, BITS = "100mbit", 100e6  # per second
 PORT, PATIENCE = 29533, 300  # seconds for one run
 CASES = (("dgl", "none", "none"), ("dgl", "vq", "none"), ("fdg", "none", "none"), ("fdg", "bf16", "bf16"))
 Case = tuple[str, str, str]
-Found = dict[Case, dict[str, dict[str, Any]]]  # case -> link -> what rank 0 told
+Found = dict[Case, dict[str, dict[str, Any]]]  # case -> link -> what rank 0 reported
 
 
 def measure(ends: tuple[End, End], case: Case, steps: int) -> dict[str, Any]:
     """Makes one run, with a rank in each namespace."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "told.json"
+        out = Path(folder) / "reported.json"
         ranks = [start(ends, rank, case, steps, out) for rank in range(2)]
         try:
             codes = [rank.wait(timeout=PATIENCE) for rank in ranks]
@@ -46,8 +46,8 @@ def measure(ends: tuple[End, End], case: Case, steps: int) -> dict[str, Any]:
                     rank.wait()
         if not out.is_file():  # rank 1 was seen to abort while its interpreter exits, all work done: see tests/programs.py
             raise RuntimeError(f"the ranks of {case} ended with {codes}, and no result")
-        told: dict[str, Any] = json.loads(out.read_text())
-    return told
+        reported: dict[str, Any] = json.loads(out.read_text())
+    return reported
 
 
 def start(ends: tuple[End, End], rank: int, case: Case, steps: int, out: Path) -> subprocess.Popen[bytes]:
@@ -114,15 +114,15 @@ def main() -> None:
             for link, rate in (("unlimited", None), ("limited", RATE)):
                 limit(ends, rate)
                 for case in CASES:
-                    told = measure(ends, case, options.steps)
-                    found[case][link] = told
-                    print(f"{link}: {' '.join(case)}: {1000 * told['seconds']:.0f} ms per batch", flush=True)
+                    reported = measure(ends, case, options.steps)
+                    found[case][link] = reported
+                    print(f"{link}: {' '.join(case)}: {1000 * reported['seconds']:.0f} ms per batch", flush=True)
     except NotPermitted as error:
         sys.exit(f"skipped: {error}")
-    told = table(found)
-    print(told)
+    reported = table(found)
+    print(reported)
     if options.out:
-        (options.out / "table.md").write_text(told)
+        (options.out / "table.md").write_text(reported)
         (options.out / "runs.json").write_text(json.dumps([{"case": case, **one} for case, one in found.items()], indent=1) + "\n")
 
 

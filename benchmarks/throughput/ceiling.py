@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 from peers import output_of
-from share import WARM, Here, Part, Told, Turn
+from share import WARM, Here, Part, Turn, TurnReport
 from torch import Tensor
 from works import SGD
 
@@ -59,7 +59,7 @@ class _Alone:
         self.forward, self.error, self.done = forward, error, 0
         self.optimizer = SGD([w for part in parts for w in part.parameters()])
 
-    def turn(self, n: int) -> Told:
+    def turn(self, n: int) -> TurnReport:
         """Runs n batches on the clock, and one more, so that the slower rank does not end alone."""
         for _ in range(WARM):
             self._one()
@@ -68,7 +68,7 @@ class _Alone:
         seconds = (perf_counter() - begun) / n
         self._one()
         forward, backward, update = (sum(took) / n for took in zip(*times, strict=True))
-        return Told(seconds, costs=(forward, backward, update))
+        return TurnReport(seconds, costs=(forward, backward, update))
 
     def _one(self) -> tuple[float, ...]:
         marks = [perf_counter()]
@@ -83,10 +83,10 @@ class _Alone:
         return tuple(b - a for a, b in pairwise(marks))
 
 
-def ddg_period(told: list[Told]) -> float:
+def ddg_period(reported: list[TurnReport]) -> float:
     """Returns the seconds per batch of DDG by its plan, if its ops take their times in that turn of both ranks, and messages take none."""
-    forward, backward, update = zip(*(one.costs or (0.0, 0.0, 0.0) for one in told), strict=True)
-    method, K = DDG(), len(told)
+    forward, backward, update = zip(*(one.costs or (0.0, 0.0, 0.0) for one in reported), strict=True)
+    method, K = DDG(), len(reported)
     return period(simulate(unroll(method, K, 40), Costs(forward, backward, update=update, capacity=capacities(method, K))))
 
 

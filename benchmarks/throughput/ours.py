@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from share import Here, Told, Turn
+from share import Here, Turn, TurnReport
 
 from delock.links.connect import LinkKind
 from delock.methods import ADL, DDG, DGL, FDG, Method
@@ -27,7 +27,7 @@ def ours(method: str, link: LinkKind, here: Here) -> Turn:
     return partial(_turn, here, job)
 
 
-def _turn(here: Here, job: StageJob, n: int) -> Told:
+def _turn(here: Here, job: StageJob, n: int) -> TurnReport:
     """Returns the seconds per batch between the ends of two Backwards n batches apart.
 
     The second of them comes before the stage runs out of Forwards: n Forwards, n Backwards and their Updates lie between.
@@ -36,7 +36,7 @@ def _turn(here: Here, job: StageJob, n: int) -> Told:
     module, head = copy.deepcopy((job.module, job.head))
     result = run_rank(here.rank, replace(job, module=module, head=head, length=RunLength(batches)))
     ends = [span.end for span in result.spans if isinstance(span.op, Backward)]
-    return Told((ends[FROM + n] - ends[FROM]) / n, result.losses)
+    return TurnReport((ends[FROM + n] - ends[FROM]) / n, result.losses)
 
 
 OURS: dict[str, Callable[[Here], Turn]] = {f"{method}, {link}": partial(ours, method, link) for method in METHODS for link in LINKS}

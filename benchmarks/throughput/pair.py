@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ceiling import CEILINGS
 from ours import OURS
 from peers import PEERS, SCHEDULES
-from share import Here, Share, Told, Turn
+from share import Here, Share, Turn, TurnReport
 from works import WORKS
 
 from delock.launch import allocator
@@ -45,7 +45,7 @@ class Turned:
     name: str
     round: int
     batches: int
-    told: Told
+    reported: TurnReport
 
 
 def pair(rank: Rank, task: Task) -> None:
@@ -57,9 +57,9 @@ def pair(rank: Rank, task: Task) -> None:
         turn = CONTENDERS[name](here)
         dist.barrier()
         fewest = 2 if name in EVEN else 1
-        told = turn(fewest)
-        rank.emit(Turned(name, -1, fewest, told))
-        turns[name] = turn, _batches(told.seconds, task.seconds / 2 if name in SCHEDULES else task.seconds, fewest)
+        reported = turn(fewest)
+        rank.emit(Turned(name, -1, fewest, reported))
+        turns[name] = turn, _batches(reported.seconds, task.seconds / 2 if name in SCHEDULES else task.seconds, fewest)
     for number in task.rounds:
         for name, (turn, batches) in turns.items():
             _begin(rank, name, f"round {number + 1}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from share import Here, Part, Told, Trained, Turn, idle
+from share import Here, Part, Trained, Turn, TurnReport, idle
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +40,7 @@ def plain_on_all(here: Here) -> Turn:
         return idle
     alone, own = plain(here), os.sched_getaffinity(0)
 
-    def turn(n: int) -> Told:
+    def turn(n: int) -> TurnReport:
         os.sched_setaffinity(0, here.share.cores)  # first: the threads that torch starts inherit it
         torch.set_num_threads(2)
         try:

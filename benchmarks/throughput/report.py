@@ -113,8 +113,8 @@ def _contenders(found: Found) -> str:
 
 def _short(why: str) -> str:
     """Returns the event without its stack, in one cell."""
-    told = " ".join(why.partition("\n\n")[0].split()).replace("|", "/")
-    return told if len(told) < 160 else told[:157] + "..."
+    reported = " ".join(why.partition("\n\n")[0].split()).replace("|", "/")
+    return reported if len(reported) < 160 else reported[:157] + "..."
 
 
 def _reached(found: Found) -> str:

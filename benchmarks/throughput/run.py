@@ -24,7 +24,7 @@ from figure import figure
 from ours import METHODS
 from pair import CONTENDERS, Begun, Task, Turned, pair
 from report import table
-from share import Share, Told
+from share import Share, TurnReport
 from torch import nn
 from works import CONFIGURATIONS, ENDLESS, SGD, WORKS, Ready, Work, pays
 
@@ -97,13 +97,13 @@ class Log:
             both = self.turns.setdefault(event.name, {}).setdefault(event.round, {})
             both[rank] = event
             if len(both) == 2:
-                ms = 1e3 * max(one.told.seconds for one in both.values())
+                ms = 1e3 * max(one.reported.seconds for one in both.values())
                 print(f"{self.title}  round {event.round + 1}  {event.name:26s} {ms:8.1f} ms per batch", flush=True)
 
-    def rounds(self, name: str) -> dict[int, list[Told]]:
+    def rounds(self, name: str) -> dict[int, list[TurnReport]]:
         """Returns the turns that both ranks have had: round -> reports of rank 0 and rank 1."""
         done = {number: both for number, both in self.turns.get(name, {}).items() if len(both) == 2}
-        return {number: [both[rank].told for rank in (0, 1)] for number, both in sorted(done.items())}
+        return {number: [both[rank].reported for rank in (0, 1)] for number, both in sorted(done.items())}
 
     def left(self, names: list[str], rounds: int) -> range:
         """Returns the rounds that these contenders have not all completed."""
@@ -140,7 +140,7 @@ def collected(log: Log, share: Share, rounds: int) -> Found:
     software = f"torch {torch.__version__}, Python {platform.python_version()}, {log.allocator}"
     rates: dict[str, list[float | None]] = {}
     for name in log.turns:
-        periods = {number: max(told.seconds for told in both) for number, both in log.rounds(name).items()}
+        periods = {number: max(reported.seconds for reported in both) for number, both in log.rounds(name).items()}
         rates[name] = [rows / periods[number] if number in periods else None for number in range(rounds)]
     ceilings = log.rounds("ceiling")
     if ceilings:
@@ -157,9 +157,9 @@ def collected(log: Log, share: Share, rounds: int) -> Found:
     }
 
 
-def first_losses(both: list[Told]) -> list[float]:
+def first_losses(both: list[TurnReport]) -> list[float]:
     """Returns the losses of the first batches that a contender learned from: the mean over the ranks that have one."""
-    known = [told.losses for told in both if told.losses]
+    known = [reported.losses for reported in both if reported.losses]
     return [sum(losses) / len(losses) for losses in zip(*known, strict=True)]
 
 

@@ -39,7 +39,7 @@ class Share:
 
 
 @dataclass
-class Told:
+class TurnReport:
     """Holds the report of one rank on one turn: seconds per batch (0 if it only waited), and the losses of its batches in order."""
 
     seconds: float = 0.0
@@ -109,13 +109,13 @@ class Trained:
         self.here, self.step, self.done = here, step, 0
         self.optimizer = SGD([w for module in modules for w in module.parameters()])
 
-    def turn(self, n: int) -> Told:
+    def turn(self, n: int) -> TurnReport:
         """Runs WARM batches, and then n on the clock."""
         losses = [self._one() for _ in range(WARM)]
         begun = perf_counter()
         losses += [self._one() for _ in range(n)]
         seconds = (perf_counter() - begun) / n
-        return Told(seconds, [float(loss) for loss in losses if loss is not None])
+        return TurnReport(seconds, [float(loss) for loss in losses if loss is not None])
 
     def _one(self) -> Tensor | None:
         loss = self.step(self.here.batch(self.done))
@@ -125,9 +125,9 @@ class Trained:
         return loss
 
 
-def idle(n: int) -> Told:
+def idle(n: int) -> TurnReport:
     """Runs the turn of a rank that has nothing to do."""
-    return Told()
+    return TurnReport()
 
 
-Turn = Callable[[int], Told]
+Turn = Callable[[int], TurnReport]
