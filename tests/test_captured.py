@@ -14,7 +14,7 @@ from torch import nn
 
 import delock
 from delock.codecs import parse
-from delock.engine.graphs.period import Period, find_period, laid_out
+from delock.engine.graphs.period import Period, find_period, period_of
 from delock.engine.graphs.sgd import capturable
 from delock.engine.graphs.static_messages import StaticMessages
 from delock.engine.graphs.static_stage import StaticStage
@@ -134,13 +134,13 @@ SLOTS = [(BP(), 1), (DGL(), 2), (DDG(), 4), (FR(), 4), (FDG(), 7), (ADL(2), 8), 
 @pytest.mark.parametrize(("method", "slots"), SLOTS, ids=str)
 def test_slots_of_four_stages(method: Method, slots: int) -> None:
     found = find_period(method, 4)
-    assert (found.slots, len(found.phases), len(found.warm_up_passes)) == (slots, slots, slots)
-    assert found.halved == (method.name in ("ddg", "fdg", "adl"))
+    assert (found.slots, len(found.ticks), len(found.warm_up_passes)) == (slots, slots, slots)
+    assert found.two_phases == (method.name in ("ddg", "fdg", "adl"))
 
 
 def with_slots(method: Method, K: int, slots: int) -> Period:
     """The cycle of a method with another number of slots than it needs."""
-    return laid_out(unroll(method, K, 60), slots, 1, method.span(K))
+    return period_of(unroll(method, K, 60), slots, 1, method.span(K))
 
 
 @pytest.mark.parametrize("method", [FR(), FDG(), FDG(at="mixed"), DSP(), DGL()], ids=str)
@@ -242,10 +242,10 @@ def test_addresses_never_change(monkeypatch: pytest.MonkeyPatch) -> None:
     def noted(self: Ticks, t: int, steps: Any) -> None:
         tick(self, t, steps)
         addresses = []
-        for branch in self.branches:
-            held = [*branch.held, branch.loss, *branch._weights(), *branch._buffers(), *branch._momenta()]
+        for stage in self.stages:
+            held = [*stage.held, stage.loss, *stage._weights(), *stage._buffers(), *stage._momenta()]
             addresses += [t.data_ptr() for t in held if t is not None]
-            for slots in (branch.inputs, branch.errors):
+            for slots in (stage.inputs, stage.errors):
                 addresses += [leaf.data_ptr() for leaves in slots.leaves.values() for leaf in leaves]
         seen.append(addresses)
 

@@ -1,4 +1,4 @@
-"""The cycle of a method: ticks repeat with a period, so batches share slots of memory, and a tick is known before the run."""
+"""The period of a method: its ticks repeat, so batches can share slots of memory, and a tick is known before the run."""
 
 from __future__ import annotations
 
@@ -9,58 +9,59 @@ from itertools import groupby
 from delock.errors import UsageError
 from delock.methods import Method, spelled
 from delock.ops import Backward, Forward, Op, Update
-from delock.plan import Plan, Product, RunLength, Step, gives, needs, unroll, walk
+from delock.plan import Plan, Product, RunLength, Step, gives, received, unroll, walk
 
 Phase = tuple["StaticOp", ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StaticOp:
-    """One op of a tick. Its batch is a slot: the batch's number modulo Cycle.slots."""
+    """One op of a tick. Its batch is a slot: the batch's number modulo Period.slots."""
 
     k: int
     step: Step
-    after: tuple[int, ...] = ()  # places in the same Half of what other stages must have done before
+    after: tuple[int, ...] = ()  # places in the same phase of ops of other stages that must be done before
 
     @property
     def slot(self) -> int:
-        """Where its batch lies."""
+        """The slot that its batch lies in; 0 for an Update."""
         return 0 if isinstance(self.step.op, Update) else self.step.op.batch
 
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """phases[t % slots] is tick t of the steady state, in parts that are recorded and replayed one after the other.
+    """The steady state of a method: ticks[t % slots] is tick t, in phases that are recorded and replayed one after the other.
 
-    A tick is one part where a graph is differentiated in the tick that made it, two (forwards, and the rest) where it lives on: to be
-    recorded, a backward needs the graph of its forward, which another tick of the cycle makes, and that one's the graph of a third.
+    A tick is one phase where a graph is differentiated in the tick that made it, and two (forwards, and the rest) where it lives on. To be
+    recorded, a backward needs the graph of its forward, which another tick of the period makes, whose backward needs that of a third.
     """
 
     slots: int
     group: int  # batches of an Update; it divides slots
-    phases: tuple[tuple[Phase, ...], ...]
+    ticks: tuple[tuple[Phase, ...], ...]
     warm_up_passes: tuple[Phase, ...]  # per slot: one batch through all stages and back
 
     @property
-    def halved(self) -> bool:
-        """Whether a tick has two parts."""
-        return len(self.phases[0]) == 2
+    def two_phases(self) -> bool:
+        """True if a tick has two phases."""
+        return len(self.ticks[0]) == 2
 
 
 def find_period(method: Method, K: int, clip: float | None = None) -> Period:
-    """The cycle of a method in K stages. Raises UsageError for a method whose ticks are not one forward, one backward, one update."""
+    """Returns the period of a method in K stages. Raises UsageError where a tick is not one forward, one backward, one update."""
     _refuse(method, K, clip)
     group = method.batches_per_update
     most = method.span(K) + 2 * group  # slots are never more
     plan = unroll(method, K, RunLength(group * 6 * most, clip=clip))
-    return laid_out(plan, slots_of(plan, group), group, method.span(K))
+    return period_of(plan, slots_of(plan, group), group, method.span(K))
 
 
 def slots_of(plan: Plan, group: int) -> int:
-    """Slots such that no message, input or label is overwritten before its last reader has had it, in the same tick neither.
+    """Returns how many slots it takes for no message, input or label to be overwritten before its last reader is done.
 
-    A message lives from the tick in which it is written until that of the last op that reads it; as each tick brings one batch, a slot
-    is free for the batch that comes (longest life + 1) ticks later. Rounded up to whole groups, so that all groups look alike.
+    A message lives from the tick in which it is written to that of the last op that reads it, both included, as the ops of a tick have no
+    order. Each tick brings one batch, so a slot is free for the batch that comes (longest life + 1) ticks later. Rounded up to whole
+    groups, so that all groups look alike.
     """
     longest = 0
     done = [{step.op: step.tick for step in column if not isinstance(step.op, Update)} for column in plan.columns]
@@ -76,33 +77,33 @@ def slots_of(plan: Plan, group: int) -> int:
     return -(-(longest + 1) // group) * group
 
 
-def laid_out(plan: Plan, slots: int, group: int, span: int) -> Period:
-    """The cycle of a plan that is warm after `span` ticks, in that many slots."""
-    ticks = {t: list(steps) for t, steps in groupby(walk(plan), key=lambda pair: pair[1].tick)}
+def period_of(plan: Plan, slots: int, group: int, span: int) -> Period:
+    """Returns the period of a plan that is warm after `span` ticks, in this number of slots."""
+    drawn = {t: list(steps) for t, steps in groupby(walk(plan), key=lambda pair: pair[1].tick)}
     start = -(-span // slots) * slots
-    crosses = any(
+    outlives = any(
         later.tick > step.tick
         for column in plan.columns
         for step, later in zip(_of(column, Forward, start), _of(column, Backward, start), strict=True)
         if step.keep == "graph"
     )
-    phases = []
+    ticks = []
     for t in range(start, start + slots):
-        phases_of_tick = [ticks[t]]
-        if crosses:
-            forwards = [(k, step) for k, step in ticks[t] if isinstance(step.op, Forward)]
-            phases_of_tick = [forwards, [pair for pair in ticks[t] if pair not in forwards]]
-        phases.append(tuple(_turns(phase, slots) for phase in phases_of_tick))
-    warm_up_passes = [_turns(_chain(plan, b), slots, in_a_row=True) for b in range(start, start + slots)]
-    return Period(slots, group, tuple(phases), tuple(warm_up_passes))
+        phases = [drawn[t]]
+        if outlives:
+            forwards = [(k, step) for k, step in drawn[t] if isinstance(step.op, Forward)]
+            phases = [forwards, [pair for pair in drawn[t] if pair not in forwards]]
+        ticks.append(tuple(_static_ops(phase, slots) for phase in phases))
+    warm_up_passes = [_static_ops(_pass(plan, b), slots, in_a_row=True) for b in range(start, start + slots)]
+    return Period(slots, group, tuple(ticks), tuple(warm_up_passes))
 
 
 def _of(column: Iterable[Step], kind: type[Op], batch: int) -> list[Step]:
     return [step for step in column if isinstance(step.op, kind) and getattr(step.op, "batch", None) == batch]
 
 
-def _chain(plan: Plan, batch: int) -> list[tuple[int, Step]]:
-    """A batch's forwards up, then its backwards down, each with the Update behind it."""
+def _pass(plan: Plan, batch: int) -> list[tuple[int, Step]]:
+    """Returns a batch's forwards up, then its backwards down, each with the Update behind it."""
     found = [(k, step) for k, column in enumerate(plan.columns) for step in _of(column, Forward, batch)]
     for k in reversed(range(plan.K)):
         column = plan.columns[k]
@@ -111,15 +112,15 @@ def _chain(plan: Plan, batch: int) -> list[tuple[int, Step]]:
     return found
 
 
-def _turns(pairs: Sequence[tuple[int, Step]], slots: int, in_a_row: bool = False) -> Phase:
-    """Steps with what they wait for: the one before (in a row), or what `needs` says of other stages' steps among these."""
+def _static_ops(pairs: Sequence[tuple[int, Step]], slots: int, in_a_row: bool = False) -> Phase:
+    """Returns the steps, each with what it waits for: the one before (in a row), or the steps of other stages that make what it needs."""
     made: dict[Product, int] = {}
-    turns = []
+    ops = []
     for i, (k, step) in enumerate(pairs):
-        wanted = [made[name] for name in needs(k, step.op) if name in made and name[0] != k]
-        turns.append(StaticOp(k, _canonical(step, slots), (i - 1,) if in_a_row and i else tuple(wanted)))
+        wanted = [made[product] for product in received(k, step.op) if product in made]
+        ops.append(StaticOp(k, _canonical(step, slots), (i - 1,) if in_a_row and i else tuple(wanted)))
         made.update(dict.fromkeys(gives(k, step.op), i))
-    return tuple(turns)
+    return tuple(ops)
 
 
 def _canonical(step: Step, slots: int) -> Step:

@@ -15,51 +15,51 @@ Work = Callable[[], None]
 
 
 class Streams(Protocol):
-    """A lane per stage. Within `run` and `record` the lanes begin together and end together."""
+    """A stream per stage. Within `run` and `record` the streams begin together and end together."""
 
     def on(self, k: int) -> AbstractContextManager[Any]:
-        """What is computed inside belongs to the lane of stage k."""
+        """Puts what is computed within the block on the stream of stage k."""
 
     def mark(self, k: int) -> Any:
-        """The present place in that lane."""
+        """Returns the present place in the stream of stage k."""
 
     def wait(self, k: int, mark: Any) -> None:
-        """Lane k goes on once that place has been passed."""
+        """Lets the stream of stage k go on once that place has been passed."""
 
     def run(self, work: Work) -> None:
-        """Do it now."""
+        """Does the work now."""
 
     def record(self, work: Work, apart: bool) -> Work:
-        """Record what `work` does; returns what does it again, at the same addresses. apart: something it allocates outlives it."""
+        """Records the work, and returns a function that does it again at the same addresses; apart: something it allocates outlives it."""
 
     def join(self) -> None:
-        """Let everything that was asked for be done."""
+        """Waits until all work is done."""
 
 
 class SerialStreams:
-    """The lanes of a CPU: the stages take turns. A record is the function itself, so what is tested here is the memory."""
+    """The stages of a CPU, one after the other. A record is the function itself, so that tests see the memory at work."""
 
     def on(self, k: int) -> AbstractContextManager[Any]:
-        """See Lanes."""
+        """Changes nothing."""
         return nullcontext()
 
     def mark(self, k: int) -> None:
-        """See Lanes."""
+        """Marks nothing: all that was asked for is done."""
 
     def wait(self, k: int, mark: Any) -> None:
-        """See Lanes."""
+        """Has nothing to wait for."""
 
     def run(self, work: Work) -> None:
-        """See Lanes."""
+        """Does the work."""
         work()
 
     def record(self, work: Work, apart: bool) -> Work:
-        """See Lanes: done once, as a capture does, in a capture's order."""
+        """Does the work once, in the order of a capture, and returns the work itself."""
         work()
         return work
 
     def join(self) -> None:
-        """See Lanes."""
+        """Has nothing to wait for."""
 
 
 class CudaStreams:
@@ -76,26 +76,26 @@ class CudaStreams:
         self.pool = torch.cuda.graph_pool_handle()
 
     def on(self, k: int) -> AbstractContextManager[Any]:
-        """See Lanes."""
+        """Makes the stream of stage k the current one."""
         return torch.cuda.stream(self.streams[k])
 
     def mark(self, k: int) -> Any:
-        """See Lanes: an event."""
+        """Returns an event of the stream of stage k."""
         return self.streams[k].record_event()
 
     def wait(self, k: int, mark: Any) -> None:
-        """See Lanes."""
+        """Lets the stream of stage k wait for an event."""
         self.streams[k].wait_event(mark)
 
     def run(self, work: Work) -> None:
-        """See Lanes."""
+        """Does the work with the device to itself."""
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self.main):
             self._forked(work)
         torch.cuda.synchronize(self.device)
 
     def record(self, work: Work, apart: bool) -> Work:
-        """See Lanes. Raises StageFailed where something may not be captured.
+        """Captures the work as a CUDA graph. Raises StageFailed where something may not be captured.
 
         Graphs of one memory pool may only be replayed in the order of their capture as long as nothing outlives a replay; what does (the
         activations that a backward in another graph will read) lies in a pool that no other graph allocates from. "thread_local": other
@@ -115,7 +115,7 @@ class CudaStreams:
         return graph.replay
 
     def join(self) -> None:
-        """See Lanes."""
+        """Waits for the device."""
         torch.cuda.synchronize(self.device)
 
     def _forked(self, work: Work) -> None:
@@ -127,5 +127,5 @@ class CudaStreams:
 
 
 def make_streams(device: torch.device, K: int) -> Streams:
-    """The lanes of K stages there."""
+    """Returns the streams of K stages on a device."""
     return CudaStreams(device, K) if device.type == "cuda" else SerialStreams()
