@@ -3,95 +3,49 @@
 from __future__ import annotations
 
 import ast
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "src" / "delock"
-FLOORS = (
-    ("errors", "keys", "ops"),
-    ("tensors", "optim", "methods", "codecs", "data", "nets", "launch"),
-    ("plan", "links", "execution"),
-    ("timeline", "records", "partition"),
-    ("stage", "memory"),
-    ("engine",),
-    ("run", "draw"),
-    ("api", "recipes"),
-    ("cli", "__main__"),
+import laws
+from laws import PACKAGE, ROOT, sources
+
+LIGHT = (
+    *("delock", "delock.ops", "delock.plan", "delock.methods", "delock.codecs", "delock.timeline", "delock.records"),
+    *("delock.draw", "delock.cli"),
 )
-LIGHT = ("delock", "delock.ops", "delock.plan", "delock.methods", "delock.codecs", "delock.timeline", "delock.draw", "delock.cli")
 HEAVY = ("torch", "torchvision", "matplotlib", "sklearn")
-LONGEST = 400  # lines of a file
+LONGEST = {"src": 350, "examples": 350, "benchmarks": 350, "tests": 400}  # lines of a file
+CACHED = {  # functions that keep results for the life of a process, and why they may: the same arguments always give the same value
+    "links/wire.py:_layout": "a run has a handful of layouts, and making one takes longer than sending a small message",
+    "links/wire.py:_read_layout": "the same, at the receiver's end",
+    "links/wire.py:_dense": "the same, for every tensor that is laid out densely",
+}
+FILES = sources()
+EVERYWHERE = {f"{folder}/{file}": tree for folder in LONGEST for file, tree in sources(ROOT / folder).items()}
 
 
-def python_files(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+def none(found: list[str]) -> None:
+    assert not found, "\n".join(found)
 
 
-def name(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def unit(path: Path) -> str:
-    """The module or package directly below delock that a file belongs to; "" for delock itself."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return "" if parts == ("__init__",) else parts[0]
-
-
-def imports(node: ast.AST) -> Iterator[str]:
-    """Full names of all modules, or names in them, that code imports, in functions too, but for type checking only."""
-    for child in ast.iter_child_nodes(node):
-        match child:
-            case ast.If(test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING")):
-                for other in child.orelse:
-                    yield from imports(other)
-            case ast.Import(names=names):
-                yield from (alias.name for alias in names)
-            case ast.ImportFrom(module=module, names=names, level=level):
-                assert level == 0, "relative imports hide the floor: write delock.x"
-                yield from (f"{module}.{alias.name}" for alias in names)
-            case _:
-                yield from imports(child)
-
-
-def used(path: Path) -> set[str]:
-    """The units below delock that a file imports."""
-    return {dotted.split(".")[1] for dotted in imports(parse(path)) if dotted.startswith("delock.")}
-
-
-def floor(which: str) -> int:
-    found = [number for number, units in enumerate(FLOORS, 1) if which in units]
-    assert found, f"delock.{which} has no floor yet: say in {Path(__file__).name} where it belongs"
-    return found[0]
+# -- imports -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_import_runs_down() -> None:
-    wrong = [
-        f"{name(path)} (floor {floor(unit(path))}) imports delock.{other} (floor {floor(other)})"
-        for path in python_files("src")
-        if unit(path)
-        for other in sorted(used(path))
-        if (PACKAGE / other).exists() or (PACKAGE / f"{other}.py").exists()  # else a name that delock/__init__.py offers
-        if floor(other) > floor(unit(path))
-    ]
-    assert not wrong, "\n".join(wrong)
+    none(laws.not_downward(FILES, laws.floors((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))))
 
 
 def test_methods_know_only_ops() -> None:
-    for path in python_files("src/delock/methods"):
-        assert used(path) <= {"ops", "errors", "methods"}, name(path)
-        outside = {dotted.split(".")[0] for dotted in imports(parse(path))} - {"delock"}
-        assert outside <= sys.stdlib_module_names, name(path)
+    for file, tree in FILES.items():
+        if file.startswith("methods/"):
+            outside = {dotted.split(".")[0] for dotted in laws.imports(tree)} - {"delock"}
+            assert outside <= sys.stdlib_module_names, file
+            assert {laws.unit(other) for other in laws.imported_files(tree, FILES)} <= {"ops", "errors", "methods"}, file
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -101,50 +55,42 @@ def test_light_modules_load_nothing_heavy(module: str) -> None:
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
+# -- files and names ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_has_few_rooms() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 30
+
+
 def test_every_file_says_what_it_is() -> None:
-    silent = []
-    for path in python_files("src", "tests", "examples", "benchmarks"):
-        text = path.read_text(encoding="utf-8")
-        if not text.startswith(('"""', 'r"""')) or not ast.get_docstring(parse(path)):
-            silent.append(name(path))
-    assert not silent, f"no docstring in the first line of: {', '.join(silent)}"
+    """In its first line: no comment, no blank line comes before the docstring."""
+    none([file for file, tree in EVERYWHERE.items() if not ast.get_docstring(tree) or tree.body[0].lineno > 1])
 
 
 def test_no_file_is_long() -> None:
-    lines = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in python_files("src", "examples", "benchmarks")}
-    assert not {path: count for path, count in lines.items() if count > LONGEST}
+    lines = {file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in EVERYWHERE}
+    assert not {file: count for file, count in lines.items() if count > LONGEST[file.split("/")[0]]}
+
+
+def test_functions_are_short() -> None:
+    assert median(laws.lengths(FILES)) <= 6
+
+
+# -- state -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_no_module_keeps_state() -> None:
     """No mutable object and no global statement: rank, link, seed and device are passed."""
-    found = []
-    for path in python_files("src"):
-        for node in parse(path).body:
-            target, value = assigned(node)
-            if value is not None and target != "__all__" and mutable(value):
-                found.append(f"{name(path)}:{node.lineno} {target}")
-        found += [f"{name(path)}:{node.lineno} global" for node in ast.walk(parse(path)) if isinstance(node, ast.Global)]
-    assert not found, "\n".join(found)
+    none([f"{file}:{line}" for file, tree in FILES.items() for line in laws.kept_state(tree)])
 
 
-def assigned(node: ast.stmt) -> tuple[str, ast.expr | None]:
-    match node:
-        case ast.Assign(targets=[target, *_], value=value):
-            return ast.unparse(target), value
-        case ast.AnnAssign(target=target, value=value):
-            return ast.unparse(target), value
-        case _:
-            return "", None
+def test_results_are_kept_only_where_there_is_a_reason() -> None:
+    kept = {f"{file}:{name}" for file, tree in FILES.items() for name in laws.cached(tree)}
+    assert kept == set(CACHED)
+    assert all(CACHED.values())
 
 
-def mutable(value: ast.expr) -> bool:
-    match value:
-        case ast.Dict() | ast.List() | ast.Set() | ast.DictComp() | ast.ListComp() | ast.SetComp():
-            return True
-        case ast.Call(func=ast.Name(id=made) | ast.Attribute(attr=made)):
-            return made in ("dict", "list", "set", "defaultdict", "deque", "Counter", "OrderedDict", "bytearray", "local")
-        case _:
-            return False
+# -- portable ----------------------------------------------------------------------------------------------------------------------
 
 
 def tracked() -> list[Path]:
@@ -158,34 +104,58 @@ def tracked() -> list[Path]:
     return [ROOT / path for path in listed.stdout.split("\0") if path and (ROOT / path).is_file()]
 
 
-def suspect() -> re.Pattern[str]:
-    """A path of some machine's users, or a package index."""
-    places = "|".join(("home", "root", "work", "Users", "workspace"))
-    machine = rf"(?<![\w.:/<$}}])/(?:{places})/\w"
-    registry = (r"pypi\." + "org", "python" + "hosted", r"--(?:extra-)?index-" + "url", r"https?://\S+/simp" + r"le\b")
-    return re.compile("|".join((machine, *registry)))
-
-
 def test_no_file_names_a_machine_or_a_registry() -> None:
-    pattern = suspect()
-    found = []
+    pattern, found = laws.suspect(), []
     for path in tracked():
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:  # a picture
             continue
-        found += [f"{name(path)}:{i}: {line.strip()[:80]}" for i, line in enumerate(lines, 1) if pattern.search(line)]
-    assert not found, "\n".join(found)
+        found += [f"{path.relative_to(ROOT)}:{i}: {line.strip()[:80]}" for i, line in enumerate(lines, 1) if pattern.search(line)]
+    none(found)
+
+
+# -- offenders ---------------------------------------------------------------------------------------------------------------------
+
+
+def package(**files: str) -> dict[str, ast.Module]:
+    """A small package: plan__walk="..." is the file plan/walk.py."""
+    return {file.replace("__", "/") + ".py": ast.parse(text) for file, text in files.items()}
 
 
 def test_the_laws_can_be_broken() -> None:
-    """Each finder on a small offender."""
-    loading = "import a\nfrom delock.api import fit\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import b.c\n"
-    tree = ast.parse(loading + "X = {}\nY: list[int] = []\nZ = (1,)\n__all__ = []")
-    assert list(imports(tree)) == ["a", "delock.api.fit", "b.c"]
-    assert [assigned(node)[0] for node in tree.body if (value := assigned(node)[1]) and mutable(value)] == ["X", "Y", "__all__"]
-    assert (floor("api"), floor("ops"), unit(PACKAGE / "plan" / "walk.py"), unit(PACKAGE / "cli.py")) == (8, 1, "plan", "cli")
+    """Each finder on a small offender, beside something like it that is allowed."""
+    below = laws.floors("| floor | what |\n|---|---|\n| 1 | `ops.py` `plan/` | order |\n| 2 | `cli/` | commands |\n")
+    assert below == {"ops": 1, "plan": 1, "cli": 2}
+    up = package(ops="", plan__a="def f():\n    from delock.cli import x", plan__b="import delock.plan.a", cli__x="import delock.ops")
+    assert laws.not_downward(up, below) == ["plan/a.py (floor 1) imports cli/x.py (floor 2)"]
+    along = package(ops="", plan__a="from delock import ops", cli__x="")
+    assert laws.not_downward(along, below) == ["plan/a.py (floor 1) imports ops.py (floor 1)"]
+    assert len(laws.not_downward(package(ops="", new__x="", cli__x=""), below)) == 1  # `new` has no floor
+
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from delock.b import B"
+    assert laws.circles(package(a=typed, b="from delock.c import C", c="import delock.a", d="import delock.a")) == [
+        ["a.py", "b.py", "c.py"]
+    ]
+    assert laws.circles(package(a="import delock.b", b="import torch", c="import delock.a, delock.b")) == []
+    coded = package(links__mailbox="from delock.codecs.vq import VQ", codecs__vq="", links__x="import delock.links.mailbox")
+    assert laws.import_outside(coded, "links", "codecs") == ["links/mailbox.py imports codecs/vq.py"]
+    assert laws.import_outside(coded, "links", "codecs", "codecs/vq.py") == []
+
+    assert laws.same_basenames(["a/x.py", "b/x.py", "cli/x.py", "a/base.py", "b/base.py", "a/__init__.py"]) == ["x: a/x.py, b/x.py"]
+    assert laws.same_classes(package(a="class A: ...\nclass _B: ...", b="class A: ...\nclass _B: ...")) == ["A: a.py, b.py"]
+    doubt = '"""A."""\nclass C:\n    """What it is."""\n    x: int\n    """See y."""\n    def f():\n        """Whatever."""\n        "Who"'
+    assert [line.split(":")[0] for line in laws.questions(ast.parse(doubt))] == ["3", "5", "8"]
+    assert sorted(laws.lengths(package(a="@cache\ndef f():\n    def g(): ...\n    return g\n"))) == [1, 3]
+
+    state = "X = {}\nY: list[int] = []\nZ = (1,)\n__all__ = []\ndef f():\n    global Z"
+    assert laws.kept_state(ast.parse(state)) == ["1 X", "2 Y", "6 global"]
+    for decorator in ("cache", "lru_cache(maxsize=2)", "functools.lru_cache", "functools.cache"):
+        assert laws.cached(ast.parse(f"@{decorator}\ndef f(): ...\n@property\ndef g(): ...")) == ["f"]
+    assert laws.cached(ast.parse("g = lru_cache(2)(f)\ncache = 1")) == ["line 1"]
+    asking = "isinstance(m, AsyncDGL)\nisinstance(m, BP | methods.AsyncDGL)\nisinstance(m, (BP, AsyncDGL))\nisinstance(m, BP)\nf(AsyncDGL)"
+    assert laws.asked_for(ast.parse(asking), "AsyncDGL") == [1, 2, 3]
     for line in ("cd /ho" + "me/me/delock", "see https://py" + "pi.org/project/x", "pip install --index-" + "url x"):
-        assert suspect().search(line)
+        assert laws.suspect().search(line)
     for line in ("$HO" + "ME/x", "runs/ho" + "me/x", "https://example.org/wo" + "rk/x", "pip install uv"):
-        assert not suspect().search(line)
+        assert not laws.suspect().search(line)
