@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from delock.links import Link, Message
+from delock.links import Message, MessageKind, MessageName, Resumable
 from delock.links.wire import length_of, pack, unpack
 
 CPU = torch.device("cpu")
@@ -30,7 +30,22 @@ DTYPES = (
 )
 
 
-def trip(message: Message, name: tuple[str, int, int] = ("h", 3, 0)) -> Message:
+def activation(batch: int, version: int = 0) -> MessageName:
+    return MessageName(MessageKind.ACTIVATION, batch, version=version)
+
+
+def evaluation(batch: int, version: int = 0) -> MessageName:
+    return MessageName(MessageKind.EVALUATION, batch, version=version)
+
+
+def error(batch: int, loss: int) -> MessageName:
+    return MessageName(MessageKind.ERROR, batch, loss)
+
+
+ACTIVATION = activation(3)
+
+
+def trip(message: Message, name: MessageName = ACTIVATION) -> Message:
     """The message as it arrives."""
     packed, apart = pack(name, message)
     assert not apart
@@ -66,16 +81,16 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-def check_pull_and_push(link: Link, source: int, messages: int) -> None:
+def check_pull_and_push(link: Resumable, source: int, messages: int) -> None:
     """Of `messages` activations under way: what is pulled is still to come, what is pushed comes first."""
     pulled = link.pull(source, 2)
-    assert [name for name, _ in pulled] == [("h", 0, 0), ("h", 1, 0)]
-    link.receive(source, ("h", 0, 0))
-    link.push(source, [(("h", 98, 0), Message(numbers(2))), (("h", 99, 0), Message(numbers(3)))])
-    assert len(link.receive(source, ("h", 98, 0)).values) == 2
-    assert len(link.receive(source, ("h", 99, 0)).values) == 3
+    assert [name for name, _ in pulled] == [activation(0), activation(1)]
+    link.receive(source, activation(0))
+    link.push(source, [(activation(98), Message(numbers(2))), (activation(99), Message(numbers(3)))])
+    assert len(link.receive(source, activation(98)).values) == 2
+    assert len(link.receive(source, activation(99)).values) == 3
     for b in range(1, messages):
-        got = link.receive(source, ("h", b, 0))
+        got = link.receive(source, activation(b))
         assert torch.equal(got.values, numbers(b + 1))
         assert b > 1 or torch.equal(got.values, pulled[1][1].values)
 

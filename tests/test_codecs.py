@@ -12,10 +12,12 @@ from delock.codecs import BF16, INT8, VQ, decode, parse, parse_error, sizes, spe
 from delock.codecs.bits import bits_for, pack_bits, unpack_bits
 from delock.errors import UsageError
 from delock.links import Message
-from delock.links.coded import CodedLink, without_codebooks
+from delock.links.coded import CodedLink
 from delock.links.mailbox import Mailbox
 from delock.links.wire import pack, packed_length
+from delock.records import Traffic
 
+from messages import activation
 from workloads import drawn
 
 # -- names -------------------------------------------------------------------------------------------------------------------------
@@ -165,14 +167,14 @@ def test_the_bytes_on_the_wire_are_those_of_the_formula(codec: Any) -> None:
     x, labels = drawn(5, 8, 3, 3), torch.arange(5)
     wire = 0
     for b in range(7):
-        below.send(1, ("h", b, 0), Message(x, labels, samples=5))
+        below.send(1, activation(b), Message(x, labels, samples=5))
         _, message = box.queue(0, 1)[0]
-        packed, _ = pack(("h", b, 0), without_codebooks(message))
-        assert len(packed) == packed_length(without_codebooks(message))
+        packed, _ = pack(activation(b), message)
+        assert len(packed) == packed_length(message)
         wire += len(packed)
-        above.receive(0, ("h", b, 0))
+        above.receive(0, activation(b))
     payload, books = codec.predicted(tuple(x.shape), x.dtype)
-    sent = box_end.sent.to[1]
+    sent = Traffic(**box_end.sent.to[1])
     assert (sent.messages, sent.raw, sent.encoded) == (7, 7 * x.nbytes, 7 * payload)
     assert sent.codebooks == (3 * 4 * codec.codes * 8 if isinstance(codec, VQ) else 0) == round(9 * books)
     assert sent.total == wire

@@ -20,11 +20,13 @@ from delock.codecs import BF16, INT8, VQ, decode, parse, parse_error
 from delock.errors import UsageError
 from delock.keys import key
 from delock.links import Message
-from delock.links.coded import Library, without_codebooks
+from delock.links.coded import CodedLink
+from delock.links.mailbox import Mailbox
 from delock.methods import BP, DGL, FDG, GPipe, Method
 from delock.run.job import StageJob
 
 from harness import assert_equal, in_processes, inline, jobs, same_tree, whole_and_resumed
+from messages import activation
 from workloads import drawn
 
 SMALL_VQ = "vq:codes=8:dim=2:every=2"
@@ -117,17 +119,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, stop: int, co
     assert losses == whole.losses
 
 
-def test_a_resumed_sender_brings_its_codebook() -> None:
-    """The receiver may be another process, which has none."""
-    first, second = (VQ(codes=4, dim=2, every=9).encoder(0) for _ in range(2))
-    first.encode(drawn(6, 4), True)
-    second.load(pickle.loads(pickle.dumps(first.state())))
-    for learn in (False, True):
-        a, b = first.encode(drawn(6, 4, seed=1), learn), second.encode(drawn(6, 4, seed=1), learn)
-        assert a
-        assert b
-        assert (a["fresh"], b["fresh"]) == (False, not learn)
-        assert torch.equal(decode(Library().with_codebooks(without_codebooks(Message(b))).values if b["fresh"] else b), decode(a))
+def test_both_ends_resume_with_the_codebook_that_was_sent() -> None:
+    """It came with a message before the checkpoint, or lies in one that is under way; one of the stages is in a new process."""
+    for taken in (1, 2):
+        ends, again = coded_ends(), coded_ends()
+        for b in range(2):
+            ends[0].send(1, activation(b), Message(drawn(6, 4, seed=b)))
+        for b in range(taken):
+            ends[1].receive(0, activation(b))
+        under_way = ends[1].pull(0, 2 - taken)
+        states = pickle.loads(pickle.dumps([end.state() for end in ends]))
+        again[0].load(states[0])
+        again[1].load(states[1])
+        again[1].push(0, pickle.loads(pickle.dumps(under_way)))
+        for end in (ends, again):
+            end[0].send(1, activation(2), Message(drawn(6, 4, seed=2)))
+        for b in range(taken, 3):
+            a, c = (end[1].receive(0, activation(b)).values for end in (ends, again))
+            assert torch.equal(a, c)
+            assert not torch.equal(a, drawn(6, 4, seed=b))
+        assert ends[0].sent.to[1]["codebooks"] == 4 * 4 * 4, "it was sent twice"
+        assert again[0].sent.to[1]["codebooks"] == 0, "it was sent again"
+
+
+def coded_ends() -> list[CodedLink]:
+    """Two neighbours that encode, a codebook in nine batches."""
+    box = Mailbox()
+    return [CodedLink(box.end(k), k, VQ(codes=4, dim=2, every=9), None, seed=0) for k in range(2)]
+
+
+def test_decoding_is_work_and_not_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, seconds = coded_ends(), iter([1.0, 6.0, 10.0, 10.5])
+    monkeypatch.setattr("delock.links.coded.perf_counter", lambda: next(seconds))
+    for b in range(2):
+        ends[0].send(1, activation(b), Message(drawn(6, 4)))
+        ends[1].receive(0, activation(b))
+    assert [end.decoding for end in ends] == [0, 5.5]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------------------

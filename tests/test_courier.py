@@ -18,6 +18,7 @@ from delock.run.job import StageJob, StageResult
 from delock.run.worker import Worker
 
 from harness import assert_equal, inline, jobs
+from messages import activation, error
 
 
 class Everything(Courier):
@@ -38,13 +39,13 @@ def talk(rank: Rank, _: None) -> list[Tensor]:
         if len(shape) == 4:
             h = h.to(memory_format=torch.channels_last)
         if rank.rank == 0:
-            link.send(1, ("h", b, 0), Message((h, h.long()), {"y": torch.arange(b), "note": "x"}, 0.5, b))
-            got.append(link.receive(1, ("d", b, 1)).values[0])
+            link.send(1, activation(b), Message((h, h.long()), {"y": torch.arange(b), "note": "x"}, 0.5, b))
+            got.append(link.receive(1, error(b, 1)).values[0])
         else:
-            message = link.receive(0, ("h", b, 0))
+            message = link.receive(0, activation(b))
             assert message.values[0].stride() == h.stride()
             assert message.targets["note"] == "x"
-            link.send(0, ("d", b, 1), Message((message.values[0] + message.values[1],)))
+            link.send(0, error(b, 1), Message((message.values[0] + message.values[1],)))
     link.close()
     return got
 

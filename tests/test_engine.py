@@ -73,6 +73,8 @@ class _Drag(torch.autograd.Function):
 class Late:
     """A link over which everything comes two seconds after it was asked for."""
 
+    decoding = 0.0
+
     def __init__(self, link: Any, hands: Hands) -> None:
         self.link, self.hands, self.send = link, hands, link.send
 
@@ -102,6 +104,8 @@ def test_time_is_accounted_for_to_the_second(hands: Hands) -> None:
 
 class Full:
     """A link that has no room: a message goes on its way three seconds after it was handed over."""
+
+    decoding = 0.0
 
     def __init__(self, link: Any, hands: Hands) -> None:
         self.link, self.hands, self.receive = link, hands, link.receive

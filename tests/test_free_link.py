@@ -27,6 +27,7 @@ from delock.records import Visit, VisitsRecord
 from delock.run.worker import Worker
 
 from harness import CPU, jobs
+from messages import activation, evaluation
 
 PATIENT = 20.0  # seconds that a test waits for what should come at once
 
@@ -114,20 +115,20 @@ def until(holds: Callable[[], bool]) -> None:
 
 def middle(neighbours: Neighbours, size: int = 2, max_reuse: int = 0) -> FreeLink:
     """The link of stage 1 of 3, at version 5."""
-    neighbours.links.append(FreeLink(1, 3, ReplayBuffer(size, max_reuse), CPU, neighbours, lambda: 5))
+    neighbours.links.append(FreeLink(1, 3, ReplayBuffer(size, max_reuse), CPU, neighbours, lambda: 5, lambda source, message: message))
     return neighbours.links[-1]
 
 
 def test_what_comes_is_read_by_the_buffers_rule(neighbours: Neighbours) -> None:
     link = middle(neighbours)
     for n in range(3):
-        neighbours.comes(0, ("h", n, n), torch.full((2,), float(n)))
+        neighbours.comes(0, activation(n, version=n), torch.full((2,), float(n)))
     until(lambda: len(link.buffer.entries) == 2 and link.buffer.entries[-1].ordinal == 2)
     read = []
     for _ in range(3):
         n = link.next()
         assert n is not None
-        read.append((n, link.receive(0, ("h", n, 0)).values.tolist()))
+        read.append((n, link.receive(0, activation(n)).values.tolist()))
     assert read == [(2, [2, 2]), (1, [1, 1]), (2, [2, 2])]
     assert link.buffer.account.versions == {0: 2, 1: 1}
     assert neighbours.waits == [], "it waited although there was something"
@@ -136,58 +137,58 @@ def test_what_comes_is_read_by_the_buffers_rule(neighbours: Neighbours) -> None:
 def test_the_first_batch_is_waited_for_and_so_is_the_next_when_all_are_used_up(neighbours: Neighbours) -> None:
     link = middle(neighbours, max_reuse=1)
     for n in range(2):
-        threading.Timer(0.05, neighbours.comes, (0, ("h", n, 0))).start()
+        threading.Timer(0.05, neighbours.comes, (0, activation(n))).start()
         assert link.next() == n
-        link.receive(0, ("h", n, 0))
+        link.receive(0, activation(n))
     assert neighbours.waits == [0, None] * 2, "the watch over stages that hang was not told"
 
 
 def test_a_batch_that_has_lost_its_place_takes_no_memory(neighbours: Neighbours) -> None:
     link, alive = middle(neighbours), []
     for n in range(5):
-        neighbours.comes(0, ("h", n, 0), torch.zeros(1000))
+        neighbours.comes(0, activation(n), torch.zeros(1000))
         until(lambda n=n: bool(link.buffer.entries) and link.buffer.entries[-1].ordinal == n)  # type: ignore[misc]
         alive.append(weakref.ref(link.buffer.entries[-1].item.values))
         source = link.next()
         assert source is not None
-        assert link.receive(0, ("h", source, 0)).values.shape == (1000,)
+        assert link.receive(0, activation(source)).values.shape == (1000,)
     assert [ref() is not None for ref in alive] == [False] * 3 + [True] * 2
 
 
 def test_an_evaluation_comes_first_in_order_and_does_not_pile_up(neighbours: Neighbours) -> None:
     link = middle(neighbours)
-    neighbours.comes(0, ("h", 0, 0))
+    neighbours.comes(0, activation(0))
     for i in range(6):
-        neighbours.comes(0, ("e", i, 0), torch.tensor([i]))
+        neighbours.comes(0, evaluation(i), torch.tensor([i]))
     until(lambda: neighbours.come[0].qsize() == 6 - DEPTH - 1)  # one is in the hands of the thread
     assert link.next() is None
     assert len(link.evaluations) == DEPTH
-    assert [link.receive(0, ("e", i, 0)).values.item() for i in range(6)] == list(range(6))
+    assert [link.receive(0, evaluation(i)).values.item() for i in range(6)] == list(range(6))
     assert link.next() == 0
-    neighbours.comes(0, ("e", 7, 0))
+    neighbours.comes(0, evaluation(7))
     with pytest.raises(LinkError, match="stage 0 sent evaluation batch 7 where evaluation batch 6 was due"):
-        link.receive(0, ("e", 6, 0))
+        link.receive(0, evaluation(6))
 
 
 def test_two_are_on_their_way_up_and_the_rest_is_left_out(neighbours: Neighbours) -> None:
     link = middle(neighbours)
     for n in range(2):
         assert link.ready
-        link.send(2, ("h", n, 0), Message(torch.zeros(1)))
+        link.send(2, activation(n), Message(torch.zeros(1)))
     assert not link.ready
     neighbours.open.set()
     until(lambda: link.ready)
-    link.send(2, ("e", 0, 0), Message(torch.zeros(1)))
+    link.send(2, evaluation(0), Message(torch.zeros(1)))
     until(lambda: len(neighbours.sent[2]) == 3)
-    assert [name for name, _ in neighbours.sent[2]] == [("h", 0, 5), ("h", 1, 5), ("e", 0, 5)]
-    assert link.sent.to[2].messages == 3
+    assert [name for name, _ in neighbours.sent[2]] == [activation(0, version=5), activation(1, version=5), evaluation(0, version=5)]
+    assert link.sent.to[2]["messages"] == 3
 
 
 def test_an_evaluation_waits_until_it_can_go_up(neighbours: Neighbours) -> None:
     link = middle(neighbours)
     threading.Timer(0.05, neighbours.open.set).start()
     for i in range(4):
-        link.send(2, ("e", i, 0), Message(torch.zeros(1)))
+        link.send(2, evaluation(i), Message(torch.zeros(1)))
     assert [peer for peer in neighbours.waits if peer is not None] == [2] * (len(neighbours.waits) // 2) != []
     until(lambda: len(neighbours.sent[2]) == 4)
 
@@ -203,9 +204,9 @@ def test_the_end_is_told_down_and_up(neighbours: Neighbours) -> None:
     assert not link.ready
     link.stop()
     assert neighbours.sent[0] == [(END, Message(None))]
-    neighbours.comes(0, ("e", 0, 0))
+    neighbours.comes(0, evaluation(0))
     assert link.evaluation()
-    link.receive(0, ("e", 0, 0))
+    link.receive(0, evaluation(0))
     neighbours.comes(0, END)
     assert not link.evaluation()
     link.close()
@@ -216,11 +217,11 @@ def test_the_end_is_told_down_and_up(neighbours: Neighbours) -> None:
 def test_who_is_done_waits_for_a_free_way_but_not_with_an_evaluation(neighbours: Neighbours) -> None:
     link = middle(neighbours)
     for n in range(2):
-        link.send(2, ("h", n, 0), Message(None))
+        link.send(2, activation(n), Message(None))
     threading.Timer(0.05, neighbours.open.set).start()
     link.pause(0.0)
     assert link.ready
-    neighbours.comes(0, ("e", 0, 0))
+    neighbours.comes(0, evaluation(0))
     until(lambda: link.evaluates)
     link.pause(time.perf_counter() + 3600)
 
@@ -233,7 +234,7 @@ def test_what_fails_in_a_thread_is_raised_where_the_stage_waits(neighbours: Neig
         link.next()
     assert neighbours.waits[-1:] != [None], "what it waited for must stand, so that the failure is known as an echo"
     with pytest.raises(RuntimeError, match="closed by peer"):
-        link.send(2, ("e", 0, 0), Message(None))
+        link.send(2, evaluation(0), Message(None))
     with pytest.raises(RuntimeError, match="closed by peer"):
         link.close()
 
@@ -242,7 +243,7 @@ def test_a_program_that_ends_early_ends_the_threads(neighbours: Neighbours, monk
     """One waits for room, one for something to send, one for the stage above; torch lets go of those that it holds."""
     link = middle(neighbours)
     for i in range(DEPTH + 1):
-        neighbours.comes(0, ("e", i, 0))
+        neighbours.comes(0, evaluation(i))
     until(lambda: neighbours.come[0].empty() and len(link.evaluations) == DEPTH)
 
     class Work:
@@ -261,7 +262,7 @@ def test_a_link_that_takes_nothing_holds_nobody_up(neighbours: Neighbours) -> No
     link = middle(neighbours, size=1)
     worker, turns = Worker(made[1], link, CPU, lambda event: None), list[Visit]()
     outputs = made[0].module(made[0].train.inputs[:8]).detach()  # type: ignore[union-attr]
-    neighbours.come[0].put(pack(("h", 0, 0), Message(outputs, made[0].train.targets[:8], samples=8))[0])  # type: ignore[union-attr]
+    neighbours.come[0].put(pack(activation(0), Message(outputs, made[0].train.targets[:8], samples=8))[0])  # type: ignore[union-attr]
 
     def tell(record: VisitsRecord) -> None:
         turns.extend(record.turns)
@@ -283,6 +284,6 @@ def test_a_link_that_takes_nothing_holds_nobody_up(neighbours: Neighbours) -> No
     assert [turn.trains for turn in turns] == [i < 60 for i in range(len(turns))]
     sent = [turn.ordinal for turn in turns if turn.sent]
     assert len([n for n in sent if n < 60]) == 2
-    assert [name[1] for name, _ in neighbours.sent[2]] == [*sent, 0]  # and the end
+    assert [name.batch for name, _ in neighbours.sent[2]] == [*sent, 0]  # and the end
     assert all(turn.sent for turn in turns[60:-1]), "an activation was computed for nobody"
     assert worker.stage.module.training

@@ -14,7 +14,7 @@ from delock.links import Message
 from delock.links.gloo import FIRST, Receiver, Sender
 from delock.links.wire import pack, unpack
 
-from messages import CPU, beside
+from messages import CPU, activation, beside
 
 
 class Wire:
@@ -83,13 +83,13 @@ def payload(length: int, b: int) -> Tensor:
 
 def packed(length: int, b: int = 0) -> Tensor:
     """Message b with `length` bytes in it."""
-    return pack(("h", b, 0), Message(payload(length, b)))[0]
+    return pack(activation(b), Message(payload(length, b)))[0]
 
 
 def holds(got: Tensor, length: int, b: int = 0) -> bool:
     """Whether it is `packed(length, b)`; what lies between a message's tensors says nothing."""
     name, message = unpack(got, CPU)
-    return name == ("h", b, 0) and torch.equal(message.values, payload(length, b))
+    return name == activation(b) and torch.equal(message.values, payload(length, b))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])

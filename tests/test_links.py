@@ -21,7 +21,7 @@ from delock.links.nccl import Courier
 from delock.links.rank_link import RankLink
 from delock.links.wire import make_dense
 
-from messages import CPU, check_pull_and_push, numbers
+from messages import CPU, activation, check_pull_and_push, error, evaluation, numbers
 
 # -- the mailbox -------------------------------------------------------------------------------------------------------------------
 
@@ -30,21 +30,21 @@ def test_a_mailbox_keeps_order_and_directions_apart() -> None:
     box = Mailbox()
     ends = [box.end(k) for k in range(3)]
     for b in range(3):
-        ends[1].send(0, ("d", b, 2), Message((numbers(b + 1),)))
-        ends[1].send(2, ("h", b, 0), Message(numbers(b + 1)))
-    assert [name for name, _ in ends[2].pull(1, 2)] == [("h", 0, 0), ("h", 1, 0)]
+        ends[1].send(0, error(b, 2), Message((numbers(b + 1),)))
+        ends[1].send(2, activation(b), Message(numbers(b + 1)))
+    assert [name for name, _ in ends[2].pull(1, 2)] == [activation(0), activation(1)]
     check_pull_and_push(ends[2], 1, 3)
-    assert [len(ends[0].receive(1, ("d", b, 2)).values[0]) for b in range(3)] == [1, 2, 3]
-    ends[1].send(0, ("h", 7, 0), Message(None))
+    assert [len(ends[0].receive(1, error(b, 2)).values[0]) for b in range(3)] == [1, 2, 3]
+    ends[1].send(0, activation(7), Message(None))
     with pytest.raises(LinkError):
-        ends[0].receive(1, ("d", 7, 2))
+        ends[0].receive(1, error(7, 2))
 
 
 @pytest.mark.parametrize(
     ("got", "wanted", "says"),
     [
-        (("h", 3, 0), ("d", 2, 1), "stage 4 sent the activation of batch 3 where the error under loss 1 of batch 2 was due"),
-        (("e", 0, 0), ("h", 12, 0), "stage 4 sent evaluation batch 0 where the activation of batch 12 was due"),
+        (activation(3), error(2, 1), "stage 4 sent the activation of batch 3 where the error under loss 1 of batch 2 was due"),
+        (evaluation(0), activation(12), "stage 4 sent evaluation batch 0 where the activation of batch 12 was due"),
     ],
 )
 def test_a_message_that_was_not_due_names_both(got: Any, wanted: Any, says: str) -> None:
@@ -94,8 +94,8 @@ def messages(rank: Rank, link: Link, sizes: list[int]) -> dict[str, bool]:
     got = []
     for b, size in enumerate(sizes):
         x = torch.full((4, size), float(b + 100 * rank.rank)).t()
-        link.send(peer, ("h", b, 0), Message((x, torch.arange(b)), {"y": [x[:3], None]}, 0.5, b))
-        got.append(link.receive(peer, ("h", b, 0)))
+        link.send(peer, activation(b), Message((x, torch.arange(b)), {"y": [x[:3], None]}, 0.5, b))
+        got.append(link.receive(peer, activation(b)))
     link.close()
     values = [torch.equal(m.values[0], torch.full((n, 4), float(b + 100 * peer))) for b, (m, n) in enumerate(zip(got, sizes, strict=True))]
     rest = [torch.equal(m.values[1], torch.arange(b)) and (m.weight, m.samples) == (0.5, b) for b, m in enumerate(got)]
@@ -114,7 +114,7 @@ def run_ahead(rank: Rank, kind: LinkKind) -> Any:
     store, link, n = torch.distributed.distributed_c10d._get_default_store(), link_to(rank, 2 if kind == "gloo" else 4, kind), 40
     if rank.rank == 0:
         for b in range(n):
-            link.send(1, ("h", b, 0), Message(numbers(b + 1)))
+            link.send(1, activation(b), Message(numbers(b + 1)))
             store.set(f"sent {b}", "")
         link.close()
         return None
@@ -133,9 +133,9 @@ def test_a_sender_waits_and_a_checkpoint_takes_what_is_under_way(kind: LinkKind)
 def cross(rank: Rank, kind: LinkKind) -> None:
     link = link_to(rank, 2, kind)
     rank.progress.at("F2")
-    link.send(1 - rank.rank, ("h", 3, 0), Message(numbers(2)))
-    link.receive(1 - rank.rank, ("h", 3, 0) if rank.rank == 0 else ("d", 2, 1))
-    link.receive(1 - rank.rank, ("h", 4, 0))  # rank 0 waits until rank 1 has failed
+    link.send(1 - rank.rank, activation(3), Message(numbers(2)))
+    link.receive(1 - rank.rank, activation(3) if rank.rank == 0 else error(2, 1))
+    link.receive(1 - rank.rank, activation(4))  # rank 0 waits until rank 1 has failed
 
 
 @pytest.mark.parametrize("kind", ["gloo", "shared"])

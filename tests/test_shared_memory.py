@@ -19,7 +19,7 @@ from delock.links import connect as connecting
 from delock.links.shared_memory import RECORD, SharedChannel, SlotEvent
 from delock.links.wire import ALIGN
 
-from messages import DTYPES, beside, numbers, tensors, trip
+from messages import DTYPES, activation, beside, numbers, tensors, trip
 
 pytestmark = pytest.mark.skipif(connecting._host() is None, reason="no shared memory between processes here")
 
@@ -30,12 +30,12 @@ def pair(depth: int = 2) -> tuple[SharedChannel, SharedChannel]:
 
 
 def send(channel: SharedChannel, b: int, values: Any) -> float:
-    return channel.post(channel.pack(("h", b, 0), Message(values))[0])
+    return channel.post(channel.pack(activation(b), Message(values))[0])
 
 
 def take(channel: SharedChannel, b: int) -> Any:
     name, message = channel.receive()
-    assert name == ("h", b, 0)
+    assert name == activation(b)
     return message.values
 
 
@@ -118,7 +118,7 @@ def test_a_graph_keeps_the_slots_it_needs() -> None:
 
 def test_a_slice_or_a_label_keeps_the_slot() -> None:
     lower, upper = pair()
-    lower.post(lower.pack(("h", 0, 0), Message(numbers(50), {"y": [torch.arange(9)]}))[0])
+    lower.post(lower.pack(activation(0), Message(numbers(50), {"y": [torch.arange(9)]}))[0])
     label = upper.receive()[1].targets["y"][0][3:5]
     assert held((lower, upper), 5) == list(range(5))
     assert label.tolist() == [3, 4]
@@ -164,17 +164,17 @@ def test_sizes_grow_and_shrink(seed: int) -> None:
 def test_a_sender_is_no_further_ahead_than_agreed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits where `depth` messages have not been taken, and says how long."""
     lower, upper = pair(3)
-    now, hear = 0.0, SharedChannel._hear
+    now, read = 0.0, SharedChannel._read
 
     def late(channel: SharedChannel, flags: int = 0) -> None:
         nonlocal now
-        if channel is lower and not lower.room and not flags:
+        if channel is lower and not lower.credits and not flags:
             now += 2
             assert torch.equal(take(upper, taken := int(now / 2) - 1), row(5, taken))
-        hear(channel, flags)
+        read(channel, flags)
 
     monkeypatch.setattr(shared_memory, "perf_counter", lambda: now)
-    monkeypatch.setattr(SharedChannel, "_hear", late)
+    monkeypatch.setattr(SharedChannel, "_read", late)
     assert [send(lower, b, row(5, b)) for b in range(6)] == [0, 0, 0, 2, 2, 2]
     monkeypatch.undo()
     assert [int(take(upper, b)[0]) for b in (3, 4, 5)] == [3, 4, 5]
@@ -218,7 +218,7 @@ def test_a_peer_that_is_gone_ends_every_wait(act: str) -> None:
     acts: dict[str, Callable[[], Any]] = {
         "receive": lambda: take(lower, 0),
         "post": lambda: send(lower, 1, row(5, 1)),
-        "pack": lambda: lower.pack(("h", 1, 0), Message(row(5000, 1))) and take(lower, 0),
+        "pack": lambda: lower.pack(activation(1), Message(row(5000, 1))) and take(lower, 0),
     }
 
     def wait() -> None:
@@ -238,6 +238,6 @@ def test_a_record_may_come_in_parts() -> None:
     with far:
         for part in (record[:7], record[7:] + record[:3], record[3:]):
             far.sendall(part)
-            channel._hear()
-    assert channel.room == 2 + 2
+            channel._read()
+    assert channel.credits == 2 + 2
     near.close()

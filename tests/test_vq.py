@@ -15,10 +15,11 @@ from delock.codecs.codebook import Codebooks, nearest
 from delock.errors import DelockError, UsageError
 from delock.keys import key
 from delock.links import Message
-from delock.links.coded import Library, decoded, without_codebooks
+from delock.links.coded import ReceivedCodebooks
 from delock.links.wire import pack, unpack
 
 from harness import CPU, same_tree
+from messages import activation
 from workloads import drawn
 
 # -- vq ----------------------------------------------------------------------------------------------------------------------------
@@ -133,26 +134,27 @@ def test_the_error_falls_on_real_activations(activations: list[Tensor], codec: s
 
 
 def test_a_message_decodes_after_the_codebook_has_moved_on(activations: list[Tensor]) -> None:
-    made, library = VQ(codes=16, dim=4, every=3).encoder(0), Library()
+    made, received = VQ(codes=16, dim=4, every=3).encoder(0), ReceivedCodebooks()
     kept, now = [], []
     for b, x in enumerate(activations[:10]):
         payload = made.encode(x, True)
         assert payload
         assert (payload["version"], payload["fresh"]) == (1 + b // 3, b % 3 == 0)
-        _, message = unpack(pack(("h", b, 0), without_codebooks(Message(payload)))[0], CPU)
-        kept.append(library.with_codebooks(message))
+        _, message = unpack(pack(activation(b), Message(payload if payload["fresh"] else {**payload, "book": None}))[0], CPU)
+        kept.append(received.with_codebooks(0, message))
         now.append(decode(payload))
     assert len({id(message.values["book"]) for message in kept}) == 4  # one copy each, however many messages need it
     for message, want in zip(reversed(kept), reversed(now), strict=True):
-        assert torch.equal(decoded(message).values, want)
+        assert torch.equal(decode(message.values), want)
 
 
 def test_a_lost_codebook_is_noticed() -> None:
     made = VQ(codes=4, dim=2, every=2).encoder(0)
-    first, second = (Message(made.encode(drawn(3, 4), True)) for _ in range(2))
+    first, second = (made.encode(drawn(3, 4), True) for _ in range(2))
     assert first
+    assert second
     with pytest.raises(DelockError, match="encoded with codebook 1, and the last that came is 0"):
-        Library().with_codebooks(without_codebooks(second))
+        ReceivedCodebooks().complete(0, 0, {**second, "book": None})
 
 
 def test_evaluation_teaches_nothing() -> None:

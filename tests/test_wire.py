@@ -15,7 +15,7 @@ from delock.links.mailbox import Mailbox
 from delock.links.wire import ALIGN, make_dense, pack, unpack
 
 from harness import same_tree
-from messages import CPU, DTYPES, numbers, tensors, trip
+from messages import CPU, DTYPES, activation, error, numbers, tensors, trip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,7 +50,7 @@ def test_any_tree_of_targets_arrives() -> None:
         "pair": (numbers(3, dtype=torch.int64), {"weight": numbers(3), "nothing": None, "empty": {}}),
         "constants": [True, 1, -2.5, 'ünï{"', None, math.inf],
     }
-    arrived = trip(Message((numbers(2), numbers(2, dtype=torch.int32)), targets, weight=1 / 3, samples=2**40), ("d", 2**40, 7))
+    arrived = trip(Message((numbers(2), numbers(2, dtype=torch.int32)), targets, weight=1 / 3, samples=2**40), error(2**40, 7))
     same_tree(arrived.targets, targets)
     assert isinstance(arrived.values, tuple)
     assert isinstance(arrived.targets["pair"], tuple)
@@ -66,19 +66,19 @@ def test_any_tree_of_targets_arrives() -> None:
 def test_what_cannot_travel_is_refused(targets: Any) -> None:
     for send in (pack, Mailbox().end(0).send):
         with pytest.raises(UsageError, match="cannot travel between stages: use tensors in tuples, lists and dicts with string keys"):
-            send(*(("h", 0, 0), Message(None, targets)) if send is pack else (1, ("h", 0, 0), Message(None, targets)))
+            send(*(activation(0), Message(None, targets)) if send is pack else (1, activation(0), Message(None, targets)))
 
 
 def test_a_packed_message_is_a_copy() -> None:
     x = numbers(5)
-    packed, _ = pack(("h", 0, 0), Message(x))
+    packed, _ = pack(activation(0), Message(x))
     x.zero_()
     assert torch.equal(unpack(packed, CPU)[1].values, numbers(5))
 
 
 def test_a_named_tuple_is_refused_and_equal_constants_keep_their_types() -> None:
     with pytest.raises(UsageError, match="Point is a named tuple"):
-        pack(("h", 0, 0), Message(torch.ones(1), namedtuple("Point", "x y")(torch.ones(1), torch.ones(1))))
+        pack(activation(0), Message(torch.ones(1), namedtuple("Point", "x y")(torch.ones(1), torch.ones(1))))
     for constant in (1, 1.0, True, -0.0, 0.0, None, "1"):  # equal ones must not share a layout
-        _, back = unpack(pack(("h", 0, 0), Message(torch.ones(1), (constant,)))[0], torch.device("cpu"))
+        _, back = unpack(pack(activation(0), Message(torch.ones(1), (constant,)))[0], torch.device("cpu"))
         assert repr(back.targets[0]) == repr(constant)

@@ -25,7 +25,7 @@ from delock.engine.engine import Engine
 from delock.engine.feed import Feed
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
-from delock.links import Link, Message
+from delock.links import Link, Message, MessageKind, MessageName
 from delock.links.connect import LinkKind, connect
 from delock.links.mailbox import Mailbox
 from delock.methods import BP
@@ -115,11 +115,11 @@ def by_link(link: Link, rank: int, tensor: Tensor, count: int) -> float:
     begun = perf_counter()
     for i in range(count):
         if rank == 0:
-            link.send(peer, ("h", i, 0), message)
-            link.receive(peer, ("d", i, 0))
+            link.send(peer, MessageName(MessageKind.ACTIVATION, i), message)
+            link.receive(peer, MessageName(MessageKind.ERROR, i))
         else:
-            link.receive(peer, ("h", i, 0))
-            link.send(peer, ("d", i, 0), message)
+            link.receive(peer, MessageName(MessageKind.ACTIVATION, i))
+            link.send(peer, MessageName(MessageKind.ERROR, i), message)
     return (perf_counter() - begun) / (2 * count)
 
 

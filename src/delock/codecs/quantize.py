@@ -25,7 +25,6 @@ class VQEncoder:
         self.books = Codebooks(codes, seed)
         self.version = 0  # of the codebook last sent
         self.book = torch.zeros(0)  # that codebook, (N, K, d) float32; never written to
-        self.resend = False  # whether it has to go out again: the receiver may be another one
 
     def encode(self, x: Tensor, learn: bool) -> Payload | None:
         """Returns the payload of x, with at least two dimensions; None where nothing is learned yet, and x is not to be learned from.
@@ -45,7 +44,6 @@ class VQEncoder:
             self.books.learn(vectors, d)
         if due:
             self.version, self.book = self.version + 1, self.books.vectors.contiguous()
-        fresh, self.resend = due or self.resend, False
         indices = torch.stack([nearest(part, book) for part, book in zip(torch.split(vectors, d, 1), self.book, strict=True)], 1)  # (M, N)
         return {
             "codec": "vq",
@@ -55,7 +53,7 @@ class VQEncoder:
             "dtype": dtype_name(x),
             "version": self.version,
             "book": self.book,
-            "fresh": fresh,
+            "fresh": due,
         }
 
     def state(self) -> dict[str, Any]:
@@ -63,9 +61,9 @@ class VQEncoder:
         return {"books": self.books.state(), "version": self.version, "book": self.book}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes on from `state()`: the next payload brings its codebook."""
+        """Goes on from `state()`."""
         self.books.load(state["books"])
-        self.version, self.book, self.resend = state["version"], state["book"], True
+        self.version, self.book = state["version"], state["book"]
 
 
 def decode_vq(payload: Payload) -> Tensor:

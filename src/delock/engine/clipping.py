@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from delock.links.message import Message, MessageName
+from delock.links.message import Message, MessageKind, MessageName
 
 
 class Exchange(Protocol):
@@ -38,16 +38,17 @@ class NetworkNorm:
 
     def pass_down(self, number: int, own: Tensor, exchange: Exchange) -> None:
         """Sends the norms of this stage's gradients, (number of weights,), down with those from above; `number`: of the coming Update."""
-        above = exchange.receive(self.k + 1, ("n", number, 0)).values if self.k + 1 < self.K else ()
+        name = MessageName(MessageKind.GRADIENT_NORMS, number)
+        above = exchange.receive(self.k + 1, name).values if self.k + 1 < self.K else ()
         norms = (own, *above)
         if self.k > 0:
-            exchange.send(self.k - 1, ("n", number, 0), Message(norms))
+            exchange.send(self.k - 1, name, Message(norms))
         else:
             self.norms = torch.cat([row for row in norms if len(row)] or [self.norms])
 
     def pass_up(self, number: int, exchange: Exchange) -> Tensor:
         """Returns |g|, a scalar: stage 0 computes it, the others receive it from below, and all but the last send it up."""
-        name = "t", number, 0
+        name = MessageName(MessageKind.TOTAL_NORM, number)
         norm: Tensor = exchange.receive(self.k - 1, name).values if self.k > 0 else torch.linalg.vector_norm(self.norms)
         if self.k + 1 < self.K:
             exchange.send(self.k + 1, name, Message(norm))

@@ -15,8 +15,7 @@ from delock.engine.clipping import NetworkNorm
 from delock.engine.log import OpTime, StageLog, kind_of
 from delock.errors import DelockError, NonFinite, StageFailed
 from delock.launch.progress import Progress
-from delock.links import Link, Message, MessageName
-from delock.links.coded import decoded
+from delock.links import Link, Message, MessageKind, MessageName, resumable
 from delock.ops import Backward, Evaluate, Forward, Update, label
 from delock.plan import Plan, Step, received, walk
 from delock.stage import Stage, checkpoint
@@ -83,15 +82,15 @@ class Engine:
         self.log.op(self.stage.k, step, version, start, perf_counter(), self.spent)
 
     def _forward(self, step: Step, op: Forward) -> None:
-        message = self._input(op, ("h", op.batch if op.source is None else op.source, 0))
+        message = self._input(op, MessageName(MessageKind.ACTIVATION, op.batch if op.source is None else op.source))
         began = perf_counter()
         outputs = self.stage.forward(step, message)
         self._straggle(step, began)
         if step.up:
-            self.send(self.stage.k + 1, ("h", op.batch, 0), outputs)
+            self.send(self.stage.k + 1, MessageName(MessageKind.ACTIVATION, op.batch), outputs)
 
     def _evaluate(self, step: Step, op: Evaluate) -> None:
-        name = "e", op.batch, 0
+        name = MessageName(MessageKind.EVALUATION, op.batch)
         message = self._input(op, name)
         began = perf_counter()
         outputs = self.stage.evaluate(message)
@@ -117,12 +116,13 @@ class Engine:
         began = perf_counter()
         stage.prepare(step)  # a replay runs while the error is under way
         self._straggle(step, began)
-        error = self.receive(k + 1, ("d", op.batch, op.loss)) if received(k, op) else None
+        name = MessageName(MessageKind.ERROR, op.batch, op.loss)
+        error = self.receive(k + 1, name) if received(k, op) else None
         began = perf_counter()
         done = stage.backward(step, error)
         self._straggle(step, began)
         if done.error is not None:
-            self.send(k - 1, ("d", op.batch, op.loss), done.error)
+            self.send(k - 1, name, done.error)
         if step.sends_norms:
             self.network_norm.pass_down(stage.version, stage.gradient_norms(), self)
         if step.last:
@@ -151,12 +151,11 @@ class Engine:
 
     def receive(self, source: int, name: MessageName) -> Message:
         """Receives a message; the wait for it and its decoding count as time of the op under way."""
-        asked = perf_counter()
+        asked, decoding = perf_counter(), self.link.decoding
         message = self.link.receive(source, name)
-        arrived = perf_counter()
-        message = decoded(message)
-        self.spent.waited += arrived - asked
-        self.spent.copied += perf_counter() - arrived
+        copied = self.link.decoding - decoding
+        self.spent.waited += perf_counter() - asked - copied
+        self.spent.copied += copied
         return message
 
     def send(self, to: int, name: MessageName, message: Message) -> None:
@@ -184,16 +183,18 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """The stage and the messages under way to it, between two windows. Every stage of the run has to be asked at the same tick."""
-        under_way = {source: self.link.pull(source, count) for source, count in self.in_flight.items()}
-        return {"stage": checkpoint.state(self.stage), "under_way": under_way, "link": self.link.state()}
+        link = resumable(self.link)
+        under_way = {source: link.pull(source, count) for source, count in self.in_flight.items()}
+        return {"stage": checkpoint.state(self.stage), "under_way": under_way, "link": link.state()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state()`, before the first window."""
         checkpoint.load(self.stage, state["stage"])
-        self.link.load(state["link"])
+        link = resumable(self.link)
+        link.load(state["link"])
         for source, messages in state["under_way"].items():
             self.in_flight[source] = len(messages)
-            self.link.push(source, messages)
+            link.push(source, messages)
 
 
 def describe(step: Step, parts: int) -> str:

@@ -1,42 +1,59 @@
-"""Links deliver named messages in order, between the stages of one process or of many; they never decide."""
+"""Links deliver named messages in order, between the stages of one process or of many."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
-from delock.links.message import Message, MessageName
+from delock.errors import UsageError
+from delock.links.message import Message, MessageKind, MessageName
 from delock.links.traffic import SentBytes
 
 
-class Link(Protocol):
+class Link(ABC):
     """One stage's end of the links to its neighbours."""
 
+    sent: SentBytes
+    """The bytes that went out."""
+    decoding: float = 0.0
+    """Seconds, of all in `receive` so far, that were spent on decoding and not on waiting."""
+
+    @abstractmethod
     def send(self, to: int, name: MessageName, message: Message) -> float:
-        """Hand a message over, before it has arrived; returns the seconds that it waited for room, because the neighbour is behind."""
+        """Hands a message over, before it has arrived; returns the seconds that it waited for room, because the neighbour is behind."""
 
+    @abstractmethod
     def receive(self, source: int, name: MessageName) -> Message:
-        """The next message from that neighbour, which must be the one of that name. Raises LinkError when it is another."""
+        """Returns the next message from that neighbour, which must be the one of that name. Raises LinkError when it is another."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Lets everything that was sent arrive, and ends the connection."""
+
+
+class Resumable(Link):
+    """A link whose messages under way can be saved in a checkpoint."""
+
+    @abstractmethod
     def pull(self, source: int, count: int) -> list[tuple[MessageName, Message]]:
-        """The next `count` messages from that neighbour, without consuming them: what is under way, for a checkpoint."""
+        """Returns the next `count` messages from that neighbour, without consuming them: what is under way."""
 
+    @abstractmethod
     def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> None:
-        """Put messages of a checkpoint back in front of what is to come from that neighbour."""
+        """Puts messages of a checkpoint back in front of what is to come from that neighbour."""
 
     def state(self) -> Any:
-        """What coming messages depend on beside what is sent: of codecs that learn, for a checkpoint."""
+        """Returns all that coming messages depend on beside what is under way: codecs learn, other links do not."""
 
     def load(self, state: Any) -> None:
-        """Go on from `state()`, before the first message."""
-
-    def close(self) -> None:
-        """Let what was sent arrive, and end the connection."""
+        """Goes on from `state()`, before the first message."""
 
 
-class CountingLink(Link, Protocol):
-    """A link that counts what it sends."""
+def resumable(link: Link) -> Resumable:
+    """Returns the link. Raises UsageError for one of free-running stages, which keep or drop messages as they come."""
+    if not isinstance(link, Resumable):
+        raise UsageError("a run with replay buffers cannot be resumed: it is repeated from its trace")
+    return link
 
-    sent: SentBytes
 
-
-__all__ = ["CountingLink", "Link", "Message", "MessageName"]
+__all__ = ["Link", "Message", "MessageKind", "MessageName", "Resumable", "resumable"]

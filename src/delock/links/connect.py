@@ -1,4 +1,4 @@
-"""Which channel joins two neighbouring ranks, and how those of one host find each other."""
+"""Joins neighbouring ranks by channels: those of one host find each other, and share memory where they may."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from delock.links.rank_link import Channel, RankLink
 from delock.links.shared_memory import SharedChannel
 
 LinkKind: TypeAlias = Literal["auto", "gloo", "shared"]
-"""Through what messages between two processes go: the process group (gloo, between GPUs NCCL), or memory that they share; "auto": shared
+"""What messages between two processes go through: the process group (gloo, between GPUs NCCL), or memory that both share; "auto": shared
 memory where both are on one host and the tensors on the CPU, else the process group."""
 
-PATIENCE = 60.0  # seconds that a neighbour may take to come, who has just said that it will
+PATIENCE = 60.0  # seconds that a neighbour may take to connect, after both have said that they will
 
 
 def refuse_link(kind: str, device: str) -> None:
-    """Raise UsageError for a kind that there is not, or that cannot be had on this system and device."""
+    """Raises UsageError for a kind that there is not, or that cannot be had on this system and device."""
     if kind not in get_args(LinkKind):
         raise UsageError(f"link is {kind!r}, but it must be one of {', '.join(get_args(LinkKind))}")
     if kind == "shared" and torch.device(device).type != "cpu":
@@ -35,12 +35,12 @@ def refuse_link(kind: str, device: str) -> None:
 
 
 def shares(kind: str, device: str) -> bool:
-    """Whether that kind joins processes of one host by memory that they share."""
+    """True where that kind joins processes of one host by memory that they share."""
     return kind != "gloo" and torch.device(device).type == "cpu" and _host() is not None
 
 
-def connect(kind: LinkKind, depth: dict[int, int], device: torch.device, watch: Progress) -> RankLink:
-    """This rank's link to its neighbours, the ranks in `depth`: how many messages may wait for each. All ranks call it together.
+def connect(kind: LinkKind, depth: dict[int, int], device: torch.device, progress: Progress) -> RankLink:
+    """Returns this rank's link to its neighbours, the ranks in `depth`: how many messages may wait for each. All ranks call it together.
 
     Raises UsageError where the kind is "shared" and a neighbour is on another host.
     """
@@ -55,11 +55,11 @@ def connect(kind: LinkKind, depth: dict[int, int], device: torch.device, watch: 
             channels[peer] = SharedChannel(peer, messages, met[peer])
         else:
             channels[peer] = DistributedChannel(peer, messages, device, courier)
-    return RankLink(channels, watch)
+    return RankLink(channels, progress)
 
 
 def _meet(peers: dict[int, int]) -> dict[int, socket.socket]:
-    """A socket to each neighbour on this host. Every rank listens for the one above, and calls on the one below.
+    """Returns a socket to each neighbour on this host. Every rank listens for the one above, and calls on the one below.
 
     The kernel picks an address outside the file system, which is free again when the socket is closed.
     """
@@ -82,7 +82,7 @@ def _call(address: bytes) -> socket.socket:
 
 
 def _host() -> str | None:
-    """What ranks have in common whose sockets can meet: the running kernel and its network namespace; None where that cannot be had."""
+    """Returns the running kernel and its network namespace, which ranks share whose sockets can meet; None where these cannot be read."""
     if not hasattr(os, "memfd_create"):
         return None
     try:

@@ -37,7 +37,7 @@ class FrameSizes:
         self.largest = FIRST
 
     def next(self, message_length: int) -> tuple[int, int]:
-        """Size of the next frame's buffer, and of the buffer that replaces it; `message_length` is that of the frame's message."""
+        """Returns the size of the next frame's buffer, and of the one that replaces it; `message_length`: of the message in the frame."""
         self.largest = max(self.largest, message_length)
         self.sizes.append(self.largest)
         return self.sizes.popleft(), self.largest
@@ -52,7 +52,7 @@ class Sender:
         self.pending: deque[tuple[Any, Tensor]] = deque()  # the Work must live, and its buffer must not change, until wait()
 
     def send(self, packed: Tensor) -> float:
-        """Start sending one packed message; returns the seconds that it waited before it could."""
+        """Starts sending one packed message; returns the seconds that it waited before it could."""
         start, length, waited = 0, len(packed), 0.0
         while start < length:
             size, _ = self.frames.next(length)
@@ -69,12 +69,12 @@ class Sender:
         return waited
 
     def flush(self) -> None:
-        """Let everything arrive."""
+        """Lets everything arrive."""
         while self.pending:
             self.pending.popleft()[0].wait()
 
     def close(self) -> None:
-        """Fill the peer's posted buffers with farewells, and let everything arrive."""
+        """Fills the peer's posted buffers with farewells, and lets everything arrive."""
         for _ in range(self.depth):
             self._post(torch.zeros(1, dtype=torch.uint8))
         self.flush()
@@ -106,7 +106,7 @@ class Receiver:
         return buffer, length
 
     def receive(self) -> Tensor:
-        """The next packed message."""
+        """Returns the next packed message."""
         buffer, length = self._frame(None)
         if length <= len(buffer):
             return buffer[:length]
@@ -119,7 +119,7 @@ class Receiver:
         return torch.cat(parts)
 
     def close(self) -> None:
-        """Take the peer's farewells."""
+        """Takes the peer's farewells."""
         while self.posted:
             self._wait(self.posted.popleft()[0])
 
@@ -142,22 +142,22 @@ class DistributedChannel:
         self.sender, self.receiver = Sender(peer, depth), Receiver(peer, depth)
 
     def pack(self, name: MessageName, message: Message) -> tuple[tuple[Tensor, list[Tensor]], int]:
-        """See Channel."""
+        """Lays the message out in one buffer; tensors that the courier takes stay where they are."""
         packed, apart = pack(name, message, self.courier.takes) if self.courier else pack(name, message)
         return (packed, apart), len(packed) + sum(line.nbytes for line in apart)
 
     def post(self, packed: tuple[Tensor, list[Tensor]]) -> float:
-        """See Channel."""
+        """Starts sending the buffer, and then the tensors that go apart."""
         waited = self.sender.send(packed[0])
         return waited + self.courier.send(self.peer, packed[1]) if self.courier else waited
 
     def receive(self) -> tuple[MessageName, Message]:
-        """See Channel."""
+        """Returns the next message, its tensors views of the buffer it came in, or fetched onto the device."""
         fetch = partial(self.courier.fetch, self.peer) if self.courier else None
         return unpack(self.receiver.receive(), self.device, fetch)
 
     def close(self) -> None:
-        """See Channel."""
+        """Says farewell, and takes the peer's."""
         self.sender.close()
         self.receiver.close()
         if self.courier:

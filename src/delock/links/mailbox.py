@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import replace
 from itertools import islice
 
-from delock.links.coded import without_codebooks
+from delock.links import Resumable
 from delock.links.message import Message, MessageName, expect
 from delock.links.traffic import SentBytes
 from delock.links.wire import make_dense, packed_length
@@ -19,15 +19,15 @@ class Mailbox:
         self.queues: dict[tuple[int, int], deque[tuple[MessageName, Message]]] = {}
 
     def end(self, k: int) -> MailboxEnd:
-        """Stage k's end."""
+        """Returns stage k's end."""
         return MailboxEnd(self, k)
 
     def queue(self, source: int, to: int) -> deque[tuple[MessageName, Message]]:
-        """Messages under way from one stage to another, oldest first."""
+        """Returns the messages under way from one stage to another, oldest first."""
         return self.queues.setdefault((source, to), deque())
 
 
-class MailboxEnd:
+class MailboxEnd(Resumable):
     """One stage's end of a Mailbox."""
 
     def __init__(self, box: Mailbox, k: int) -> None:
@@ -35,31 +35,25 @@ class MailboxEnd:
         self.sent = SentBytes()
 
     def send(self, to: int, name: MessageName, message: Message) -> float:
-        """See Link; there is always room."""
-        self.sent.count(to, name, message, packed_length(without_codebooks(message)))
-        settled = replace(message, values=make_dense(message.values), targets=make_dense(message.targets))
-        self.box.queue(self.k, to).append((name, settled))
+        """Puts the message into the neighbour's queue, as dense as a wire would make it; there is always room."""
+        self.sent.count(to, name, message, packed_length(message))
+        dense = replace(message, values=make_dense(message.values), targets=make_dense(message.targets))
+        self.box.queue(self.k, to).append((name, dense))
         return 0.0
 
     def receive(self, source: int, name: MessageName) -> Message:
-        """See Link."""
+        """Takes the oldest message, which is there: the plan of one process says so."""
         got, message = self.box.queue(source, self.k).popleft()
         expect(got, name, source)
         return message
 
     def pull(self, source: int, count: int) -> list[tuple[MessageName, Message]]:
-        """See Link."""
+        """Returns the oldest messages of the queue."""
         return list(islice(self.box.queue(source, self.k), count))
 
     def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> None:
-        """See Link."""
+        """Puts messages in front of the queue."""
         self.box.queue(source, self.k).extendleft(reversed(messages))
 
-    def state(self) -> None:
-        """See Link: nothing."""
-
-    def load(self, state: None) -> None:
-        """See Link."""
-
     def close(self) -> None:
-        """See Link."""
+        """Has nothing to close."""

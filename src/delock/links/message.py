@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from enum import IntEnum
+from typing import NamedTuple
 
 from delock.errors import LinkError
 from delock.tensors import Tree
 
-MessageName: TypeAlias = tuple[str, int, int]
-"""What a message is: ("h", batch, 0) a training activation, ("e", batch, 0) an evaluation's, ("d", batch, loss) an error,
-("n", update, 0) norms of gradients on their way down, ("t", update, 0) that of them all on its way up."""
+
+class MessageKind(IntEnum):
+    """The kinds of messages; over a wire travels the number."""
+
+    ACTIVATION = 0  # of a training batch, on its way up
+    EVALUATION = 1  # of a batch of an evaluation, on its way up
+    ERROR = 2  # of a batch, on its way down
+    GRADIENT_NORMS = 3  # of the stages above, before an update, on their way down
+    TOTAL_NORM = 4  # of all gradients, on its way up
+    END = 5  # of free-running stages. Going up: no more is to come; going down: all stages from here on are done
+
+
+class MessageName(NamedTuple):
+    """Says which message it is: both ends of a link compute it, and what comes must be what is due."""
+
+    kind: MessageKind
+    batch: int = 0  # or micro-batch; of norms the update
+    loss: int = 0  # of an error: the stage whose loss it comes from
+    version: int = 0  # of what a free-running stage sends: the updates that it has made; known to the sender alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +44,22 @@ class Message:
 
 
 def expect(got: MessageName, wanted: MessageName, source: int) -> None:
-    """Raise LinkError unless the message that came is the one that the plan says."""
-    if got != wanted:
+    """Raises LinkError unless the message that came is the one that the plan says."""
+    if got[:3] != wanted[:3]:
         raise LinkError(f"stage {source} sent {_words(got)} where {_words(wanted)} was due: the stages do not follow the same plan")
 
 
 def _words(name: MessageName) -> str:
-    kind, batch, loss = name
-    error = f"the error under loss {loss} of batch"
-    what = {"h": "the activation of batch", "e": "evaluation batch", "d": error, "n": "the norms of update", "t": "the norm of update"}
-    return f"{what[kind]} {batch}"
-
-
-def items(values: Tree) -> tuple[Any, ...]:
-    """The tensors and payloads in a message's values."""
-    return () if values is None else values if isinstance(values, tuple) else (values,)
+    match name.kind:
+        case MessageKind.ACTIVATION:
+            return f"the activation of batch {name.batch}"
+        case MessageKind.EVALUATION:
+            return f"evaluation batch {name.batch}"
+        case MessageKind.ERROR:
+            return f"the error under loss {name.loss} of batch {name.batch}"
+        case MessageKind.GRADIENT_NORMS:
+            return f"the norms of update {name.batch}"
+        case MessageKind.TOTAL_NORM:
+            return f"the norm of update {name.batch}"
+        case MessageKind.END:
+            return "the end"

@@ -19,8 +19,10 @@ from torch import Tensor
 
 
 class Courier:
-    """Rank k's way to send and fetch whole tensors; built by all ranks at the same time. `depth`: messages
-    under way to a peer before the sender waits."""
+    """Sends and fetches whole tensors for rank k; all ranks build theirs at the same time.
+
+    `depth`: messages under way to a peer before the sender waits.
+    """
 
     def __init__(self, depth: dict[int, int], device: torch.device, backend: str | None = None) -> None:
         self.depth = depth
@@ -37,11 +39,11 @@ class Courier:
                 self.fetch(source, [torch.zeros(1, device=device)])
 
     def takes(self, leaf: Tensor) -> bool:
-        """Whether a tensor travels this way: those on a GPU do."""
+        """True for a tensor that travels this way: those on a GPU do."""
         return leaf.device.type == "cuda" and leaf.numel() > 0
 
     def send(self, to: int, lines: list[Tensor]) -> float:
-        """Start sending the tensors of a message, which must not be written to afterwards; returns the seconds that it waited before."""
+        """Starts sending the tensors of a message, which must not be written to afterwards; returns the seconds that it waited before."""
         pending, group = self.pending[to], self.ways[dist.get_rank(), to]
         asked = perf_counter()
         while len(pending) >= self.depth[to]:
@@ -51,14 +53,14 @@ class Courier:
         return waited
 
     def fetch(self, source: int, lines: list[Tensor]) -> None:
-        """Receive into tensors; on a GPU the current stream waits, not the program."""
+        """Receives into tensors; on a GPU the current stream waits, not the program."""
         group = self.ways[source, dist.get_rank()]
         works: list[Any] = [dist.irecv(line, source, group=group) for line in lines]
         for work in works:
             work.wait()
 
     def close(self) -> None:
-        """Let everything arrive."""
+        """Lets everything arrive."""
         for pending in self.pending.values():
             while pending:
                 _arrive(pending.popleft())

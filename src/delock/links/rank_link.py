@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from delock.links.coded import Library, without_codebooks
+from delock.launch.progress import Progress
+from delock.links import Resumable
 from delock.links.message import Message, MessageName, expect
 from delock.links.traffic import SentBytes
 
@@ -15,76 +16,59 @@ class Channel(Protocol):
     """One end of the connection between two neighbouring ranks, both ways; messages arrive whole and in order."""
 
     def pack(self, name: MessageName, message: Message) -> tuple[Any, int]:
-        """Lay a message out as it will travel; also says its bytes. What is packed is posted before the next one is packed."""
+        """Lays a message out as it will travel; also returns its bytes. What is packed is posted before the next one is packed."""
 
     def post(self, packed: Any) -> float:
-        """Let it go its way. Waits while the peer is too far behind (back-pressure), and returns the seconds of that."""
+        """Lets it go its way. Waits while the peer is too far behind (back-pressure), and returns the seconds of that."""
 
     def receive(self) -> tuple[MessageName, Message]:
-        """The next message, waiting for it."""
+        """Returns the next message, waiting for it."""
 
     def close(self) -> None:
-        """Let what was sent arrive, and end the connection."""
+        """Lets what was sent arrive, and ends the connection."""
 
 
-class Progress(Protocol):
-    """Who wants to know that a link blocks (a rank's progress record). A wait that raises is left standing."""
+class RankLink(Resumable):
+    """A rank's link by its channels, neighbour -> channel. `progress` notes every wait; one that raises is left standing there."""
 
-    def wait_for(self, peer: int) -> None:
-        """The link waits for that peer, for a message or for room for one."""
-
-    def go_on(self) -> None:
-        """It waits no longer."""
-
-
-class RankLink:
-    """A rank's link by its channels, neighbour -> channel."""
-
-    def __init__(self, channels: Mapping[int, Channel], watch: Progress) -> None:
-        self.channels, self.watch = channels, watch
+    def __init__(self, channels: Mapping[int, Channel], progress: Progress) -> None:
+        self.channels, self.progress = channels, progress
         self.ahead: dict[int, deque[tuple[MessageName, Message]]] = {peer: deque() for peer in channels}
-        self.libraries = {peer: Library() for peer in channels}
         self.sent = SentBytes()
 
     def send(self, to: int, name: MessageName, message: Message) -> float:
-        """See Link."""
-        packed, length = self.channels[to].pack(name, without_codebooks(message))
+        """Packs the message, and posts it as soon as there is room."""
+        packed, length = self.channels[to].pack(name, message)
         self.sent.count(to, name, message, length)
-        self.watch.wait_for(to)
+        self.progress.wait_for(to)
         waited = self.channels[to].post(packed)
-        self.watch.go_on()
+        self.progress.go_on()
         return waited
 
     def receive(self, source: int, name: MessageName) -> Message:
-        """See Link."""
+        """Returns a message that was pulled or pushed before, if there is one, else the next that comes."""
         got, message = self.ahead[source].popleft() if self.ahead[source] else self._next(source)
         expect(got, name, source)
         return message
 
     def pull(self, source: int, count: int) -> list[tuple[MessageName, Message]]:
-        """See Link."""
+        """Waits for as many messages as are under way, and keeps them for `receive`."""
         while len(self.ahead[source]) < count:
             self.ahead[source].append(self._next(source))
         return list(self.ahead[source])[:count]
 
     def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> None:
-        """See Link."""
+        """Puts messages in front of those that were pulled."""
         self.ahead[source].extendleft(reversed(messages))
 
     def _next(self, source: int) -> tuple[MessageName, Message]:
-        self.watch.wait_for(source)
-        name, message = self.channels[source].receive()
-        self.watch.go_on()
-        return name, self.libraries[source].with_codebooks(message)
-
-    def state(self) -> None:
-        """See Link: nothing; messages that were pulled hold their codebooks."""
-
-    def load(self, state: None) -> None:
-        """See Link."""
+        self.progress.wait_for(source)
+        named = self.channels[source].receive()
+        self.progress.go_on()
+        return named
 
     def close(self) -> None:
-        """See Link. All ranks close upwards, the lower neighbour first, so that nobody waits in a circle."""
+        """Closes the channels. All ranks close upwards, the lower neighbour first, so that nobody waits in a circle."""
         for peer, channel in sorted(self.channels.items()):
-            self.watch.wait_for(peer)
+            self.progress.wait_for(peer)
             channel.close()

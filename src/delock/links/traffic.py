@@ -1,35 +1,34 @@
-"""The tensors of a message one by one, as they are or encoded; and codebooks, which cross a wire only now and then."""
+"""The bytes that one end of a link has sent, by neighbour and by what they are."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections import Counter, defaultdict
 
-from delock.codecs import Payload, sizes
-from delock.links.message import Message, MessageName, items
-from delock.records import Traffic
+from delock.links.message import Message, MessageKind, MessageName
+from delock.tensors import tree_tensors
+
+NORMS = (MessageKind.GRADIENT_NORMS, MessageKind.TOTAL_NORM)
 
 
 class SentBytes:
-    """What one end of a link has sent, by neighbour."""
+    """Counts, for each neighbour: `messages`; `raw`, bytes of the tensors in them before a codec; `encoded`, bytes of these as they were
+    sent; `codebooks`; and `rest`, bytes of headers, labels and what lies between the tensors."""
 
     def __init__(self) -> None:
-        self.sums: dict[int, list[int]] = {}  # neighbour -> the numbers of its Traffic
-
-    @property
-    def to(self) -> dict[int, Traffic]:
-        """Neighbour -> what went there."""
-        return {peer: Traffic(*sums) for peer, sums in self.sums.items()}
+        self.to: defaultdict[int, Counter[str]] = defaultdict(Counter)  # neighbour -> its counts
 
     def count(self, to: int, name: MessageName, message: Message, length: int) -> None:
-        """One message of `length` bytes in all; norms of gradients count as headers do."""
-        raw = encoded = codebooks = 0
-        for value in items(message.values) if name[0] in ("h", "e", "d") else ():
-            own = _sizes(value)
-            raw, encoded, codebooks = raw + own[0], encoded + own[1], codebooks + own[2]
-        sums = self.sums.setdefault(to, [0] * 5)
-        for i, more in enumerate((1, raw, encoded, codebooks, length - encoded - codebooks)):
-            sums[i] += more
+        """Counts one message of `length` bytes in all, as if there were no codec. Norms of gradients count as headers do."""
+        values = 0 if name.kind in NORMS else sum([tensor.nbytes for tensor in tree_tensors(message.values)])
+        counts = self.to[to]
+        counts["messages"] += 1
+        counts["raw"] += values
+        counts["encoded"] += values
+        counts["rest"] += length - values
 
-
-def _sizes(value: Tensor | Payload) -> tuple[int, int, int]:
-    return (value.nbytes, value.nbytes, 0) if isinstance(value, Tensor) else sizes(value)
+    def correct(self, to: int, raw: int, encoded: int, codebooks: int) -> None:
+        """Corrects `count`, which took a tensor for as large as it travels: it had `raw` bytes, and now `encoded` and `codebooks`."""
+        counts = self.to[to]
+        counts["raw"] += raw - encoded - codebooks
+        counts["encoded"] -= codebooks
+        counts["codebooks"] += codebooks

@@ -1,4 +1,9 @@
-"""How a message lies in one run of bytes: a short header, then every tensor where a view can use it in place."""
+"""The bytes of a message, in one run: a short header, then every tensor where a view can use it in place.
+
+    PREFIX | JSON text | pad | tensor | pad | tensor | pad      every tensor starts at a multiple of ALIGN
+
+The text says what the tensors are. It is the same for all messages that are alike, so it is written and read once, not once per message.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +18,14 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from delock.links.message import Message, MessageName
+from delock.links.message import Message, MessageKind, MessageName
 from delock.tensors import Tree, flatten, map_tensors, unflatten
 
-# layout of the bytes: PREFIX | JSON text | pad | tensor | pad | tensor | pad      every tensor starts at a multiple of ALIGN
-PREFIX = struct.Struct("<qcqqdqq")  # length of all, kind, batch, loss, weight, samples, length of the JSON text
+PREFIX = struct.Struct("<qBqiidqq")  # bytes of all; kind, batch, loss, version; weight, samples; bytes of the JSON text
+KINDS = tuple(MessageKind)
 ALIGN = 64  # bytes: a cache line, and what vector loads like
 Meta: TypeAlias = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], bool]
-"""What a tensor is: dtype, shape, strides, and whether it travels apart from the bytes."""
+"""Dtype, shape and strides of a tensor, and True where it travels apart from the bytes."""
 
 
 class Place(NamedTuple):
@@ -46,16 +51,16 @@ class Buffer(NamedTuple):
     """Memory for a message: a uint8 tensor that begins at a multiple of ALIGN, and a view of it for every tensor that is to lie there."""
 
     packed: Tensor
-    views: Sequence[Tensor]
+    tensors: Sequence[Tensor]
 
 
 def new_buffer(layout: MessageLayout) -> Buffer:
-    """Memory that nothing else uses."""
+    """Returns memory that nothing else uses."""
     return buffer_views(torch.empty(layout.length, dtype=torch.uint8), layout)
 
 
 def buffer_views(packed: Tensor, layout: MessageLayout) -> Buffer:
-    """That memory, with views of it."""
+    """Returns that memory, with views of it."""
     return Buffer(packed, [_view(packed, place) for place in layout.places if not place.apart])
 
 
@@ -63,39 +68,39 @@ def pack(
     name: MessageName,
     message: Message,
     apart: Callable[[Tensor], bool] = lambda leaf: False,
-    room: Callable[[MessageLayout], Buffer] = new_buffer,
+    into: Callable[[MessageLayout], Buffer] = new_buffer,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The message as one uint8 tensor on the CPU, and the tensors for which `apart` holds, which the caller sends by another way.
+    """Returns the message as one uint8 tensor on the CPU, and the tensors for which `apart` holds, which the caller sends by another way.
 
-    Dense tensors keep their strides (channels_last stays so), others become contiguous. `room`: where it is to lie.
+    Dense tensors keep their strides (channels_last stays so), others become contiguous. `into` gives the memory for a layout.
     """
-    layout, leaves = _laid_out(message, apart)
-    packed, views = room(layout)
-    head = PREFIX.pack(layout.length, name[0].encode(), name[1], name[2], message.weight, message.samples, len(layout.text)) + layout.text
+    layout, leaves = _layout_of(message, apart)
+    packed, tensors = into(layout)
+    head = PREFIX.pack(layout.length, *name, message.weight, message.samples, len(layout.text)) + layout.text
     ctypes.memmove(packed.data_ptr(), head, len(head))
     others = []
-    inside = iter(views)
+    inside = iter(tensors)
     for leaf, place in zip(leaves, layout.places, strict=True):
         if place.apart:
-            others.append(_line(leaf.detach() if place.strides == leaf.stride() else _settle(leaf.detach())))
+            others.append(_flat(leaf.detach() if place.strides == leaf.stride() else _dense_copy(leaf.detach())))
         else:
             next(inside).copy_(leaf.detach() if leaf.requires_grad else leaf)
     return packed, others
 
 
 def packed_length(message: Message) -> int:
-    """Bytes that `pack` would make of the message."""
-    return _laid_out(message, lambda leaf: False)[0].length
+    """Returns the bytes that `pack` would make of the message."""
+    return _layout_of(message, lambda leaf: False)[0].length
 
 
 def length_of(start: Tensor) -> int:
-    """Bytes of the whole message whose first bytes these are."""
+    """Returns the bytes of the whole message whose first bytes these are."""
     return int(PREFIX.unpack(ctypes.string_at(start.data_ptr(), PREFIX.size))[0])
 
 
 def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]], None] | None = None) -> tuple[MessageName, Message]:
-    """Name and message on that device; on the CPU the tensors are views of `packed`. `fetch` fills tensors that travelled apart."""
-    name, layout, weight, count = _opened(packed.numpy().data)
+    """Returns name and message on that device; on the CPU the tensors are views of `packed`. `fetch` fills tensors that travelled apart."""
+    name, layout, weight, samples = _read_header(packed.numpy().data)
     if device.type != "cpu" and not all(place.apart for place in layout.places):
         packed = packed.to(device)
     leaves = [
@@ -103,25 +108,26 @@ def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]],
         for place in layout.places
     ]
     if fetch:
-        fetch([_line(leaf) for leaf, place in zip(leaves, layout.places, strict=True) if place.apart])
+        fetch([_flat(leaf) for leaf, place in zip(leaves, layout.places, strict=True) if place.apart])
     values, targets = unflatten(layout.tree, leaves)
-    return name, Message(values, targets, weight, count)
+    return name, Message(values, targets, weight, samples)
 
 
 def unpack_borrowed(memory: memoryview) -> tuple[MessageName, Message]:
-    """Name and message that lie in memory of somebody else's: every tensor in it holds on to `memory`, and nothing else does."""
-    name, layout, weight, count = _opened(memory)
-    values, targets = unflatten(layout.tree, [_borrowed(memory, place) for place in layout.places])
-    return name, Message(values, targets, weight, count)
+    """Returns name and message that lie in memory of another owner: every tensor in it holds on to `memory`, and nothing else does."""
+    name, layout, weight, samples = _read_header(memory)
+    values, targets = unflatten(layout.tree, [_borrowed_view(memory, place) for place in layout.places])
+    return name, Message(values, targets, weight, samples)
 
 
-def _opened(memory: memoryview) -> tuple[MessageName, MessageLayout, float, int]:
-    """What a message begins with: its name, how it lies, weight and samples."""
-    _, kind, batch, loss, weight, count, chars = PREFIX.unpack_from(memory)
-    return (kind.decode(), batch, loss), _read_layout(bytes(memory[PREFIX.size : PREFIX.size + chars])), weight, count
+def _read_header(memory: memoryview) -> tuple[MessageName, MessageLayout, float, int]:
+    """Returns what a message begins with: its name, its layout, weight and samples."""
+    _, kind, batch, loss, version, weight, samples, chars = PREFIX.unpack_from(memory)
+    layout = _read_layout(bytes(memory[PREFIX.size : PREFIX.size + chars]))
+    return MessageName(KINDS[kind], batch, loss, version), layout, weight, samples
 
 
-def _borrowed(memory: memoryview, place: Place) -> Tensor:
+def _borrowed_view(memory: memoryview, place: Place) -> Tensor:
     count = math.prod(place.shape)
     if count == 0:
         return torch.empty_strided(place.shape, place.strides, dtype=place.dtype)
@@ -129,8 +135,8 @@ def _borrowed(memory: memoryview, place: Place) -> Tensor:
     return flat.as_strided(place.shape, place.strides)
 
 
-def _line(leaf: Tensor) -> Tensor:
-    """A dense tensor's memory as one row."""
+def _flat(leaf: Tensor) -> Tensor:
+    """Returns a dense tensor's memory as one row."""
     return leaf.as_strided((leaf.numel(),), (1,))
 
 
@@ -138,44 +144,44 @@ def _view(packed: Tensor, place: Place) -> Tensor:
     return packed.view(place.dtype).as_strided(place.shape, place.strides, place.offset)
 
 
-def _laid_out(message: Message, apart: Callable[[Tensor], bool]) -> tuple[MessageLayout, list[Tensor]]:
+def _layout_of(message: Message, apart: Callable[[Tensor], bool]) -> tuple[MessageLayout, list[Tensor]]:
     tree, leaves = flatten((message.values, message.targets))
     return _layout(tree, tuple([(leaf.dtype, leaf.shape, leaf.stride(), apart(leaf)) for leaf in leaves])), leaves
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # the layouts of a run are few, and the text takes longer to write than a small message to send
 def _layout(tree: Any, metas: tuple[Meta, ...]) -> MessageLayout:
-    """Where the tensors of that tree lie, each as dense as it can be."""
-    settled = [(dtype, tuple(shape), _dense(shape, strides), apart) for dtype, shape, strides, apart in metas]
-    text = json.dumps([tree, [(str(dtype)[6:], *rest) for dtype, *rest in settled]], separators=(",", ":")).encode()
-    return MessageLayout(text, tree, *_places(PREFIX.size + len(text), settled))
+    """Lays the tensors of that tree out, each as dense as it can be."""
+    dense = [(dtype, tuple(shape), _dense(shape, strides), apart) for dtype, shape, strides, apart in metas]
+    text = json.dumps([tree, [(str(dtype)[6:], *rest) for dtype, *rest in dense]], separators=(",", ":")).encode()
+    return MessageLayout(text, tree, *_places(PREFIX.size + len(text), dense))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # likewise of the texts that come
 def _read_layout(text: bytes) -> MessageLayout:
-    """The same on the other side, from the header."""
+    """Returns the same layout on the other side, from the header."""
     tree, listed = json.loads(text)
     metas = [(getattr(torch, dtype), tuple(shape), tuple(strides), apart) for dtype, shape, strides, apart in listed]
     return MessageLayout(text, tree, *_places(PREFIX.size + len(text), metas))
 
 
 def _places(end: int, metas: list[Meta]) -> tuple[tuple[Place, ...], int]:
-    """The places of tensors that begin after so many bytes, and the bytes of all: whole ALIGNs, so that they can be viewed as any dtype."""
+    """Places tensors after `end` bytes; also returns the bytes of all, whole ALIGNs, so that they can be viewed as any dtype."""
     places = []
     for dtype, shape, strides, apart in metas:
-        start = _rounded(end)
+        start = _aligned(end)
         places.append(Place(dtype, shape, strides, apart, start // dtype.itemsize))
         end = start + (0 if apart else torch.Size(shape).numel() * dtype.itemsize)
-    return tuple(places), _rounded(end)
+    return tuple(places), _aligned(end)
 
 
-def _rounded(length: int) -> int:
+def _aligned(length: int) -> int:
     return -(-length // ALIGN) * ALIGN
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # asked for every tensor that a mailbox takes
 def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """These strides where they fill memory without gaps or overlaps, else those of a contiguous tensor."""
+    """Returns these strides where they fill memory without gaps or overlaps, else those of a contiguous tensor."""
     expected = 1
     for size, stride in sorted(zip(shape, strides, strict=True), key=lambda pair: (pair[1], pair[0])):
         if size != 1:
@@ -186,14 +192,14 @@ def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def make_dense(tree: Tree) -> Tree:
-    """The tree as it would arrive over a wire: dense strides and aligned memory, so that kernels add in the same order everywhere."""
-    return map_tensors(lambda leaf: leaf if _settled(leaf) else _settle(leaf), tree)
+    """Returns the tree as it would arrive over a wire: dense strides, aligned memory, so that kernels add in the same order everywhere."""
+    return map_tensors(lambda leaf: leaf if _is_dense(leaf) else _dense_copy(leaf), tree)
 
 
-def _settled(leaf: Tensor) -> bool:
+def _is_dense(leaf: Tensor) -> bool:
     return _dense(leaf.shape, leaf.stride()) == leaf.stride() and leaf.data_ptr() % ALIGN == 0
 
 
-def _settle(leaf: Tensor) -> Tensor:
+def _dense_copy(leaf: Tensor) -> Tensor:
     strides = _dense(leaf.shape, leaf.stride())
     return torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=leaf.device).copy_(leaf)

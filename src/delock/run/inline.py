@@ -10,13 +10,14 @@ from functools import partial
 import torch
 
 from delock.engine.asynchronous.buffer import ReuseStatistics
-from delock.engine.asynchronous.schedule import drawn, reads, recorded
+from delock.engine.asynchronous.schedule import drawn, recorded
 from delock.engine.asynchronous.store import Store
 from delock.engine.engine import Engine, run_here
 from delock.engine.graphs.period import find_period
 from delock.engine.graphs.sgd import capturable
 from delock.engine.graphs.streams import make_streams
 from delock.engine.graphs.ticks import Ticks
+from delock.links.coded import ReceivedCodebooks
 from delock.links.mailbox import Mailbox
 from delock.methods import AsyncDGL
 from delock.plan import Plan, windows
@@ -83,8 +84,8 @@ def _way(
     job, K = jobs[0], len(jobs)
     if turns is not None:
         plan, _ = recorded(turns, job.length.clip)
-        return Store(reads(plan)), [plan], None
+        return Store(plan, ReceivedCodebooks().with_codebooks), [plan], None
     if isinstance(job.method, AsyncDGL):
         plan, read = drawn(job.method, K, job.length, job.seed)
-        return Store(reads(plan)), [plan], read
+        return Store(plan, ReceivedCodebooks().with_codebooks), [plan], read
     return Mailbox(), windows(job.method, K, job.length, job.window), None

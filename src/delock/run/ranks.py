@@ -12,6 +12,7 @@ from delock.engine.asynchronous.link import FreeLink
 from delock.engine.asynchronous.runner import FreeRun
 from delock.launch.progress import Progress
 from delock.links import Message
+from delock.links.coded import ReceivedCodebooks
 from delock.links.connect import connect
 from delock.links.rank_link import RankLink
 from delock.methods import AsyncDGL
@@ -56,7 +57,7 @@ def joined(rank: RankLike, job: StageJob) -> RankLink:
 
 def _run_free(rank: RankLike, job: StageJob, method: AsyncDGL, watch: Progress) -> StageResult:
     buffer: ReplayBuffer[Message] = ReplayBuffer(method.buffer, method.max_reuse)
-    link = FreeLink(job.k, job.K, buffer, rank.device, watch, lambda: worker.stage.version)
+    link = FreeLink(job.k, job.K, buffer, rank.device, watch, lambda: worker.stage.version, ReceivedCodebooks().with_codebooks)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     _begin_together(job)
     FreeRun(worker.engine, link, job.length, rank.emit).run()

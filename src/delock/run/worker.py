@@ -14,7 +14,7 @@ from delock.engine.engine import Engine, spin
 from delock.engine.feed import Feed
 from delock.engine.log import StageLog
 from delock.launch import allocator, peak_memory
-from delock.links import CountingLink
+from delock.links import Link
 from delock.links.coded import CodedLink
 from delock.plan import windows
 from delock.records import Event, StageReport, Traffic
@@ -28,9 +28,7 @@ from delock.timeline import Slowdown
 class Worker:
     """One stage of a run, ready to execute windows of its plan."""
 
-    def __init__(
-        self, job: StageJob, link: CountingLink, device: torch.device, emit: Callable[[Event], None], progress: Any = None
-    ) -> None:
+    def __init__(self, job: StageJob, link: Link, device: torch.device, emit: Callable[[Event], None], progress: Any = None) -> None:
         self.job, self.device = job, device
         last = job.k == job.K - 1
         self.stage = Stage(
@@ -97,8 +95,8 @@ class Worker:
             reuse=_sorted(read.reuse) if read else {},
             visits_behind=_sorted(read.visits) if read else {},
             versions_behind=_sorted(read.versions) if read else {},
-            sent_up=self.sent.to.get(self.job.k + 1, Traffic()),
-            sent_down=self.sent.to.get(self.job.k - 1, Traffic()),
+            sent_up=Traffic(**self.sent.to[self.job.k + 1]),
+            sent_down=Traffic(**self.sent.to[self.job.k - 1]),
         )
         head = self.stage.head.module.state_dict() if self.stage.head else {}
         seconds = tracker.seconds(until=tracker.last)

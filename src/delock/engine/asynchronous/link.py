@@ -23,27 +23,37 @@ import torch
 import torch.distributed as dist
 
 from delock.engine.asynchronous.buffer import Entry, ReplayBuffer
-from delock.engine.asynchronous.store import Unresumed
 from delock.launch.progress import Progress
-from delock.links.coded import Library, without_codebooks
+from delock.links import Link
 from delock.links.gloo import Receiver, Sender
-from delock.links.message import Message, MessageName, expect
+from delock.links.message import Message, MessageKind, MessageName, expect
 from delock.links.traffic import SentBytes
 from delock.links.wire import pack, unpack
 
 DEPTH = 2  # frames under way per direction, messages on their way up, and evaluation batches that wait for the stage
 LIMIT = timedelta(days=3650)  # a stage that is done hears nothing until all are; who is gone is noticed without a limit
 GONE = 2.0  # seconds that threads have to end when the program does
-END: MessageName = ("f", 0, 0)  # going up: no more is to come; going down: all stages from here on are done
+END = MessageName(MessageKind.END)
 
 
-class FreeLink(Unresumed):
-    """Stage k's end. `version()`: the stage's number of updates, which goes along with its activations."""
+class FreeLink(Link):
+    """Stage k's end. `version()`: the stage's number of updates, which goes along with its activations.
+
+    `arrive(source, message)` is called for every message from below, in the order sent, by the thread that takes it.
+    """
 
     def __init__(
-        self, k: int, K: int, buffer: ReplayBuffer[Message], device: torch.device, watch: Progress, version: Callable[[], int]
+        self,
+        k: int,
+        K: int,
+        buffer: ReplayBuffer[Message],
+        device: torch.device,
+        watch: Progress,
+        version: Callable[[], int],
+        arrive: Callable[[int, Message], Message],
     ) -> None:
         self.k, self.K, self.buffer, self.device, self.watch, self.version = k, K, buffer, device, watch, version
+        self.arrive = arrive
         self.news = threading.Condition()  # held to read and write what follows; told of every change
         self.evaluations: deque[tuple[MessageName, Message]] = deque()
         self.outgoing: deque[torch.Tensor] = deque()
@@ -94,22 +104,22 @@ class FreeLink(Unresumed):
         return self.leaving < DEPTH and not self.stopped
 
     def receive(self, source: int, name: MessageName) -> Message:
-        """See Link: the batch that was picked, or the evaluation batch, waiting for it."""
-        if name[0] == "h":
+        """Returns the batch that was picked, or the evaluation batch, waiting for it."""
+        if name.kind is MessageKind.ACTIVATION:
             assert self.picked is not None
             entry, self.picked = self.picked, None
-            expect(("h", entry.ordinal, 0), name, source)
+            expect(MessageName(MessageKind.ACTIVATION, entry.ordinal), name, source)
             return entry.item
         with self.news:
             self._until(lambda: self.evaluates, source)
             got, message = self.evaluations.popleft()
             self.news.notify_all()
-        expect((*got[:2], 0), name, source)
+        expect(got, name, source)
         return message
 
     def send(self, to: int, name: MessageName, message: Message) -> float:
-        """See Link. An activation only if `ready`; an evaluation batch waits for its turn."""
-        packed, _ = pack((*name[:2], self.version()), without_codebooks(message))
+        """Sends an activation if it is called when `ready`; an evaluation batch waits for its turn."""
+        packed, _ = pack(name._replace(version=self.version()), message)
         self.sent.count(to, name, message, len(packed))
         asked = perf_counter()
         self._put(packed)
@@ -121,7 +131,7 @@ class FreeLink(Unresumed):
             self.down.send(pack(END, Message(None))[0])
 
     def close(self) -> None:
-        """See Link: say that no more is to come, and let everything arrive."""
+        """Says that no more is to come, and lets everything arrive."""
         if self.k + 1 < self.K:
             self._put(pack(END, Message(None))[0], last=True)
         if self.k > 0:
@@ -160,15 +170,15 @@ class FreeLink(Unresumed):
         threading.Thread(target=guarded, daemon=True).start()
 
     def _take_from_below(self) -> None:
-        receiver, library = Receiver(self.k - 1, DEPTH, LIMIT), Library()
+        receiver = Receiver(self.k - 1, DEPTH, LIMIT)
         while not self.ended:
             name, message = unpack(receiver.receive(), self.device)
-            message = library.with_codebooks(message)
+            message = self.arrive(self.k - 1, message)
             with self.news:
-                match name[0]:
-                    case "h":
-                        self.buffer.put(message, name[1], name[2])
-                    case "e":
+                match name.kind:
+                    case MessageKind.ACTIVATION:
+                        self.buffer.put(message, name.batch, name.version)
+                    case MessageKind.EVALUATION:
                         self._hold(lambda: len(self.evaluations) < DEPTH)  # else the whole test set would pile up here
                         self.evaluations.append((name, message))
                     case _:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, count
 
@@ -64,19 +63,6 @@ def recorded(turns: Sequence[Sequence[Visit]], clip: float | None = None) -> tup
         columns.append(steps)
         made = own
     return Plan(tuple(map(tuple, columns))), whole
-
-
-def reads(plan: Plan) -> Counter[tuple[int, tuple[str, int, int]]]:
-    """How often each message, by sending stage and name on the link, is received in such a plan."""
-    found: Counter[tuple[int, tuple[str, int, int]]] = Counter()
-    for k, column in enumerate(plan.columns[1:]):
-        for step in column:
-            match step.op:
-                case Forward(source=int() as source):
-                    found[k, ("h", source, 0)] += 1
-                case Evaluate(batch):
-                    found[k, ("e", batch, 0)] += 1
-    return found
 
 
 def _steps(turn: Visit, k: int, tick: int, clip: float | None) -> Iterator[Step]:

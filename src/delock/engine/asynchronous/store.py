@@ -3,72 +3,66 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NoReturn
 
 from delock.errors import LinkError
-from delock.links.coded import without_codebooks
-from delock.links.message import Message, MessageName
+from delock.links import Link
+from delock.links.message import Message, MessageKind, MessageName
 from delock.links.traffic import SentBytes
 from delock.links.wire import make_dense, packed_length
-
-
-class Unresumed:
-    """The part of a Link that checkpoints need, refused."""
-
-    def pull(self, source: int, count: int) -> NoReturn:
-        """See Link."""
-        self._refuse()
-
-    def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> NoReturn:
-        """See Link."""
-        self._refuse()
-
-    def state(self) -> NoReturn:
-        """See Link."""
-        self._refuse()
-
-    def load(self, state: None) -> NoReturn:
-        """See Link."""
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise NotImplementedError("a run with a replay buffer is repeated from its trace, not resumed")
+from delock.ops import Evaluate, Forward
+from delock.plan import Plan
 
 
 class Store:
-    """All links of a run whose readers are known beforehand. `reads`: how often each message (stage, name) will be received."""
+    """All links of a run whose plan is known as a whole. `arrive(source, message)` is called for every message, in the order sent."""
 
-    def __init__(self, reads: Counter[tuple[int, MessageName]]) -> None:
-        self.reads = reads
-        self.messages: dict[tuple[int, MessageName], Message] = {}
+    def __init__(self, plan: Plan, arrive: Callable[[int, Message], Message]) -> None:
+        self.reads, self.arrive = reads(plan), arrive
+        self.messages: dict[tuple[int, MessageName], Message] = {}  # (sending stage, name) ->
 
     def end(self, k: int) -> StoreEnd:
-        """Stage k's end."""
+        """Returns stage k's end."""
         return StoreEnd(self, k)
 
 
-class StoreEnd(Unresumed):
-    """One stage's end of a Shelf."""
+class StoreEnd(Link):
+    """One stage's end of a Store."""
 
-    def __init__(self, shelf: Store, k: int) -> None:
-        self.shelf, self.k = shelf, k
+    def __init__(self, store: Store, k: int) -> None:
+        self.store, self.k = store, k
         self.sent = SentBytes()
 
     def send(self, to: int, name: MessageName, message: Message) -> float:
-        """See Link; there is always room."""
-        self.sent.count(to, name, message, packed_length(without_codebooks(message)))
-        if self.shelf.reads[self.k, name]:
-            self.shelf.messages[self.k, name] = replace(message, values=make_dense(message.values), targets=make_dense(message.targets))
+        """Keeps the message if it will be read; there is always room."""
+        self.sent.count(to, name, message, packed_length(message))
+        message = self.store.arrive(self.k, message)
+        if self.store.reads[self.k, name]:
+            dense = replace(message, values=make_dense(message.values), targets=make_dense(message.targets))
+            self.store.messages[self.k, name] = dense
         return 0.0
 
     def receive(self, source: int, name: MessageName) -> Message:
-        """See Link."""
+        """Returns the message of that name, and forgets it with its last reader."""
         place = source, name
-        if place not in self.shelf.messages:
+        if place not in self.store.messages:
             raise LinkError(f"there is no message {name} of stage {source}")
-        self.shelf.reads[place] -= 1
-        return self.shelf.messages[place] if self.shelf.reads[place] else self.shelf.messages.pop(place)
+        self.store.reads[place] -= 1
+        return self.store.messages[place] if self.store.reads[place] else self.store.messages.pop(place)
 
     def close(self) -> None:
-        """See Link."""
+        """Has nothing to close."""
+
+
+def reads(plan: Plan) -> Counter[tuple[int, MessageName]]:
+    """Counts how often each message, by sending stage and name, is received in such a plan."""
+    found: Counter[tuple[int, MessageName]] = Counter()
+    for k, column in enumerate(plan.columns[1:]):
+        for step in column:
+            match step.op:
+                case Forward(source=int() as source):
+                    found[k, MessageName(MessageKind.ACTIVATION, source)] += 1
+                case Evaluate(batch):
+                    found[k, MessageName(MessageKind.EVALUATION, batch)] += 1
+    return found
