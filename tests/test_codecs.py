@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -174,7 +175,7 @@ def test_the_bytes_on_the_wire_are_those_of_the_formula(codec: Any) -> None:
         wire += len(packed)
         above.receive(0, activation(b))
     payload, books = codec.predicted(tuple(x.shape), x.dtype)
-    sent = Traffic(**box_end.sent.to[1])
+    sent = Traffic(**asdict(box_end.sent.to[1]))
     assert (sent.messages, sent.raw, sent.encoded) == (7, 7 * x.nbytes, 7 * payload)
     assert sent.codebooks == (3 * 4 * codec.codes * 8 if isinstance(codec, VQ) else 0) == round(9 * books)
     assert sent.total == wire

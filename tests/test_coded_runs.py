@@ -138,8 +138,8 @@ def test_both_ends_resume_with_the_codebook_that_was_sent() -> None:
             a, c = (end[1].receive(0, activation(b)).values for end in (ends, again))
             assert torch.equal(a, c)
             assert not torch.equal(a, drawn(6, 4, seed=b))
-        assert ends[0].sent.to[1]["codebooks"] == 4 * 4 * 4, "it was sent twice"
-        assert again[0].sent.to[1]["codebooks"] == 0, "it was sent again"
+        assert ends[0].sent.to[1].codebooks == 4 * 4 * 4, "it was sent twice"
+        assert again[0].sent.to[1].codebooks == 0, "it was sent again"
 
 
 def coded_ends() -> list[CodedLink]:

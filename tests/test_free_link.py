@@ -181,7 +181,7 @@ def test_two_are_on_their_way_up_and_the_rest_is_left_out(neighbours: Neighbours
     link.send(2, evaluation(0), Message(torch.zeros(1)))
     until(lambda: len(neighbours.sent[2]) == 3)
     assert [name for name, _ in neighbours.sent[2]] == [activation(0, version=5), activation(1, version=5), evaluation(0, version=5)]
-    assert link.sent.to[2]["messages"] == 3
+    assert link.sent.to[2].messages == 3
 
 
 def test_an_evaluation_waits_until_it_can_go_up(neighbours: Neighbours) -> None:

@@ -76,8 +76,8 @@ def pack(
     """
     layout, leaves = _layout_of(message, apart)
     packed, tensors = into(layout)
-    head = PREFIX.pack(layout.length, *name, message.weight, message.samples, len(layout.text)) + layout.text
-    ctypes.memmove(packed.data_ptr(), head, len(head))
+    head = PREFIX.pack(layout.length, name.kind, name.batch, name.loss, name.version, message.weight, message.samples, len(layout.text))
+    ctypes.memmove(packed.data_ptr(), head + layout.text, len(head) + len(layout.text))
     others = []
     inside = iter(tensors)
     for leaf, place in zip(leaves, layout.places, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -95,8 +96,8 @@ class Worker:
             reuse=_sorted(read.reuse) if read else {},
             visits_behind=_sorted(read.visits) if read else {},
             versions_behind=_sorted(read.versions) if read else {},
-            sent_up=Traffic(**self.sent.to[self.job.k + 1]),
-            sent_down=Traffic(**self.sent.to[self.job.k - 1]),
+            sent_up=Traffic(**asdict(self.sent.to[self.job.k + 1])),
+            sent_down=Traffic(**asdict(self.sent.to[self.job.k - 1])),
         )
         head = self.stage.head.module.state_dict() if self.stage.head else {}
         seconds = tracker.seconds(until=tracker.last)
