@@ -48,6 +48,10 @@ def test_methods_know_only_ops() -> None:
             assert {laws.unit(other) for other in laws.imported_files(tree, FILES)} <= {"ops", "errors", "methods"}, file
 
 
+def test_one_link_knows_codecs() -> None:
+    assert [path.stem for path in python_files("src/delock/links", "src/delock/engine") if "codecs" in used(path)] == ["coded"]
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*[heavy for heavy in {HEAVY} if heavy in sys.modules])"
