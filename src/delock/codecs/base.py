@@ -1,4 +1,4 @@
-"""What every codec is: a way to make few bytes of a tensor, and a tensor of them again. torch is loaded when something is encoded."""
+"""A codec makes few bytes of a tensor, and a tensor of these bytes again. torch is loaded when something is encoded."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Codec(ABC):
     name: ClassVar[str]
     """The word that selects the codec on the command line."""
     takes_errors: ClassVar[bool] = True
-    """True where errors may be encoded, not activations alone."""
+    """False for a codec that is for activations alone."""
 
     def takes(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """True where the codec shrinks a tensor of that shape. Whole numbers, and what is small already, travel as they are."""
+        """Says whether the codec shrinks a tensor of that shape. Whole numbers, and what is small already, travel as they are."""
         return dtype.is_floating_point and 0 not in shape
 
     def predicted(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[float, float]:

@@ -20,7 +20,7 @@ class BF16(Memoryless):
     name: ClassVar[str] = "bf16"
 
     def takes(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """True for numbers of more than two bytes."""
+        """Takes numbers of more than two bytes."""
         return super().takes(shape, dtype) and dtype.itemsize > 2
 
     def encoded_bytes(self, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -22,7 +22,7 @@ class INT8(Memoryless):
     name: ClassVar[str] = "int8"
 
     def takes(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """True for numbers of more than one byte in tensors that have channels."""
+        """Takes numbers of more than one byte in tensors that have channels."""
         return super().takes(shape, dtype) and len(shape) > 1 and dtype.itemsize > 1
 
     def encoded_bytes(self, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from delock.errors import UsageError
 
 
 class VQEncoder:
-    """Encodes with the codebook last sent, while the next one is learned; one is sent every so many batches.
+    """Encodes with the codebook last sent, while the next one is learned, which is sent after `every` batches.
 
     `group_size(channels)`: d, the channels in a group. `seed` is that of the codebooks' draws.
     """

@@ -42,11 +42,11 @@ class VQ(Codec):
             raise UsageError(f"vq is given dim={self.dim} and groups={self.groups}, which say the same thing: give one of them")
 
     def takes(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """True for numbers of more than one byte in tensors that have channels."""
+        """Takes numbers of more than one byte in tensors that have channels."""
         return super().takes(shape, dtype) and len(shape) > 1 and dtype.itemsize > 1
 
     def encoded_bytes(self, shape: tuple[int, ...]) -> tuple[float, float]:
-        """Counts an index per vector, in whole bytes, and a codebook every so many batches."""
+        """Counts an index per vector, in whole bytes, and a codebook every `every` batches."""
         channels = shape[channel_axis(shape)]
         indices = prod(shape) // self.group_size(channels)
         return packed_bytes(indices, bits_for(self.codes)), 4 * self.codes * channels / self.every

@@ -18,8 +18,8 @@ from delock.links.rank_link import Channel, RankLink
 from delock.links.shared_memory import SharedChannel
 
 LinkKind: TypeAlias = Literal["auto", "gloo", "shared"]
-"""What messages between two processes go through: the process group (gloo, between GPUs NCCL), or memory that both share; "auto": shared
-memory where both are on one host and the tensors on the CPU, else the process group."""
+"""The way of messages between two processes: the process group (gloo, between GPUs NCCL), or memory that both share; "auto": shared memory
+where both are on one host and the tensors on the CPU, else the process group."""
 
 PATIENCE = 60.0  # seconds that a neighbour may take to connect, after both have said that they will
 
@@ -35,7 +35,7 @@ def refuse_link(kind: str, device: str) -> None:
 
 
 def shares(kind: str, device: str) -> bool:
-    """True where that kind joins processes of one host by memory that they share."""
+    """Says whether that kind joins processes of one host by memory that they share."""
     return kind != "gloo" and torch.device(device).type == "cpu" and _host() is not None
 
 

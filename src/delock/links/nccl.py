@@ -39,7 +39,7 @@ class Courier:
                 self.fetch(source, [torch.zeros(1, device=device)])
 
     def takes(self, leaf: Tensor) -> bool:
-        """True for a tensor that travels this way: those on a GPU do."""
+        """Says whether a tensor travels this way: those on a GPU do."""
         return leaf.device.type == "cuda" and leaf.numel() > 0
 
     def send(self, to: int, lines: list[Tensor]) -> float:

@@ -25,11 +25,11 @@ PREFIX = struct.Struct("<qBqiidqq")  # bytes of all; kind, batch, loss, version;
 KINDS = tuple(MessageKind)
 ALIGN = 64  # bytes: a cache line, and what vector loads like
 Meta: TypeAlias = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], bool]
-"""Dtype, shape and strides of a tensor, and True where it travels apart from the bytes."""
+"""Dtype, shape and strides of a tensor; True if it travels apart from the bytes."""
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in the bytes, and as what."""
+    """A tensor's place in the bytes, and its form there."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 
 class MessageLayout(NamedTuple):
-    """How the bytes of a message lie: a run has a handful of layouts, and each travels thousands of times."""
+    """The order of the bytes of a message: a run has a handful of layouts, and each travels thousands of times."""
 
     text: bytes
     tree: Any

@@ -54,7 +54,7 @@ class FreeLink(Link):
     ) -> None:
         self.k, self.K, self.buffer, self.device, self.watch, self.version = k, K, buffer, device, watch, version
         self.arrive = arrive
-        self.news = threading.Condition()  # held to read and write what follows; told of every change
+        self.news = threading.Condition()  # held to read and write what follows; notified of every change
         self.evaluations: deque[tuple[MessageName, Message]] = deque()
         self.outgoing: deque[torch.Tensor] = deque()
         self.leaving = 0  # messages that were given to go up and have not arrived, those outgoing among them
@@ -77,30 +77,30 @@ class FreeLink(Link):
     # ---- what the stage calls --------------------------------------------------------------------------------------------------------
 
     def next(self) -> int | None:
-        """The ordinal of the batch to learn from now, waiting until there is one; None where an evaluation comes first."""
+        """Returns the ordinal of the batch to learn from now, waiting until there is one; None where an evaluation comes first."""
         with self.news:
             self._until(lambda: self.evaluates or self._pick(), self.k - 1)
             return self.picked.ordinal if self.picked else None
 
     def evaluation(self) -> bool:
-        """Of a stage that is done: wait for the next evaluation (True) or the end (False)."""
+        """Waits, for a stage that is done, for the next evaluation (True) or the end (False)."""
         with self.news:
             self._until(lambda: self.evaluates or self.ended, self.k - 1)
             return self.evaluates
 
     def pause(self, until: float) -> None:
-        """Of a stage that is done: wait for that time, and for the way up to be free. An evaluation or the end cuts it short."""
+        """Waits, for a stage that is done, for that time, and for the way up to be free. An evaluation or the end cuts it short."""
         with self.news:
             self._until(lambda: self.evaluates or self.stopped or (self.ready and perf_counter() >= until), self.k + 1, until)
 
     @property
     def evaluates(self) -> bool:
-        """Whether an evaluation batch has come."""
+        """Says whether an evaluation batch has come."""
         return bool(self.evaluations)
 
     @property
     def ready(self) -> bool:
-        """Whether an activation sent now would go on its way, and somebody may want it."""
+        """Says whether an activation sent now would go on its way, and somebody may want it."""
         return self.leaving < DEPTH and not self.stopped
 
     def receive(self, source: int, name: MessageName) -> Message:
@@ -126,7 +126,7 @@ class FreeLink(Link):
         return perf_counter() - asked
 
     def stop(self) -> None:
-        """Tell the stage below that this one and all above are done."""
+        """Tells the stage below that this one and all above are done."""
         if self.k > 0:
             self.down.send(pack(END, Message(None))[0])
 
@@ -142,7 +142,7 @@ class FreeLink(Link):
         atexit.unregister(self._abandon)
 
     def _abandon(self) -> None:
-        """Of a program that ends without `close`: end the threads. One that came back from torch later would abort the interpreter."""
+        """Ends the threads of a program that ends without `close`. One that came back from torch later would abort the interpreter."""
         with self.news:
             self.error = self.error or RuntimeError("the program ends")
             self.news.notify_all()
@@ -159,7 +159,7 @@ class FreeLink(Link):
             error: BaseException | None = None
             try:
                 work()
-            except BaseException as raised:  # told to the stage, which raises it
+            except BaseException as raised:  # the stage raises it
                 error = raised
             with self.news:
                 self.working -= 1
@@ -216,7 +216,7 @@ class FreeLink(Link):
             self.news.notify_all()
 
     def _hold(self, until: Callable[[], bool]) -> None:
-        """Of a thread, `news` held: wait for that. Raises what went wrong in another one."""
+        """Waits for that in a thread, `news` held. Raises what went wrong in another one."""
         self.news.wait_for(lambda: until() or self.error is not None)
         self._complain()
 
@@ -225,7 +225,7 @@ class FreeLink(Link):
         return self.picked is not None
 
     def _until(self, holds: Callable[[], bool], peer: int, deadline: float = 0.0) -> None:
-        """Wait, `news` held, until that holds, which a deadline may bring about. Raises what went wrong in a thread."""
+        """Waits, `news` held, until that holds, which a deadline may bring about. Raises what went wrong in a thread."""
         self._complain()
         if holds():
             return
