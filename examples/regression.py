@@ -66,7 +66,7 @@ def weighted_distance(outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:
     return (targets["weight"] * (outputs.squeeze(1) - targets["y"]).abs()).mean()
 
 
-def main(words: Sequence[str] | None = None) -> Result | None:
+def main(words: Sequence[str] | None = None) -> Result:
     """Trains, prints, and returns the result of `fit`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="fdg", choices=delock.METHODS)
@@ -91,8 +91,6 @@ def main(words: Sequence[str] | None = None) -> Result | None:
         epochs=asked.epochs,
         workers=asked.workers,
     )
-    if result is None:  # under torchrun only rank 0 has it
-        return None
 
     first, last = result.evaluations[0], result.evaluations[-1]
     print(f"{method}, cut before layer {result.started.cuts[0]}, {len(result.losses)} batches")

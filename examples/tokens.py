@@ -134,12 +134,12 @@ def optimizer(named: Named) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=3e-3)
 
 
-def main(words: Sequence[str] | None = None) -> Result | None:
+def main(words: Sequence[str] | None = None) -> Result:
     """Trains, prints, and returns the result of `fit`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="fdg", choices=delock.METHODS)
     parser.add_argument("--workers", default="processes", choices=("processes", "inline"))
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--batches", type=int, default=160)
     asked = parser.parse_args(words)
 
     result = delock.fit(
@@ -150,16 +150,14 @@ def main(words: Sequence[str] | None = None) -> Result | None:
         metrics={"accuracy": accuracy},
         method=asked.method,
         optimizer=optimizer,
-        steps=asked.steps,
-        eval_every=asked.steps // 4,
+        batches=asked.batches,
+        eval_every=asked.batches // 4,
         workers=asked.workers,
     )
-    if result is None:  # under torchrun only rank 0 has it
-        return None
     for record in result.evaluations:
         train, test = (nats / math.log(2) for nats in (record.train_loss, record.test_loss))
         right = record.metrics["accuracy"]
-        print(f"step {record.step:4}: {train:.3f} bits a letter in training, {test:.3f} held out, {right:.0%} of its letters right")
+        print(f"batch {record.batches:4}: {train:.3f} bits a letter in training, {test:.3f} held out, {right:.0%} of its letters right")
     for stage in result.stages:
         late = max(stage.layer_staleness)
         print(f"stage {stage.stage}: {stage.parameters:,} parameters, {stage.updates} updates, layer-wise staleness {late}")

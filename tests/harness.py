@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from delock.engine.engine import run_here
 from delock.launch.processes import run_processes
-from delock.links.connect import LinkKind
 from delock.links.mailbox import Mailbox
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Interlocking, Method, OneFOneB
+from delock.options import Placement, Report
 from delock.plan import RunLength, windows
 from delock.run.inline import run_inline
 from delock.run.job import StageJob, StageResult
@@ -67,7 +67,7 @@ def jobs(
     evaluate: bool = True,
     window: int = 256,
     trace: bool = False,
-    link: LinkKind = "gloo",
+    link: Literal["auto", "gloo", "shared"] = "gloo",
 ) -> list[StageJob]:
     """A Job per stage on one of the workloads; `samples` leaves an uneven last batch, the test set has one too."""
     net, kind, loss = WORK[work]
@@ -93,10 +93,9 @@ def jobs(
             train=train if k == 0 else None,
             test=test if k == 0 else None,
             head=heads.get(k),
-            log_every=1,
+            placement=Placement(link=link),
+            report=Report(log_every=1, trace=trace),
             window=window,
-            trace=trace,
-            link=link,
         )
         for k, module in enumerate(stages)
     ]
@@ -104,7 +103,7 @@ def jobs(
 
 def inline(made: list[StageJob]) -> list[StageResult]:
     """All stages in this process, with one thread."""
-    return run_inline(made, CPU, lambda event: None, threads=1)
+    return run_inline(made, CPU, lambda event: None)
 
 
 def in_processes(made: list[StageJob]) -> list[StageResult]:
@@ -119,7 +118,7 @@ def assert_equal(a: list[StageResult], b: list[StageResult]) -> None:
         same_tree(one.head, other.head)
         same_tree(one.optimizer, other.optimizer)
         assert one.losses == other.losses
-        assert [(e.step, e.test_loss) for e in one.evaluations] == [(e.step, e.test_loss) for e in other.evaluations]
+        assert [(e.batches, e.test_loss) for e in one.evaluations] == [(e.batches, e.test_loss) for e in other.evaluations]
         assert one.report.staleness == other.report.staleness
         assert one.report.layer_staleness == other.report.layer_staleness
 

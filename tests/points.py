@@ -73,11 +73,10 @@ def fit(model: Any = None, train: Any = None, test: Any = None, **options: Any) 
     if model is None:
         model = network()
         options = options if "stages" in options or "cuts" in options else {"cuts": [4], **options}  # a measured cut may vary
-    options = {"loss": weighted, "method": "fdg", "optimizer": SGD, "epochs": 2, "workers": "inline", "pin": False} | options
+    options = {"loss": weighted, "method": "fdg", "optimizer": SGD, "epochs": 2, "workers": "inline"} | options
     if options["epochs"] is None:
         del options["epochs"]
     result = delock.fit(model, train_data() if train is None else train, test, **options)
-    assert result is not None
     return model, result
 
 

@@ -122,7 +122,7 @@ def test_sizes_that_are_refused(size: int, max_reuse: int) -> None:
         ({"noise": -0.1}, "noise is -0.1"),
         ({"noise": float("nan")}, "noise is nan"),
         ({"slow_stage": -1}, "slow_stage is -1"),
-        ({"turns": "fair"}, "turns is 'fair', but it must be one of free, sampled, round-robin"),
+        ({"order": "fair"}, "order is 'fair', but it must be one of free, sampled, round-robin"),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], expected: str) -> None:
@@ -132,16 +132,16 @@ def test_options_that_are_refused(options: dict[str, Any], expected: str) -> Non
 
 def test_a_slow_stage_that_is_not_there() -> None:
     with pytest.raises(UsageError, match=r"slow_stage is 3, but the stages are 0 .. 2"):
-        drawn(AsyncDGL(slow_stage=3, turns="sampled"), 3, RunLength(2))
+        drawn(AsyncDGL(slow_stage=3, order="sampled"), 3, RunLength(2))
 
 
 # -- who acts, and what is read ----------------------------------------------------------------------------------------------------
 
 SAMPLED = [
-    AsyncDGL(1, turns="sampled"),
-    AsyncDGL(1, 1, turns="sampled", slow_stage=0, noise=0.5),
-    AsyncDGL(3, turns="sampled", slow_stage=1, noise=0.6),
-    AsyncDGL(5, 2, turns="sampled", slow_stage=2, noise=1 / 3),
+    AsyncDGL(1, order="sampled"),
+    AsyncDGL(1, 1, order="sampled", slow_stage=0, noise=0.5),
+    AsyncDGL(3, order="sampled", slow_stage=1, noise=0.6),
+    AsyncDGL(5, 2, order="sampled", slow_stage=2, noise=1 / 3),
 ]
 
 
@@ -170,7 +170,7 @@ def test_a_drawn_plan_is_the_naive_loop(method: AsyncDGL, K: int) -> None:
 
 @pytest.mark.parametrize("every", [0, 4])
 @pytest.mark.parametrize("K", range(1, 5))
-@pytest.mark.parametrize("method", [*SAMPLED, AsyncDGL(2, turns="round-robin")], ids=str)
+@pytest.mark.parametrize("method", [*SAMPLED, AsyncDGL(2, order="round-robin")], ids=str)
 def test_a_drawn_plan_can_run_and_every_stage_makes_its_updates(method: AsyncDGL, K: int, every: int) -> None:
     method = replace(method, slow_stage=min(method.slow_stage, K - 1))
     plan, _ = drawn(method, K, RunLength(30, every, 2), seed=1)
@@ -187,9 +187,9 @@ def test_a_drawn_plan_can_run_and_every_stage_makes_its_updates(method: AsyncDGL
 
 def test_max_reuse_costs_a_stage_its_turns() -> None:
     """Of two stages with a buffer of one batch, to be read once: the upper one acts at its first turn after each of the lower one's."""
-    length = oracle(AsyncDGL(1, 1, turns="sampled"), 2, 50, seed=0)
+    length = oracle(AsyncDGL(1, 1, order="sampled"), 2, 50, seed=0)
     turns = [length.draw(tick) for tick in range(1000)]
-    plan, _ = drawn(AsyncDGL(1, 1, turns="sampled"), 2, RunLength(50), seed=0)
+    plan, _ = drawn(AsyncDGL(1, 1, order="sampled"), 2, RunLength(50), seed=0)
     lower, upper = ([tick for tick, *_ in visits(column)] for column in plan.columns)
     assert lower == [tick for tick in range(lower[-1] + 1) if turns[tick] == 0]
     wanted = [tick for tick in range(1, upper[-1] + 1) if turns[tick] == 1 and turns[tick - 1] == 0]
@@ -201,7 +201,7 @@ def test_max_reuse_costs_a_stage_its_turns() -> None:
 @pytest.mark.parametrize("slow", [0, 2])
 def test_a_slowed_stage_acts_as_often_as_its_slowness_says(slow: int, noise: float) -> None:
     """1 - noise against 1, counted until the first stage is done."""
-    plan, _ = drawn(AsyncDGL(turns="sampled", slow_stage=slow, noise=noise), 4, RunLength(4000))
+    plan, _ = drawn(AsyncDGL(order="sampled", slow_stage=slow, noise=noise), 4, RunLength(4000))
     stages = [visits(column) for column in plan.columns]
     until = min(stage[3999][0] for stage in stages)
     slowed, *others = [sum(tick <= until for tick, *_ in stages[k]) for k in (slow, *(k for k in range(4) if k != slow))]
@@ -210,7 +210,7 @@ def test_a_slowed_stage_acts_as_often_as_its_slowness_says(slow: int, noise: flo
 
 
 def test_all_evaluate_when_stage_0_has_made_so_many_updates() -> None:
-    plan, _ = drawn(AsyncDGL(2, turns="sampled", slow_stage=0, noise=0.5), 3, RunLength(10, every=4, evaluation=2))
+    plan, _ = drawn(AsyncDGL(2, order="sampled", slow_stage=0, noise=0.5), 3, RunLength(10, every=4, evaluation=2))
     for k, column in enumerate(plan.columns):
         tests = [(step.tick, step.op.batch) for step in column if isinstance(step.op, Evaluate)]
         assert [batch for _, batch in tests] == list(range(6))
@@ -232,7 +232,7 @@ def evaluated_at(plan: Plan) -> list[int]:
 def test_round_robin_is_synchronous(work: str, K: int) -> None:
     """Whatever the buffer holds: the newest batch is the least used. Weights, heads, losses, and evaluations."""
     want = inline(jobs(work, K, DGL()))
-    for method in (AsyncDGL(1, turns="round-robin"), AsyncDGL(4, 1, turns="round-robin")):
+    for method in (AsyncDGL(1, order="round-robin"), AsyncDGL(4, 1, order="round-robin")):
         assert_equal(inline(jobs(work, K, method)), want)
 
 
@@ -280,7 +280,7 @@ def stream(data: Samples) -> Any:
 
 
 def test_another_seed_is_another_run() -> None:
-    method = AsyncDGL(2, turns="sampled")
+    method = AsyncDGL(2, order="sampled")
     made = [visits(drawn(method, 3, RunLength(20), seed=seed)[0].columns[2]) for seed in (0, 0, 1)]
     assert made[0] == made[1] != made[2]
 

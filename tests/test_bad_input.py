@@ -42,8 +42,8 @@ from commands import SMALL, refused
         # numbers
         ("--epochs 0", "epochs is 0, but it must be at least 1"),
         ("--epochs -1", "epochs is -1"),
-        ("--steps 0", "steps is 0"),
-        ("--epochs 1 --steps 1", "use --epochs or --steps"),
+        ("--batches 0", "batches is 0"),
+        ("--epochs 1 --batches 1", "use --epochs or --batches"),
         ("--batch-size 0", "batch-size is 0"),
         ("--test-batch-size -1", "test-batch-size is -1"),
         ("--threads 0", "threads is 0"),
@@ -56,7 +56,7 @@ from commands import SMALL, refused
         ("--limit 0", "limit is 0"),
         ("--limit 1438", "between 1 and the 1437 training images"),
         ("--patience -1", "patience is -1"),
-        ("--link shared --method dgl-async --turns sampled", "dgl-async drops messages that come too late, which only gloo can do"),
+        ("--link shared --method dgl-async --order sampled", "dgl-async drops messages that come too late, which only gloo can do"),
         ("--port 70000", "port is 70000"),
         # a batch of one in front of batch norm
         ("--model cnn --limit 129", "a batch of one sample would put a single sample in front of BatchNorm"),
@@ -115,7 +115,7 @@ def test_bad_config_files(here: Path, capsys: pytest.CaptureFixture[str], comman
         ("--methods bp --cuts 3 1", "out of order"),
         ("--methods bp gpipe:micro_batches=32 --model cnn", "in front of BatchNorm"),
         ("--methods bp --limit 129 --model cnn", "in front of BatchNorm"),
-        ("--methods bp --steps 0", "steps is 0"),
+        ("--methods bp --batches 0", "batches is 0"),
         ("--methods bp --data folder --data-dir nowhere", "nowhere does not exist"),
     ],
 )
@@ -161,7 +161,7 @@ def test_a_broken_image_is_named(here: Path, capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_a_run_folder_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     rows = ["--methods", "bp", "--no-plain"] if command == "compare" else []
-    words = [command, *SMALL, *rows, "--steps", "1", "--out", "a"]
+    words = [command, *SMALL, *rows, "--batches", "1", "--out", "a"]
     assert main(words) == 0
     assert "give another --out, or --overwrite to replace the run" in refused(words, here, capsys)
     assert "--overwrite" in refused([*words, "--seed", "1"], here, capsys)
@@ -178,7 +178,7 @@ def test_a_loss_that_is_no_number(here: Path, capsys: pytest.CaptureFixture[str]
     told = json.loads(Path("a/summary.json").read_text())
     assert told["status"] == "failed"
     assert told["error"] in error
-    assert len(Path("a/metrics.jsonl").read_text().splitlines()) == told["steps"] > 0
+    assert len(Path("a/metrics.jsonl").read_text().splitlines()) == told["batches"] > 0
 
 
 def test_a_loss_that_is_no_number_in_processes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import delock
-from delock.codecs import parse
 from delock.engine.graphs.period import Period, find_period, period_of
 from delock.engine.graphs.sgd import capturable
 from delock.engine.graphs.static_messages import StaticMessages
@@ -23,6 +22,7 @@ from delock.engine.graphs.ticks import Ticks
 from delock.errors import NonFinite, UsageError
 from delock.links.message import Message
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method
+from delock.options import Compression, Execution, Report
 from delock.plan import unroll
 from delock.run.checks import refuse_uncapturable
 from delock.run.inline import run_inline
@@ -66,8 +66,11 @@ def made(work: str, K: int, method: Method, **options: Any) -> list[StageJob]:
     return found
 
 
+CAPTURED = Execution(captured=True)
+
+
 def captured(found: list[StageJob], device: torch.device = CPU) -> list[StageResult]:
-    return run_inline(found, device, lambda event: None, threads=1, captured=True)
+    return run_inline([replace(job, execution=replace(job.execution, captured=True)) for job in found], device, lambda event: None)
 
 
 # ---- the numbers -----------------------------------------------------------------------------------------------------------------------
@@ -117,10 +120,10 @@ def test_a_run_shorter_than_its_own_filling() -> None:
 
 def test_losses_are_looked_at_every_few_batches() -> None:
     seen: list[Any] = []
-    found = [replace(job, log_every=5) for job in made("conv", 2, FDG(), evaluate=False)]
-    results = run_inline(found, CPU, seen.append, threads=1, captured=True)
+    found = [replace(job, report=Report(log_every=5), execution=CAPTURED) for job in made("conv", 2, FDG(), evaluate=False)]
+    results = run_inline(found, CPU, seen.append)
     assert results[-1].losses == inline(made("conv", 2, FDG(), evaluate=False))[-1].losses
-    assert [event.step for event in seen if hasattr(event, "loss")] == [5, 10, 12]
+    assert [event.batches for event in seen if hasattr(event, "loss")] == [5, 10, 12]
     assert results[-1].seconds > 0
     assert results[0].report.updates == 12
 
@@ -261,7 +264,7 @@ def test_addresses_never_change(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [GPipe(2), BP(accumulate=2), FDG(order="backward-first"), AsyncDGL(turns="round-robin"), Interlocking(n_wise=2)],
+    [GPipe(2), BP(accumulate=2), FDG(order="backward-first"), AsyncDGL(order="round-robin"), Interlocking(n_wise=2)],
     ids=lambda method: method.name,
 )
 def test_methods_that_are_no_row_of_ticks(method: Method) -> None:
@@ -309,15 +312,15 @@ def test_the_optimizer_keeps_its_groups() -> None:
     [
         ({"device": "cpu"}, 'captured ticks need a GPU, but device is "cpu": use device "cuda"'),
         ({"workers": "processes"}, "captured ticks run all stages in one process"),
-        ({"trace": True}, "captured does not go with trace"),
-        ({"codec": parse("bf16")}, "captured does not go with codecs"),
+        ({"report": Report(trace=True)}, "captured does not go with trace"),
+        ({"compression": Compression("bf16")}, "captured does not go with codecs"),
         ({"train": Samples("image", 30, 8)}, "batches of one size, but here they have 8 and 6 samples"),
         ({}, ""),
     ],
     ids=str,
 )
 def test_what_is_refused_before_anything_is_measured(changed: dict[str, Any], said: str) -> None:
-    options: dict[str, Any] = dict.fromkeys(field.name for field in fields(Request))
+    options: dict[str, Any] = dict.fromkeys(("model", "train", "test", "loss", "method", "optimizer"))
     asked = Request(**options | {"device": "cuda", "workers": "inline", "train": Samples("image", 32, 8)} | changed)
     if not said:
         refuse_uncapturable(asked)
@@ -329,4 +332,5 @@ def test_what_is_refused_before_anything_is_measured(changed: dict[str, Any], sa
 def test_fit_on_a_cpu_says_that_it_needs_a_gpu() -> None:
     batches = [(torch.zeros(4, 12), torch.zeros(4, dtype=torch.long))]
     with pytest.raises(UsageError, match="captured ticks need a GPU"):
-        delock.fit(mlp(5), batches, loss=class_loss, optimizer=partial(torch.optim.SGD, lr=0.1), steps=1, workers="inline", captured=True)
+        delock.fit(mlp(5), batches, loss=class_loss, optimizer=partial(torch.optim.SGD, lr=0.1), batches=1, workers="inline",
+                   execution=CAPTURED)  # fmt: skip

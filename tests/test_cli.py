@@ -168,7 +168,7 @@ def test_a_run_leaves_all_its_files_and_can_be_repeated(here: Path, capsys: pyte
 
     told = read(Path("a/summary.json"))
     assert told["status"] == "finished"
-    assert (told["method"], told["options"]["accumulate"], told["seed"], told["steps"], told["epochs"]) == ("adl", 3, 0, 8, 2.0)
+    assert (told["method"], told["options"]["accumulate"], told["seed"], told["batches"], told["epochs"]) == ("adl", 3, 0, 8, 2.0)
     assert 0 <= told["test_accuracy"] <= 1
     assert told["samples"] == 256
     assert told["samples_per_second"] == pytest.approx(told["samples"] / told["seconds"])
@@ -177,8 +177,8 @@ def test_a_run_leaves_all_its_files_and_can_be_repeated(here: Path, capsys: pyte
     assert set(told["versions"]) == {"delock", "torch", "python"}
 
     lines = [json.loads(text) for text in Path("a/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in lines if record["event"] == "step"] == [3, 6, 8]
-    assert [record["step"] for record in lines if record["event"] == "evaluation"] == [4, 8]
+    assert [record["batches"] for record in lines if record["event"] == "step"] == [3, 6, 8]
+    assert [record["batches"] for record in lines if record["event"] == "evaluation"] == [4, 8]
     assert lines[-1]["test_accuracy"] == told["test_accuracy"]
 
     config = tomllib.loads(Path("a/config.toml").read_text())
@@ -196,14 +196,14 @@ def test_a_run_leaves_all_its_files_and_can_be_repeated(here: Path, capsys: pyte
 
 def test_the_command_line_wins_over_the_file(here: Path) -> None:
     (here / "c.toml").write_text('method = "fdg"\nbeta = 0.5\nepochs = 50\nbatch-size = 16\nmodel = "mlp"\nworkers = "inline"\n')
-    assert main(["train", "--config=c.toml", "--method", "bp", "--steps", "2", "--batch_size=8", "--no-augment", "--out", "a"]) == 0
+    assert main(["train", "--config=c.toml", "--method", "bp", "--batches", "2", "--batch_size=8", "--no-augment", "--out", "a"]) == 0
     config = tomllib.loads(Path("a/config.toml").read_text())
-    assert (config["method"], config["steps"], config["batch_size"], config["augment"]) == ("bp", 2, 8, False)
+    assert (config["method"], config["batches"], config["batch_size"], config["augment"]) == ("bp", 2, 8, False)
     assert {"beta", "epochs"}.isdisjoint(config)
 
 
 def test_an_earlier_run_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = ["train", *SMALL, "--steps", "1", "--out", "a"]
+    run = ["train", *SMALL, "--batches", "1", "--out", "a"]
     assert main(run) == 0
     before = {path: path.read_bytes() for path in Path("a").iterdir()}
     capsys.readouterr()
@@ -220,7 +220,7 @@ def test_an_earlier_run_is_not_written_over(here: Path, capsys: pytest.CaptureFi
 
 
 def test_a_port_that_is_taken_costs_no_earlier_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = ["train", *SMALL, "--steps", "1", "--out", "a", "--overwrite"]
+    run = ["train", *SMALL, "--batches", "1", "--out", "a", "--overwrite"]
     assert main(run) == 0
     before = {path: path.read_bytes() for path in Path("a").iterdir()}
     capsys.readouterr()
@@ -244,7 +244,7 @@ def test_without_out_every_run_has_a_folder_of_its_own(here: Path) -> None:
 
 
 def test_tensorboard_gets_event_files(here: Path) -> None:
-    assert main(["train", *SMALL, "--steps", "2", "--out", "a", "--tensorboard"]) == 0
+    assert main(["train", *SMALL, "--batches", "2", "--out", "a", "--tensorboard"]) == 0
     assert list(Path("a/tensorboard").glob("events*"))
 
 
@@ -279,7 +279,7 @@ def test_what_was_recorded_is_kept(
     monkeypatch.setattr("delock.api.fit", fit)
     assert main(["train", *SMALL, "--out", "a"]) == code
     told = read(Path("a/summary.json"))
-    assert (told["status"], told["steps"], told["train_loss"], told["samples_per_second"]) == (status, 3, 1.25, 48.0)
+    assert (told["status"], told["batches"], told["train_loss"], told["samples_per_second"]) == (status, 3, 1.25, 48.0)
     assert len(Path("a/metrics.jsonl").read_text().splitlines()) == 1
     heard = capsys.readouterr().err
     assert "a" in heard

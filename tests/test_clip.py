@@ -95,4 +95,4 @@ def test_on_the_clock_an_update_over_the_network_waits_for_all_stages() -> None:
 @pytest.mark.parametrize("clip", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_norm_must_be_positive(clip: float) -> None:
     with pytest.raises(UsageError, match=r"clip is .* above 0"):
-        fit(WORK["conv"][0](2, torch.float32), Samples("image", 24, 8), loss=WORK["conv"][2], optimizer=sgd, steps=2, clip=clip)
+        fit(WORK["conv"][0](2, torch.float32), Samples("image", 24, 8), loss=WORK["conv"][2], optimizer=sgd, batches=2, clip=clip)

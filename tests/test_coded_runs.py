@@ -16,7 +16,7 @@ import delock
 from delock.cli import main
 from delock.cli.config import CompareConfig, TrainConfig, build, flat, resolve
 from delock.cli.rows import rows
-from delock.codecs import BF16, INT8, VQ, decode, parse, parse_error
+from delock.codecs import BF16, INT8, VQ, decode, parse
 from delock.errors import UsageError
 from delock.keys import key
 from delock.links import Message
@@ -38,7 +38,7 @@ SMALL_VQ = "vq:codes=8:dim=2:every=2"
 def coded(work: str, K: int, method: Method, codec: str, error_codec: str = "none", **options: Any) -> list[StageJob]:
     made = jobs(work, K, method, **options)
     for job in made:
-        job.codec, job.error_codec = parse(codec), parse_error(error_codec)
+        job.compression = delock.Compression(codec, error_codec)
     return made
 
 
@@ -100,10 +100,9 @@ def test_errors_are_those_at_the_decoded_activation(codec: str) -> None:
         loss=cross_entropy,
         method="bp",
         optimizer=lambda named: sgd([p for _, p in named], lr=1.0),
-        steps=1,
+        batches=1,
         workers="inline",
-        codec=codec,
-        error_codec=INT8(),
+        compression=delock.Compression(codec, INT8()),
     )
     for now, old, gradient in zip((*lower.parameters(), *upper.parameters()), before, want, strict=True):
         assert torch.equal(now, old - gradient)
@@ -173,7 +172,7 @@ def fit(modules: list[nn.Module], x: Tensor, **options: Any) -> None:
         [(x, torch.zeros(len(x), dtype=torch.long))],
         loss=lambda out, y: cross_entropy(out.flatten(1), y),
         optimizer=lambda named: torch.optim.SGD([p for _, p in named], lr=0.1),
-        steps=1,
+        batches=1,
         workers="inline",
         **{"method": "bp", **options},
     )
@@ -183,16 +182,17 @@ def test_bad_input_is_refused_before_the_start() -> None:
     whole: list[nn.Module] = [Round(), nn.Embedding(10, 4)]
     for codec in ("bf16", "int8", "vq"):
         with pytest.raises(UsageError, match="stage 0 sends int64, and a codec is for floating point numbers"):
-            fit(whole, drawn(4, 3), codec=codec)
+            fit(whole, drawn(4, 3), compression=delock.Compression(codec))
     linear = [nn.Linear(3, 12), nn.Linear(12, 2)]
     with pytest.raises(UsageError, match=r"stage 0 sends \(4, 12\): vq cannot divide 12 channels into groups of 16: .* 1, 2, 3, 4, 6, 12$"):
-        fit(linear, drawn(4, 3), codec="vq")
+        fit(linear, drawn(4, 3), compression=delock.Compression("vq"))
     with pytest.raises(UsageError, match="vq cannot divide 12 channels into 5 groups"):
-        fit(linear, drawn(4, 3), codec=VQ(groups=5))
+        fit(linear, drawn(4, 3), compression=delock.Compression(VQ(groups=5)))
     with pytest.raises(UsageError, match="interlocking sends no errors down, so there is none for an error codec"):
-        fit(linear, drawn(4, 3), method=delock.Interlocking(n_wise=1), heads=[nn.Linear(12, 2)], error_codec="bf16")
+        fit(linear, drawn(4, 3), method=delock.Interlocking(n_wise=1), heads=[nn.Linear(12, 2)],
+            compression=delock.Compression(error_codec="bf16"))  # fmt: skip
     with pytest.raises(UsageError, match="errors travel as"):
-        fit(linear, drawn(4, 3), error_codec="vq")
+        fit(linear, drawn(4, 3), compression=delock.Compression(error_codec="vq"))
 
 
 def test_the_page_on_codecs() -> None:
@@ -216,9 +216,9 @@ QUICK = ["--model", "mlp", "--workers", "inline", "--limit", "128", "--batch-siz
 def test_options() -> None:
     assert flat(resolve(TrainConfig()))["codec"] == "none"
     made = resolve(build(TrainConfig, {"codec": "vq:every=50:dim=8", "error_codec": "int8"}, "test"))
-    assert (made.links.codec, made.links.error_codec) == ("vq:dim=8", "int8")
+    assert (made.compression.codec, made.compression.error_codec) == ("vq:dim=8", "int8")
     found = rows(build(CompareConfig, {"methods": ["dgl:codec=vq:dim=8:codes=16:lr=0.2", "bp:error_codec=bf16"], "codec": "int8"}, "test"))
-    assert [(row.config.links.codec, row.config.links.error_codec) for row in found] == [
+    assert [(row.config.compression.codec, row.config.compression.error_codec) for row in found] == [
         ("none", "none"),
         ("vq:codes=16:dim=8", "none"),
         ("int8", "bf16"),

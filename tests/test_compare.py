@@ -97,7 +97,7 @@ def test_a_comparison_has_a_table_a_file_and_figures(here: Path, capsys: pytest.
 
 
 def test_a_comparison_in_place_of_another(here: Path) -> None:
-    run = ["compare", *SMALL, "--steps", "1", "--out", "c"]
+    run = ["compare", *SMALL, "--batches", "1", "--out", "c"]
     assert main([*run, "--methods", "bp,ddg", "--no-plain"]) == 0
     assert main([*run, "--methods", "fdg", "--no-plain"]) == 2
     assert main([*run, "--methods", "fdg", "--no-plain", "--overwrite"]) == 0
@@ -141,7 +141,7 @@ def test_an_interrupted_comparison_keeps_its_rows(here: Path, monkeypatch: pytes
         return whole(*args, **options)
 
     monkeypatch.setattr("delock.api.fit", fit)
-    assert main(["compare", *SMALL, "--steps", "1", "--methods", "bp,ddg,fdg", "--no-plain", "--out", "c"]) == 130
+    assert main(["compare", *SMALL, "--batches", "1", "--methods", "bp,ddg,fdg", "--no-plain", "--out", "c"]) == 130
     assert calls == ["bp", "ddg"]
     told = json.loads(Path("c/compare.json").read_text())
     assert [row["summary"]["status"] for row in told["rows"]] == ["finished", "interrupted"]

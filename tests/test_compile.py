@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from delock.api import fit
 from delock.errors import UsageError
-from delock.execution import PLAIN, Execution
+from delock.execution import PLAIN, lay_out_input
 from delock.methods import FDG, FR, GPipe, Interlocking, Method
+from delock.options import Execution, Simulation
 from delock.run.job import StageJob, StageResult
 from delock.stage import compiled
 from delock.stage.module import ModuleFunction, copies
@@ -79,8 +80,8 @@ def test_fit_compiles_tuples_of_tensors_and_micro_batches() -> None:
     for compiles in (False, True):
         stages = [without_norm_and_dropout(stage) for stage in tuple_net(2, torch.float32)]
         data = Samples("token", 22, 8, torch.float32)
-        result = fit(stages, data, data, loss=weighted_loss, method=GPipe(2), optimizer=sgd, epochs=2, workers="inline", compile=compiles)
-        assert result is not None
+        result = fit(stages, data, data, loss=weighted_loss, method=GPipe(2), optimizer=sgd, epochs=2, workers="inline",
+                     execution=Execution(compile=compiles))  # fmt: skip
         results.append(result)
         modules.append(nn.Sequential(*stages).state_dict())
         told.append(result.started.compiled)
@@ -129,12 +130,12 @@ def called(body: ModuleFunction, compiled: bool) -> list[list[Tensor]]:
 def test_what_does_not_go_with_compile_is_refused_before_anything_is_compiled() -> None:
     def run(**options: Any) -> None:
         layers, data = [nn.Linear(12, 8), nn.Linear(8, 10)], Samples("vector", 16, 8, torch.float32)
-        fit(layers, data, loss=class_loss, optimizer=sgd, steps=2, workers="inline", compile=True, **options)
+        fit(layers, data, loss=class_loss, optimizer=sgd, batches=2, workers="inline", execution=COMPILED, **options)
 
     with pytest.raises(UsageError, match="does not go with compile"):
         run(method=FDG(at="mixed"))
     with pytest.raises(UsageError, match="nothing to compile"):
-        run(method=FDG(), emulate=Emulation(0.01, 0.01))
+        run(method=FDG(), simulation=Simulation(emulate=Emulation(0.01, 0.01)))
 
 
 def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +143,7 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: py
     layers = [nn.Linear(12, 9), nn.Sequential(nn.Tanh(), nn.Linear(9, 10))]
     data = Samples("vector", 16, 8, torch.float32)
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(UsageError, match=r"needs a C\+\+ compiler"):
-        fit(layers, data, loss=class_loss, optimizer=sgd, steps=2, workers="inline", compile=True)
+        fit(layers, data, loss=class_loss, optimizer=sgd, batches=2, workers="inline", execution=COMPILED)
 
 
 def test_what_torch_cannot_compile_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,11 +179,12 @@ def test_every_size_of_part_is_compiled_once() -> None:
     assert [tuple(part.shape) for part in compiled.pieces(torch.empty(2, 3, device="meta"), 4)] == [(1, 3)]
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_inputs_of_a_shape_have_the_same_strides(channels_last: bool) -> None:
-    execution = Execution(channels_last=channels_last, compile=True)
+@pytest.mark.parametrize("layout", ["default", "channels-last"])
+def test_inputs_of_a_shape_have_the_same_strides(layout: Literal["default", "channels-last"]) -> None:
+    execution = Execution(layout=layout, compile=True)
     for shape in (4, 3, 5, 5), (4, 3, 1, 1), (1, 3, 2, 2):
         x = torch.randn(shape)
-        made = [execution.laid_out(y) for y in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3))]
+        given = (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3))
+        made = [lay_out_input(execution, y) for y in given]
         assert len({y.stride() for y in made}) == 1
         assert all(torch.equal(x, y) for y in made)

@@ -12,28 +12,30 @@ from torch.nn.functional import cross_entropy
 
 from delock.api import fit
 from delock.errors import UsageError
-from delock.execution import Execution
 from delock.methods import BP, DGL, DSP, FDG, Interlocking, Method
 from delock.nets import build
+from delock.options import Execution
 
 from harness import assert_equal, in_processes, inline, jobs
 from workloads import WORK, Samples, sgd, without_norm_and_dropout
 
-WAYS = (Execution(amp=True), Execution(channels_last=True), Execution(True, True))
+BOTH = Execution("bf16", "channels-last")
+WAYS = (Execution(amp="bf16"), Execution(layout="channels-last"), BOTH)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
 def plain(data: Samples, execution: Execution, epochs: int) -> tuple[nn.Module, list[float]]:
     """The loop that everybody writes."""
     model = build("resnet8", classes=10, in_channels=3, image_size=8).train()
-    if execution.channels_last:
+    last = execution.layout == "channels-last"
+    if last:
         model = model.to(memory_format=torch.channels_last)
     optimizer, losses = SGD(model.parameters()), []
     for _ in range(epochs):
         for x, y in data.epoch(0):
-            x = x.contiguous(memory_format=torch.channels_last) if execution.channels_last else x
+            x = x.contiguous(memory_format=torch.channels_last) if last else x
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=execution.amp):
+            with torch.autocast("cpu", torch.bfloat16, enabled=execution.amp == "bf16"):
                 loss = cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
@@ -47,27 +49,24 @@ def test_backpropagation_is_plain_training(execution: Execution, stages: int) ->
     data = Samples("image", 24, 8, torch.float32)
     data.epoch = lambda e, epoch=data.epoch: epoch(0)  # type: ignore[method-assign,misc]
     model = build("resnet8", classes=10, in_channels=3, image_size=8)
-    layout = "channels-last" if execution.channels_last else "default"
     result = fit(model, data, loss=cross_entropy, method="bp", optimizer=SGD, stages=stages, cuts=None if stages == 1 else [4, 5],
-                 epochs=2, workers="inline", amp=execution.amp, layout=layout)  # fmt: skip
+                 epochs=2, workers="inline", execution=execution)  # fmt: skip
     other, losses = plain(data, execution, 2)
-    assert result is not None
     assert result.losses == losses
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("method", [BP(), FDG(), DSP(), DGL(), Interlocking(2)], ids=str)
 def test_processes_equal_one_process(method: Method) -> None:
-    made = [replace(job, execution=Execution(True, True)) for job in jobs("conv", 3, method)]
-    assert_equal(inline(made), in_processes([replace(job, execution=Execution(True, True)) for job in jobs("conv", 3, method)]))
+    made = [replace(job, execution=BOTH) for job in jobs("conv", 3, method)]
+    assert_equal(inline(made), in_processes([replace(job, execution=BOTH) for job in jobs("conv", 3, method)]))
 
 
 def test_what_travels_is_as_small_as_what_is_computed() -> None:
     data, told = Samples("image", 24, 8, torch.float32), []
-    for amp in (False, True):
+    for execution in (Execution(), BOTH):
         layers = [nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.Linear(288, 10))]
-        result = fit(layers, data, loss=cross_entropy, method="bp", optimizer=sgd, steps=2, workers="inline", amp=amp)
-        assert result is not None
+        result = fit(layers, data, loss=cross_entropy, method="bp", optimizer=sgd, batches=2, workers="inline", execution=execution)
         told.append(result.started.messages[0])
     assert told[0] == 2 * told[1]
 
@@ -75,8 +74,8 @@ def test_what_travels_is_as_small_as_what_is_computed() -> None:
 def test_auto_takes_one_of_the_two() -> None:
     data = Samples("image", 24, 8, torch.float32)
     model = build("resnet8", classes=10, in_channels=3, image_size=8)
-    result = fit(model, data, loss=cross_entropy, method="bp", optimizer=sgd, steps=2, workers="inline", layout="auto")
-    assert result is not None
+    result = fit(model, data, loss=cross_entropy, method="bp", optimizer=sgd, batches=2, workers="inline",
+                 execution=Execution(layout="auto"))  # fmt: skip
     assert result.started.layout in ("default", "channels last")
 
 
@@ -84,7 +83,8 @@ def test_mixed_is_refused_under_autocast() -> None:
     data = Samples("image", 24, 8, torch.float32)
     model = build("resnet8", classes=10, in_channels=3, image_size=8)
     with pytest.raises(UsageError, match="does not go with amp"):
-        fit(model, data, loss=cross_entropy, method=FDG(at="mixed"), optimizer=sgd, steps=2, workers="inline", amp=True)
+        fit(model, data, loss=cross_entropy, method=FDG(at="mixed"), optimizer=sgd, batches=2, workers="inline",
+            execution=Execution(amp="bf16"))  # fmt: skip
 
 
 @pytest.mark.parametrize("work", ["conv", "tuple"])
@@ -94,8 +94,7 @@ def test_slices_have_the_gradient_of_the_whole_but_for_batch_norm(work: str) -> 
     runs = []
     for chunks in (1, 3, 100):
         stages = [without_norm_and_dropout(stage) for stage in net(3, torch.float64)]
-        result = fit(stages, data, loss=loss, method=FDG(), optimizer=sgd, epochs=2, workers="inline", chunks=chunks)
-        assert result is not None
+        result = fit(stages, data, loss=loss, method=FDG(), optimizer=sgd, epochs=2, workers="inline", execution=Execution(chunks=chunks))
         runs.append((result.losses, [p for stage in stages for p in stage.parameters()]))
     for losses, weights in runs[1:]:
         assert losses == pytest.approx(runs[0][0], abs=1e-10)
@@ -111,4 +110,5 @@ def test_slices_in_processes_equal_one_process() -> None:
 def test_a_slice_of_one_sample_before_batch_norm_is_refused() -> None:
     model = build("resnet8", classes=10, in_channels=3, image_size=8)
     with pytest.raises(UsageError, match="single sample in front of BatchNorm"):
-        fit(model, Samples("image", 24, 8, torch.float32), loss=cross_entropy, optimizer=sgd, steps=2, workers="inline", chunks=5)
+        fit(model, Samples("image", 24, 8, torch.float32), loss=cross_entropy, optimizer=sgd, batches=2, workers="inline",
+            execution=Execution(chunks=5))  # fmt: skip

@@ -48,7 +48,7 @@ def test_every_default_is_filled_in() -> None:
     assert (values["stages"], values["epochs"], values["lr"], values["momentum"]) == (2, 20, 0.1, 0.9)
     assert "accumulate" not in values
     assert flat(config(optimizer="adam"))["lr"] == 0.001
-    assert flat(config(steps=7)).get("epochs") is None
+    assert flat(config(batches=7)).get("epochs") is None
     assert flat(config(cuts=[1, 2, 3]))["stages"] == 4
     assert flat(resolve(TrainConfig(), ranks=3))["stages"] == 3
 
@@ -91,7 +91,7 @@ def test_a_wrong_key_or_type_is_named(values: dict[str, object], words: list[str
         ({"method": "fdg", "at": "replay"}, ["replay", "stash, mixed"]),
         ({"stages": 0}, ["stages is 0"]),
         ({"stages": 2, "cuts": [1, 2]}, ["3 stages, not 2"]),
-        ({"epochs": 1, "steps": 1}, ["--epochs or --steps"]),
+        ({"epochs": 1, "batches": 1}, ["--epochs or --batches"]),
         ({"batch_size": 0}, ["batch-size is 0"]),
         ({"lr": -1.0}, ["lr is -1"]),
         ({"lr": math.inf}, ["lr is inf"]),
@@ -123,7 +123,7 @@ def test_an_option_puts_out_of_force_what_was_meant_for_another() -> None:
     assert "cuts" not in override(file, {"model": "cnn"})
     assert "cuts" not in override(file, {"depth": 3})
     assert "stages" not in override(file, {"cuts": [4]})
-    assert "epochs" not in override(file, {"steps": 9})
+    assert "epochs" not in override(file, {"batches": 9})
     assert {"lr", "momentum", "weight_decay"}.isdisjoint(override(file, {"optimizer": "adam"}))
 
 

@@ -134,9 +134,9 @@ def test_the_other_pieces_of_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fit, runs = delock.fit, []
 
     def short(*args: Any, **options: Any) -> Any:
-        steps = min(options.pop("steps", 4), 4)
+        batches = min(options.pop("batches", 4), 4)
         options.pop("epochs", None)
-        runs.append(fit(*args, **options, steps=steps, workers="inline"))
+        runs.append(fit(*args, **options, batches=batches, workers="inline"))
         return runs[-1]
 
     monkeypatch.setattr(delock, "fit", short, raising=False)

@@ -16,6 +16,7 @@ from delock.links.mailbox import Mailbox
 from delock.methods import DGL, FDG, GPipe, Interlocking, Method
 from delock.nets import emulated
 from delock.nets.emulated import Emulated
+from delock.options import Simulation
 from delock.plan import unroll
 from delock.stage import Stage
 from delock.timeline import Emulation, Slowdown, straggler
@@ -60,8 +61,8 @@ def test_a_run_waits_as_long_as_it_says(waits: list[float], method: Method) -> N
     data = Samples("image", 32, 8, torch.float32)
     layers = [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.Sequential(nn.Flatten(), nn.Linear(80, 10))]
     before = [p.clone() for layer in layers for p in layer.parameters()]
-    result = fit(layers, data, loss=cross_entropy, method=method, optimizer=sgd, steps=4, workers="inline", emulate=Emulation(1.0, 2.0))
-    assert result is not None
+    fit(layers, data, loss=cross_entropy, method=method, optimizer=sgd, batches=4, workers="inline",
+        simulation=Simulation(emulate=Emulation(1.0, 2.0)))  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(before, (p for layer in layers for p in layer.parameters()), strict=True))
     passed_on = 4 * 1.0 * isinstance(method, Interlocking)  # stage 1 passes on the error of its own loss: half a backward per batch
     assert sum(waits) == pytest.approx(3 * 4 * (1.0 + 2.0) + passed_on)
@@ -89,12 +90,12 @@ def test_bad_emulation(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "0.5", "x:1", "3:1", "1:-1"])
 def test_bad_straggler(text: str) -> None:
-    with pytest.raises(UsageError, match="straggle is"):
+    with pytest.raises(UsageError, match="slow is"):
         straggler(text, 3, 0)
 
 
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--straggle", "2:1", "--workers", "inline", "--steps", "2"]) == 2
+    assert main(["train", "--slow", "2:1", "--workers", "inline", "--batches", "2"]) == 2
     assert "the stages are 0 .. 1" in capsys.readouterr().err
-    assert main(["train", "--emulate", "fast", "--workers", "inline", "--steps", "2"]) == 2
+    assert main(["train", "--emulate", "fast", "--workers", "inline", "--batches", "2"]) == 2
     assert "must be F:B" in capsys.readouterr().err

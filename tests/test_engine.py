@@ -134,7 +134,7 @@ def test_training_time_leaves_out_every_evaluation(hands: Hands, method: Method)
     for job in made:
         job.module.append(Slow(hands, 1, 1000))
     told: list[Any] = []
-    results = run_inline(made, torch.device("cpu"), told.append, threads=1)
+    results = run_inline(made, torch.device("cpu"), told.append)
     assert [r.seconds for r in results] == [6 * 2 * (1 + 2) + replays] * 2
     assert all(e.seconds <= results[0].seconds for e in results[1].evaluations)
     assert results[1].evaluations[-1].seconds == results[0].seconds

@@ -14,7 +14,7 @@ import torch
 from delock.records import Result
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-LENGTH = {"regression": ("--epochs", "12"), "tokens": ("--steps", "40")}
+LENGTH = {"regression": ("--epochs", "12"), "tokens": ("--batches", "40")}
 
 
 def load(name: str) -> Any:

@@ -8,7 +8,7 @@ import re
 import signal
 import time
 from multiprocessing import parent_process
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from delock.api import fit
 from delock.errors import StageFailed, UsageError
-from delock.links.connect import LinkKind
+from delock.options import Placement, Report
 from delock.records import StepRecord
 
 from ranks import a_loop_without_end
@@ -57,7 +57,7 @@ class Trouble(nn.Module):
         return x
 
 
-def troubled(how: str, cut: int, patience: float = 60.0, link: LinkKind = "gloo") -> tuple[str, float]:
+def troubled(how: str, cut: int, patience: float = 60.0, link: Literal["auto", "gloo", "shared"] = "gloo") -> tuple[str, float]:
     """Train with a layer in trouble; the error's message, and the seconds between the last sign of life and the error."""
     net = nn.Sequential(nn.Linear(4, 8), Trouble(how), nn.Linear(8, 8), nn.Linear(8, 2))
     batches = [(torch.randn(6, 4), torch.randint(2, (6,))) for _ in range(12)]
@@ -76,9 +76,8 @@ def troubled(how: str, cut: int, patience: float = 60.0, link: LinkKind = "gloo"
             cuts=[cut],
             optimizer=functools.partial(torch.optim.SGD, lr=0.1),
             epochs=1,
-            log_every=1,
-            patience=patience,
-            link=link,
+            placement=Placement(patience=patience, link=link),
+            report=Report(log_every=1),
             on_event=note,
         )
     ended = time.monotonic() - heard[-1]
@@ -113,14 +112,14 @@ def test_a_stage_that_raises_in_this_process_is_told_alike(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("link", ["gloo", "shared"])
-def test_a_stage_that_is_killed_is_named(link: LinkKind) -> None:
+def test_a_stage_that_is_killed_is_named(link: str) -> None:
     message, seconds = troubled("kill", 1, link=link)
     assert message.startswith("stage 1 was killed by SIGKILL (the system does so when memory runs out) in F4 (forward of batch 4, tick 5)")
     assert seconds < 10
 
 
 @pytest.mark.parametrize("link", ["gloo", "shared"])
-def test_a_stage_that_hangs_shows_its_stack(link: LinkKind) -> None:
+def test_a_stage_that_hangs_shows_its_stack(link: str) -> None:
     message, seconds = troubled("hang", 1, patience=2, link=link)
     assert "stage 1 hangs in F4 (forward of batch 4, tick 5): it has not moved for " in message
     assert "stage 0 waits for stage 1 in " in message

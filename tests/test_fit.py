@@ -20,6 +20,7 @@ from delock.data.iterable import as_loader
 from delock.errors import StageFailed
 from delock.keys import key
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, OneFOneB
+from delock.options import Placement, Report
 from delock.records import EvaluationRecord, Event, Started, StepRecord
 
 from points import CLASSES, SGD, broken_loss, fit, hits, network, same, test_data, train_data, weighted, weights
@@ -37,7 +38,7 @@ def test_processes_give_what_one_process_gives(method: Any, K: int) -> None:
     assert same(here, there)
     assert not same(here, network())
     assert a.losses == b.losses
-    assert [(e.step, e.test_loss, e.metrics) for e in a.evaluations] == [(e.step, e.test_loss, e.metrics) for e in b.evaluations]
+    assert [(e.batches, e.test_loss, e.metrics) for e in a.evaluations] == [(e.batches, e.test_loss, e.metrics) for e in b.evaluations]
     for s, t in zip(a.stages, b.stages, strict=True):
         assert (s.parameters, s.updates, s.staleness, s.layer_staleness) == (t.parameters, t.updates, t.staleness, t.layer_staleness)
 
@@ -123,17 +124,17 @@ def mean_loss(out: Tensor, target: dict[str, Tensor]) -> Tensor:
 
 def test_events_come_in_order_and_are_the_result() -> None:
     heard: list[Event] = []
-    _, result = fit(test=test_data(), on_event=heard.append, log_every=3, metrics={"hits": hits, "one": one})
+    _, result = fit(test=test_data(), on_event=heard.append, report=Report(log_every=3), metrics={"hits": hits, "one": one})
     first, *rest = heard
     assert isinstance(first, Started)
     assert first == result.started
     assert (first.method.lower()[:3], first.workers, first.batches, first.epochs, len(first.stages)) == ("fdg", "inline", 8, 2.0, 2)
     steps = [event for event in rest if isinstance(event, StepRecord)]
-    assert [(e.step, e.epoch, e.loss) for e in steps] == [(n, n / 4, result.losses[n - 1]) for n in (3, 6, 8)]
+    assert [(e.batches, e.epoch, e.loss) for e in steps] == [(n, n / 4, result.losses[n - 1]) for n in (3, 6, 8)]
     assert [e.samples for e in steps] == [18, 34, 44]
     evaluations = [event for event in rest if isinstance(event, EvaluationRecord)]
     assert evaluations == result.evaluations
-    assert [(e.step, e.epoch, e.samples) for e in evaluations] == [(4, 1.0, 22), (8, 2.0, 44)]
+    assert [(e.batches, e.epoch, e.samples) for e in evaluations] == [(4, 1.0, 22), (8, 2.0, 44)]
     assert [e.train_loss for e in evaluations] == [pytest.approx(sum(result.losses[a : a + 4]) / 4) for a in (0, 4)]
     assert all(e.metrics["one"] == 1.0 and 0 <= e.metrics["hits"] <= 1 for e in evaluations)
     assert [type(event).__name__ for event in rest] == ["StepRecord", "EvaluationRecord", "StepRecord", "StepRecord", "EvaluationRecord"]
@@ -159,13 +160,13 @@ def test_an_evaluation_is_the_mean_over_the_samples_in_eval_mode() -> None:
 @pytest.mark.parametrize("method", [BP(), FDG(), DSP()], ids=str)
 def test_steps_and_evaluations_at_any_step(method: Any) -> None:
     _, long = fit(epochs=3, method=method)
-    _, short = fit(epochs=None, steps=7, test=test_data(), eval_every=3, method=method)
+    _, short = fit(epochs=None, batches=7, test=test_data(), eval_every=3, method=method)
     assert short.losses == long.losses[:7], "an evaluation, or the end, changes what was before"
-    assert [e.step for e in short.evaluations] == [3, 6, 7]
-    _, never = fit(epochs=None, steps=2, eval_every=5, test=test_data(), method=method)
-    assert [e.step for e in never.evaluations] == [2]
-    _, untested = fit(epochs=None, steps=5, method=method)
-    assert [(e.step, e.metrics) for e in untested.evaluations] == [(4, {}), (5, {})]
+    assert [e.batches for e in short.evaluations] == [3, 6, 7]
+    _, never = fit(epochs=None, batches=2, eval_every=5, test=test_data(), method=method)
+    assert [e.batches for e in never.evaluations] == [2]
+    _, untested = fit(epochs=None, batches=5, method=method)
+    assert [(e.batches, e.metrics) for e in untested.evaluations] == [(4, {}), (5, {})]
     assert all(e.test_loss != e.test_loss for e in untested.evaluations)
 
 
@@ -178,7 +179,7 @@ def test_random_state_threads_and_environment_are_the_callers(workers: str) -> N
     random.seed(99)
     np.random.seed(99)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), dict(os.environ)
-    _, first = fit(workers=workers, test=test_data(), threads=2)
+    _, first = fit(workers=workers, test=test_data(), placement=Placement(threads=2))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert (np.random.get_state()[1] == before[2]).all()
@@ -187,7 +188,7 @@ def test_random_state_threads_and_environment_are_the_callers(workers: str) -> N
     if workers == "inline":
         torch.rand(7)
         random.random()
-        _, second = fit(test=test_data(), threads=2)
+        _, second = fit(test=test_data(), placement=Placement(threads=2))
         assert second.losses == first.losses, "a run depends on what was drawn before it"
 
 
@@ -199,7 +200,7 @@ def test_another_seed_is_another_run() -> None:
 def test_threads_are_given_back_after_a_failure() -> None:
     state = torch.get_rng_state()
     with pytest.raises(StageFailed):
-        fit(loss=broken_loss, threads=2)
+        fit(loss=broken_loss, placement=Placement(threads=2))
     assert torch.get_num_threads() == 1
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -220,19 +221,21 @@ from delock.methods import ADL
 model, heard = network(), []
 result = delock.fit(model, train_data(), test_data(), loss=weighted, method=ADL(2), optimizer=SGD, epochs=2, metrics={{"hits": hits}},
                     cuts=[4], on_event=heard.append)
-assert (result is None) == (os.environ["RANK"] != "0")
-if result is not None:
-    torch.save({{"state": model.state_dict(), "losses": result.losses, "heard": [type(e).__name__ for e in heard]}}, sys.argv[1])
+seen = {{"state": model.state_dict(), "result": repr(result), "losses": result.losses, "heard": [type(e).__name__ for e in heard]}}
+torch.save(seen, sys.argv[1] + os.environ["RANK"])
 """
 
 
-def test_torchrun_gives_the_same_weights(tmp_path: Path) -> None:
-    script, out = tmp_path / "script.py", tmp_path / "out.pt"
+def test_torchrun_gives_every_rank_the_same_result_and_all_weights(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = torchrun(script, str(out))
+    done = torchrun(script, str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    there = torch.load(out)
+    first, second = (torch.load(tmp_path / f"out{rank}") for rank in range(2))
     model, result = fit(test=test_data(), method=ADL(2), metrics={"hits": hits}, cuts=[4])
-    assert all(torch.equal(value, there["state"][name]) for name, value in model.state_dict().items())
-    assert there["losses"] == result.losses
-    assert there["heard"] == ["Started", "EvaluationRecord", "StepRecord", "EvaluationRecord"]
+    for there in (first, second):
+        assert all(torch.equal(value, there["state"][name]) for name, value in model.state_dict().items())
+        assert there["losses"] == result.losses
+    assert first["result"] == second["result"]
+    assert first["heard"] == ["Started", "EvaluationRecord", "StepRecord", "EvaluationRecord"]
+    assert second["heard"] == []

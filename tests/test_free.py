@@ -32,6 +32,7 @@ from delock.launch.rank import Rank
 from delock.methods import AsyncDGL
 from delock.nets.emulated import Emulated
 from delock.ops import Evaluate, Forward, Update
+from delock.options import Compression, Placement, Report, Simulation
 from delock.plan import check
 from delock.records import Event, StepRecord, Visit, VisitsRecord
 from delock.run.inline import run_inline
@@ -51,20 +52,20 @@ def free(made: list[StageJob], **options: Any) -> tuple[list[StageResult], list[
     def hear(rank: int, event: Any) -> None:
         if isinstance(event, VisitsRecord):
             assert event.stage == rank
-            turns[rank] += event.turns
+            turns[rank] += event.visits
 
     return run_processes(run_rank, made, threads=1, pin=False, patience=30, on_event=hear, **options), turns
 
 
 def again(made: list[StageJob], turns: Sequence[Sequence[Visit]]) -> list[StageResult]:
-    return run_inline(made, CPU, lambda event: None, threads=1, turns=turns)
+    return run_inline([replace(job, simulation=Simulation(replay=turns)) for job in made], CPU, lambda event: None)
 
 
 def assert_replayed(run: list[StageResult], replay: list[StageResult]) -> None:
     """Weights, buffers, heads, optimizers, losses and evaluations, to the last bit."""
     for one, other in zip(run, replay, strict=True):
         same_tree((one.state, one.head, one.optimizer, one.losses), (other.state, other.head, other.optimizer, other.losses))
-        same_tree([(e.step, repr(e.test_loss)) for e in one.evaluations], [(e.step, repr(e.test_loss)) for e in other.evaluations])
+        same_tree([(e.batches, repr(e.test_loss)) for e in one.evaluations], [(e.batches, repr(e.test_loss)) for e in other.evaluations])
 
 
 def assert_in_order(turns: Sequence[Sequence[Visit]], method: AsyncDGL, updates: int, evaluations: int) -> None:
@@ -106,7 +107,7 @@ def jobs_of(name: str) -> list[StageJob]:
     options = dict(options)
     clip, codec = options.pop("clip", None), options.pop("codec", None)
     made = jobs(work, K, method, **options)
-    return [replace(job, codec=codec, length=replace(job.length, clip=clip)) for job in made]
+    return [replace(job, compression=Compression(codec or "none"), length=replace(job.length, clip=clip)) for job in made]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -215,10 +216,12 @@ def test_a_run_that_was_cut_off_is_done_again_as_far_as_it_goes(traced: tuple[li
 
 def test_turns_of_another_number_of_stages() -> None:
     net, data = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), [(torch.randn(6, 4), torch.randint(2, (6,)))]
-    with pytest.raises(UsageError, match="turns of 3 stages cannot be done again by 2"):
-        fit(net, data, loss=nn.functional.cross_entropy, method=AsyncDGL(), optimizer=sgd, steps=1, workers="inline", turns=[[]] * 3)
-    with pytest.raises(UsageError, match="recorded turns are done again in one process"):
-        fit(net, data, loss=nn.functional.cross_entropy, method=AsyncDGL(), optimizer=sgd, steps=1, turns=[[]] * 2)
+    with pytest.raises(UsageError, match="visits of 3 stages cannot be done again by 2"):
+        fit(net, data, loss=nn.functional.cross_entropy, method=AsyncDGL(), optimizer=sgd, batches=1, workers="inline",
+            simulation=Simulation(replay=[[]] * 3))  # fmt: skip
+    with pytest.raises(UsageError, match="recorded visits are done again in one process"):
+        fit(net, data, loss=nn.functional.cross_entropy, method=AsyncDGL(), optimizer=sgd, batches=1,
+            simulation=Simulation(replay=[[]] * 2))  # fmt: skip
 
 
 # -- runs that cannot go on --------------------------------------------------------------------------------------------------------
@@ -263,7 +266,8 @@ def test_a_stage_in_trouble_ends_the_run_and_is_named(how: str, expected: str) -
             heard.append(time.monotonic())
 
     with pytest.raises(StageFailed) as caught:
-        fit(net, batches, loss=nn.functional.cross_entropy, method=AsyncDGL(3), cuts=[1, 2], epochs=1000, log_every=1, patience=2,
+        fit(net, batches, loss=nn.functional.cross_entropy, method=AsyncDGL(3), cuts=[1, 2], epochs=1000,
+            report=Report(log_every=1), placement=Placement(patience=2),
             optimizer=functools.partial(torch.optim.SGD, lr=0.1), on_event=note)  # fmt: skip
     assert time.monotonic() - heard[-1] < 15
     assert re.match(expected, str(caught.value)), str(caught.value)

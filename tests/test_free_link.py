@@ -265,7 +265,7 @@ def test_a_link_that_takes_nothing_holds_nobody_up(neighbours: Neighbours) -> No
     neighbours.come[0].put(pack(activation(0), Message(outputs, made[0].train.targets[:8], samples=8))[0])  # type: ignore[union-attr]
 
     def tell(record: VisitsRecord) -> None:
-        turns.extend(record.turns)
+        turns.extend(record.visits)
 
     def after() -> None:
         """When all updates are made: stage 1 stands still, until the way is free, and the stages above are done."""

@@ -211,7 +211,7 @@ def test_two_stages_train_it_with_fdg(dropout):
         method="fdg",
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
         stages=2,
-        steps=40,
+        batches=40,
         eval_every=20,
         workers="inline",
     )
@@ -301,8 +301,7 @@ def test_interlocking_on_a_gpt_is_its_definition(N):
     heads = {k: build_head("transformer", (8, 16), 13, seed=k).double() for k in method.headed(4)}
     want, _ = n_wise(cut, heads, made, N=N, combine="furthest", loss=nats, make_optimizer=adamw, seed=7)
     model = copy.deepcopy(list(cut))
-    result = delock.fit(model, as_loader(made), loss=nats, method=method, optimizer=lambda named: adamw([p for _, p in named]), seed=7,
-                        steps=len(made), heads=list(heads.values()) or None, workers="inline")  # fmt: skip
-    assert result is not None
+    delock.fit(model, as_loader(made), loss=nats, method=method, optimizer=lambda named: adamw([p for _, p in named]), seed=7,
+               batches=len(made), heads=list(heads.values()) or None, workers="inline")  # fmt: skip
     for stage, state in zip(model, want.states, strict=True):
         assert all(torch.allclose(value, state[name], rtol=0, atol=1e-10) for name, value in stage.state_dict().items())

@@ -14,7 +14,7 @@ from delock.errors import LinkError, StageFailed
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links import Link, Message
-from delock.links.connect import LinkKind, connect
+from delock.links.connect import connect
 from delock.links.gloo import DistributedChannel
 from delock.links.mailbox import Mailbox
 from delock.links.nccl import Courier
@@ -64,7 +64,7 @@ class AllApart(Courier):
         return leaf.numel() > 0
 
 
-def link_to(rank: Rank, depth: int = 2, kind: LinkKind = "gloo") -> RankLink:
+def link_to(rank: Rank, depth: int = 2, kind: str = "gloo") -> RankLink:
     return connect(kind, {1 - rank.rank: depth}, CPU, rank.progress)
 
 
@@ -109,7 +109,7 @@ def test_messages_of_changing_size_between_processes() -> None:
     assert run_processes(exchange, [SIZES] * 2, pin=False) == [[well] * 5] * 2
 
 
-def run_ahead(rank: Rank, kind: LinkKind) -> Any:
+def run_ahead(rank: Rank, kind: str) -> Any:
     """Rank 0 sends n messages as fast as it may; rank 1 looks how far it has come before it takes any."""
     store, link, n = torch.distributed.distributed_c10d._get_default_store(), link_to(rank, 2 if kind == "gloo" else 4, kind), 40
     if rank.rank == 0:
@@ -126,11 +126,11 @@ def run_ahead(rank: Rank, kind: LinkKind) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["gloo", "shared"])
-def test_a_sender_waits_and_a_checkpoint_takes_what_is_under_way(kind: LinkKind) -> None:
+def test_a_sender_waits_and_a_checkpoint_takes_what_is_under_way(kind: str) -> None:
     assert run_processes(run_ahead, [kind] * 2, pin=False) == [None, True]
 
 
-def cross(rank: Rank, kind: LinkKind) -> None:
+def cross(rank: Rank, kind: str) -> None:
     link = link_to(rank, 2, kind)
     rank.progress.at("F2")
     link.send(1 - rank.rank, activation(3), Message(numbers(2)))
@@ -139,7 +139,7 @@ def cross(rank: Rank, kind: LinkKind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gloo", "shared"])
-def test_a_wrong_message_between_processes_names_both(kind: LinkKind) -> None:
+def test_a_wrong_message_between_processes_names_both(kind: str) -> None:
     says = r"(?s)^stage 1 failed in F2.*stage 0 sent the activation of batch 3 where the error under loss 1 of batch 2 was due"
     with pytest.raises(StageFailed, match=says):
         run_processes(cross, [kind] * 2, pin=False)

@@ -40,7 +40,6 @@ def test_heads_are_chosen_from_the_output_and_trained() -> None:
         model = build("resnet8", classes=10, in_channels=3, image_size=8)
         result = fit(model, data, loss=torch.nn.functional.cross_entropy, method="dgl", stages=3, cuts=["layer2", "layer3"],
                      optimizer=sgd, epochs=3, workers=workers)  # fmt: skip
-        assert result is not None
         losses.append(result.losses)
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
@@ -51,7 +50,7 @@ def test_own_heads_are_trained_in_place() -> None:
     stages = WORK["conv"][0](3, torch.float32)
     heads = tiny_heads(stages, next(iter(data.epoch(0)))[0], torch.float32)
     before = [head.out.weight.detach().clone() for head in heads]
-    fit(stages, data, loss=WORK["conv"][2], method=DGL(), optimizer=sgd, steps=2, heads=heads, workers="processes")
+    fit(stages, data, loss=WORK["conv"][2], method=DGL(), optimizer=sgd, batches=2, heads=heads, workers="processes")
     assert not any(torch.equal(head.out.weight, was) for head, was in zip(heads, before, strict=True))
 
 
@@ -60,9 +59,9 @@ def test_wrong_heads() -> None:
     stages = WORK["conv"][0](3, torch.float32)
     heads = tiny_heads(stages, next(iter(data.epoch(0)))[0], torch.float32)
     with pytest.raises(UsageError, match="needs 2 auxiliary heads, but 1"):
-        fit(stages, data, loss=WORK["conv"][2], method=DGL(), optimizer=sgd, steps=2, heads=heads[:1], workers="inline")
+        fit(stages, data, loss=WORK["conv"][2], method=DGL(), optimizer=sgd, batches=2, heads=heads[:1], workers="inline")
     with pytest.raises(UsageError, match="bp has no local losses"):
-        fit(stages, data, loss=WORK["conv"][2], method=BP(), optimizer=sgd, steps=2, heads=heads, workers="inline")
+        fit(stages, data, loss=WORK["conv"][2], method=BP(), optimizer=sgd, batches=2, heads=heads, workers="inline")
     tuples = WORK["tuple"][0](3, torch.float32)
     with pytest.raises(UsageError, match="is a tuple, for which no head is known"):
-        fit(tuples, Samples("token", 24, 8), loss=WORK["tuple"][2], method=DGL(), optimizer=sgd, steps=2, workers="inline")
+        fit(tuples, Samples("token", 24, 8), loss=WORK["tuple"][2], method=DGL(), optimizer=sgd, batches=2, workers="inline")

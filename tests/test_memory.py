@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import delock
 from delock.cli.tables import prediction_table, stage_table
-from delock.execution import PLAIN, Execution
+from delock.execution import PLAIN, lay_out_input, lay_out_weights
 from delock.launch import peak_memory
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
@@ -24,6 +24,7 @@ from delock.memory.compose import StageGraph as Atoms
 from delock.memory.peaks import LinkBytes, StageBytes, StageMemory, peaks
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
 from delock.nets import build
+from delock.options import Execution, Placement
 from delock.partition.layer_memory import LayerMemory, Output, observe
 from delock.partition.live_bytes import LiveBytes
 from delock.plan import unroll, walk
@@ -203,10 +204,11 @@ def handed_out(rank: Rank, job: StageJob) -> int:
 def test_the_prediction_is_what_the_allocator_hands_out(method: Method) -> None:
     model = build("resnet8", classes=10, in_channels=3, image_size=16)
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    request = Request(model, Batches(images), None, cross_entropy, method, sgd, cuts=[4], epochs=1, link="gloo")
-    prepared = prepare(request, [4])
-    predicted = [stage.live for stage in prepared.started(request).stages]
-    measured = run_processes(handed_out, prepared.jobs(request))
+    request = Request(model, Batches(images), None, cross_entropy, method, sgd, cuts=[4], epochs=1,
+                      placement=Placement(link="gloo"))  # fmt: skip
+    prepared = prepare(request)
+    predicted = [stage.live for stage in prepared.started().stages]
+    measured = run_processes(handed_out, prepared.jobs())
     assert all(found > 1e6 for found in measured)
     assert predicted == pytest.approx(measured, rel=0.1)
 
@@ -216,30 +218,32 @@ def test_messages_in_use_lie_in_slots() -> None:
     """Inputs and errors cost nothing beside the slots of both links, which stay."""
     model = build("resnet8", classes=10, in_channels=3, image_size=16)
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    request = Request(model, Batches(images), None, cross_entropy, BP(), sgd, cuts=[4, 6], epochs=1, link="shared")
-    prepared = prepare(request, [4, 6])
-    assert prepared.slots(request) == [(2, 1), (2, 1)]
-    predicted = [stage.live for stage in prepared.started(request).stages]
-    measured = run_processes(handed_out, prepared.jobs(request))
+    request = Request(model, Batches(images), None, cross_entropy, BP(), sgd, cuts=[4, 6], epochs=1,
+                      placement=Placement(link="shared"))  # fmt: skip
+    prepared = prepare(request)
+    assert prepared.slots() == [(2, 1), (2, 1)]
+    predicted = [stage.live for stage in prepared.started().stages]
+    measured = run_processes(handed_out, prepared.jobs())
     assert predicted == pytest.approx(measured, rel=0.1)
-    assert all((stage.memory or 0) - (stage.live or 0) > 3 * 32 * 16 * 8 * 8 * 4 for stage in prepared.started(request).stages)
-    assert prepared.slots(replace(request, link="gloo")) is None
-    assert prepared.slots(replace(request, workers="inline")) is None
+    assert all((stage.memory or 0) - (stage.live or 0) > 3 * 32 * 16 * 8 * 8 * 4 for stage in prepared.started().stages)
+    assert replace(prepared, request=replace(request, placement=Placement(link="gloo"))).slots() is None
+    assert replace(prepared, request=replace(request, workers="inline")).slots() is None
 
 
-@pytest.mark.parametrize("execution", [PLAIN, Execution(channels_last=True), Execution(amp=True)], ids=str)
+@pytest.mark.parametrize("execution", [PLAIN, Execution(layout="channels-last"), Execution(amp="bf16")], ids=str)
 def test_what_is_observed_of_a_block(execution: Execution) -> None:
     """A residual block of 16 channels; what its graph holds beside x: conv, norm and relu, conv."""
     model = build("resnet8", classes=10, in_channels=3, image_size=16)
-    block = execution.prepared(model.get_submodule("layer1.0"))
-    x = execution.laid_out(torch.randn(32, 16, 16, 16))
+    block = lay_out_weights(execution, model.get_submodule("layer1.0"))
+    x = lay_out_input(execution, torch.randn(32, 16, 16, 16))
     one = x.nbytes
     seen = observe(block.train(), x, [True], None, CPU, execution)
     stored = [o.size for o in seen.outputs]
     assert (stored, seen.writes) == ([one], False)
-    halves = 2 if execution.amp else 1  # convolutions make and keep half as many bytes
-    assert seen.graph == pytest.approx(3 * one if not execution.amp else (4 * one) / halves, rel=0.02)
-    assert seen.kept == (not execution.amp,)
+    amp = execution.amp == "bf16"
+    halves = 2 if amp else 1  # convolutions make and keep half as many bytes
+    assert seen.graph == pytest.approx(3 * one if not amp else (4 * one) / halves, rel=0.02)
+    assert seen.kept == (not amp,)
     assert seen.forward >= seen.graph + one
     assert 0 < seen.forward_no_grad < seen.forward
     assert seen.weights == sum(p.nbytes for p in block.parameters())
@@ -268,7 +272,7 @@ def test_counting_bytes() -> None:
 def started(method: str | Method, **options: Any) -> Started:
     """What is told before a run in one process."""
     told: list[Event] = []
-    given = {"loss": cross_entropy, "method": method, "cuts": [2], "steps": 3, "workers": "inline", "on_event": told.append, **options}
+    given = {"loss": cross_entropy, "method": method, "cuts": [2], "batches": 3, "workers": "inline", "on_event": told.append, **options}
     data = [(torch.randn(4, 6), torch.randint(3, (4,)))] * 3
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     sgd = partial(torch.optim.SGD, lr=0.1)
@@ -291,7 +295,7 @@ def test_tables_show_the_prediction_beside_what_is_measured() -> None:
 
 def test_what_is_not_predicted_is_not_shown() -> None:
     """Free-running stages, and an optimizer of which nothing is known."""
-    assert {stage.memory for stage in started(AsyncDGL(turns="round-robin")).stages} == {None}
+    assert {stage.memory for stage in started(AsyncDGL(order="round-robin")).stages} == {None}
     assert {stage.memory for stage in started("fdg", optimizer=own_optimizer).stages} == {None}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from delock.api import fit
 from delock.cli import main
-from delock.cli.run_folder import load_turns
+from delock.cli.run_folder import load_visits
 from delock.errors import UsageError
 from delock.launch.progress import Progress
 from delock.launch.rank import Rank
@@ -63,7 +63,7 @@ def said(code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> str
 
 def test_a_run_keeps_its_turns_and_tells_of_its_buffers(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.name for path in ran.iterdir()} == {"config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "trace.jsonl"}
-    turns = load_turns(ran, 3)
+    turns = load_visits(ran, 3)
     assert [sum(turn.trains for turn in stage) for stage in turns] == [24] * 3
     assert [sum(turn.evaluates for turn in stage) for stage in turns] == [3] * 3
     first = json.loads((ran / "trace.jsonl").read_text().splitlines()[0])
@@ -81,7 +81,7 @@ def test_it_is_done_again_to_the_last_bit(ran: Path, capsys: pytest.CaptureFixtu
     before = {path: path.read_bytes() for path in ran.iterdir()}
     line = said(0, ["replay", str(ran)], capsys)
     count = len((ran / "trace.jsonl").read_text().splitlines())
-    assert line == f"replayed {count} turns of 3 stages, 24/24/24 updates: the weights equal those of the run, to the last bit"
+    assert line == f"replayed {count} visits of 3 stages, 24/24/24 updates: the weights equal those of the run, to the last bit"
     assert {path: path.read_bytes() for path in ran.iterdir()} == before
 
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_done_again_is_counted(copied: Path, capsys: pytest.Captu
     below = [line for line in lines if json.loads(line)["stage"] == 0]
     cut(copied, [line for line in lines if line not in below[1:]])
     read = 0
-    for turn in load_turns(copied, 3)[1]:
+    for turn in load_visits(copied, 3)[1]:
         if turn.evaluates or turn.source:
             break
         read += 1
@@ -126,14 +126,14 @@ def test_what_cannot_be_done_again_is_counted(copied: Path, capsys: pytest.Captu
 
 def test_a_run_of_which_nothing_is_left(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cut(copied, [])
-    assert said(0, ["replay", "run"], capsys).startswith("replayed 0 turns of 3 stages, 0/0/0 updates: the run was cut off")
+    assert said(0, ["replay", "run"], capsys).startswith("replayed 0 visits of 3 stages, 0/0/0 updates: the run was cut off")
 
 
 @pytest.mark.parametrize("damage", ["nonsense", '{"stage": 3}', '{"stage": 0, "ordinal": 1}', "[1]", '{"stage": "0"}', "\x00\x01"])
 def test_a_trace_that_is_damaged(copied: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = (copied / "trace.jsonl").read_text().splitlines(keepends=True)
     (copied / "trace.jsonl").write_text("".join([*lines[:4], damage + "\n", *lines[4:]]))
-    assert said(2, ["replay", "run"], capsys) == "error: line 5 of run/trace.jsonl is not a turn of one of 3 stages"
+    assert said(2, ["replay", "run"], capsys) == "error: line 5 of run/trace.jsonl is not a visit of one of 3 stages"
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_a_folder_that_is_no_free_run(here: Path, ran: Path, capsys: pytest.Capt
     assert said(2, ["replay", "nowhere"], capsys) == "error: there is no run nowhere"
     (here / "empty").mkdir()
     assert said(2, ["replay", "empty"], capsys) == "error: empty is not the folder of a run: it has no config.toml"
-    sampled = [*FREE, "--turns", "sampled", "--workers", "inline", "--steps", "2", "--out", "sampled"]
+    sampled = [*FREE, "--order", "sampled", "--workers", "inline", "--batches", "2", "--out", "sampled"]
     assert main(["train", *SMALL, *sampled]) == 0
     expected = "error: sampled was not free-running: its plan is fixed, so delock train --config sampled/config.toml repeats it"
     assert said(2, ["replay", "sampled"], capsys) == expected
@@ -162,11 +162,11 @@ def test_a_folder_that_is_no_free_run(here: Path, ran: Path, capsys: pytest.Capt
         ("--max-reuse -1", "max_reuse is -1"),
         ("--noise 1", "noise is 1.0, but it must lie in [0, 1): a stage is slowed by S = 1 / (1 - noise)"),
         ("--slow-stage 3", "slow_stage is 3, but the stages are 0 .. 2"),
-        ("--workers inline", "free-running stages need a process each: use workers processes, or turns sampled or round-robin"),
-        ("--turns sampled", "sampled turns are taken in one process: use workers inline, or turns free"),
-        ("--turns round-robin", "round-robin turns are taken in one process"),
-        ("--turns fair", "--turns is 'fair', but it must be one of 'free', 'sampled', 'round-robin'"),
-        ("--noise 0.5 --straggle 1:0.5", "noise and straggle both make stages slower"),
+        ("--workers inline", "free-running stages need a process each: use workers processes, or order sampled or round-robin"),
+        ("--order sampled", "sampled turns are taken in one process: use workers inline, or order free"),
+        ("--order round-robin", "round-robin turns are taken in one process"),
+        ("--order fair", "--order is 'fair', but it must be one of 'forward-first', 'backward-first', 'free', 'sampled', 'round-robin'"),
+        ("--noise 0.5 --slow 1:0.5", "noise and slow both make stages slower"),
     ],
 )
 def test_bad_input(here: Path, words: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +188,7 @@ def test_an_option_of_another_method(here: Path, capsys: pytest.CaptureFixture[s
 
 def test_rows_of_a_comparison_run_freely_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = ["--methods", "dgl,dgl-async,dgl-async:buffer=1:max_reuse=1", "--no-plain"]
-    assert main(["compare", *SMALL, *methods, "--stages", "2", "--steps", "8", "--out", "c"]) == 0
+    assert main(["compare", *SMALL, *methods, "--stages", "2", "--batches", "8", "--out", "c"]) == 0
     told: Any = json.loads(Path("c/compare.json").read_text())
     assert [row["summary"]["status"] for row in told["rows"]] == ["finished"] * 3
     assert [row["staleness"] for row in told["rows"]] == [[0, 0]] * 3
@@ -196,7 +196,7 @@ def test_rows_of_a_comparison_run_freely_too(here: Path, capsys: pytest.CaptureF
     assert not Path("c/dgl/trace.jsonl").exists()
     for folder in ("c/dgl-async", "c/dgl-async-buffer=1-max_reuse=1"):
         assert "to the last bit" in said(0, ["replay", folder], capsys)
-    again = ["compare", *SMALL, "--methods", "dgl", "--no-plain", "--steps", "1", "--out", "c", "--overwrite"]
+    again = ["compare", *SMALL, "--methods", "dgl", "--no-plain", "--batches", "1", "--out", "c", "--overwrite"]
     assert main(again) == 0
     assert {path.name for path in Path("c").iterdir() if path.is_dir()} == {"dgl"}
 
@@ -204,7 +204,7 @@ def test_rows_of_a_comparison_run_freely_too(here: Path, capsys: pytest.CaptureF
 def test_a_comparison_refuses_turns_that_its_workers_cannot_take(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", *SMALL, "--no-plain", "--methods", "dgl,dgl-async"]
     assert "free-running stages need a process each" in said(2, [*words, "--workers", "inline"], capsys)
-    assert "taken in one process" in said(2, [*words[:-1], "dgl-async:turns=sampled"], capsys)
+    assert "taken in one process" in said(2, [*words[:-1], "dgl-async:order=sampled"], capsys)
     assert not list(here.iterdir())
 
 
@@ -220,7 +220,7 @@ def test_ranks_of_torchrun_run_freely(here: Path, capsys: pytest.CaptureFixture[
     words = [*SMALL, "--method", "dgl-async", "--epochs", "2"]
     done = torchrun(here / "script.py", *words, "--out", "a")
     assert done.returncode == 0, done.stderr
-    turns = load_turns(Path("a"), 2)
+    turns = load_visits(Path("a"), 2)
     assert [sum(turn.trains for turn in stage) for stage in turns] == [16, 16]
     assert said(0, ["replay", "a"], capsys).endswith("16/16 updates: the weights equal those of the run, to the last bit")
 
@@ -230,5 +230,5 @@ def test_ranks_of_torchrun_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("delock.api.under_torchrun", lambda: True)
     monkeypatch.setattr("delock.api.run_torchrun", lambda target, spec_of, **_: target(Rank(0, 2, CPU, print, Progress()), spec_of(0)))
     with pytest.raises(UsageError, match=r"^sampled turns are taken in one process"):
-        fit(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [(None, None)], loss=nn.functional.mse_loss, method=AsyncDGL(turns="sampled"),
-            optimizer=torch.optim.SGD, steps=1)  # fmt: skip
+        fit(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [(None, None)], loss=nn.functional.mse_loss, method=AsyncDGL(order="sampled"),
+            optimizer=torch.optim.SGD, batches=1)  # fmt: skip

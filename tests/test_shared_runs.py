@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from delock.api import fit
 from delock.codecs import VQ
 from delock.errors import StageFailed, UsageError
-from delock.execution import Execution
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links import connect as connecting
 from delock.links import shared_memory
-from delock.links.connect import LinkKind, connect
+from delock.links.connect import connect
 from delock.links.gloo import DistributedChannel
 from delock.links.shared_memory import SharedChannel
 from delock.methods import ADL, BP, DGL, DSP, FDG, Interlocking, Method, OneFOneB
+from delock.options import Compression, Execution, Placement
 from delock.run.job import StageJob, StageResult
 from delock.run.ranks import run_rank
 
@@ -62,10 +62,11 @@ def test_processes_equal_one_process(work: str, K: int, method: Method) -> None:
 def test_encoded_and_clipped_and_laid_out_as_in_one_process() -> None:
     """A codebook outlives its message, norms travel between activations, and strides stay."""
 
-    def made(link: LinkKind) -> list[StageJob]:
-        execution = Execution(channels_last=True)
+    def made(link: str) -> list[StageJob]:
+        compression, placement = Compression(VQ(codes=16, dim=2, every=3)), Placement(link=link)
+        execution = Execution(layout="channels-last")
         return [
-            replace(job, codec=VQ(codes=16, dim=2, every=3), execution=execution, length=replace(job.length, clip=0.1), link=link)
+            replace(job, compression=compression, execution=execution, length=replace(job.length, clip=0.1), placement=placement)
             for job in jobs("conv", 2, BP(2), samples=48, epochs=3)
         ]
 
@@ -80,7 +81,7 @@ def test_windows_and_long_runs() -> None:
     )
 
 
-def places(rank: Rank, kind: LinkKind) -> dict[int, str]:
+def places(rank: Rank, kind: str) -> dict[int, str]:
     """The channels of a rank of three, where rank 2 is on another host."""
     far_away(rank)
     link = connect(kind, {peer: 2 for peer in (rank.rank - 1, rank.rank + 1) if 0 <= peer < 3}, CPU, rank.progress)
@@ -112,31 +113,33 @@ def test_training_over_both_kinds() -> None:
 
 
 SCRIPT = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from test_shared_runs import trained
 
 result, state = trained("shared")
-if result is not None:
-    torch.save((state, result.losses), sys.argv[1])
+torch.save((state, result.losses), sys.argv[1] + os.environ["RANK"])
 """
 
 
-def trained(link: LinkKind, **more: Any) -> Any:
+def trained(link: str, **more: Any) -> Any:
     model, data = nn.Sequential(*mlp(5, torch.float32)), Samples("vector", 40, 8, torch.float32)
-    return fit(model, data, data, loss=class_loss, method=FDG(), optimizer=sgd, cuts=[2], epochs=2, link=link, **more), model.state_dict()
+    placement = Placement(link=link)
+    result = fit(model, data, data, loss=class_loss, method=FDG(), optimizer=sgd, cuts=[2], epochs=2, placement=placement, **more)
+    return result, model.state_dict()
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
-    script, out = tmp_path / "script.py", tmp_path / "out.pt"
+    script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    done = torchrun(script, str(out))
+    done = torchrun(script, str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    state, losses = torch.load(out)
     result, expected = trained("gloo", workers="inline")
-    assert losses == result.losses
-    assert all(torch.equal(value, state[name]) for name, value in expected.items())
+    for rank in range(2):
+        state, losses = torch.load(tmp_path / f"out{rank}")
+        assert losses == result.losses
+        assert all(torch.equal(value, state[name]) for name, value in expected.items())
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------------------
@@ -173,7 +176,8 @@ def test_nothing_is_left_behind(tmp_path: Path, kill: bool) -> None:
     data = Samples("vector", 120, 8, torch.float32)
 
     def run() -> None:
-        fit(model, data, loss=class_loss, method="fdg", cuts=[2], optimizer=sgd, epochs=1, link="shared")
+        fit(model, data, loss=class_loss, method="fdg", cuts=[2], optimizer=sgd, epochs=1,
+                      placement=Placement(link="shared"))  # fmt: skip
 
     if kill:
         with pytest.raises(StageFailed, match="stage 1 was killed by SIGKILL"):

@@ -12,6 +12,7 @@ from delock.links.connect import shares
 from delock.links.shared_memory import SharedChannel
 from delock.memory.slots import slots
 from delock.methods import BP, DDG, DGL, FDG, FR, Interlocking, Method, OneFOneB
+from delock.options import Placement
 from delock.plan import RunLength, unroll
 from delock.run.job import StageJob
 from delock.run.ranks import joined
@@ -84,7 +85,7 @@ def mapped(rank: Rank, job: StageJob) -> tuple[int, int]:
 @pytest.mark.parametrize("method", [BP(), BP(accumulate=2), Interlocking(2)], ids=str)
 def test_two_processes_map_what_is_predicted(method: Method) -> None:
     """Of methods without slack, where nothing depends on who is faster."""
-    own = [replace(job, link="shared") for job in jobs("conv", 2, method, evaluate=False)]
+    own = [replace(job, placement=Placement(link="shared")) for job in jobs("conv", 2, method, evaluate=False)]
     (below, count), (above, same) = run_processes(mapped, own)
     [(up, down)] = slots(simulate(unroll(method, 2, own[0].length.batches), Costs.unit(2)))
     assert (count, same) == (up + down,) * 2

@@ -63,9 +63,9 @@ def test_text_has_defaults_of_its_own() -> None:
 
 
 def test_what_is_given_wins_over_the_defaults_of_text() -> None:
-    values = flat(config(data="text", optimizer="sgd", warmup=0, steps=7, batch_size=3, depth=1))
+    values = flat(config(data="text", optimizer="sgd", warmup=0, batches=7, batch_size=3, depth=1))
     assert (values["optimizer"], values["lr"], values["momentum"], values["weight_decay"]) == ("sgd", 0.1, 0.9, 5e-4)
-    assert (values["warmup"], values["steps"], values["batch_size"], values["depth"]) == (0, 7, 3, 1)
+    assert (values["warmup"], values["batches"], values["batch_size"], values["depth"]) == (0, 7, 3, 1)
     assert "epochs" not in values
     assert flat(config(data="text", weight_decay=0.0))["weight_decay"] == 0.0
     assert flat(config(optimizer="adamw"))["weight_decay"] == 5e-4
@@ -127,7 +127,7 @@ def test_an_embedding_shared_by_two_stages_is_refused() -> None:
     model.head.weight = model.embed.token.weight
     batches = [(torch.zeros(2, 4, dtype=torch.int64),) * 2]
     with pytest.raises(UsageError, match=r"embed\.token\.weight \(stage 0\) and head\.weight \(stage 1\) are the same tensor"):
-        delock.fit(model, batches, loss=nats, optimizer=AdamW(1e-3), stages=2, steps=1, workers="inline")
+        delock.fit(model, batches, loss=nats, optimizer=AdamW(1e-3), stages=2, batches=1, workers="inline")
 
 
 # -- AdamW
@@ -155,7 +155,7 @@ def test_adamw_decays_matrices_alone() -> None:
 
 
 def test_a_run_reports_nats_and_bits_and_can_be_repeated(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--method", "adl", "--accumulate", "3", "--stages", "3", "--steps", "12", "--eval-every", "6", "--dropout", "0.1"]
+    words = ["--method", "adl", "--accumulate", "3", "--stages", "3", "--batches", "12", "--eval-every", "6", "--dropout", "0.1"]
     assert main(["train", *SMALL, *words, "--out", "a"]) == 0
     out = capsys.readouterr().out
     assert "adl(accumulate=3): gpt on text, 3 stages" in out
@@ -183,7 +183,7 @@ def test_a_run_reports_nats_and_bits_and_can_be_repeated(here: Path, capsys: pyt
 
 
 def test_images_keep_no_option_of_text(here: Path) -> None:
-    assert main(["train", "--model", "mlp", "--limit", "64", "--steps", "1", "--workers", "inline", "--out", "a"]) == 0
+    assert main(["train", "--model", "mlp", "--limit", "64", "--batches", "1", "--workers", "inline", "--out", "a"]) == 0
     values = tomllib.loads(Path("a/config.toml").read_text())
     assert {"text", "level", "context", "depth", "width", "attention_heads"}.isdisjoint(values)
     assert values["augment"] is True
@@ -192,7 +192,7 @@ def test_images_keep_no_option_of_text(here: Path) -> None:
 
 def test_bytes_are_counted_in_bits_per_byte(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "t.txt").write_bytes(bytes(range(256)) * 20)
-    assert main(["train", *SMALL, "--level", "byte", "--steps", "2", "--out", "a"]) == 0
+    assert main(["train", *SMALL, "--level", "byte", "--batches", "2", "--out", "a"]) == 0
     assert "test bits per byte" in capsys.readouterr().out
     assert 0 < read("a/summary.json")["test_bits_per_byte"] < 10
     assert read("a/alphabet.json") == {"characters": None}
@@ -204,7 +204,7 @@ def test_bytes_are_counted_in_bits_per_byte(here: Path, capsys: pytest.CaptureFi
 
 
 def test_a_comparison_of_language_models(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", *SMALL, "--steps", "6", "--methods", "bp,dgl", "--out", "c"]) == 0
+    assert main(["compare", *SMALL, "--batches", "6", "--methods", "bp,dgl", "--out", "c"]) == 0
     out = capsys.readouterr().out
     assert "test bits per" in out
     plain, bp, dgl = (row["summary"] for row in read("c/compare.json")["rows"])
@@ -232,14 +232,14 @@ def test_a_head_is_compared_with_its_stage(here: Path, capsys: pytest.CaptureFix
     T, C, V = 16, 32, 11
     model = gpt(V, depth=2, width=C, heads=2, context=T)
     batches = [(torch.zeros(4, T, dtype=torch.int64),) * 2]
-    options = {"loss": nats, "optimizer": AdamW(1e-3), "cuts": [2], "steps": 1, "workers": "inline", "on_event": events.append}
+    options = {"loss": nats, "optimizer": AdamW(1e-3), "cuts": [2], "batches": 1, "workers": "inline", "on_event": events.append}
     delock.fit(model, batches, method="dgl", **options)  # type: ignore[arg-type]
     first, last = next(event for event in events if isinstance(event, Started)).stages
     assert first.head_flops == pytest.approx(T * C * V / (12 * T * C**2 + 2 * T**2 * C))
     assert first.head_parameters == pytest.approx((2 * C + C * V) / ((V + T) * C + 12 * C**2 + 13 * C))
     assert last.head_flops is None
     for method, seen in (("dgl", True), ("fdg", False)):
-        assert main(["train", *SMALL, "--method", method, "--steps", "1", "--out", method]) == 0
+        assert main(["train", *SMALL, "--method", method, "--batches", "1", "--out", method]) == 0
         assert ("(parameters)" in capsys.readouterr().out) == seen
 
 
@@ -261,7 +261,7 @@ def test_a_plan_measures_a_language_model(here: Path, capsys: pytest.CaptureFixt
 
 def test_a_model_that_has_learned_writes_its_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "t.txt").write_text("abcdefgh" * 200)
-    assert main(["train", *SMALL, "--stages", "1", "--method", "bp", "--steps", "80", "--out", "a"]) == 0
+    assert main(["train", *SMALL, "--stages", "1", "--method", "bp", "--batches", "80", "--out", "a"]) == 0
     assert read("a/summary.json")["test_bits_per_character"] < 0.1
     assert "delock sample a prints text from it" in capsys.readouterr().out
     assert main(["sample", "a", "--prompt", "cdef", "--tokens", "40", "--temperature", "0.1"]) == 0
@@ -271,7 +271,7 @@ def test_a_model_that_has_learned_writes_its_text(here: Path, capsys: pytest.Cap
 
 
 def test_a_sample_follows_from_its_options(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *SMALL, "--steps", "3", "--out", "a"]) == 0
+    assert main(["train", *SMALL, "--batches", "3", "--out", "a"]) == 0
     capsys.readouterr()
 
     def sample(*words: str) -> str:
@@ -358,7 +358,7 @@ def test_the_program_on_the_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: p
     fit = delock.fit
 
     def short(model: Any, train: Any, test: Any, **options: Any) -> Any:
-        return fit(model, train, [next(test.epoch(0))], **options | {"steps": 2, "workers": "inline"})
+        return fit(model, train, [next(test.epoch(0))], **options | {"batches": 2, "workers": "inline"})
 
     monkeypatch.setattr(delock, "fit", short, raising=False)
     [program] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -17,6 +17,7 @@ from delock.cli.trace import forecast
 from delock.draw import chrome
 from delock.methods import BP, FDG, make
 from delock.ops import Backward, Forward, Update
+from delock.options import Simulation
 from delock.plan import unroll
 from delock.run.prepare import prepare
 from delock.run.request import Request
@@ -68,8 +69,9 @@ def test_the_picture_forecasts_what_the_table_says(method: str, slow: Slowdown |
     stages = [nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(2)] + [nn.Linear(12, 10)]
     heads = [nn.Sequential(nn.Linear(12, 400), nn.Linear(400, 10)) for _ in range(2)] if method == "dgl" else None
     data = Samples("vector", 32, 8, torch.float32)
-    request = Request(stages, data, None, class_loss, make(method), partial(torch.optim.SGD, lr=0.1), steps=400, heads=heads, slow=slow)
-    started = prepare(request, None).started(request)
+    request = Request(stages, data, None, class_loss, make(method), partial(torch.optim.SGD, lr=0.1), batches=400, heads=heads,
+                      simulation=Simulation(slow=slow))  # fmt: skip
+    started = prepare(request).started()
     assert [stage.head > 0 for stage in started.stages] == [method == "dgl", method == "dgl", False]
     drawn = forecast(RunReport(resolve(build(TrainConfig, {"method": method, "stages": 3}, "test"))), started)
     assert 8 * throughput(drawn) == pytest.approx(started.samples_per_second, rel=0.02)
@@ -77,7 +79,7 @@ def test_the_picture_forecasts_what_the_table_says(method: str, slow: Slowdown |
 
 def test_a_traced_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    assert main(["train", "--model", "mlp", "--steps", "30", "--stages", "2", "--workers", "inline", "--trace", "--out", str(out)]) == 0
+    assert main(["train", "--model", "mlp", "--batches", "30", "--stages", "2", "--workers", "inline", "--trace", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "ms per update" in shown
     assert "ui.perfetto.dev" in shown

@@ -44,12 +44,12 @@ def images(folder: str) -> Data:
     return load("folder", data_dir=folder, batch_size=BATCH, test_batch_size=500, limit=IMAGES)
 
 
-def train(folder: str, epochs: int, steps: int | None, work: tuple[str, int]) -> dict[str, Any]:
+def train(folder: str, epochs: int, batches: int | None, work: tuple[str, int]) -> dict[str, Any]:
     """Trains with one (codec, seed)."""
     codec, seed = work
     data = images(folder)
     model = build("dgl-cnn6-quarter", classes=10, in_channels=3, image_size=32, seed=seed)
-    length = steps or epochs * len(data.train)
+    length = batches or epochs * len(data.train)
     result = delock.fit(
         model,
         data.train,
@@ -59,16 +59,15 @@ def train(folder: str, epochs: int, steps: int | None, work: tuple[str, int]) ->
         optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
         schedule=Schedule("cosine", length, warmup=length // 10),
         cuts=CUTS,
-        steps=length,
+        batches=length,
         eval_every=length,
         metrics={"accuracy": accuracy},
         heads="mlp",
-        codec=codec,
         seed=seed,
         workers="inline",
-        layout="channels-last",
+        execution=delock.Execution(layout="channels-last"),
+        compression=delock.Compression(codec),
     )
-    assert result is not None
     sent = sum((report.sent_up for report in result.stages), Traffic())
     reached = result.evaluations[-1].metrics["accuracy"]
     print(f"{codec}, seed {seed}: {100 * reached:.2f} %, {sent.compression:.1f} : 1, {result.seconds:.0f} s", flush=True)
@@ -121,15 +120,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="CIFAR-10 as an image folder: train/<class>/*.jpg, test/<class>/*.jpg")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=None, help="batches, in place of epochs")
+    parser.add_argument("--batches", type=int, default=None, help="batches, in place of epochs")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each codec")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     works = list(product(CODECS, range(options.seeds)))
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(partial(train, options.data, options.epochs, options.steps), works))
-    length = f"{options.steps} batches" if options.steps else f"{options.epochs} epochs"
+        rows = list(pool.map(partial(train, options.data, options.epochs, options.batches), works))
+    length = f"{options.batches} batches" if options.batches else f"{options.epochs} epochs"
     what = f"DGL, K = 3, dgl-cnn6-quarter, {IMAGES:,} images of CIFAR-10, {length} of batch {BATCH}, {options.seeds} seed(s)."
     (options.out / "runs.json").write_text(json.dumps(rows, indent=1) + "\n")
     (options.out / "table.md").write_text(table(rows, what))

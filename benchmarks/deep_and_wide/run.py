@@ -36,11 +36,10 @@ def row(name: str, K: int, lr: float, method: delock.Method, batch: int, size: i
         loss=cross_entropy,
         method=method,
         stages=K,
-        steps=UPDATES + method.delay(0, K) + 1,
+        batches=UPDATES + method.delay(0, K) + 1,
         optimizer=functools.partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=5e-4),
-        patience=600,
+        placement=delock.Placement(patience=600),
     )
-    assert result is not None
     peaks = " / ".join(f"{stage.peak_memory / 2**20:.0f}" for stage in result.stages)
     growth = " / ".join(f"{stage.memory_growth / 2**20:.0f}" for stage in result.stages)
     first, last = result.losses[0], result.losses[-1]

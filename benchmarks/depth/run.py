@@ -37,7 +37,7 @@ def data(batches: int) -> Any:
     return as_loader([made] * batches)
 
 
-def measured(method: Method, K: int, emulate: Emulation, steps: int) -> float:
+def measured(method: Method, K: int, emulate: Emulation, batches: int) -> float:
     """Returns the seconds per batch: the median over the steady half of the run."""
     ends: list[float] = []
 
@@ -47,18 +47,18 @@ def measured(method: Method, K: int, emulate: Emulation, steps: int) -> float:
 
     delock.fit(
         [nn.Linear(FEATURES, FEATURES) for _ in range(K - 1)] + [nn.Linear(FEATURES, 10)],
-        data(steps),
+        data(batches),
         loss=cross_entropy,
         method=method,
         optimizer=partial(torch.optim.SGD, lr=0.1),
         cuts=list(range(1, K)),
-        steps=steps,
-        emulate=emulate,
-        pin=False,
-        log_every=1,
+        batches=batches,
+        placement=delock.Placement(pin=False),
+        simulation=delock.Simulation(emulate=emulate),
+        report=delock.Report(log_every=1),
         on_event=hear,
     )
-    steady = ends[steps - 20 :]
+    steady = ends[batches - 20 :]
     return (steady[-1] - steady[0]) / (len(steady) - 1)
 
 

@@ -17,7 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,6 +33,7 @@ from delock.engine.graphs.ticks import Ticks
 from delock.links.mailbox import Mailbox
 from delock.methods import BP, DGL, DSP, FDG, FR, Method
 from delock.nets import build
+from delock.options import Execution, Placement, Report
 from delock.plan import Plan, windows
 from delock.run.prepare import prepare
 from delock.run.request import Request
@@ -122,27 +123,22 @@ class Contender:
     """Holds a network in K stages under a method, at some point of an endless run."""
 
     def __init__(self, work: Work, method: Method, K: int, device: torch.device, captured: bool = True) -> None:
-        found = dict.fromkeys(field.name for field in fields(Request)) | {
-            "model": work.network(),
-            "train": work.data(device),
-            "loss": cross_entropy,
-            "method": method,
-            "optimizer": capturable(SGD) if captured else SGD,
-            "stages": K,
-            "steps": ENDLESS,
-            "metrics": {},
-            "seed": 0,
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "amp": work.bf16,
-            "layout": "channels-last" if work.bf16 else "default",
-            "chunks": 1,
-            "link": "gloo",
-            "log_every": ENDLESS,
-            "workers": "inline",
-        }
-        request = Request(**found)  # type: ignore[arg-type]  # what is not said here is off
-        jobs = prepare(request, None).jobs(request)
+        request = Request(
+            model=work.network(),
+            train=work.data(device),
+            test=None,
+            loss=cross_entropy,
+            method=method,
+            optimizer=capturable(SGD) if captured else SGD,
+            stages=K,
+            batches=ENDLESS,
+            device=str(device),
+            workers="inline",
+            execution=Execution(amp="bf16", layout="channels-last") if work.bf16 else Execution(),
+            placement=Placement(threads=torch.get_num_threads()),
+            report=Report(log_every=ENDLESS),
+        )
+        jobs = prepare(request).jobs()
         box = Mailbox()
         workers = [Worker(job, box.end(job.k), device, lambda event: None) for job in jobs]
         self.engines, self.rows, self.device = [worker.engine for worker in workers], work.rows, device

@@ -26,6 +26,7 @@ from delock.draw import gantt
 from delock.launch.processes import run_processes
 from delock.methods import BP, Interlocking, Method
 from delock.ops import Backward, Update
+from delock.options import Placement, Report
 from delock.plan import RunLength, unroll
 from delock.run.job import StageJob
 from delock.run.ranks import run_rank
@@ -90,7 +91,8 @@ def jobs(method: Method) -> list[StageJob]:
             seed=0,
             train=as_loader(pictures) if k == 0 else None,
             head=head() if k in method.headed(K) else None,
-            trace=True,
+            placement=Placement(link="gloo"),
+            report=Report(trace=True),
         )
         for k, stage in enumerate(stages)
     ]

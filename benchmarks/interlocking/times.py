@@ -37,9 +37,9 @@ def row(name: str, n: int, model: torch.nn.Module, data: Loader, cuts: list[int 
         method=delock.Interlocking(n),
         optimizer=partial(torch.optim.SGD, lr=0.01),
         cuts=cuts,
-        steps=STEPS,
+        batches=STEPS,
         heads=head if n < K else None,
-        log_every=1,
+        report=delock.Report(log_every=1),
         on_event=reported.append,
     )
     [started] = [event for event in reported if isinstance(event, Started)]

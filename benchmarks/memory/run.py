@@ -103,10 +103,13 @@ def works(scale: float) -> list[Work]:
     ]
 
 
-def spec_of(work: Work, method: delock.Method, K: int) -> Request:
+def request_of(work: Work, method: delock.Method, K: int, cuts: tuple[int, ...] | None) -> Request:
     """Returns the request that `fit` would make, for a run until the plan repeats itself and every link has been full."""
     optimizer = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
-    return Request(work.network(), work.data, None, work.loss, method, optimizer, stages=K, steps=2 * K + 3, log_every=1000)
+    length, report = 2 * K + 3, delock.Report(log_every=1000)
+    return Request(
+        work.network(), work.data, None, work.loss, method, optimizer, stages=K, cuts=cuts, batches=length, report=report
+    )
 
 
 def live(rank: Rank, job: StageJob) -> int:
@@ -147,19 +150,19 @@ class Cell:
     glibc: int
 
 
-def runs_of(work: Work, K: int, cuts: Cuts) -> Iterator[tuple[str, Request, PreparedRun]]:
+def runs_of(work: Work, K: int, cuts: Cuts) -> Iterator[tuple[str, PreparedRun]]:
     """Returns every method with its name, on the same cuts."""
-    plain = prepare(spec_of(work, METHODS[0], K), cuts.get(f"{work.name} {K}"))
+    plain = prepare(request_of(work, METHODS[0], K, cuts.get(f"{work.name} {K}")))
     cuts[f"{work.name} {K}"] = plain.cuts
     for method in METHODS:
-        request = spec_of(work, method, K)
-        yield f"{work.name} {K} {spelled(method)}", request, prepare(request, plain.cuts) if method.local_losses else replace(plain)
+        request = request_of(work, method, K, plain.cuts)
+        yield f"{work.name} {K} {spelled(method)}", prepare(request) if method.local_losses else replace(plain, request=request)
 
 
 def grown(works: list[Work], cuts: Cuts) -> dict[str, list[int]]:
     """Returns the growth of every stage of every run."""
     runs = (run for work in works for K in STAGES for run in runs_of(work, K, cuts))
-    return {name: run_processes(resident, prepared.jobs(request)) for name, request, prepared in runs}
+    return {name: run_processes(resident, prepared.jobs()) for name, prepared in runs}
 
 
 def grown_with_glibc(scale: float, cuts: Cuts) -> dict[str, list[int]]:
@@ -176,12 +179,12 @@ def run(works: list[Work], scale: float) -> Iterator[list[Cell]]:
     found: list[tuple[Work, int, str, str, list[int], list[int], list[int], list[int]]] = []
     for work in works:
         for K in STAGES:
-            for name, request, prepared in runs_of(work, K, cuts):
+            for name, prepared in runs_of(work, K, cuts):
                 print(name, file=sys.stderr, flush=True)
-                stages = prepared.started(request).stages
+                stages = prepared.started().stages
                 predicted = [stage.live or 0 for stage in stages], [stage.memory or 0 for stage in stages]
-                measured = run_processes(live, prepared.jobs(request)), run_processes(resident, prepared.jobs(request))
-                found.append((work, K, name, spelled(request.method), *predicted, *measured))
+                measured = run_processes(live, prepared.jobs()), run_processes(resident, prepared.jobs())
+                found.append((work, K, name, spelled(prepared.request.method), *predicted, *measured))
     other = grown_with_glibc(scale, cuts)
     for work, K, name, method, *numbers in found:
         columns = enumerate(zip(*numbers, other[name], strict=True))

@@ -19,7 +19,7 @@ from delock.nets import build
 BATCH, CUT, WARM = 128, "layer2", 6  # steps before the clock starts
 
 
-def main(method: str, codec: str, error_codec: str, steps: int, out: Path) -> None:
+def main(method: str, codec: str, error_codec: str, batches: int, out: Path) -> None:
     """Trains; rank 0 writes seconds per batch, each stage's seconds of work per batch, and bytes per batch and direction."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
@@ -33,21 +33,20 @@ def main(method: str, codec: str, error_codec: str, steps: int, out: Path) -> No
         method=method,
         optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
         cuts=[CUT],
-        steps=steps,
-        codec=codec,
-        error_codec=error_codec,
-        log_every=WARM,
+        batches=batches,
+        compression=delock.Compression(codec, error_codec),
+        report=delock.Report(log_every=WARM),
         on_event=lambda event: marks.append(event) if isinstance(event, delock.records.StepRecord) else None,
     )
-    if result is None:
+    if os.environ["RANK"] != "0":
         return
     first, last = marks[0], marks[-1]
     reported = {
-        "seconds": (last.seconds - first.seconds) / (last.step - first.step),
-        "forward": [stage.forward / steps for stage in result.stages],
-        "backward": [(stage.backward + stage.update) / steps for stage in result.stages],
-        "up": result.stages[0].sent_up.total / steps,
-        "down": result.stages[1].sent_down.total / steps,
+        "seconds": (last.seconds - first.seconds) / (last.batches - first.batches),
+        "forward": [stage.forward / batches for stage in result.stages],
+        "backward": [(stage.backward + stage.update) / batches for stage in result.stages],
+        "up": result.stages[0].sent_up.total / batches,
+        "down": result.stages[1].sent_down.total / batches,
     }
     out.write_text(json.dumps(reported))
 

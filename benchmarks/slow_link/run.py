@@ -32,11 +32,11 @@ Case = tuple[str, str, str]
 Found = dict[Case, dict[str, dict[str, Any]]]  # case -> link -> what rank 0 reported
 
 
-def measure(ends: tuple[End, End], case: Case, steps: int) -> dict[str, Any]:
+def measure(ends: tuple[End, End], case: Case, batches: int) -> dict[str, Any]:
     """Makes one run, with a rank in each namespace."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "reported.json"
-        ranks = [start(ends, rank, case, steps, out) for rank in range(2)]
+        ranks = [start(ends, rank, case, batches, out) for rank in range(2)]
         try:
             codes = [rank.wait(timeout=PATIENCE) for rank in ranks]
         finally:
@@ -50,7 +50,7 @@ def measure(ends: tuple[End, End], case: Case, steps: int) -> dict[str, Any]:
     return reported
 
 
-def start(ends: tuple[End, End], rank: int, case: Case, steps: int, out: Path) -> subprocess.Popen[bytes]:
+def start(ends: tuple[End, End], rank: int, case: Case, batches: int, out: Path) -> subprocess.Popen[bytes]:
     """Starts a rank with the variables that torchrun would set, on that interface alone."""
     variables = {
         "RANK": str(rank),
@@ -62,7 +62,7 @@ def start(ends: tuple[End, End], rank: int, case: Case, steps: int, out: Path) -
         "GLOO_SOCKET_IFNAME": ends[rank].interface,
     }
     program = Path(__file__).with_name("rank.py")
-    words = inside(ends[rank], sys.executable, str(program), *case, str(steps), str(out))
+    words = inside(ends[rank], sys.executable, str(program), *case, str(batches), str(out))
     return subprocess.Popen(words, env={**os.environ, **variables})
 
 
@@ -104,7 +104,7 @@ def table(found: Found) -> str:
 def main() -> None:
     """Runs every case on both links, prints and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=48, help="batches in a run")
+    parser.add_argument("--batches", type=int, default=48, help="batches in a run")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # as Ctrl-C does: everything is taken down
@@ -114,7 +114,7 @@ def main() -> None:
             for link, rate in (("unlimited", None), ("limited", RATE)):
                 limit(ends, rate)
                 for case in CASES:
-                    reported = measure(ends, case, options.steps)
+                    reported = measure(ends, case, options.batches)
                     found[case][link] = reported
                     print(f"{link}: {' '.join(case)}: {1000 * reported['seconds']:.0f} ms per batch", flush=True)
     except NotPermitted as error:

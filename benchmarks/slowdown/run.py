@@ -48,8 +48,8 @@ def train(folder: str, work: tuple[float, int, int, int]) -> dict[str, Any]:
     slowdown, stage, buffer, seed = work
     data = images(folder)
     model = build("dgl-cnn6-quarter", classes=10, in_channels=3, image_size=32, seed=seed)
-    method = AsyncDGL(buffer, turns="sampled", slow_stage=stage, noise=1 - 1 / slowdown) if buffer else DGL()
-    steps = EPOCHS * len(data.train)
+    method = AsyncDGL(buffer, order="sampled", slow_stage=stage, noise=1 - 1 / slowdown) if buffer else DGL()
+    batches = EPOCHS * len(data.train)
     result = delock.fit(
         model,
         data.train,
@@ -57,17 +57,16 @@ def train(folder: str, work: tuple[float, int, int, int]) -> dict[str, Any]:
         loss=cross_entropy,
         method=method,
         optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=5e-4),
-        schedule=Schedule("cosine", steps, warmup=steps // 10),
+        schedule=Schedule("cosine", batches, warmup=batches // 10),
         cuts=CUTS,
-        steps=steps,
-        eval_every=steps,
+        batches=batches,
+        eval_every=batches,
         metrics={"accuracy": accuracy},
         heads="mlp",
         seed=seed,
         workers="inline",
-        layout="channels-last",
+        execution=delock.Execution(layout="channels-last"),
     )
-    assert result is not None
     read = {k: report.visits_behind for k, report in enumerate(result.stages) if report.visits_behind}
     reached = result.evaluations[-1].metrics["accuracy"]
     print(f"S = {slowdown:g} at stage {stage}, buffer {buffer}: {100 * reached:.2f} %", flush=True)

@@ -23,6 +23,7 @@ from delock.launch.processes import run_processes
 from delock.methods import DGL, AsyncDGL, Method
 from delock.nets.emulated import Emulated
 from delock.ops import Update
+from delock.options import Placement, Report
 from delock.plan import RunLength
 from delock.records import VisitsRecord
 from delock.run.job import StageJob, StageResult
@@ -59,7 +60,8 @@ def jobs(method: Method, factor: float) -> list[StageJob]:
             seed=0,
             train=as_loader(batches) if k == 0 else None,
             head=nn.Linear(FEATURES, 10) if k < K - 1 else None,
-            trace=True,
+            placement=Placement(link="gloo"),
+            report=Report(trace=True),
         )
         for k, stage in enumerate(stages)
     ]
@@ -71,7 +73,7 @@ def rates(method: Method, factor: float) -> list[float]:
 
     def hear(rank: int, event: object) -> None:
         if isinstance(event, VisitsRecord):
-            ends[rank] += [turn.end for turn in event.turns if turn.trains]
+            ends[rank] += [visit.end for visit in event.visits if visit.trains]
 
     results: list[StageResult] = run_processes(run_rank, jobs(method, factor), threads=1, pin=False, on_event=hear)
     for k, result in enumerate(results):

@@ -78,13 +78,13 @@ def measured(
     """Returns the seconds per batch, from batch WARM to the last one of the last stage; for free-running stages as `paces` does."""
     made: tuple[Tensor, Tensor] = torch.randn(rows, FEATURES), torch.randint(10, (rows,))
     ends: list[float] = []
-    turns: list[list[Visit]] = [[] for _ in range(K)]
+    visits: list[list[Visit]] = [[] for _ in range(K)]
 
     def hear(event: Event) -> None:
         if isinstance(event, StepRecord):
             ends.append(event.seconds)
         if isinstance(event, VisitsRecord):
-            turns[event.stage] += [turn for turn in event.turns if turn.trains]
+            visits[event.stage] += [visit for visit in event.visits if visit.trains]
 
     steps = length(method)
     delock.fit(
@@ -95,16 +95,14 @@ def measured(
         optimizer=partial(torch.optim.SGD, lr=0.1),
         cuts=list(range(1, K)),
         heads=[nn.Linear(FEATURES, 10) for _ in range(K - 1)] if isinstance(method, delock.AsyncDGL) else None,
-        steps=steps,
-        emulate=Emulation(*waits),
-        slow=slow,
-        link=LINK if not isinstance(method, delock.AsyncDGL) else "gloo",
-        pin=False,
-        log_every=1,
+        batches=steps,
+        placement=delock.Placement(link=LINK if not isinstance(method, delock.AsyncDGL) else "gloo", pin=False),
+        simulation=delock.Simulation(slow, Emulation(*waits)),
+        report=delock.Report(log_every=1),
         on_event=hear,
     )
     if isinstance(method, delock.AsyncDGL):
-        return paces([(own[-1].end - own[WARM].end) / (steps - 1 - WARM) for own in turns])
+        return paces([(own[-1].end - own[WARM].end) / (steps - 1 - WARM) for own in visits])
     return (ends[-1] - ends[WARM]) / (steps - 1 - WARM)
 
 

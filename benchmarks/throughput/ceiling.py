@@ -13,6 +13,7 @@ from share import WARM, Here, Part, Turn, TurnReport
 from torch import Tensor
 from works import SGD
 
+from delock.execution import lay_out_input
 from delock.methods import DDG
 from delock.plan import unroll
 from delock.timeline import Costs, capacities, period, simulate
@@ -28,7 +29,7 @@ def ceiling(local: bool, here: Here) -> Turn:
     part = here.part(here.share.halves[here.number])
     parts, error = [part], None
     if here.number:
-        kept = here.share.execution.laid_out(output_of(here, [here.share.halves[0]], len(here.batch(0)[0]))).requires_grad_(not local)
+        kept = lay_out_input(here.share.execution, output_of(here, [here.share.halves[0]], len(here.batch(0)[0]))).requires_grad_(not local)
         forward = partial(_loss, here, [part], kept)
     elif local:
         parts.append(here.part(here.share.head))

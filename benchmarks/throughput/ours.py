@@ -6,24 +6,25 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 from share import Here, Turn, TurnReport
 
-from delock.links.connect import LinkKind
 from delock.methods import ADL, DDG, DGL, FDG, Method
 from delock.ops import Backward
+from delock.options import Placement
 from delock.plan import RunLength
 from delock.run.job import StageJob
 from delock.run.ranks import run_rank
 
 METHODS: dict[str, Method] = {"FDG": FDG(), "ADL": ADL(accumulate=2), "DDG": DDG(), "DGL": DGL()}
-LINKS: tuple[LinkKind, ...] = ("gloo", "shared")
+LINKS: tuple[Literal["gloo", "shared"], ...] = ("gloo", "shared")
 FROM = 1  # the clock starts when the Backward of this batch has ended
 
 
-def ours(method: str, link: LinkKind, here: Here) -> Turn:
+def ours(method: str, link: Literal["gloo", "shared"], here: Here) -> Turn:
     """Builds stage `rank` of the method."""
-    job = replace(here.share.jobs[method][here.number], link=link)
+    job = replace(here.share.jobs[method][here.number], placement=Placement(link=link))
     return partial(_turn, here, job)
 
 

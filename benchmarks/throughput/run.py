@@ -29,10 +29,10 @@ from torch import nn
 from works import CONFIGURATIONS, ENDLESS, SGD, WORKS, Ready, Work, pays
 
 from delock.errors import DelockError
-from delock.execution import Execution
 from delock.launch.processes import run_processes
 from delock.methods import Method
 from delock.nets.heads import build_head, choose
+from delock.options import Execution, Report
 from delock.partition.balance import balance
 from delock.partition.layers import layers
 from delock.partition.measure import measure
@@ -76,8 +76,7 @@ def job(k: int, module: StageModule, head: nn.Module, method: Method, work: Work
         train=Ready(work.batches()) if k == 0 else None,
         head=head if k in method.headed(2) else None,
         execution=execution,
-        log_every=ENDLESS,
-        trace=True,
+        report=Report(ENDLESS, trace=True),
     )
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from works import SGD, Batch, Work
 
-from delock.execution import Execution
+from delock.execution import lay_out_input, lay_out_weights, precision
 from delock.launch.rank import Rank
+from delock.options import Execution
 from delock.run.job import StageJob
 
 WARM = 1  # steps of a contender before its clock starts, every time it has its turn
@@ -70,7 +71,7 @@ class Here:
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the network's loss, in the configuration's precision."""
-        with self.share.execution.context(torch.device("cpu")):
+        with precision(self.share.execution, torch.device("cpu")):
             return self.work.loss(outputs, targets)
 
 
@@ -79,13 +80,13 @@ class Part(nn.Module):
 
     def __init__(self, module: nn.Module, execution: Execution, travels: bool) -> None:
         super().__init__()
-        self.module, self.execution, self.travels = execution.prepared(module).train(), execution, travels
+        self.module, self.execution, self.travels = lay_out_weights(execution, module).train(), execution, travels
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the module's output."""
-        anew = self.travels and self.execution.channels_last and x.requires_grad and x.dim() == 4
-        entered = _Entrance.apply(x) if anew else self.execution.laid_out(x)
-        with self.execution.context(x.device):
+        anew = self.travels and self.execution.layout == "channels-last" and x.requires_grad and x.dim() == 4
+        entered = _Entrance.apply(x) if anew else lay_out_input(self.execution, x)
+        with precision(self.execution, x.device):
             y: Tensor = self.module(entered)
         return y.contiguous() if self.travels else y
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from delock.execution import Execution
 from delock.nets import build, gpt, nats
 from delock.nets.resnet import he
+from delock.options import Execution
 
 READY, CLASSES, LETTERS = 4, 10, 65  # batches that are made before the clock starts; classes of images and vectors, of letters
 ENDLESS = 1 << 30  # batches in an epoch of them
@@ -115,13 +115,13 @@ WORKS: Mapping[str, Work] = MappingProxyType(
 CONFIGURATIONS: Mapping[str, Execution] = MappingProxyType(
     {
         "default": Execution(),
-        "channels-last": Execution(channels_last=True),
-        "bf16": Execution(amp=True),
-        "channels-last-bf16": Execution(amp=True, channels_last=True),
+        "channels-last": Execution(layout="channels-last"),
+        "bf16": Execution(amp="bf16"),
+        "channels-last-bf16": Execution(amp="bf16", layout="channels-last"),
     }
 )
 
 
 def pays(work: Work, execution: Execution) -> bool:
     """Returns False for a layout that changes nothing: channels last, for a network that does not take images."""
-    return not execution.channels_last or len(work.shape) == 4
+    return execution.layout == "default" or len(work.shape) == 4

@@ -1,58 +1,59 @@
-"""How a stage computes: layout of images, precision of products and convolutions, a batch whole or in slices, compiled or not."""
+"""Applies an Execution to a module: memory format of weights and images, precision, a batch in chunks.
+
+These functions are all that the stages, and the measurement of layers before a run, know of how a module computes. Compiling and
+capturing change more than one call, and are read where they happen (`stage.compiled`, `engine.graphs`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Tree: TypeAlias = Any  # a tensor or a tuple of tensors
+from delock.options import Execution
+from delock.tensors import Tree
+
+PLAIN = Execution()
 _NOTHING = nullcontext()
 
 
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """amp: bfloat16 by autocast, weights and optimizer in their own precision. channels_last: convolutions' weights and images so.
+def lay_out_weights(execution: Execution, module: nn.Module) -> nn.Module:
+    """Returns the module with its weights in the memory format that is asked for."""
+    return module.to(memory_format=torch.channels_last) if execution.layout == "channels-last" else module
 
-    chunks: a batch goes through a stage in so many slices, each of which may stay in the cache from layer to layer. Gradients are those
-    of the whole batch but for rounding; batch norm takes its statistics over a slice, as GPipe does. compile: by torch.compile.
+
+def lay_out_input(execution: Execution, tensor: Tensor) -> Tensor:
+    """Returns an input, images (B, C, H, W) in the memory format that is asked for.
+
+    Compiled code is made for given strides, so all inputs of a shape get the same ones.
     """
+    images = execution.layout == "channels-last" and tensor.dim() == 4 and tensor.is_floating_point()
+    form = torch.channels_last if images else torch.contiguous_format
+    if execution.compile:  # contiguous() leaves the strides of dimensions of size 1 as they are
+        made = torch.empty_like(tensor, memory_format=form)
+        return tensor if tensor.stride() == made.stride() else made.copy_(tensor)
+    return tensor.contiguous(memory_format=form) if images else tensor
 
-    amp: bool = False
-    channels_last: bool = False
-    chunks: int = 1
-    compile: bool = False
 
-    def prepared(self, module: nn.Module) -> nn.Module:
-        """The module with its weights laid out."""
-        return module.to(memory_format=torch.channels_last) if self.channels_last else module
+def apply(execution: Execution, module: Callable[[Tree], Tree], given: Tree, device: torch.device) -> Tree:
+    """Returns module(given), a tensor or a tuple of tensors, computed in the precision and the chunks that are asked for.
 
-    def laid_out(self, tensor: Tensor) -> Tensor:
-        """An input, images (B, C, H, W) laid out; compiled code is for given strides, so all inputs of a shape get the same."""
-        images = self.channels_last and tensor.dim() == 4 and tensor.is_floating_point()
-        form = torch.channels_last if images else torch.contiguous_format
-        if self.compile:  # contiguous() leaves the strides of dimensions of size 1 as they are
-            made = torch.empty_like(tensor, memory_format=form)
-            return tensor if tensor.stride() == made.stride() else made.copy_(tensor)
-        return tensor.contiguous(memory_format=form) if images else tensor
+    Gradients are those of the whole batch but for rounding; batch norm takes its statistics over a chunk, as GPipe does.
+    """
+    with precision(execution, device):
+        rows = len(given if isinstance(given, Tensor) else given[0])
+        if execution.chunks == 1 or rows < 2:
+            return module(given)
+        edges = [rows * i // execution.chunks for i in range(execution.chunks + 1)]
+        return _joined([module(_slice(given, a, b, rows)) for a, b in pairwise(edges) if a < b])
 
-    def apply(self, module: Callable[[Tree], Tree], given: Tree, device: torch.device) -> Tree:
-        """module(given), a tensor or a tuple of tensors."""
-        with self.context(device):
-            rows = len(given if isinstance(given, Tensor) else given[0])
-            if self.chunks == 1 or rows < 2:
-                return module(given)
-            edges = [rows * i // self.chunks for i in range(self.chunks + 1)]
-            return _joined([module(_slice(given, a, b, rows)) for a, b in pairwise(edges) if a < b])
 
-    def context(self, device: torch.device) -> AbstractContextManager[object]:
-        """What forwards and losses are computed in."""
-        return torch.autocast(device.type, torch.bfloat16) if self.amp else _NOTHING
+def precision(execution: Execution, device: torch.device) -> AbstractContextManager[object]:
+    """Returns the context in which forwards and losses are computed."""
+    return torch.autocast(device.type, torch.bfloat16) if execution.amp == "bf16" else _NOTHING
 
 
 def _slice(given: Tree, a: int, b: int, rows: int) -> Tree:
@@ -66,6 +67,3 @@ def _joined(parts: list[Tree]) -> Tree:
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     return tuple(torch.cat(own) if own[0].dim() else own[0] for own in zip(*parts, strict=True))
-
-
-PLAIN = Execution()

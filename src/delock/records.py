@@ -50,8 +50,8 @@ class Started:
 class StepRecord:
     """One training batch as the last stage saw it."""
 
-    step: int  # batches trained, this one included
-    epoch: float  # step / batches per epoch
+    batches: int  # trained so far, this one included
+    epoch: float  # of them, in epochs
     loss: float
     lr: float
     samples: int  # samples trained since the start
@@ -74,17 +74,17 @@ class Visit:
 
 @dataclass(frozen=True, slots=True)
 class VisitsRecord:
-    """The next turns of one stage of a free-running run, which together are its plan."""
+    """The next visits of one stage of a free-running run, which together are its plan."""
 
     stage: int
-    turns: tuple[Visit, ...]
+    visits: tuple[Visit, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRecord:
     """One evaluation of the whole test set; train_loss is the mean over the batches since the evaluation before."""
 
-    step: int
+    batches: int  # trained so far
     epoch: float
     train_loss: float
     test_loss: float
@@ -174,7 +174,7 @@ class Result:
     seconds: float  # of training, evaluations left out
     samples_per_second: float
     samples: int
-    spans: tuple[tuple[Span, ...], ...] = ()  # per stage, with trace=True: every op on the clock of its host
+    spans: tuple[tuple[Span, ...], ...] = ()  # per stage, with Report(trace=True): every op on the clock of its host
 
 
 Event = Started | StepRecord | EvaluationRecord | VisitsRecord

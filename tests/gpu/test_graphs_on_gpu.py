@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 from delock import fit
 from delock.engine.graphs.streams import make_streams
 from delock.errors import StageFailed, UsageError
-from delock.execution import Execution
 from delock.methods import ADL, BP, DGL, DSP, FDG, Method
 from delock.nets import build
+from delock.options import Execution
 from test_captured import METHODS, made
 
 from harness import assert_equal, inline, jobs
@@ -97,7 +97,8 @@ def test_fit_by_captured_ticks(method: str) -> None:
         model = build("resnet8", classes=10, in_channels=3, image_size=8)
         data, test = Samples("image", 64, 8, torch.float32), Samples("image", 11, 4, torch.float32, seed=1)
         runs.append(fit(model, data, test, loss=cross_entropy, method=method, optimizer=partial(torch.optim.SGD, lr=2**-5, momentum=0.9),
-                        stages=2, cuts=[5], epochs=3, workers="inline", device="cuda", captured=graphs))  # fmt: skip
+                        stages=2, cuts=[5], epochs=3, workers="inline", device="cuda",
+                        execution=Execution(captured=graphs)))  # fmt: skip
     ours, other = runs
     assert ours.losses == pytest.approx(other.losses, rel=1e-3)
     assert len(ours.evaluations) == 3

@@ -16,6 +16,7 @@ from delock.errors import UsageError
 from delock.launch.processes import run_processes
 from delock.methods import DSP, FDG, AsyncDGL, Method
 from delock.nets import build
+from delock.options import Placement
 from delock.run.ranks import run_rank
 
 from harness import inline, jobs
@@ -35,7 +36,7 @@ def one_stage(**options: Any) -> Any:
 
 
 def test_a_stage_in_a_process_of_its_own() -> None:
-    ours, other = one_stage(workers="processes", patience=60.0), one_stage(workers="inline")
+    ours, other = one_stage(workers="processes", placement=Placement(patience=60.0)), one_stage(workers="inline")
     assert ours.losses == pytest.approx(other.losses, rel=1e-3)  # its cuDNN adds in an order of its own
     assert ours.stages[0].peak_memory > 0
     assert ours.stages[0].memory_growth > 0
@@ -51,7 +52,7 @@ def test_messages_go_through_the_cpu_over_gloo(method: Method) -> None:
 
 def test_free_running_stages() -> None:
     """Two processes on one GPU, which never wait for each other: every batch comes once, the rest is chance."""
-    made = jobs("conv", 2, AsyncDGL(turns="free"), evaluate=False)
+    made = jobs("conv", 2, AsyncDGL(order="free"), evaluate=False)
     got = run_processes(run_rank, made, device="cuda:0", backend="gloo", patience=60)
     assert len(got[-1].losses) >= 1
     assert got[0].report.updates == made[0].length.batches
@@ -80,7 +81,7 @@ COMMAND = ["--data", "text", "--text", "book.txt", "--stages", "2", *SMALL]
 def test_the_command_line_trains_a_transformer(captured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text(TEXT)
-    words = [*COMMAND, "--steps", "6", "--optimizer", "sgd", "--lr", "0.1", "--device", "cuda", "--workers", "inline", *captured]
+    words = [*COMMAND, "--batches", "6", "--optimizer", "sgd", "--lr", "0.1", "--device", "cuda", "--workers", "inline", *captured]
     assert main(["train", *words, "--out", "run"]) == 0
     assert Path("run/summary.json").exists()
 

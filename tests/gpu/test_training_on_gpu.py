@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from delock import fit
-from delock.codecs import parse
-from delock.execution import Execution
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method
 from delock.nets import build
+from delock.options import Compression, Execution
 from delock.records import Result
 from delock.tensors import map_tensors
 from test_oracle import lags
@@ -26,14 +25,14 @@ from training import EXECUTIONS, GPU, assert_close, jobs64, on_gpu
 from workloads import WORK, Samples, batches, sgd, warm_up
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-KINDS = [BP(), GPipe(2), DDG(), FR(), FDG(), FDG(at="mixed"), ADL(2), DSP(), DGL(), Interlocking(2), AsyncDGL(turns="round-robin")]
+KINDS = [BP(), GPipe(2), DDG(), FR(), FDG(), FDG(at="mixed"), ADL(2), DSP(), DGL(), Interlocking(2), AsyncDGL(order="round-robin")]
 
 
 def resnet() -> nn.Module:
     return build("resnet8", classes=10, in_channels=3, image_size=8)
 
 
-@pytest.mark.parametrize("method", [*every_method(3), AsyncDGL(turns="round-robin")], ids=str)
+@pytest.mark.parametrize("method", [*every_method(3), AsyncDGL(order="round-robin")], ids=str)
 def test_a_gpu_agrees_with_a_cpu(method: Method) -> None:
     """In double precision: weights, batch norm's statistics, losses, evaluations."""
     assert_close(on_gpu(jobs64("conv", 3, method)), inline(jobs64("conv", 3, method)))
@@ -66,15 +65,16 @@ def test_dropout_draws_the_masks_of_the_oracle(method: Method) -> None:
 def plain(data: Samples, execution: Execution, epochs: int) -> tuple[nn.Module, list[float]]:
     """Trains by the loop that everyone writes."""
     model = resnet().to(GPU).train()
-    if execution.channels_last:
+    last = execution.layout == "channels-last"
+    if last:
         model = model.to(memory_format=torch.channels_last)
     optimizer, losses = SGD(model.parameters()), []
     for _ in range(epochs):
         for x, y in data.epoch(0):
             x, y = x.to(GPU), y.to(GPU)
-            x = x.contiguous(memory_format=torch.channels_last) if execution.channels_last else x
+            x = x.contiguous(memory_format=torch.channels_last) if last else x
             optimizer.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16, enabled=execution.amp):
+            with torch.autocast("cuda", torch.bfloat16, enabled=execution.amp == "bf16"):
                 loss = cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
@@ -82,15 +82,15 @@ def plain(data: Samples, execution: Execution, epochs: int) -> tuple[nn.Module, 
     return model, losses
 
 
-@pytest.mark.parametrize("execution", [Execution(), Execution(amp=True), Execution(channels_last=True), Execution(True, True)], ids=str)
+@pytest.mark.parametrize("execution", [Execution(), *EXECUTIONS[:2], Execution("bf16", "channels-last")], ids=str)
 @pytest.mark.parametrize("stages", [1, 3])
 def test_backpropagation_is_plain_training(execution: Execution, stages: int) -> None:
     """Bit for bit, in one stage and in three, in bfloat16 and channels last too."""
     data = Samples("image", 24, 8, torch.float32)
     data.epoch = lambda e, epoch=data.epoch: epoch(0)  # type: ignore[method-assign,misc]
-    model, layout = resnet(), "channels-last" if execution.channels_last else "default"
+    model = resnet()
     result = fit(model, data, loss=cross_entropy, method="bp", optimizer=SGD, stages=stages, cuts=None if stages == 1 else [4, 5],
-                 epochs=2, workers="inline", device="cuda", amp=execution.amp, layout=layout)  # fmt: skip
+                 epochs=2, workers="inline", device="cuda", execution=execution)  # fmt: skip
     other, losses = plain(data, execution, 2)
     assert result is not None
     assert result.losses == losses
@@ -106,7 +106,7 @@ def test_precisions_and_layouts_under_delay(method: Method, execution: Execution
     assert_equal(first, again)
     whole = on_gpu(jobs("conv", 3, method))
     assert first[-1].losses == pytest.approx(whole[-1].losses, rel=0.1)
-    assert execution == Execution(channels_last=True) or first[-1].losses != whole[-1].losses
+    assert execution == Execution(layout="channels-last") or first[-1].losses != whole[-1].losses
 
 
 def trained(device: str, **options: Any) -> tuple[nn.Module, Result]:
@@ -135,14 +135,14 @@ def test_fit_evaluates_and_brings_the_weights_home() -> None:
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_codecs_on_a_gpu(codec: str) -> None:
     """A codec has the same steps on both devices, so losses agree closely, and the bytes are equal."""
-    made = [[replace(job, codec=parse(codec)) for job in jobs64("conv", 3, FDG())] for _ in range(2)]
+    made = [[replace(job, compression=Compression(codec)) for job in jobs64("conv", 3, FDG())] for _ in range(2)]
     ours, other = on_gpu(made[0]), inline(made[1])
     assert ours[-1].losses == pytest.approx(other[-1].losses, rel=1e-3)
     assert [one.report.sent_up for one in ours] == [one.report.sent_up for one in other]
 
 
 def test_a_codebook_on_a_gpu_is_the_same_again() -> None:
-    made = [[replace(job, codec=parse("vq:codes=8:dim=2:every=2")) for job in jobs("conv", 3, FDG())] for _ in range(2)]
+    made = [[replace(job, compression=Compression("vq:codes=8:dim=2:every=2")) for job in jobs("conv", 3, FDG())] for _ in range(2)]
     first, again = map(on_gpu, made)
     assert_equal(first, again)
 
@@ -153,9 +153,8 @@ def test_compiled_stages_on_a_gpu() -> None:
     runs = []
     for compile in (True, False):
         model = resnet()
-        result = fit(model, Samples("image", 24, 8, torch.float32), loss=cross_entropy, optimizer=SGD, stages=2, cuts=[5], steps=4,
-                     workers="inline", device="cuda", compile=compile)  # fmt: skip
-        assert result is not None
+        result = fit(model, Samples("image", 24, 8, torch.float32), loss=cross_entropy, optimizer=SGD, stages=2, cuts=[5], batches=4,
+                     workers="inline", device="cuda", execution=Execution(compile=compile))  # fmt: skip
         runs.append(result.losses)
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from delock.execution import Execution
+from delock.options import Execution
 from delock.run.inline import run_inline
 from delock.run.job import StageJob, StageResult
 
 from harness import jobs
 
 GPU = torch.device("cuda")
-EXECUTIONS = (Execution(amp=True), Execution(channels_last=True), Execution(chunks=2), Execution(True, True, 2))
+EXECUTIONS = (Execution(amp="bf16"), Execution(layout="channels-last"), Execution(chunks=2), Execution("bf16", "channels-last", 2))
 
 
 def on_gpu(made: list[StageJob], captured: bool = False) -> list[StageResult]:
     """Trains all stages in this process, on one GPU."""
-    return run_inline(made, GPU, lambda event: None, threads=1, captured=captured)
+    return run_inline([replace(job, execution=replace(job.execution, captured=captured)) for job in made], GPU, lambda event: None)
 
 
 def without_dropout(made: list[StageJob]) -> list[StageJob]:
@@ -42,7 +43,7 @@ def assert_close(ours: list[StageResult], other: list[StageResult], rtol: float 
         torch.testing.assert_close(a.state, b.state, rtol=rtol, atol=atol)
         torch.testing.assert_close(a.head, b.head, rtol=rtol, atol=atol)
         torch.testing.assert_close(a.losses, b.losses, rtol=rtol, atol=atol)
-        assert [e.step for e in a.evaluations] == [e.step for e in b.evaluations]
+        assert [e.batches for e in a.evaluations] == [e.batches for e in b.evaluations]
         torch.testing.assert_close([e.test_loss for e in a.evaluations], [e.test_loss for e in b.evaluations], rtol=rtol, atol=atol)
         assert a.report.staleness == b.report.staleness
         assert a.report.updates == b.report.updates

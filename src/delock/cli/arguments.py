@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
+from dataclasses import field, fields, make_dataclass
 from io import StringIO
 from pathlib import Path
-from typing import TypeVar
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
 from delock.cli.complaint import complaint
-from delock.cli.config import build, flat, override, table, toml
+from delock.cli.config import build, override, shown, table, toml
+from delock.cli.config.flat import WORDS, sayable
 from delock.errors import UsageError
 
 C = TypeVar("C")
@@ -22,21 +25,45 @@ FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
 def parse(config: type[C], words: Sequence[str], command: str, description: str) -> C:
     """The config that the words ask for. Raises UsageError for words and a file that do not fit; --help leaves by SystemExit."""
     path = _file(words) if "config" in table(config) else None
-    values = {key.replace("-", "_"): value for key, value in toml.read(path).items()} if path else {}
+    values = toml.read(path) if path else {}
     if "config" in values:
         raise UsageError(f"{path}: a config file cannot name another one; take the line `config` out")
-    default = build(config, values, str(path))
+    form = _form(build(config, values, str(path)))
     try:
         with redirect_stderr(StringIO()):  # its errors are boxes of many lines; ours is one line
-            asked = tyro.cli(config, args=list(words), prog=f"delock {command}", description=description, default=default, config=FLAT)
+            asked = tyro.cli(form, args=list(words), prog=f"delock {command}", description=description, config=FLAT)
     except SystemExit as leave:
         if leave.code:
             raise UsageError(complaint(words, table(config), command)) from None
         raise
-    if not path:
-        return asked
-    given = _names(words, table(config))
-    return build(config, override(values, {name: value for name, value in flat(asked).items() if name in given}), str(path))
+    said = _names(words, table(config))
+    given = {name: getattr(getattr(asked, option.group), name) for name, option in table(config).items() if name in said}
+    return build(config, override(values, given), str(path or "options"))
+
+
+def _form(config: Any) -> type[Any]:
+    """A dataclass for tyro with the options of a config, at the values they have there.
+
+    Its groups check nothing, so that what is out of range is refused by `build`, in one line. An option that may be an object is text,
+    and one for Python alone is none. tyro finds the help of an option in the class that its group is derived from.
+    """
+    groups = {name: _group(kind, getattr(config, name)) for name, kind in get_type_hints(type(config)).items()}
+    return make_dataclass("Form", [(name, group, field(default_factory=group)) for name, group in groups.items()])
+
+
+def _group(kind: type[Any], values: Any) -> type[Any]:
+    kinds, flat = get_type_hints(kind, include_extras=True), sayable(kind)
+    options = [(one.name, _as_text(kinds[one.name]), field(default=getattr(values, one.name), init=one in flat)) for one in fields(kind)]
+    unchecked = {"__post_init__": lambda self: None, "__doc__": kind.__doc__}
+    return make_dataclass(kind.__name__, options, bases=(kind,), namespace=unchecked, frozen=True)
+
+
+def _as_text(kind: Any) -> Any:
+    """The type, or text where that may stand for an object."""
+    inner = get_args(kind)
+    if str not in inner or all(one in WORDS or one is NoneType for one in inner):
+        return kind
+    return Annotated[str | None, shown("none")] if NoneType in inner else str
 
 
 def _file(words: Sequence[str]) -> Path | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
-from delock.cli.config.flat import Option, converted, described
+from delock.cli.config.flat import Option, converted, described, hint
 
 
 def complaint(words: Sequence[str], known: Mapping[str, Option], command: str) -> str:
@@ -37,14 +36,17 @@ def _wrong(option: str, values: list[str], known: Mapping[str, Option], listed: 
     switches = {f"no_{other}": found for other, found in known.items() if found.kind is bool}
     found = {**known, **switches}.get(name) if option.startswith("--") else None
     if found is None:
-        near = get_close_matches(name, [*known, *switches], n=1)
-        return f"there is no option {option}" + (f": did you mean --{near[0].replace('_', '-')}?" if near else f"; {listed}")
+        return f"there is no option {option}" + (hint(name, [*known, *switches], _flag, ": ") or f"; {listed}")
     if found.kind is bool:
         return f"{option} takes no value, but was given {' '.join(values)}" if values else None
     if not _many(found.kind) and len(values) != 1:
         return f"{option} needs one value ({described(found.kind)}), but was given {' '.join(values) or 'none'}"
     unfit = [value for value in values if not _fits(value, found.kind)]
     return f"{option} is {unfit[0]!r}, but it must be {described(found.kind)}" if unfit else None
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _many(kind: Any) -> bool:

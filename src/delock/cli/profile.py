@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from delock.cli.config import TrainConfig, resolved, tokens
 from delock.cli.workload import build_model, goals, load_data
 from delock.methods import Method
+from delock.options import Placement
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ def measure_model(config: TrainConfig, method: Method, K: int, *, threads: int) 
     loss, _ = goals(config)
     epoch = len(data.train)
     optimizer, _ = recipe(config, method, epoch, epoch)
-    request = Request(build_model(config, data), data.train, None, loss, method, optimizer, stages=K, epochs=1, threads=threads)
-    prepared = prepare(request, None)
+    placement = Placement(threads=threads)
+    request = Request(build_model(config, data), data.train, None, loss, method, optimizer, stages=K, epochs=1, placement=placement)
+    prepared = prepare(request)
     stages = [prepared.costs[a:b] for a, b in prepared.bounds()]
     return Profile(
         model=resolved(config.network.model),
@@ -47,6 +49,6 @@ def measure_model(config: TrainConfig, method: Method, K: int, *, threads: int) 
         forward=tuple(sum(cost.forward_s for cost in stage) for stage in stages),
         backward=tuple(sum(cost.backward_s for cost in stage) for stage in stages),
         messages=tuple(prepared.costs[cut - 1].out_bytes for cut in prepared.cuts),
-        memory=tuple(held.resident if held else None for held in prepared.memory(request)),
+        memory=tuple(held.resident if held else None for held in prepared.memory()),
         tokens=tokens(config),
     )

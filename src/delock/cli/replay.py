@@ -1,4 +1,4 @@
-"""`delock replay`: does in one process, turn by turn, what the processes of a free-running run did, and compares the weights."""
+"""`delock replay`: does in one process, visit by visit, what the processes of a free-running run did, and compares the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, build, make_method, resolve, toml
 from delock.cli.ranks import ranks
-from delock.cli.run_folder import CONFIG, MODEL, load_turns
+from delock.cli.run_folder import CONFIG, MODEL, load_visits
 from delock.cli.session import fit_config
 from delock.cli.summary import evaluated, trained
 from delock.cli.terminal import Terminal
@@ -45,9 +45,9 @@ def run(words: Sequence[str]) -> int:
     if ranks():
         raise UsageError("replay does everything in one process: start it without torchrun")
     config = read_config(path)
-    turns, screen = load_turns(path, config.network.stages or 1), Terminal()
-    state = repeat(config, turns, screen)
-    done = f"replayed {extent(turns)}"
+    visits, screen = load_visits(path, config.network.stages or 1), Terminal()
+    state = repeat(config, visits, screen)
+    done = f"replayed {extent(visits)}"
     if not (path / MODEL).is_file():
         screen.line(f"{done}: the run was cut off, and this is as far as its trace goes; it left no weights to compare with")
         return 0
@@ -59,14 +59,14 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def extent(turns: Sequence[Sequence[Visit]]) -> str:
-    """How much of a trace can be done again, in words: of a run that was cut off, not what read turns that are missing."""
-    plan, whole = recorded(turns)
+def extent(visits: Sequence[Sequence[Visit]]) -> str:
+    """How much of a trace can be done again, in words: of a run that was cut off, not what read visits that are missing."""
+    plan, whole = recorded(visits)
     done = [[step.op for step in column] for column in plan.columns]
     forwards = sum(isinstance(op, Forward | Evaluate) for column in done for op in column)
     updates = "/".join(str(sum(isinstance(op, Update) for op in column)) for column in done)
-    left = "" if whole else f" of {sum(map(len, turns)):,} on record (the others read what is not)"
-    return f"{forwards:,} turns{left} of {plan.K} stage{'s' if plan.K > 1 else ''}, {updates} updates"
+    left = "" if whole else f" of {sum(map(len, visits)):,} on record (the others read what is not)"
+    return f"{forwards:,} visits{left} of {plan.K} stage{'s' if plan.K > 1 else ''}, {updates} updates"
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -75,29 +75,29 @@ def read_config(run: Path) -> TrainConfig:
         raise UsageError(f"{run} is not the folder of a run: it has no {CONFIG}" if run.exists() else f"there is no run {run}")
     config = resolve(build(TrainConfig, toml.read(run / CONFIG), str(run / CONFIG)))
     method = make_method(config.algorithm)
-    if not (isinstance(method, AsyncDGL) and method.turns == "free"):
+    if not (isinstance(method, AsyncDGL) and method.order == "free"):
         raise UsageError(f"{run} was not free-running: its plan is fixed, so delock train --config {run / CONFIG} repeats it")
-    if config.machine.emulate:
+    if config.simulation.emulate:
         raise UsageError(f"the stages of {run} were emulated: they computed nothing that could be done again")
     return config
 
 
-def repeat(config: TrainConfig, turns: Sequence[Sequence[Visit]], screen: Terminal) -> Mapping[str, Tensor]:
-    """Do the turns again; the weights afterwards, by their names in the unsplit model."""
+def repeat(config: TrainConfig, visits: Sequence[Sequence[Visit]], screen: Terminal) -> Mapping[str, Tensor]:
+    """Do the visits again; the weights afterwards, by their names in the unsplit model."""
     screen.phase(f"loading {config.dataset.data}")
     data = load_data(config, screen.progress)
     screen.end()
     model = build_model(config, data)
-    batches = max((sum(turn.trains for turn in stage) for stage in turns), default=0)
+    batches = max((sum(visit.trains for visit in stage) for stage in visits), default=0)
 
     def hear(event: Event) -> None:
         match event:
             case StepRecord():
-                screen.progress(event.step, batches, trained(config, event, batches))
+                screen.progress(event.batches, batches, trained(config, event, batches))
             case EvaluationRecord():
                 screen.line(evaluated(config, event))
 
-    fit_config(config, data, model, hear, turns=turns)
+    fit_config(config, data, model, hear, replay=visits)
     screen.end()
     return model.state_dict()
 

@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
 from delock.cli.config import CompareConfig, TrainConfig, build, flat, override, resolve, table
+from delock.cli.config.flat import hint
 from delock.cli.config.options import ComparisonOptions
 from delock.codecs import CODECS, settings
 from delock.errors import UsageError
@@ -17,7 +17,7 @@ from delock.methods import METHODS
 
 PLAIN = "plain"
 CODEC = tuple(name for codec in CODECS.values() for name in settings(codec))
-SHARED = ("method", "epochs", "steps", "eval_every", "seed")  # what makes rows comparable is not a row's own
+SHARED = ("method", "epochs", "batches", "eval_every", "seed")  # what makes rows comparable is not a row's own
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def rows(config: CompareConfig) -> list[Row]:
     if config.comparison.plain:
         K = found[0].config.network.stages
         workers = config.machine.workers
-        threads = config.machine.threads * (K or 1 if workers == "processes" else 1)
+        threads = config.placement.threads * (K or 1 if workers == "processes" else 1)
         # More threads than cores hold each other up, and a plain row slowed down so would flatter all the others.
-        most = max(config.machine.threads, usable_cores())
+        most = max(config.placement.threads, usable_cores())
         uncut = {"method": "bp", "head": None, "codec": "none", "error_codec": "none", "stages": 1}
         plain = override(common, {**uncut, "threads": min(threads, most)})
         found.insert(0, Row(PLAIN, resolve(build(TrainConfig, plain, PLAIN))))
@@ -86,12 +86,11 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
 
 def _value(word: str, key: str, text: str) -> Any:
     """A setting's text as a value for its option, a list joined by +. What does not fit stays text, and `build` refuses it."""
-    own = {name: option for name, option in table(TrainConfig).items() if option.group in ("algorithm", "training", "links")}
+    own = {name: option for name, option in table(TrainConfig).items() if option.group in ("algorithm", "training", "compression")}
     free = {name: option for name, option in own.items() if name not in SHARED}
     if key not in free:
-        near = get_close_matches(key, free, n=1)
         why = "is the same for all rows" if key in table(TrainConfig) else "does not exist"
-        raise UsageError(f"{word}: the option {key!r} {why}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise UsageError(f"{word}: the option {key!r} {why}{hint(key, free, repr)}")
     kind = free[key].kind
     kinds = [one for one in (kind, *get_args(kind)) if one is not type(None)]
     if any(get_origin(one) is tuple for one in kinds):

@@ -24,7 +24,7 @@ TRACE = "trace.jsonl"  # of a free-running run: its plan as it happened
 OURS = (CONFIG, METRICS, SUMMARY, MODEL, ALPHABET, TRACE, TIMELINE, *PICTURES, "compare.json", "compare.md", "compare.png", "compare.svg")
 
 
-def load_turns(folder: Path, K: int) -> list[list[Visit]]:
+def load_visits(folder: Path, K: int) -> list[list[Visit]]:
     """What trace.jsonl tells of each of K stages; the last line of a run that was cut off may be missing a half, and is left out.
 
     Raises UsageError where there is no such file, and for one with anything else in it.
@@ -32,7 +32,7 @@ def load_turns(folder: Path, K: int) -> list[list[Visit]]:
     try:
         lines = (folder / TRACE).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        raise UsageError(f"{folder} holds no {TRACE}, which a run with dgl-async and turns free keeps from its first turns on") from None
+        raise UsageError(f"{folder} holds no {TRACE}, which a run with dgl-async and order free keeps from its first visits on") from None
     stages: list[list[Visit]] = [[] for _ in range(K)]
     for number, line in enumerate(lines, 1):
         try:
@@ -40,7 +40,7 @@ def load_turns(folder: Path, K: int) -> list[list[Visit]]:
             stages[range(K).index(values.pop("stage"))].append(Visit(**values))
         except (ValueError, TypeError, AttributeError, LookupError):
             if number < len(lines) or line.endswith("}"):
-                raise UsageError(f"line {number} of {folder / TRACE} is not a turn of one of {K} stages") from None
+                raise UsageError(f"line {number} of {folder / TRACE} is not a visit of one of {K} stages") from None
     return stages
 
 
@@ -98,12 +98,12 @@ class RunFolder:
         self._metrics.write(dumps(line(record)) + "\n")
         self._metrics.flush()
 
-    def add_turns(self, record: VisitsRecord) -> None:
-        """Lines of trace.jsonl, one per turn: what `delock replay` does again."""
+    def add_visits(self, record: VisitsRecord) -> None:
+        """Lines of trace.jsonl, one per visit: what `delock replay` does again."""
         if self._trace is None:
             self._trace = (self.path / TRACE).open("a", encoding="utf-8")
-        for turn in record.turns:
-            values = {name: getattr(turn, name) for name in Visit.__dataclass_fields__}
+        for visit in record.visits:
+            values = {name: getattr(visit, name) for name in Visit.__dataclass_fields__}
             self._trace.write(dumps({"stage": record.stage, **values}) + "\n")
         self._trace.flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from delock.cli.config import TrainConfig, flat, make_method, other_kind_options, tokens, toml
@@ -16,7 +17,6 @@ from delock.cli.workload import build_model, goals
 from delock.cli.workload import load_data as read_data
 from delock.errors import UsageError
 from delock.records import EvaluationRecord, Event, Result, Started, StepRecord, Visit, VisitsRecord
-from delock.timeline import Emulation, straggler
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,12 +64,12 @@ class Session:
                 self.screen.phase("training", event.batches)
                 return
             case StepRecord():
-                self.screen.progress(event.step, self.story.batches, trained(config, event, self.story.batches))
+                self.screen.progress(event.batches, self.story.batches, trained(config, event, self.story.batches))
             case EvaluationRecord():
                 self.screen.line(evaluated(config, event))
             case VisitsRecord():
                 self.open()
-                self.folder.add_turns(event)
+                self.folder.add_visits(event)
                 return
         self.open()
         self.folder.add(event)
@@ -109,7 +109,7 @@ def train(story: RunReport, data: Data | TextData, folder: RunFolder, screen: Te
         model = build_model(story.config, data)
         screen.phase("measuring the layers")
         story.result = fit_config(story.config, data, model, session.hear)
-        if story.result and not story.config.machine.emulate:
+        if folder.opened and not story.config.simulation.emulate:  # ranks above 0 have no folder
             folder.save_model(model.state_dict())
         story.status = "finished"
     except BaseException as error:
@@ -132,7 +132,7 @@ def refuse(config: TrainConfig, data: Data | TextData) -> None:
     K, method = network.stages or 1, make_method(config.algorithm)
     refuse_wrong_workers(method, machine.workers if ranks() is None else "torchrun")
     backend_for(machine.device, None, K if machine.workers == "processes" else 1)
-    refuse_wrong_link(method, machine.link, machine.device)
+    refuse_wrong_link(method, config.placement.link, machine.device)
     refuse_unfit(layers(build_model(config, data)), K, network.cuts, method, data.train.sizes())
 
 
@@ -141,9 +141,9 @@ def fit_config(
     data: Data | TextData,
     model: nn.Module,
     on_event: Callable[[Event], None],
-    turns: Sequence[Sequence[Visit]] | None = None,
-) -> Result | None:
-    """`fit` as a resolved config says; `turns`: of a free-running run, to be done again in this process."""
+    replay: Sequence[Sequence[Visit]] | None = None,
+) -> Result:
+    """`fit` as a resolved config says; `replay`: the visits of a free-running run, to be done again in this process."""
     from delock.api import fit
     from delock.cli.workload import recipe
 
@@ -151,11 +151,11 @@ def fit_config(
     method = make_method(config.algorithm)
     loss, metrics = goals(config)
     epoch = len(data.train)
-    optimizer, schedule = recipe(config, method, epoch, training.steps or epoch * (training.epochs or 0))
+    optimizer, schedule = recipe(config, method, epoch, training.batches or epoch * (training.epochs or 0))
     return fit(
         model,
         data.train,
-        None if machine.emulate else data.test,
+        None if config.simulation.emulate else data.test,
         loss=loss,
         method=method,
         optimizer=optimizer,
@@ -163,30 +163,18 @@ def fit_config(
         stages=config.network.stages,
         cuts=config.network.cuts,
         epochs=training.epochs,
-        steps=training.steps,
+        batches=training.batches,
         eval_every=training.eval_every,
         clip=training.clip,
         metrics=metrics,
         heads=config.network.head,
-        codec=config.links.codec,
-        error_codec=config.links.error_codec,
         seed=training.seed,
-        workers=machine.workers if turns is None else "inline",
-        turns=turns,
         device=machine.device,
-        threads=machine.threads,
-        pin=machine.pin,
-        link=machine.link,
-        port=machine.port,
-        patience=machine.patience,
-        log_every=config.output.log_every,
-        amp=machine.amp == "bf16",
-        layout=machine.layout,
-        chunks=machine.chunks,
-        captured=machine.captured,
-        compile=machine.compile,
-        slow=straggler(machine.straggle, config.network.stages or 1, training.seed) if machine.straggle else None,
-        emulate=Emulation.parse(machine.emulate) if machine.emulate else None,
-        trace=config.output.trace,
+        workers=machine.workers if replay is None else "inline",
+        execution=config.execution,
+        placement=config.placement,
+        compression=config.compression,
+        simulation=replace(config.simulation, replay=replay),
+        report=config.report,
         on_event=on_event,
     )

@@ -60,7 +60,7 @@ def measure(config: TrainConfig) -> str:
 
 def trained(config: TrainConfig, record: StepRecord, batches: int) -> str:
     """How far the training is."""
-    return f"{record.step}/{batches}  loss {record.loss:.3f}  {per_second(_rate(record), tokens(config))}"
+    return f"{record.batches}/{batches}  loss {record.loss:.3f}  {per_second(_rate(record), tokens(config))}"
 
 
 def evaluated(config: TrainConfig, record: EvaluationRecord) -> str:
@@ -81,7 +81,7 @@ def opening(config: TrainConfig, started: Started) -> str:
     length = f"{epochs} ({started.batches} batches of {config.dataset.batch_size})"
     layout = f", {started.layout}" if started.layout != "default" else ""
     layout += ", compiled" if started.compiled else ""
-    emulated = ", emulated: stages wait, and nothing is learned" if config.machine.emulate else ""
+    emulated = ", emulated: stages wait, and nothing is learned" if config.simulation.emulate else ""
     return f"{started.method}: {config.network.model} on {config.dataset.data}, {stages}, {length}{layout}{emulated}"
 
 
@@ -109,7 +109,7 @@ def summary(story: RunReport) -> dict[str, Any]:
         "test_loss": last.test_loss if last else None,
         "train_loss": last.train_loss if last else step.loss if step else None,
         "epochs": step.epoch if step else 0.0,
-        "steps": step.step if step else 0,
+        "batches": step.batches if step else 0,
         "samples": samples,
         "seconds": seconds,
         "samples_per_second": rate,
@@ -120,8 +120,8 @@ def summary(story: RunReport) -> dict[str, Any]:
         "model": config.network.model,
         "data": config.dataset.data,
         "seed": config.training.seed,
-        "codec": config.links.codec,
-        "error_codec": config.links.error_codec,
+        "codec": config.compression.codec,
+        "error_codec": config.compression.error_codec,
         "workers": story.started.workers if story.started else config.machine.workers,
         "cuts": config.network.cuts,
         "stages": [stage(report) for report in result.stages] if result else [],

@@ -19,13 +19,12 @@ class TensorBoard:
     def add(self, record: StepRecord | EvaluationRecord) -> None:
         """One record, a curve per figure."""
         match record:
-            case StepRecord(step, _, loss, lr):
+            case StepRecord(loss=loss, lr=lr):
                 figures = {"train/loss": loss, "train/lr": lr}
             case EvaluationRecord():
-                step = record.step
                 figures = {"test/loss": record.test_loss, **{f"test/{name}": value for name, value in record.metrics.items()}}
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, record.batches)
 
     def close(self) -> None:
         """Write what is left."""

@@ -42,10 +42,10 @@ def run(words: Sequence[str]) -> int:
             error.add_note(f"what was recorded is in {folder.path}")
         screen.end()
         raise
-    if story.result:
+    if folder.opened and story.result:
         screen.line("\nmeasured, per stage (staleness: means, warm-up included):")
         screen.table(*stage_table(story.result.stages, story.result.started.stages))
-        if config.output.trace:
+        if config.report.trace:
             keep(story, folder, screen)
         screen.line(closing(story))
         screen.line(f"run folder: {folder.path}")

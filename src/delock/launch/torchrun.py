@@ -1,4 +1,4 @@
-"""The ranks that torchrun gives: every one of them runs the same program; rank 0 hears the events and has the results."""
+"""The ranks that torchrun gives: every one of them runs the same program and has the results; rank 0 hears the events."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def run_torchrun(
     patience: float = 60.0,
     timeout: float = TIMEOUT,
     on_event: OnEvent | None = None,
-) -> list[R] | None:
-    """Run target(rank, payload_of(rank)) here, as the rank torchrun says; the results of all in rank order on rank 0, None elsewhere.
+) -> list[R]:
+    """Run target(rank, payload_of(rank)) here, as the rank torchrun says; returns the results of all in rank order, on every rank.
 
     `on_event(rank, event)` is called on rank 0 alone, for the events of all ranks, from one thread at a time. device "cuda" is the
     GPU numbered LOCAL_RANK. Results and events must be picklable.
@@ -78,19 +78,19 @@ def run_torchrun(
         with closing(Heartbeats(rank, world, post.store, progress, patience, partial(_leave, post))) as beats:
             result = target(Rank(rank, world, where, emit, progress, beats.be_patient), payload_of(rank))
             beats.done()
-            results = _gather(rank, world, (result, post.emitted))
-            if results is not None:
+            results = _gather(world, (result, post.emitted))
+            if rank == 0:
                 post.close([emitted for _, emitted in results])
         dist.barrier()  # rank 0 may host the store: the others leave when it has heard them
     except Exception as error:
         sys.exit(_tell(rank, error, progress, post))
     dist.destroy_process_group()
-    return None if results is None else [result for result, _ in results]
+    return [result for result, _ in results]
 
 
-def _gather(rank: int, world: int, own: tuple[R, int]) -> list[tuple[R, int]] | None:
-    parts: list[tuple[R, int]] | None = [own] * world if rank == 0 else None
-    dist.gather_object(own, parts)
+def _gather(world: int, own: tuple[R, int]) -> list[tuple[R, int]]:
+    parts: list[tuple[R, int]] = [own] * world
+    dist.all_gather_object(parts, own)
     return parts
 
 

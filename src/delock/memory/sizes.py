@@ -9,9 +9,10 @@ import torch
 from delock.codecs import Codec
 from delock.memory.compose import StageGraph
 from delock.memory.peaks import LinkBytes, StageBytes
+from delock.methods import Method
+from delock.options import Compression
 from delock.partition.layer_memory import LayerMemory
 from delock.partition.measure import LayerCost
-from delock.run.request import Request
 
 Outputs = Sequence[tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of every tensor of a message
 
@@ -19,21 +20,33 @@ Outputs = Sequence[tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of ev
 class RunLinks:
     """What the links carry: bytes of a message, of its tensors, and how many an end keeps.
 
-    `slots`: per link those of activations and of errors in shared memory, where messages then lie while they are in use; None: no such.
+    cut: the layers whose outputs are sent; targets: bytes of a batch's labels. slots: per link those of activations and of errors in
+    shared memory, where messages then lie while they are in use; None where links are of another kind. ahead: such a link posts receives
+    ahead, and keeps what it has sent, as gloo does.
     """
 
-    def __init__(self, request: Request, K: int, cut: Sequence[LayerCost], targets: int, slots: Sequence[tuple[int, int]] | None) -> None:
-        self.request, self.K, self.cut, self.targets, self.slots = request, K, cut, targets, slots
-        self.share = 1 / request.method.parts
+    def __init__(
+        self,
+        method: Method,
+        codecs: Compression,
+        cut: Sequence[LayerCost],
+        targets: int,
+        slots: Sequence[tuple[int, int]] | None,
+        *,
+        ahead: bool,
+    ) -> None:
+        self.method, self.K, self.cut, self.targets, self.slots = method, len(cut) + 1, cut, targets, slots
+        self.codec, self.error_codec = codecs.activations, codecs.errors
+        self.share, self.ahead = 1 / method.parts, ahead and slots is None
 
     def up(self, link: int) -> LinkBytes:
         """Activations with their labels."""
-        tensors = self._encoded(self.request.codec, self.cut[link].outputs)
+        tensors = self._encoded(self.codec, self.cut[link].outputs)
         return LinkBytes(round(self.share * (tensors + self.targets)), self._depth(link))
 
     def down(self, link: int) -> LinkBytes:
         """Errors of the outputs that have one."""
-        return LinkBytes(round(self.share * self._encoded(self.request.error_codec, _floating(self.cut[link].outputs))), self._depth(link))
+        return LinkBytes(round(self.share * self._encoded(self.error_codec, _floating(self.cut[link].outputs))), self._depth(link))
 
     def received(self, way: LinkBytes, codec: Codec | None, outputs: Outputs) -> int:
         """What a message is when it is in use: encoded tensors are decoded beside it."""
@@ -47,9 +60,8 @@ class RunLinks:
         return activations * self.up(link).message + errors * self.down(link).message
 
     def _depth(self, link: int) -> int:
-        """gloo posts receives ahead and keeps what it has sent; in one process the message is what the other stage has."""
-        gloo = self.request.workers != "inline" and self.slots is None and torch.device(self.request.device).type == "cpu"
-        return self.request.method.capacity(link, self.K) if gloo else 0
+        """In one process the message is what the other stage has."""
+        return self.method.capacity(link, self.K) if self.ahead else 0
 
     def _encoded(self, codec: Codec | None, outputs: Outputs) -> float:
         if codec is None:
@@ -58,13 +70,7 @@ class RunLinks:
 
 
 def stage_sizes(
-    request: Request,
-    k: int,
-    ways: RunLinks,
-    layers: Sequence[LayerCost],
-    head: LayerCost | None,
-    optimizer: tuple[int, int] | None,
-    batch: Outputs,
+    k: int, ways: RunLinks, layers: Sequence[LayerCost], head: LayerCost | None, optimizer: tuple[int, int] | None, batch: Outputs
 ) -> StageBytes | None:
     """What stage k holds; None where something cannot be counted. `batch`: the inputs of the network."""
     memories = [layer.memory for layer in layers if layer.memory]
@@ -79,11 +85,11 @@ def stage_sizes(
         largest=max(one.largest for one in memories),
         state=state,
         optimizer_step=step,
-        input=ways.received(up_in, request.codec, below) if k else round(_bytes(below) + ways.targets),
+        input=ways.received(up_in, ways.codec, below) if k else round(_bytes(below) + ways.targets),
         graph=chain.graph,
         output=chain.output,
         delta=round(ways.share * _bytes(_floating(below))) if k else 0,
-        error=0 if last else ways.received(down_in, request.error_codec, _floating(ways.cut[k].outputs)),
+        error=0 if last else ways.received(down_in, ways.error_codec, _floating(ways.cut[k].outputs)),
         own_error=0 if last else round(ways.share * _bytes(_floating(ways.cut[k].outputs))),
         forward=chain.forward,
         forward_no_grad=chain.forward_no_grad,
@@ -96,7 +102,7 @@ def stage_sizes(
         head=_head_peak(head.memory) if head and head.memory else 0,
         head_weights=head.memory.weights if head and head.memory else 0,
         slots=sum(map(ways.shared, range(max(0, k - 1), min(k + 1, ways.K - 1)))),
-        feeds=request.method.parts if k == 0 else 0,
+        feeds=ways.method.parts if k == 0 else 0,
         up_in=up_in,
         up_out=LinkBytes() if last else ways.up(k),
         down_in=down_in,

@@ -40,6 +40,7 @@ def make(name: str, **given: Any) -> Method:
     """Returns the method `name` with these options. Raises UsageError, with the nearest name, for an unknown method or option."""
     if name not in METHODS:
         raise UsageError(f"no method is called {name!r}{_nearest(name, list(METHODS))} (there are {', '.join(METHODS)})")
+    METHODS[name].refuse_renamed(given)
     known = options(METHODS[name])
     for option in given:
         if option not in known:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import ClassVar, Literal, Self
 
 from delock.errors import UsageError
 from delock.ops import Op
@@ -27,6 +28,19 @@ class Method(ABC):
     """True if stages below the last may have losses, and so auxiliary heads, of their own."""
     planned: ClassVar[bool] = True
     """True if `tick` says what happens when; else every stage learns from a replay buffer, and the order of turns decides what it reads."""
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Options that once had another name, and their name today."""
+
+    def __new__(cls, *given: object, **options: object) -> Self:
+        cls.refuse_renamed(options)
+        return super().__new__(cls)
+
+    @classmethod
+    def refuse_renamed(cls, options: Iterable[str]) -> None:
+        """Raises UsageError for the old name of an option."""
+        for old in options:
+            if old in cls.renamed:
+                raise UsageError(f"{cls.name} has no option {old!r} any more: it is called {cls.renamed[old]}")
 
     @property
     def parts(self) -> int:
@@ -95,9 +109,10 @@ def in_order(order: Order, last: bool, forward: Op, backward: Iterable[Op]) -> I
 
 
 def at_least(what: str, value: float, least: float) -> None:
-    """Raises UsageError for an option below its least value."""
-    if value < least:
-        raise UsageError(f"{what} is {value}, but it must be at least {least}")
+    """Raises UsageError for an option below its least value, infinite or no number."""
+    if not least <= value < float("inf"):
+        shown = f"{value:g}" if isinstance(value, float) else value
+        raise UsageError(f"{what} is {shown}, but it must be at least {least}")
 
 
 def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:

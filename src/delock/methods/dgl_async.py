@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from delock.errors import UsageError
@@ -14,7 +16,7 @@ from delock.methods.dgl import DGL
 class AsyncDGL(DGL):
     """DGL with a replay buffer in front of every stage but the first, filled by the stage below at that stage's own pace.
 
-        stage 0 |F0.0 B0.0 F1.1 B1.1 F2.2 B2.2     the order if all stages are equally fast, and that of turns="round-robin", which
+        stage 0 |F0.0 B0.0 F1.1 B1.1 F2.2 B2.2     the order if all stages are equally fast, and that of order="round-robin", which
         stage 1 |     F0.0 B0.0 F1.1 B1.1 F2.2     equals dgl; otherwise stage k's n-th Forward reads what the buffer holds: any
         stage 2 |          F0.0 B0.0 F1.1 B1.1     batch of the stage below, perhaps one it has read before
 
@@ -26,7 +28,7 @@ class AsyncDGL(DGL):
     S = 1 / (1 - noise) | noise, of the stage slow_stage: how much slower it is than the others
     -                   | max_reuse: times that a batch may be read, 0 for any number of times
 
-    turns: "free", a process per stage at its own pace (a slowed stage waits after each op, S - 1 times as long as that took; what
+    order: "free", a process per stage at its own pace (a slowed stage waits after each op, S - 1 times as long as that took; what
     happened is recorded as a plan); "sampled", one process, the next stage to act drawn with equal probability, 1 - noise against 1 for
     the slowed one; "round-robin", one process, stage after stage.
     Deviations: a put is not counted as a use, and ties go to the newest, as in the text (the released code differs). On a link with two
@@ -36,9 +38,10 @@ class AsyncDGL(DGL):
 
     name: ClassVar[str] = "dgl-async"
     planned: ClassVar[bool] = False
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({"turns": "order"})
     buffer: int = 5
     max_reuse: int = 0
-    turns: Literal["free", "sampled", "round-robin"] = "free"
+    order: Literal["free", "sampled", "round-robin"] = "free"
     slow_stage: int = 0
     noise: float = 0.0
 
@@ -46,13 +49,13 @@ class AsyncDGL(DGL):
         at_least("buffer", self.buffer, 1)
         at_least("max_reuse", self.max_reuse, 0)
         at_least("slow_stage", self.slow_stage, 0)
-        one_of("turns", self.turns, ("free", "sampled", "round-robin"))
+        one_of("order", self.order, ("free", "sampled", "round-robin"))
         if not 0 <= self.noise < 1:
             raise UsageError(f"noise is {self.noise}, but it must lie in [0, 1): a stage is slowed by S = 1 / (1 - noise)")
 
     @property
     def free_running(self) -> bool:
-        return self.turns == "free"
+        return self.order == "free"
 
     def slowdown(self, k: int) -> float:
         return 1 / (1 - self.noise) if k == self.slow_stage else 1.0

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from delock.execution import Execution
+from delock.execution import apply, precision
+from delock.options import Execution
 from delock.partition.live_bytes import LiveBytes, storage_bytes, storage_of
 from delock.tensors import Value, like, tensors, tree_tensors
 
@@ -150,12 +151,12 @@ class LayerTrial:
 
     def forward(self) -> Value:
         """Returns the module's output, with its graph."""
-        out: Value = self.execution.apply(self.module, like(self.value, self.given), self.device)
+        out: Value = apply(self.execution, self.module, like(self.value, self.given), self.device)
         return out
 
     def ends(self, out: Value) -> list[Tensor]:
         """Returns the tensors at which a backward begins: the loss, or without one the outputs that need a gradient."""
-        with self.execution.context(self.device):
+        with precision(self.execution, self.device):
             return [x for x in tensors(out if self.loss is None else self.loss(out)) if x.requires_grad]
 
     def backward(self, roots: Sequence[Tensor], errors: Sequence[Tensor], keep: bool = False) -> None:

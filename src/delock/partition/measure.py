@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from delock.errors import UsageError
-from delock.execution import PLAIN, Execution
+from delock.execution import PLAIN, lay_out_input, lay_out_weights
+from delock.options import Execution
 from delock.partition.layer_memory import LayerMemory, LayerTrial, observe
 from delock.partition.layers import Layer
 from delock.tensors import Value, map_tensors, tensors
@@ -60,13 +61,13 @@ def measure(
     """
     device = torch.device(device)
     costs = []
-    value: Value = map_tensors(lambda x: execution.laid_out(x.to(device)), inputs)
+    value: Value = map_tensors(lambda x: lay_out_input(execution, x.to(device)), inputs)
     targets = map_tensors(lambda x: x.to(device), targets)
     wants = tuple(learns and x.is_floating_point() for x in tensors(value))  # per tensor: it needs a gradient
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         for i, layer in enumerate(layers):
             last = i == len(layers) - 1
-            module = execution.prepared(copy.deepcopy(layer.module).to(device)).train()
+            module = lay_out_weights(execution, copy.deepcopy(layer.module).to(device)).train()
             behind = (lambda h: loss(h, targets)) if last else None
             memory = _observed(module, value, wants, behind, device, execution)
             runs = []

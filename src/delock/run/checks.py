@@ -18,10 +18,10 @@ from delock.run.request import Request
 
 def refuse_wrong_workers(method: Method, workers: str) -> None:
     """Raise UsageError where stages should run freely in one process, or take turns in many."""
-    if isinstance(method, AsyncDGL) and (method.turns == "free") == (workers == "inline"):
+    if isinstance(method, AsyncDGL) and (method.order == "free") == (workers == "inline"):
         if workers == "inline":
-            raise UsageError("free-running stages need a process each: use workers processes, or turns sampled or round-robin")
-        raise UsageError(f"{method.turns} turns are taken in one process: use workers inline, or turns free")
+            raise UsageError("free-running stages need a process each: use workers processes, or order sampled or round-robin")
+        raise UsageError(f"{method.order} turns are taken in one process: use workers inline, or order free")
 
 
 def refuse_wrong_link(method: Method, link: str, device: str) -> None:
@@ -31,14 +31,21 @@ def refuse_wrong_link(method: Method, link: str, device: str) -> None:
         raise UsageError(f'{method.name} drops messages that come too late, which only gloo can do: use link "auto" or "gloo"')
 
 
+def refuse_replay(request: Request) -> None:
+    """Raise UsageError where recorded visits should be done again in several processes."""
+    if request.workers != "inline":
+        raise UsageError('recorded visits are done again in one process: use workers="inline"')
+
+
 def refuse_uncapturable(request: Request) -> None:
     """Raise UsageError where ticks cannot be CUDA graphs, as far as that can be told from what was asked for."""
     if torch.device(request.device).type != "cuda":
         raise UsageError(f'captured ticks need a GPU, but device is "{request.device}": use device "cuda", or leave captured out')
     if request.workers != "inline":
         raise UsageError(f"captured ticks run all stages in one process, but workers is {request.workers}: use workers inline")
-    beside = {"codecs": request.codec or request.error_codec, "straggle": request.slow, "emulate": request.emulate, "trace": request.trace}
-    beside |= {"compile": request.compile}
+    codecs, simulation = request.compression.activations or request.compression.errors, request.simulation
+    beside = {"codecs": codecs, "slow": simulation.slow, "emulate": simulation.emulate, "trace": request.report.trace}
+    beside |= {"compile": request.execution.compile}
     for name, given in beside.items():
         if given:
             raise UsageError(f"captured does not go with {name}: leave one of them out")
@@ -74,9 +81,9 @@ def refuse_single_samples(sizes: list[int], parts: int) -> None:
 
 def refuse_unfit_codecs(request: Request, cut: Sequence[LayerCost]) -> None:
     """Raise UsageError where a codec cannot take what a stage sends, or nothing is sent that it could take."""
-    K = len(cut) + 1
+    K, codec = len(cut) + 1, request.compression.activations
     for k, cost in enumerate(cut):
-        if request.codec:
-            request.codec.check(cost.outputs, f"stage {k}")
-    if request.error_codec and K > 1 and not any(step.down for column in unroll(request.method, K, 1).columns for step in column):
+        if codec:
+            codec.check(cost.outputs, f"stage {k}")
+    if request.compression.errors and K > 1 and not any(step.down for column in unroll(request.method, K, 1).columns for step in column):
         raise UsageError(f"{request.method.name} sends no errors down, so there is none for an error codec: leave it out")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from delock.errors import UsageError
-from delock.execution import Execution
 from delock.keys import key
 from delock.nets.heads import HeadShare, build_head, choose, head_share
+from delock.options import Execution
 from delock.partition.layers import Layer
 from delock.partition.measure import LayerCost
 from delock.run.layout_choice import measured

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from delock.engine.log import StageLog
+from delock.execution import precision
 from delock.links import Message
 from delock.ops import Backward, Evaluate
 from delock.plan import Step
@@ -52,7 +53,7 @@ class History:
         self.losses.append(self.batch_loss)
         self.batch_loss = 0.0
         done = len(self.losses)
-        if done % self.job.log_every == 0 or done == self.job.length.batches:
+        if done % self.job.report.log_every == 0 or done == self.job.length.batches:
             self.emit(StepRecord(done, done / self.job.per_epoch, self.losses[-1], stage.lr, self.samples, self.seconds()))
         if not self.job.length.every and (done % self.job.per_epoch == 0 or done == self.job.length.batches):
             self._record(float("nan"), {}, self.seconds())
@@ -64,7 +65,7 @@ class History:
         if not self.judged:
             self.paused = self.seconds(until=self.last)
         measures = {"": self.job.loss, **self.job.metrics}
-        with self.job.execution.context(self.device):
+        with precision(self.job.execution, self.device):
             found = {name: float(measure(result.values, result.targets)) for name, measure in measures.items()}
         self.sums = {name: self.sums.get(name, 0.0) + value * result.samples for name, value in found.items()}
         self.judged += result.samples

@@ -26,28 +26,20 @@ from delock.run.job import StageJob, StageResult
 from delock.run.worker import Worker
 
 
-def run_inline(
-    jobs: Sequence[StageJob],
-    device: torch.device,
-    emit: Callable[[Event], None],
-    threads: int | None = None,
-    turns: Sequence[Sequence[Visit]] | None = None,
-    captured: bool = False,
-) -> list[StageResult]:
+def run_inline(jobs: Sequence[StageJob], device: torch.device, emit: Callable[[Event], None]) -> list[StageResult]:
     """Train all stages in this process. torch's random state and thread count, and where the modules lie, are as before afterwards.
 
-    turns: what the stages of a free-running run did, per stage, to be done again. captured: every tick is a CUDA graph, its stages on
-    streams; on a CPU the same static memory without graphs, for tests.
+    Captured ticks are CUDA graphs, their stages on streams; on a CPU the same static memory without graphs, for tests.
     Raises StageFailed, with stage, op and the original traceback, when a stage raises.
     """
-    box, plans, read = _way(jobs, turns)
+    box, plans, read = _way(jobs, jobs[0].simulation.replay)
+    captured = jobs[0].execution.captured
     if captured:
         jobs = [replace(job, optimizer=capturable(job.optimizer)) for job in jobs]
     before = torch.get_num_threads()
     with _moved_back(jobs), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            if threads:
-                torch.set_num_threads(threads)
+            torch.set_num_threads(jobs[0].placement.threads)
             workers = [Worker(job, box.end(job.k), device, emit) for job in jobs]
             for worker in workers:
                 worker.tracker.logs = [other.log for other in workers]
@@ -74,16 +66,16 @@ def _moved_back(jobs: Sequence[StageJob]) -> Iterator[None]:
 
 def _ticks(job: StageJob, engines: Sequence[Engine], device: torch.device) -> Ticks:
     made = find_period(job.method, job.K, job.length.clip)
-    return Ticks(engines, made, make_streams(device, job.K), batches=job.length.batches, every=job.log_every)
+    return Ticks(engines, made, make_streams(device, job.K), batches=job.length.batches, every=job.report.log_every)
 
 
 def _way(
-    jobs: Sequence[StageJob], turns: Sequence[Sequence[Visit]] | None
+    jobs: Sequence[StageJob], replay: Sequence[Sequence[Visit]] | None
 ) -> tuple[Mailbox | Store, Iterable[Plan], Sequence[ReuseStatistics] | None]:
     """The links of a run in one process, its plans, and what will have been read from replay buffers."""
     job, K = jobs[0], len(jobs)
-    if turns is not None:
-        plan, _ = recorded(turns, job.length.clip)
+    if replay is not None:
+        plan, _ = recorded(replay, job.length.clip)
         return Store(plan, ReceivedCodebooks().with_codebooks), [plan], None
     if isinstance(job.method, AsyncDGL):
         plan, read = drawn(job.method, K, job.length, job.seed)

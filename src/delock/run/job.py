@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from delock.codecs import Codec
 from delock.data.loader import Loader
-from delock.execution import PLAIN, Execution
-from delock.links.connect import LinkKind
 from delock.methods import Method
+from delock.options import Compression, Execution, Placement, Report, Simulation
 from delock.plan import RunLength
 from delock.records import EvaluationRecord, StageReport
+from delock.run.request import Metric
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 from delock.tensors import Tree
-from delock.timeline import Slowdown, Span
-
-Metric = Callable[[Any, Any], Any]
+from delock.timeline import Span
 
 
 @dataclass
 class StageJob:
-    """Everything that stage k needs for a run; travels to its process. Only stage 0 gets the loaders; the last uses loss and metrics."""
+    """Everything that stage k needs for a run; travels to its process. Only stage 0 gets the loaders; the last uses loss and metrics.
+
+    The five groups are those of the request, but for a layout of images that has been chosen.
+    """
 
     k: int
     K: int
@@ -41,21 +41,18 @@ class StageJob:
     train: Loader | None = None
     test: Loader | None = None
     head: nn.Module | None = None  # auxiliary, of a stage with a loss of its own
-    codec: Codec | None = None  # of activations
-    error_codec: Codec | None = None
-    link: LinkKind = "gloo"  # between processes
-    slow: Slowdown | None = None  # ticks in which the stage is made to take longer
-    execution: Execution = PLAIN
+    execution: Execution = field(default_factory=Execution)
+    placement: Placement = field(default_factory=Placement)
+    compression: Compression = field(default_factory=Compression)
+    simulation: Simulation = field(default_factory=Simulation)
+    report: Report = field(default_factory=Report)
     example: Tree = None  # on the meta device: a batch as it enters the stage, where that is compiled
-    emulated: bool = False  # the module only waits, so a straggler waits as well
-    log_every: int = 10
     window: int = 256
-    trace: bool = False
 
 
 @dataclass
 class StageResult:
-    """What a stage brings home: its weights under its own names, its account, and from the last stage the history."""
+    """The result of a stage: its weights under its own names, its report, and from the last stage the history."""
 
     state: dict[str, Tensor]
     head: dict[str, Tensor]  # of its auxiliary head, empty where it has none

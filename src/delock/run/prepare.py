@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -12,6 +11,7 @@ from delock.errors import UsageError
 from delock.keys import key
 from delock.methods import AsyncDGL
 from delock.nets.emulated import Emulated
+from delock.options import Simulation
 from delock.partition.balance import balance
 from delock.partition.layers import has_batch_norm, layers, resolve_cuts
 from delock.partition.measure import LayerCost
@@ -25,15 +25,17 @@ from delock.tensors import map_tensors
 from delock.timeline import Emulation
 
 
-def prepare(request: Request, cuts: Sequence[int | str] | None) -> PreparedRun:
+def prepare(request: Request) -> PreparedRun:
     """Check everything that can be checked before the start, measure the network on a first batch, and cut it. Raises UsageError."""
-    length = request.length()
-    if request.slow and isinstance(request.method, AsyncDGL) and request.method.noise:
-        raise UsageError("noise and straggle both make stages slower: use one of them")
-    if request.compile and request.emulate:
+    waits, cuts = request.simulation.waits, request.cuts
+    request.length()  # raises UsageError
+    if request.simulation.slow and isinstance(request.method, AsyncDGL) and request.method.noise:
+        raise UsageError("noise and slow both make stages slower: use one of them")
+    if request.execution.compile and waits:
         raise UsageError("emulated stages compute nothing, so there is nothing to compile: leave compile or emulate out")
     parts = layers(request.model)
-    K = _number_of_stages(request, cuts, len(parts))
+    K = _number_of_stages(request, len(parts))
+    _refuse_misfit(request.simulation, K, request.seed)
     refuse_unfit(parts, K, cuts, request.method, request.train.sizes())
     inputs, targets = next(iter(request.train.epoch(0)))
     execution, costs = choose_layout(request, parts, inputs, targets)
@@ -42,23 +44,27 @@ def prepare(request: Request, cuts: Sequence[int | str] | None) -> PreparedRun:
     found = tuple(resolve_cuts(parts, cuts))
     refuse_unfit_codecs(request, [costs[cut - 1] for cut in found])
     heads = auxiliary(request, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
-    normed = [nn.ModuleList(layer.module for layer in parts), *heads.values()] if request.chunks > 1 else [*heads.values()]
+    normed = [nn.ModuleList(layer.module for layer in parts), *heads.values()] if execution.chunks > 1 else [*heads.values()]
     if any(map(has_batch_norm, normed)):
-        refuse_single_samples(request.train.sizes() or [], request.method.parts * request.chunks)
+        refuse_single_samples(request.train.sizes() or [], request.method.parts * execution.chunks)
     shaped = {k: costs[found[k] - 1].shape for k in heads}
     head_costs = {
         k: head_cost(request, execution, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]
     }
     batch = Batch.of(inputs, targets)
-    if request.emulate:
-        return PreparedRun(length, parts, found, costs, batch, execution, *_emulated(request, request.emulate, [*found, len(parts)], costs))
+    if waits:
+        return PreparedRun(request, parts, found, costs, batch, execution, *_emulated(request, waits, [*found, len(parts)], costs))
     modules = stages(parts, found)
     shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
-    if request.compile:  # what layers cost was measured before
-        execution, inputs = replace(execution, compile=True), map_tensors(lambda x: x.to("meta"), inputs)
-    return PreparedRun(
-        length, parts, found, costs, batch, execution, modules, heads, head_costs, shares, inputs if request.compile else None
-    )
+    entering = map_tensors(lambda x: x.to("meta"), inputs) if execution.compile else None
+    return PreparedRun(request, parts, found, costs, batch, execution, modules, heads, head_costs, shares, entering)
+
+
+def _refuse_misfit(simulation: Simulation, K: int, seed: int) -> None:
+    """Raise UsageError where stages that are slow, or whose visits are done again, are not the K stages of this run."""
+    simulation.straggler(K, seed)
+    if simulation.replay is not None and len(simulation.replay) != K:
+        raise UsageError(f"visits of {len(simulation.replay)} stages cannot be done again by {K}: cut the network as it was cut then")
 
 
 def _emulated(
@@ -76,11 +82,12 @@ def _emulated(
     return modules, {k: Emulated(shapes[-1], 0.0, 0.0) for k in request.method.headed(len(ends))}
 
 
-def _number_of_stages(request: Request, cuts: Sequence[int | str] | None, layers: int) -> int:
-    if cuts is not None:
-        if request.stages not in (None, len(cuts) + 1):
-            raise UsageError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, but stages is {request.stages}: give one of them")
-        return len(cuts) + 1
+def _number_of_stages(request: Request, layers: int) -> int:
+    if request.cuts is not None:
+        K = len(request.cuts) + 1
+        if request.stages not in (None, K):
+            raise UsageError(f"{len(request.cuts)} cuts make {K} stages, but stages is {request.stages}: give one of them")
+        return K
     if request.stages is not None:
         return request.stages
     return layers if isinstance(request.model, list | tuple | nn.ModuleList) else 2

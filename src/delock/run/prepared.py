@@ -13,7 +13,6 @@ from torch import nn
 
 from delock.codecs import Codec
 from delock.engine.feed import samples
-from delock.execution import Execution
 from delock.links.connect import shares
 from delock.memory.optimizer import learned, optimizer_bytes
 from delock.memory.peaks import PeakBytes, peaks, repeating
@@ -22,6 +21,7 @@ from delock.memory.slots import slots
 from delock.methods import AsyncDGL, Method, spelled
 from delock.nets.emulated import Emulated
 from delock.nets.heads import HeadShare
+from delock.options import Execution
 from delock.partition.layers import Layer
 from delock.partition.measure import LayerCost
 from delock.partition.stages import StageModule
@@ -54,14 +54,14 @@ class Batch:
 
 @dataclass
 class PreparedRun:
-    """A run that has been checked: where the network is cut and what each atom costs."""
+    """A run that has been checked: its request, the cuts, and the cost of each layer."""
 
-    length: RunLength
+    request: Request
     parts: list[Layer]
     cuts: tuple[int, ...]
     costs: list[LayerCost]
     batch: Batch
-    execution: Execution
+    execution: Execution  # the request's, its layout settled
     modules: Sequence[StageModule | Emulated] = ()
     heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
     head_costs: dict[int, LayerCost] = field(default_factory=dict)  # stage -> its head, on a whole batch
@@ -73,8 +73,14 @@ class PreparedRun:
         """Number of stages."""
         return len(self.cuts) + 1
 
-    def patience(self, asked: float, method: Method) -> float:
+    @property
+    def length(self) -> RunLength:
+        """The length of the run."""
+        return self.request.length()
+
+    def patience(self) -> float:
         """Seconds to wait for a sign of life: what was asked for, but never less than an op of this network may well take."""
+        asked, method = self.request.placement.patience, self.request.method
         slowest = max(slowdown(method, k) * sum(cost.total_s for cost in self.costs[a:b]) for k, (a, b) in enumerate(self.bounds()))
         return max(asked, SLOW * slowest) if asked > 0 else 0.0
 
@@ -83,8 +89,9 @@ class PreparedRun:
         edges = [0, *self.cuts, len(self.parts)]
         return list(itertools.pairwise(edges))
 
-    def jobs(self, request: Request) -> list[StageJob]:
-        """A Job per stage; only the first gets the data."""
+    def jobs(self) -> list[StageJob]:
+        """A job per stage; only the first gets the data."""
+        request = self.request
         return [
             StageJob(
                 k=k,
@@ -102,26 +109,24 @@ class PreparedRun:
                 train=request.train if k == 0 else None,
                 test=request.test if k == 0 else None,
                 head=self.heads.get(k),
-                codec=request.codec,
-                error_codec=request.error_codec,
-                link=request.link,
-                slow=request.slow,
                 execution=self.execution,
-                emulated=request.emulate is not None,
-                example=self._entering(k) if request.compile else None,
-                log_every=request.log_every,
-                trace=request.trace,
+                placement=request.placement,
+                compression=request.compression,
+                simulation=request.simulation,
+                report=request.report,
+                example=self._entering(k) if self.execution.compile else None,
             )
             for k, module in enumerate(self.modules)
         ]
 
-    def started(self, request: Request) -> Started:
+    def started(self) -> Started:
         """What will run, with what the plan and the measured costs predict."""
+        request = self.request
         own = [self.costs[a:b] for a, b in self.bounds()]
-        share = 1 / request.method.parts
-        costs = self.ops(request)
+        share, codec = 1 / request.method.parts, request.compression.activations
+        costs = self.ops()
         forward, backward, head = costs.forward, costs.backward, costs.head
-        forecast = predict(request.method, self.K, costs, SLOW_BATCHES if request.slow else None)
+        forecast = predict(request.method, self.K, costs, SLOW_BATCHES if costs.slow else None)
         own_pace = max(slowdown(request.method, k) * (forward[k] + backward[k] + head[k]) for k in range(self.K))
         period = max(forecast.period, own_pace) if request.workers != "inline" else sum(forward + backward + head) * request.method.parts
         predictions = tuple(
@@ -140,7 +145,7 @@ class PreparedRun:
                 live=most.live if most else None,
                 head=head[k],
             )
-            for k, (f, most) in enumerate(zip(forecast.stages, self.memory(request), strict=True))
+            for k, (f, most) in enumerate(zip(forecast.stages, self.memory(), strict=True))
         )
         return Started(
             method=spelled(request.method),
@@ -150,54 +155,59 @@ class PreparedRun:
             cuts=self.cuts,
             stages=predictions,
             samples_per_second=self.batch.rows / period,
-            layout="channels last" if self.execution.channels_last else "default",
+            layout=self.execution.layout.replace("-", " "),
             compiled=self.execution.compile,
-            slow=request.slow,
+            slow=costs.slow,
             messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
-            encoded=tuple(self._encoded(request.codec, cut, request.method.parts) for cut in self.cuts) if request.codec else (),
+            encoded=tuple(self._encoded(codec, cut, request.method.parts) for cut in self.cuts) if codec else (),
         )
 
-    def ops(self, request: Request) -> Costs:
+    def ops(self) -> Costs:
         """What the ops of every stage cost: of a method that does a batch in parts, those of a part."""
         own = [self.costs[a:b] for a, b in self.bounds()]
-        share, waits = 1 / request.method.parts, request.emulate
+        share, waits = 1 / self.request.method.parts, self.request.simulation.waits
         forward = tuple(share * (waits.forward if waits else sum(cost.forward_s for cost in layers)) for layers in own)
         backward = tuple(share * (waits.backward if waits else sum(cost.backward_s for cost in layers)) for layers in own)
         head = tuple(share * (self.head_costs[k].total_s if k in self.head_costs else 0.0) for k in range(self.K))
-        return Costs(forward, backward, head=head, slow=request.slow)
+        return Costs(forward, backward, head=head, slow=self.request.simulation.straggler(self.K, self.request.seed))
 
-    def slots(self, request: Request) -> list[tuple[int, int]] | None:
+    def slots(self) -> list[tuple[int, int]] | None:
         """Slots of activations and of errors that every link of shared memory comes to have; None where links are of another kind.
 
         The most of several runs: with the measured costs, of stages that are alike, and of such with one of them a little slower. Stages
         that share cores are now this, now that.
         """
-        if request.workers == "inline" or not shares(request.link, request.device):
+        request, compression = self.request, self.request.compression
+        if request.workers == "inline" or not shares(request.placement.link, request.device):
             return None
         plan = unroll(request.method, self.K, min(self.length.batches, repeating(request.method, self.K)))
-        measured = replace(self.ops(request), capacity=capacities(request.method, self.K))
+        measured = replace(self.ops(), capacity=capacities(request.method, self.K))
         alike = [fmean(own) for own in (measured.forward, measured.backward, measured.head)]
 
         def even(slow: int | None) -> Costs:
             forward, backward, head = (tuple(cost * (DRIFT if k == slow else 1) for k in range(self.K)) for cost in alike)
             return replace(measured, forward=forward, backward=backward, head=head)
 
-        decoded = request.codec is not None, request.error_codec is not None
+        decoded = compression.activations is not None, compression.errors is not None
         runs = [slots(simulate(plan, costs), decoded) for costs in (measured, *map(even, (None, *range(self.K))))]
         return [(max(up for up, _ in link), max(down for _, down in link)) for link in zip(*runs, strict=True)]
 
-    def memory(self, request: Request) -> list[PeakBytes | None]:
+    def memory(self) -> list[PeakBytes | None]:
         """What every stage will hold at its peak above what it holds when it is built; None where that cannot be told.
 
         What free-running stages hold depends on how they run, and what compiled ones hold on the compiler.
         """
-        if request.emulate or request.compile or isinstance(request.method, AsyncDGL) or self.heads.keys() - self.head_costs.keys():
+        request, unknown = self.request, self.heads.keys() - self.head_costs.keys()
+        if request.simulation.emulate or request.execution.compile or isinstance(request.method, AsyncDGL) or unknown:
             return [None] * self.K
-        ways = RunLinks(request, self.K, [self.costs[cut - 1] for cut in self.cuts], self.batch.targets, self.slots(request))
+        ahead = request.workers != "inline" and torch.device(request.device).type == "cpu"
+        ways = RunLinks(
+            request.method, request.compression, [self.costs[cut - 1] for cut in self.cuts], self.batch.targets, self.slots(), ahead=ahead
+        )
         weights = [learned(module, self.heads.get(k), k) for k, module in enumerate(self.modules)]
         learning = [optimizer_bytes(request.optimizer, own, request.device) for own in weights]
         sizes = [
-            stage_sizes(request, k, ways, self.costs[a:b], self.head_costs.get(k), optimizer, self.batch.inputs)
+            stage_sizes(k, ways, self.costs[a:b], self.head_costs.get(k), optimizer, self.batch.inputs)
             for k, ((a, b), optimizer) in enumerate(zip(self.bounds(), learning, strict=True))
         ]
         known = [one for one in sizes if one]

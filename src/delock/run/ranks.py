@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
-
 import torch
 
 from delock.engine.asynchronous.buffer import ReplayBuffer
 from delock.engine.asynchronous.link import FreeLink
 from delock.engine.asynchronous.runner import FreeRun
-from delock.launch.progress import Progress
+from delock.launch.rank import Rank
 from delock.links import Message
 from delock.links.coded import ReceivedCodebooks
 from delock.links.connect import connect
@@ -20,26 +17,10 @@ from delock.run.job import StageJob, StageResult
 from delock.run.worker import Worker
 
 
-class RankLike(Protocol):
-    """What a launched worker offers (launch.Rank)."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    @property
-    def emit(self) -> Callable[[object], None]:
-        """Hands an event to the reporter."""
-
-    @property
-    def progress(self) -> Any:
-        """Its record for the watchdog."""
-
-
-def run_rank(rank: RankLike, job: StageJob) -> StageResult:
+def run_rank(rank: Rank, job: StageJob) -> StageResult:
     """Train stage job.k in this process; the other stages are the other ranks of the default process group."""
     if isinstance(job.method, AsyncDGL):
-        return _run_free(rank, job, job.method, rank.progress)
+        return _run_free(rank, job, job.method)
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     _begin_together(job)
@@ -49,15 +30,15 @@ def run_rank(rank: RankLike, job: StageJob) -> StageResult:
     return result
 
 
-def joined(rank: RankLike, job: StageJob) -> RankLink:
+def joined(rank: Rank, job: StageJob) -> RankLink:
     """The link of stage job.k to its neighbours, with room for the messages that the method's lags ask for. Ranks call it together."""
     depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
-    return connect(job.link, depth, rank.device, rank.progress)
+    return connect(job.placement.link, depth, rank.device, rank.progress)
 
 
-def _run_free(rank: RankLike, job: StageJob, method: AsyncDGL, watch: Progress) -> StageResult:
+def _run_free(rank: Rank, job: StageJob, method: AsyncDGL) -> StageResult:
     buffer: ReplayBuffer[Message] = ReplayBuffer(method.buffer, method.max_reuse)
-    link = FreeLink(job.k, job.K, buffer, rank.device, watch, lambda: worker.stage.version, ReceivedCodebooks().with_codebooks)
+    link = FreeLink(job.k, job.K, buffer, rank.device, rank.progress, lambda: worker.stage.version, ReceivedCodebooks().with_codebooks)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     _begin_together(job)
     FreeRun(worker.engine, link, job.length, rank.emit).run()

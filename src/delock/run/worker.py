@@ -48,13 +48,14 @@ class Worker:
         )
         if job.execution.compile:
             self.rehearse()
-        self.log = StageLog(spans=[] if job.trace else None)
+        self.log = StageLog(spans=[] if job.report.trace else None)
         self.tracker = History(job, self.log, emit, device)
         self.sent = link.sent
         slow, delay = _pace(job)
+        codec, error_codec = job.compression.activations, job.compression.errors
         self.engine = Engine(
             self.stage,
-            CodedLink(link, job.k, job.codec, job.error_codec, job.seed) if job.codec or job.error_codec else link,
+            CodedLink(link, job.k, codec, error_codec, job.seed) if codec or error_codec else link,
             feed=Feed(job.train, job.test, job.method.parts, device) if job.train is not None else None,
             log=self.log,
             progress=progress,
@@ -120,7 +121,7 @@ def _pace(job: StageJob) -> tuple[Slowdown | None, Callable[[float], None]]:
     """The ticks in which the stage takes longer, and how it does: a core that is not needed is left to the stages that share it."""
     if job.method.free_running and (times := job.method.slowdown(job.k)) > 1:
         return Slowdown(times - 1), time.sleep
-    return job.slow, time.sleep if job.emulated else spin
+    return job.simulation.straggler(job.K, job.seed), time.sleep if job.simulation.emulate else spin
 
 
 def _sorted(histogram: Mapping[int, int]) -> dict[int, int]:

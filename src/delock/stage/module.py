@@ -11,8 +11,9 @@ from torch.func import functional_call
 from torch.nn.utils.prune import BasePruningMethod
 
 from delock.errors import UsageError
-from delock.execution import PLAIN, Execution
+from delock.execution import PLAIN, apply, lay_out_input, lay_out_weights, precision
 from delock.keys import key
+from delock.options import Execution
 from delock.stage.compiled import Compiled, statistics
 from delock.tensors import Tree, address, floating, like, tensors, with_leaves
 
@@ -28,7 +29,7 @@ class ModuleFunction:
     """
 
     def __init__(self, module: nn.Module, name: tuple[int | str, ...], device: torch.device, execution: Execution = PLAIN) -> None:
-        self.module, self.name, self.device, self.execution = execution.prepared(module.to(device)).train(), name, device, execution
+        self.module, self.name, self.device, self.execution = lay_out_weights(execution, module.to(device)).train(), name, device, execution
         self.compiled = Compiled(self.module) if execution.compile else None
         self.weights: Weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.own: frozenset[int] | None = None  # addresses of weights and buffers; None: not asked for yet
@@ -51,9 +52,9 @@ class ModuleFunction:
         entered = self._enter(values, leaves)
         module, under = (self.compiled, "inner.") if self.compiled else (self.module, "")
         if not instead:
-            return self.execution.apply(module, entered, self.device)
+            return apply(self.execution, module, entered, self.device)
         named = {f"{under}{name}": tensor for name, tensor in instead.items()}
-        return self.execution.apply(lambda given: functional_call(module, named, (given,)), entered, self.device)
+        return apply(self.execution, lambda given: functional_call(module, named, (given,)), entered, self.device)
 
     def rehearse(self, values: Tree, leaves: tuple[Tensor, ...], what: str) -> Tree:
         """Compile forward and backward for inputs like these. Returns outputs, with a graph.
@@ -78,7 +79,7 @@ class ModuleFunction:
         """f(values) in eval mode, without a graph."""
         self.module.eval()
         try:
-            with torch.no_grad(), self.execution.context(self.device):
+            with torch.no_grad(), precision(self.execution, self.device):
                 return self.module(self._enter(values, ()))
         finally:
             self.module.train()
@@ -93,7 +94,7 @@ class ModuleFunction:
     def _enter(self, values: Tree, leaves: tuple[Tensor, ...]) -> Tree:
         """The module's argument; cloned where the module's first op writes in place."""
         clone = self.clones_inputs is not False
-        entered = [self.execution.laid_out(t.clone() if clone else t) for t in with_leaves(values, leaves)]
+        entered = [lay_out_input(self.execution, t.clone() if clone else t) for t in with_leaves(values, leaves)]
         if self.clones_inputs is None and hasattr(Tensor, "_version"):  # without that counter every call clones
             self._watch(entered)
         return like(values, entered)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from delock.errors import UsageError
-from delock.execution import PLAIN, Execution
+from delock.execution import PLAIN, precision
 from delock.links.message import Message
 from delock.ops import Backward, Forward, Update
+from delock.options import Execution
 from delock.plan.steps import Step
 from delock.stage.in_flight import InFlight
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
@@ -83,7 +84,7 @@ class Stage:
         self.head = ModuleFunction(head, (seed, k, "head"), self.device, execution) if head is not None else None
         if mixed:
             refuse_derived_weights(module)
-            if execution.amp:
+            if execution.amp != "no":
                 raise UsageError('at="mixed" does not go with amp: autocast computes with copies of the weights, and graphs keep them')
             if execution.compile:
                 raise UsageError('at="mixed" does not go with compile: compiled graphs may keep tensors computed from the weights')
@@ -257,7 +258,7 @@ class Stage:
     def _loss(self, outputs: Any, message: Message) -> Tensor:
         assert self.loss is not None
         with torch.enable_grad():
-            with self.execution.context(self.device):
+            with precision(self.execution, self.device):
                 loss = self.loss(outputs, message.targets)
             _refuse_loss(loss, outputs)
             return loss if message.weight == 1 else loss * message.weight

@@ -121,9 +121,9 @@ def straggler(text: str, K: int, seed: int) -> Slowdown:
     """
     match = re.fullmatch(rf"(\d+|random):{NUMBER}", text)
     if not match:
-        raise UsageError(f"straggle is {text!r}, but it must be STAGE:S or random:S, such as 1:0.5: S is by how much a slow tick is longer")
+        raise UsageError(f"slow is {text!r}, but it must be STAGE:S or random:S, such as 1:0.5: S is by how much a slow tick is longer")
     if match[1] == "random":
         return Slowdown(float(match[2]), 1 / K, seed=seed)
     if int(match[1]) >= K:
-        raise UsageError(f"straggle is {text!r}, but the stages are 0 .. {K - 1}")
+        raise UsageError(f"slow is {text!r}, but the stages are 0 .. {K - 1}")
     return Slowdown(float(match[2]), victim=int(match[1]), seed=seed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from delock.cli.config.options import AlgorithmOptions
@@ -22,17 +23,24 @@ REPLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "depth": ("cuts",),
         "stages": ("cuts",),
         "cuts": ("stages",),
-        "epochs": ("steps",),
-        "steps": ("epochs",),
+        "epochs": ("batches",),
+        "batches": ("epochs",),
         "optimizer": ("lr", "momentum", "nesterov", "weight_decay"),
     }
 )
 """What an option puts out of force where it overrides one that came from elsewhere: the values were meant for the old one."""
 
 
+WORDS: Mapping[Any, str] = MappingProxyType(
+    {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path as text"}
+)
+RENAMED: Mapping[str, str] = MappingProxyType({"steps": "batches", "straggle": "slow", "turns": "order"})
+"""Names that options once had, and have in the files of older runs."""
+
+
 @dataclass(frozen=True)
 class Option:
-    """Where the option of a flat name lies, and its type."""
+    """The group of an option, its name there, and its type."""
 
     group: str
     name: str
@@ -41,10 +49,16 @@ class Option:
 
 def table(config: type[Any]) -> Mapping[str, Option]:
     """All options of a config class by flat name. Names are unique over its groups."""
-    groups = get_type_hints(config)
-    return MappingProxyType(
-        {name: Option(group, name, kind) for group, options in groups.items() for name, kind in get_type_hints(options).items()}
-    )
+    found: dict[str, Option] = {}
+    for group, options in get_type_hints(config).items():
+        kinds = get_type_hints(options)
+        found |= {option.name: Option(group, option.name, kinds[option.name]) for option in sayable(options)}
+    return MappingProxyType(found)
+
+
+def sayable(options: type[Any]) -> list[Field[Any]]:
+    """The fields of a group that text can say: all but those for Python alone."""
+    return [option for option in fields(options) if option.metadata.get("flag", True)]
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -57,22 +71,40 @@ def build(config: type[C], values: Mapping[str, Any], source: str) -> C:
     """The config with those options, the others at their defaults; `source` says in an error where they come from.
 
     Values may be as a TOML file has them: lists for tuples, text for paths. A hyphen in a name counts as an underscore.
-    Raises UsageError for a name that is no option (with the nearest), and for a value of another type.
+    Raises UsageError for a name that is no option (with the nearest), and for a value of another type or out of range.
     """
     known = table(config)
     groups: dict[str, dict[str, Any]] = {option.group: {} for option in known.values()}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            raise UsageError(f"{source}: there is no option {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise UsageError(f"{source}: there is no option {key!r}{hint(name, known, repr)}")
         option = known[name]
         try:
             groups[option.group][name] = converted(value, option.kind)
         except TypeError:
             raise UsageError(f"{source}: {key} is {value!r}, but it must be {described(option.kind)}") from None
     kinds = get_type_hints(config)
-    return config(**{group: kinds[group](**given) for group, given in groups.items()})
+    return config(**{group: _group(kinds[group], given) for group, given in groups.items()})
+
+
+def _group(kind: type[C], given: Mapping[str, Any]) -> C:
+    """The group with those options; an error calls them as the command line does."""
+    try:
+        return kind(**given)
+    except UsageError as error:
+        text = str(error)
+        for name in given:
+            text = re.sub(rf"\b{name}\b", name.replace("_", "-"), text)
+        raise UsageError(text) from None
+
+
+def hint(name: str, known: Collection[str], spelled: Callable[[str], str], joint: str = "; ") -> str:
+    """The remedy for a name that is no option: today's name, or the nearest."""
+    if RENAMED.get(name) in known:
+        return f" any more: it is called {spelled(RENAMED[name])}"
+    near = get_close_matches(name, known, n=1)
+    return f"{joint}did you mean {spelled(near[0])}?" if near else ""
 
 
 def override(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,10 +138,10 @@ def converted(value: Any, kind: Any) -> Any:
 def described(kind: Any) -> str:
     """A type in the words of an error message."""
     origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(described(one) for one in inner if one is not NoneType)
+    if origin in (Union, UnionType):  # in words are neither None nor the objects that a text may stand for
+        return " or ".join(described(one) for one in inner if get_origin(one) or one in WORDS)
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"
     if origin is tuple:
         return f"a list, each entry {described(inner[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path as text"}[kind]
+    return WORDS[kind]

@@ -44,7 +44,7 @@ def settle(config: TrainConfig) -> TrainConfig:
     _refuse_mixture(config)
     given = flat(config)
     defaults = dict(TEXT if is_text(config) else IMAGES)
-    if "steps" in given:
+    if "batches" in given:
         del defaults["epochs"]
     values = defaults | given
     values.setdefault("weight_decay", DECAY_OF_TEXT if is_text(config) and values["optimizer"] == "adamw" else DECAY)

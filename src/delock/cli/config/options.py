@@ -1,4 +1,7 @@
-"""The options of `delock train` and `delock compare`, in groups; on the command line and in a file they are flat."""
+"""The options of `delock train` and `delock compare`, in groups; on the command line and in a file they are flat.
+
+Groups that `fit` takes too are those of `delock.options`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
+
+from delock.options import Compression, Execution, Placement, Report, Simulation
 
 
 def shown(default: str, values: str | None = None) -> Any:
@@ -52,8 +57,9 @@ class AlgorithmOptions:
     """fdg, adl: factor of every error received, in (0, 1]."""
     at: Annotated[Literal["stash", "replay", "mixed"] | None, OWN] = None
     """fdg, adl: where the derivative is taken."""
-    order: Annotated[Literal["forward-first", "backward-first"] | None, OWN] = None
-    """fdg, adl: order of work inside a tick."""
+    order: Annotated[Literal["forward-first", "backward-first", "free", "sampled", "round-robin"] | None, OWN] = None
+    """fdg, adl: order of work inside a tick, forward-first or backward-first; dgl-async: a process per stage at its own pace (free), or
+    one process in which the next stage to act is drawn (sampled), or all take turns (round-robin)."""
     reduce: Annotated[Literal["sum", "mean"] | None, OWN] = None
     """adl: what becomes of accumulated gradients."""
     p: Annotated[tuple[int, ...] | None, LAGS] = None
@@ -70,8 +76,6 @@ class AlgorithmOptions:
     """dgl-async: mini-batches in the replay buffer in front of every stage but the first."""
     max_reuse: Annotated[int | None, OWN] = None
     """dgl-async: times that a batch in the buffer may be read; 0 sets no limit."""
-    turns: Annotated[Literal["free", "sampled", "round-robin"] | None, OWN] = None
-    """dgl-async: a process per stage at its own pace (free), or one process in which the next stage to act is drawn, or all take turns."""
     slow_stage: Annotated[int | None, OWN] = None
     """dgl-async: the stage that --noise slows down."""
     noise: Annotated[float | None, OWN] = None
@@ -142,7 +146,7 @@ class TrainingOptions:
 
     epochs: Annotated[int | None, either("epochs")] = None
     """Passes over the training data; of text, windows with as many tokens as it has."""
-    steps: Annotated[int | None, shown("--epochs")] = None
+    batches: Annotated[int | None, shown("--epochs")] = None
     """Batches to train, in place of --epochs."""
     eval_every: Annotated[int | None, shown("once an epoch")] = None
     """Batches between two evaluations."""
@@ -171,47 +175,13 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True)
-class LinkOptions:
-    """What travels between the stages: as it is, or encoded, in one process too."""
-
-    codec: str = "none"
-    """Of activations: none, bf16, int8 or vq, with settings as in vq:codes=256:dim=16:every=50."""
-    error_codec: str = "none"
-    """Of errors: none, bf16 or int8."""
-
-
-@dataclass(frozen=True)
 class MachineOptions:
-    """Where it runs. Under torchrun the ranks it gives are used, one per stage."""
+    """The processes and the devices. Under torchrun the ranks it gives are used, one per stage."""
 
     workers: Literal["processes", "inline"] = "processes"
     """A process per stage, or all stages in this one: the numbers are the same."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
-    threads: int = 1
-    """Threads per stage."""
-    pin: bool = True
-    """Give each stage's process cores of its own, where the system can."""
-    link: Literal["auto", "gloo", "shared"] = "auto"
-    """Between the processes: gloo, shared memory, or auto, shared memory where two stages are on one host."""
-    port: int = 0
-    """Port at which the processes meet; 0 is any free one."""
-    amp: Literal["no", "bf16"] = "no"
-    """bf16: compute in bfloat16 by autocast; weights and optimizer stay in their own precision."""
-    layout: Literal["default", "channels-last", "auto"] = "default"
-    """Of images in memory; auto tries both on one batch and takes the faster."""
-    chunks: int = 1
-    """Slices in which a batch goes through a stage, so that each may stay in the cache; batch norm is then over a slice."""
-    compile: bool = False
-    """Compile every stage by torch.compile, before the first batch."""
-    captured: bool = False
-    """With --device cuda --workers inline: every tick as a CUDA graph, the stages on streams of one GPU. Experimental."""
-    straggle: Annotated[str | None, shown("no stage", "STAGE:S")] = None
-    """Make a stage slower: 1:0.5, stage 1 takes half as long again; random:0.5, every stage does in one of K ticks."""
-    emulate: Annotated[str | None, shown("no", "F:B")] = None
-    """Wait F and B milliseconds (F:B:JITTER) per batch and stage instead of computing; real messages. Nothing is learned."""
-    patience: float = 120.0
-    """Seconds without any progress after which the run is ended; 0 is never."""
 
 
 @dataclass(frozen=True)
@@ -222,10 +192,6 @@ class OutputOptions:
     """Folder of the run."""
     overwrite: bool = False
     """Replace the run in --out."""
-    log_every: int = 10
-    """Batches between two lines of metrics.jsonl."""
-    trace: bool = False
-    """Keep the measured timeline, for Perfetto and as a picture, and show where the time went."""
     tensorboard: bool = False
     """Write event files for TensorBoard, too."""
     config: Annotated[Path | None, shown("no file")] = None
@@ -241,8 +207,12 @@ class TrainConfig:
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     language: LanguageOptions = field(default_factory=LanguageOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
-    links: LinkOptions = field(default_factory=LinkOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
+    placement: Placement = field(default_factory=Placement)
+    execution: Execution = field(default_factory=Execution)
+    compression: Compression = field(default_factory=Compression)
+    simulation: Simulation = field(default_factory=Simulation)
+    report: Report = field(default_factory=Report)
     output: OutputOptions = field(default_factory=OutputOptions)
 
 
@@ -265,6 +235,10 @@ class CompareConfig:
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     language: LanguageOptions = field(default_factory=LanguageOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
-    links: LinkOptions = field(default_factory=LinkOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
+    placement: Placement = field(default_factory=Placement)
+    execution: Execution = field(default_factory=Execution)
+    compression: Compression = field(default_factory=Compression)
+    simulation: Simulation = field(default_factory=Simulation)
+    report: Report = field(default_factory=Report)
     output: OutputOptions = field(default_factory=OutputOptions)

@@ -8,11 +8,11 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from delock.cli.config.kinds import resolved, settle
-from delock.cli.config.options import AlgorithmOptions, LinkOptions, NetworkOptions, TrainConfig, TrainingOptions
-from delock.codecs import parse, parse_error, spelled
+from delock.cli.config.options import AlgorithmOptions, NetworkOptions, TrainConfig, TrainingOptions
+from delock.codecs import spelled
 from delock.errors import UsageError
 from delock.methods import Method, make, options
-from delock.timeline import Emulation, straggler
+from delock.options import Compression
 
 LEARNING_RATES = MappingProxyType({"sgd": 0.1, "adam": 0.001, "adamw": 0.001})
 
@@ -26,10 +26,7 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     config = settle(config)
     method, network = make_method(config.algorithm), _network(config.network, ranks or 2)
     method.fits(network.stages or 1)
-    if config.machine.emulate:
-        Emulation.parse(config.machine.emulate)
-    if config.machine.straggle:
-        straggler(config.machine.straggle, network.stages or 1, config.training.seed)
+    config.simulation.straggler(network.stages or 1, config.training.seed)  # raises UsageError for a stage that is not there
     if config.network.head is not None and not method.local_losses:
         raise UsageError(f"head is {config.network.head}, but {method.name} has no local losses: leave it out")
     batch = resolved(config.dataset.batch_size)
@@ -37,8 +34,8 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
         raise UsageError(
             f"{method.name} splits every batch into {method.parts} parts, but batch-size is {batch}: use fewer parts, or larger batches"
         )
-    algorithm, training, links = _algorithm(config.algorithm, method), _training(config.training), _links(config.links)
-    return replace(config, algorithm=algorithm, network=network, training=training, links=links)
+    algorithm, training, compression = _algorithm(config.algorithm, method), _training(config.training), _spelled(config.compression)
+    return replace(config, algorithm=algorithm, network=network, training=training, compression=compression)
 
 
 def make_method(config: AlgorithmOptions) -> Method:
@@ -63,13 +60,14 @@ def _network(config: NetworkOptions, usual: int) -> NetworkOptions:
     return replace(config, stages=stages)
 
 
-def _links(config: LinkOptions) -> LinkOptions:
-    return LinkOptions(spelled(parse(config.codec)), spelled(parse_error(config.error_codec)))
+def _spelled(compression: Compression) -> Compression:
+    """The codecs as they are written in short, settings at their defaults left out."""
+    return Compression(spelled(compression.activations), spelled(compression.errors))
 
 
 def _training(config: TrainingOptions) -> TrainingOptions:
-    if config.epochs is not None and config.steps is not None:
-        raise UsageError("the length of the run is given twice: use --epochs or --steps")
+    if config.epochs is not None and config.batches is not None:
+        raise UsageError("the length of the run is given twice: use --epochs or --batches")
     if config.optimizer != "sgd" and (config.momentum is not None or config.nesterov):
         raise UsageError(f"momentum and nesterov are options of sgd, and the optimizer is {config.optimizer}")
     if config.milestones and config.schedule != "steps":
@@ -92,7 +90,7 @@ def refuse_below(bounds: Mapping[str, tuple[float | None, float]]) -> None:
 
 def _check(config: TrainConfig) -> None:
     """Refuse numbers out of range, by the names the user gave them."""
-    network, data, language, training, machine = config.network, config.dataset, config.language, config.training, config.machine
+    network, data, language, training = config.network, config.dataset, config.language, config.training
     bounds: dict[str, tuple[float | None, float]] = {
         "stages": (network.stages, 1),
         "batch-size": (data.batch_size, 1),
@@ -104,7 +102,7 @@ def _check(config: TrainConfig) -> None:
         "width": (language.width, 1),
         "attention-heads": (language.attention_heads, 1),
         "epochs": (training.epochs, 1),
-        "steps": (training.steps, 1),
+        "batches": (training.batches, 1),
         "eval-every": (training.eval_every, 1),
         "lr": (training.lr, 0),
         "momentum": (training.momentum, 0),
@@ -112,17 +110,11 @@ def _check(config: TrainConfig) -> None:
         "warmup": (training.warmup, 0),
         "gamma": (training.gamma, 0),
         "seed": (training.seed, 0),
-        "threads": (machine.threads, 1),
-        "chunks": (machine.chunks, 1),
-        "patience": (machine.patience, 0),
-        "log-every": (config.output.log_every, 1),
     }
     refuse_below(bounds)
     if any(not 0 <= at < float("inf") for at in training.milestones):
         raise UsageError(f"milestones are {' '.join(f'{at:g}' for at in training.milestones)}, but every one must be at least 0")
     if not 0 <= network.dropout < 1:
         raise UsageError(f"dropout is {network.dropout}, but it must lie in [0, 1)")
-    if not 0 <= machine.port <= 65535:
-        raise UsageError(f"port is {machine.port}, but it must lie in 0 .. 65535")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", machine.device):
-        raise UsageError(f"device is {machine.device!r}, but it must be cpu, cuda or cuda:N")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.machine.device):
+        raise UsageError(f"device is {config.machine.device!r}, but it must be cpu, cuda or cuda:N")

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from delock.cli.config.flat import RENAMED
 from delock.errors import UsageError
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys and values of a TOML file. Raises UsageError where there is none, or it is not TOML, or has tables."""
+    """The options in a TOML file by flat name; names of older versions become today's.
+
+    Raises UsageError where there is none, or it is not TOML, or has tables.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -22,7 +26,8 @@ def read(path: Path) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, dict):
             raise UsageError(f"{path}: [{name}] begins a table, but all options stand at the top level: take that line out")
-    return values
+    names = {name: name.replace("-", "_") for name in values}
+    return {RENAMED.get(names[name], names[name]): value for name, value in values.items()}
 
 
 def write(values: Mapping[str, Any], comment: str) -> str:

@@ -114,7 +114,7 @@ def _evaluate(columns: Sequence[_Column], tick: int) -> None:
 
 def _turns(method: AsyncDGL, K: int, seed: int) -> Iterator[int]:
     """The stages in the order in which they act."""
-    if method.turns == "round-robin":
+    if method.order == "round-robin":
         yield from (i % K for i in count())
     heights = list(accumulate(1 / method.slowdown(k) for k in range(K)))
     for i in count():

@@ -1,0 +1,125 @@
+"""The options of a run in five groups, which `fit`, a stage's job and the command line share. No torch.
+
+A field is a keyword of its group in Python, an option of the same name on the command line (with hyphens) and a key of config.toml; the
+text below it is the option's help. A value that is an object may also be given as the text that the command line takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from delock.codecs import Codec, parse, parse_error
+from delock.errors import UsageError
+from delock.methods.base import at_least, one_of
+from delock.records import Visit
+from delock.timeline import Emulation, Slowdown, straggler
+
+PYTHON_ONLY = MappingProxyType({"flag": False})  # metadata of a field that no text can say
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The way every stage computes."""
+
+    amp: Literal["no", "bf16"] = "no"
+    """bf16: compute in bfloat16 by autocast; weights, gradients and optimizer stay in their own precision."""
+    layout: Literal["default", "channels-last", "auto"] = "default"
+    """Of images in memory; auto tries both on one batch and takes the faster."""
+    chunks: int = 1
+    """Slices in which a batch goes through a stage, so that each may stay in the cache; batch norm is then over a slice."""
+    compile: bool = False
+    """Compile every stage by torch.compile, before the first batch; evaluation, and batches smaller than the first, stay uncompiled."""
+    captured: bool = False
+    """With device cuda and workers inline: every tick as a CUDA graph, the stages on streams of one GPU. Experimental."""
+
+    def __post_init__(self) -> None:
+        one_of("amp", self.amp, ("no", "bf16"))
+        one_of("layout", self.layout, ("default", "channels-last", "auto"))
+        at_least("chunks", self.chunks, 1)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The processor cores of the stages, and what joins and watches their processes."""
+
+    threads: int = 1
+    """Threads per stage; with workers inline of all stages together."""
+    pin: bool = True
+    """Give each stage's process cores of its own, where the system can."""
+    port: int = 0
+    """Port at which the processes meet; 0 is any free one."""
+    link: Literal["auto", "gloo", "shared"] = "auto"
+    """Between the processes: gloo (between GPUs NCCL), shared memory, or auto, shared memory where two stages are on one host."""
+    patience: float = 120.0
+    """Seconds without any progress after which the run is ended, more where one op is measured to take long; 0 is never."""
+
+    def __post_init__(self) -> None:
+        at_least("threads", self.threads, 1)
+        if not 0 <= self.port <= 65535:
+            raise UsageError(f"port is {self.port}, but it must lie in 0 .. 65535")
+        one_of("link", self.link, ("auto", "gloo", "shared"))
+        at_least("patience", self.patience, 0)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The form in which activations and errors travel between the stages, in one process too."""
+
+    codec: Codec | str | None = "none"
+    """Of activations: none, bf16, int8 or vq, with settings as in vq:codes=256:dim=16:every=50."""
+    error_codec: Codec | str | None = "none"
+    """Of errors: none, bf16 or int8."""
+
+    def __post_init__(self) -> None:
+        _ = self.activations, self.errors  # raise UsageError for what does not exist
+
+    @property
+    def activations(self) -> Codec | None:
+        """The codec of activations."""
+        return parse(self.codec)
+
+    @property
+    def errors(self) -> Codec | None:
+        """The codec of errors."""
+        return parse_error(self.error_codec)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Conditions that are simulated around real messages: stragglers, stages that only wait, a run done again."""
+
+    slow: Slowdown | str | None = None
+    """Make a stage slower: 1:0.5, stage 1 takes half as long again; random:0.5, every stage does in one of K ticks."""
+    emulate: Emulation | str | None = None
+    """Wait F and B milliseconds (F:B or F:B:JITTER) per batch and stage instead of computing; real messages. Nothing is learned."""
+    replay: Sequence[Sequence[Visit]] | None = field(default=None, metadata=PYTHON_ONLY)
+    """The visits of every stage in an earlier free-running run, from its VisitsRecords: with workers inline they are done again."""
+
+    def __post_init__(self) -> None:
+        _ = self.waits
+        self.straggler(10**9, 0)
+
+    def straggler(self, K: int, seed: int) -> Slowdown | None:
+        """The slow ticks of K stages. Raises UsageError where it is text that names none of them."""
+        return straggler(self.slow, K, seed) if isinstance(self.slow, str) else self.slow
+
+    @property
+    def waits(self) -> Emulation | None:
+        """The seconds that every stage waits instead of computing."""
+        return Emulation.parse(self.emulate) if isinstance(self.emulate, str) else self.emulate
+
+
+@dataclass(frozen=True)
+class Report:
+    """The records of a run."""
+
+    log_every: int = 10
+    """Batches between two records of the training loss."""
+    trace: bool = False
+    """Keep the measured timeline: on the command line for Perfetto, as a picture, and as a table of where the time went."""
+
+    def __post_init__(self) -> None:
+        at_least("log_every", self.log_every, 1)

@@ -1,0 +1,37 @@
+"""Collects the results of the stages: trained weights go back into the model, records and reports become the Result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from delock.partition.layers import layers
+from delock.partition.stages import stages
+from delock.records import Result, Started
+from delock.run.job import StageResult
+from delock.run.request import Request
+
+
+def collect(request: Request, started: Started, results: Sequence[StageResult]) -> Result:
+    """Loads the weights of all stages into the request's model and heads, and returns the Result."""
+    if request.simulation.emulate is None:  # emulated stages have learned nothing
+        _load(request, started.cuts, results)
+    last = results[-1]
+    seconds = max(result.seconds for result in results)  # the lower stages are the last to be done
+    return Result(
+        started=started,
+        losses=last.losses,
+        evaluations=last.evaluations,
+        stages=[result.report for result in results],
+        seconds=seconds,
+        samples_per_second=last.samples / seconds if seconds > 0 else 0.0,
+        samples=last.samples,
+        spans=tuple(tuple(result.spans) for result in results),
+    )
+
+
+def _load(request: Request, cuts: tuple[int, ...], results: Sequence[StageResult]) -> None:
+    for module, result in zip(stages(layers(request.model), cuts), results, strict=True):
+        module.load_state_dict(result.state)
+    if request.heads is not None and not isinstance(request.heads, str):
+        for head, k in zip(request.heads, request.method.headed(len(results)), strict=True):
+            head.load_state_dict(results[k].head)

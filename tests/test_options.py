@@ -1,0 +1,117 @@
+"""The groups of options: one definition for `fit`, the stages' jobs and the command line."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import delock
+from delock.api import MOVED, fit
+from delock.cli.arguments import parse
+from delock.cli.config import TrainConfig, build, flat, resolve, toml
+from delock.codecs import BF16, VQ
+from delock.errors import UsageError
+from delock.options import Compression, Execution, Placement, Report, Simulation
+from delock.timeline import Emulation, Slowdown
+
+GROUPS = (Execution, Placement, Compression, Simulation, Report)
+WORDS = {
+    "amp": "bf16", "layout": "auto", "chunks": "2", "compile": None, "captured": None, "threads": "2", "pin": None, "port": "4711",
+    "link": "gloo", "patience": "3", "codec": "vq:dim=8", "error_codec": "bf16", "slow": "1:0.5", "emulate": "5:10", "log_every": "3",
+    "trace": None,
+}  # fmt: skip
+
+
+def test_fit_takes_24_arguments_and_the_groups_none_of_their_names() -> None:
+    names = inspect.signature(fit).parameters
+    assert len(names) == 24
+    assert not names.keys() & MOVED.keys()
+    assert set(GROUPS) <= {parameter.default.__class__ for parameter in names.values()}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_command_line_has_the_groups_themselves(group: type[Any]) -> None:
+    """Each option of `fit`'s groups by its own name, in the same class."""
+    for option in fields(group):
+        if option.name == "replay":
+            continue
+        text = WORDS[option.name]
+        words = [f"--{option.name.replace('_', '-')}", text] if text else [f"--{'no-' * (option.default is True)}{option.name}"]
+        config = parse(TrainConfig, words, "train", "")
+        [mine] = [value for name in TrainConfig.__dataclass_fields__ if type(value := getattr(config, name)) is group]
+        assert getattr(mine, option.name) != option.default
+        assert build(TrainConfig, flat(config), "again") == config
+
+
+def test_python_alone_replays() -> None:
+    with pytest.raises(UsageError, match="there is no option --replay"):
+        parse(TrainConfig, ["--replay", "x"], "train", "")
+
+
+def test_help_is_that_of_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"], "train", "")
+    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    for group in GROUPS:
+        for text in re.findall(r'^    """(.*)"""$', inspect.getsource(group), re.MULTILINE)[1:]:
+            assert ("Python" in text or "VisitsRecords" in text) or text in shown
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Execution(amp=True), "amp is True, but it must be one of no, bf16"),  # type: ignore[arg-type]
+        (lambda: Execution(layout="nhwc"), "layout is 'nhwc', but it must be one of default, channels-last, auto"),  # type: ignore[arg-type]
+        (lambda: Execution(chunks=0), "chunks is 0, but it must be at least 1"),
+        (lambda: Placement(threads=0), "threads is 0, but it must be at least 1"),
+        (lambda: Placement(port=70000), "port is 70000, but it must lie in 0 .. 65535"),
+        (lambda: Placement(link="tcp"), "link is 'tcp', but it must be one of auto, gloo, shared"),  # type: ignore[arg-type]
+        (lambda: Placement(patience=float("nan")), "patience is nan, but it must be at least 0"),
+        (lambda: Compression("vp"), "no codec is called 'vp'"),
+        (lambda: Compression(error_codec="vq"), "errors travel as none, bf16 or int8"),
+        (lambda: Compression(error_codec=VQ()), "errors travel as none, bf16 or int8"),
+        (lambda: Simulation(slow="1"), "slow is '1', but it must be STAGE:S"),
+        (lambda: Simulation(emulate="fast"), "emulate is 'fast', but it must be F:B"),
+        (lambda: Report(log_every=0), "log_every is 0, but it must be at least 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(make: Callable[[], object], says: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(says)):
+        make()
+
+
+def test_an_object_is_what_its_text_stands_for() -> None:
+    assert Compression(VQ(dim=8), BF16()).activations == Compression("vq:dim=8").activations
+    assert Compression("none", "bf16").errors == Compression(error_codec=BF16()).errors == BF16()
+    assert Simulation(emulate="5:10").waits == Simulation(emulate=Emulation(0.005, 0.01)).waits
+    assert Simulation(slow="1:0.5").straggler(2, seed=3) == Slowdown(0.5, victim=1, seed=3)
+
+
+@pytest.mark.parametrize("name", sorted(MOVED))
+def test_an_old_keyword_of_fit_names_the_new_spelling(name: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"fit has no keyword {name!r} any more: write {MOVED[name]}")):
+        fit(None, None, **{name: 1})  # type: ignore[call-overload]
+
+
+def test_the_old_name_of_an_option_is_one_error() -> None:
+    for name, new in (("steps", "batches"), ("straggle", "slow"), ("turns", "order")):
+        with pytest.raises(UsageError, match=f"there is no option --{name} any more: it is called --{new}"):
+            parse(TrainConfig, [f"--{name}", "1"], "train", "")
+    for made in (lambda: delock.AsyncDGL(turns="free"), lambda: delock.methods.make("dgl-async", turns="free")):
+        with pytest.raises(UsageError, match="dgl-async has no option 'turns' any more: it is called order"):
+            made()
+
+
+def test_the_file_of_an_older_run_still_loads(tmp_path: Path) -> None:
+    """One that was written before options were grouped: flat, with old names."""
+    lines = ('method = "dgl-async"', 'turns = "sampled"', "steps = 7", 'straggle = "1:0.5"', 'amp = "no"', "threads = 2")
+    (tmp_path / "config.toml").write_text("\n".join(lines))
+    config = resolve(build(TrainConfig, toml.read(tmp_path / "config.toml"), "config.toml"))
+    assert (config.algorithm.order, config.training.batches, config.simulation.slow) == ("sampled", 7, "1:0.5")
+    assert (config.execution, config.placement) == (Execution(), Placement(threads=2))
