@@ -7,6 +7,7 @@ stage k sees a batch again D_k = sum over j >= k of (p_j + q_j) ticks, and so ba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from delock.methods import DGL, DSP, Interlocking, Method
 from delock.methods.base import Order
@@ -57,6 +58,13 @@ def staleness(method: Method, b: int, k: int, K: int) -> int:
     """Gradient staleness: updates between the two versions; 0 where the derivative is taken anew at the newest weights."""
     used, applied = versions(method, b, k, K)
     return 0 if derivative(method) == "replay" else applied - used
+
+
+def oracle_options(method: Method, K: int) -> dict[str, Any]:
+    """What `oracles.delayed` is given for a delayed method."""
+    options = {"delays": delays(method, K), "at": derivative(method), "backward_first": getattr(method, "order", "") == "backward-first"}
+    options |= {"shrink": getattr(method, "beta", 1.0), "reduce": getattr(method, "reduce", "mean")}
+    return options | {"M": getattr(method, "accumulate", 1)}
 
 
 def trainers(method: Method, k: int, K: int) -> int:

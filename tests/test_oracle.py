@@ -41,13 +41,6 @@ def assert_close(got: list[StageResult], want: OracleRun) -> None:
     assert oracles.gap(torch.tensor(got[-1].losses, dtype=torch.float64), torch.stack(want.losses).double()) <= 1e-10
 
 
-def options_of(method: Method, K: int) -> dict[str, object]:
-    """The oracle's options for a delayed method, from the papers' table and not from the method's own formulas."""
-    options: dict[str, object] = {"delays": papers.delays(method, K), "at": papers.derivative(method)}
-    options |= {"backward_first": getattr(method, "order", "") == "backward-first", "shrink": getattr(method, "beta", 1.0)}
-    return options | {"M": method.batches_per_update, "reduce": getattr(method, "reduce", "mean")}
-
-
 DELAYED = [
     (work, K, method)
     for work in ("conv", "tuple")
@@ -69,7 +62,7 @@ DELAYED = [
 
 @pytest.mark.parametrize(("work", "K", "method"), DELAYED, ids=lambda value: str(value))
 def test_delayed(work: str, K: int, method: Method) -> None:
-    assert_close(run(method, K, work), oracle(method, K, work, **options_of(method, K)))
+    assert_close(run(method, K, work), oracle(method, K, work, **papers.oracle_options(method, K)))
 
 
 @pytest.mark.parametrize("work", ["conv", "tuple"])
