@@ -27,9 +27,9 @@ class Method(ABC):
     local_losses: ClassVar[bool] = False
     """True if stages below the last may have losses, and so auxiliary heads, of their own."""
     planned: ClassVar[bool] = True
-    """True if `tick` says what happens when; else every stage learns from a replay buffer, and the order of turns decides what it reads."""
+    """True if `tick` decides the order of ops; else every stage reads from a replay buffer, in an order known only during the run."""
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Options that once had another name, and their name today."""
+    """Old names of options, and their names today."""
 
     def __new__(cls, *given: object, **options: object) -> Self:
         cls.refuse_renamed(options)
@@ -79,7 +79,7 @@ class Method(ABC):
         return 0
 
     def slowdown(self, k: int) -> float:
-        """Returns by which factor the method itself makes stage k slower than it is; 1 for most."""
+        """Returns the factor by which the method slows stage k down; 1 for most methods."""
         return 1.0
 
     def headed(self, K: int) -> range:
@@ -109,7 +109,7 @@ def in_order(order: Order, last: bool, forward: Op, backward: Iterable[Op]) -> I
 
 
 def at_least(what: str, value: float, least: float) -> None:
-    """Raises UsageError for an option below its least value, infinite or no number."""
+    """Raises UsageError for an option below its least value, infinite, or NaN."""
     if not least <= value < float("inf"):
         shown = f"{value:g}" if isinstance(value, float) else value
         raise UsageError(f"{what} is {shown}, but it must be at least {least}")

@@ -1,4 +1,4 @@
-"""Asynchronous DGL: stages that learn from a replay buffer and wait for nobody."""
+"""Defines asynchronous DGL: stages learn from a replay buffer and do not wait for each other."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from delock.methods.dgl import DGL
 
 @dataclass(frozen=True)
 class AsyncDGL(DGL):
-    """DGL with a replay buffer in front of every stage but the first, filled by the stage below at that stage's own pace.
+    """Puts a replay buffer in front of every stage of DGL but the first; the stage below fills it at its own pace.
 
-        stage 0 |F0.0 B0.0 F1.1 B1.1 F2.2 B2.2     the order if all stages are equally fast, and that of order="round-robin", which
-        stage 1 |     F0.0 B0.0 F1.1 B1.1 F2.2     equals dgl; otherwise stage k's n-th Forward reads what the buffer holds: any
-        stage 2 |          F0.0 B0.0 F1.1 B1.1     batch of the stage below, perhaps one it has read before
+        stage 0 |F0.0 B0.0 F1.1 B1.1 F2.2 B2.2     the order of equally fast stages and of order="round-robin", which equals dgl.
+        stage 1 |     F0.0 B0.0 F1.1 B1.1 F2.2     Otherwise stage k's n-th Forward reads from its buffer any batch of the stage
+        stage 2 |          F0.0 B0.0 F1.1 B1.1     below, perhaps one that it has read before
 
-    Source: Belilovsky, Eickenberg, Oyallon, ICML 2020; arXiv 2106.06401. Update: that of DGL on the batch read: the least used in the
-    buffer, the newest of these. A stage that has made its updates goes on forwarding, in eval mode, until all have.
+    Source: Belilovsky, Eickenberg, Oyallon, ICML 2020; arXiv 2106.06401. Update: that of DGL on the batch that the stage reads: the
+    least used in its buffer, and the newest of several. A stage that is done goes on forwarding, in eval mode, until all are done.
 
     symbol in the paper | here
     M (size of B_j)     | buffer, in mini-batches
-    S = 1 / (1 - noise) | noise, of the stage slow_stage: how much slower it is than the others
+    S = 1 / (1 - noise) | noise, of the stage slow_stage: it takes S times as long as the others
     -                   | max_reuse: times that a batch may be read, 0 for any number of times
 
-    order: "free", a process per stage at its own pace (a slowed stage waits after each op, S - 1 times as long as that took; what
-    happened is recorded as a plan); "sampled", one process, the next stage to act drawn with equal probability, 1 - noise against 1 for
-    the slowed one; "round-robin", one process, stage after stage.
-    Deviations: a put is not counted as a use, and ties go to the newest, as in the text (the released code differs). On a link with two
-    messages under way a batch is left out rather than waited for. Staleness of the gradient: 0. An input is older than the newest put
-    by at most buffer - 1 puts. Memory of stage k: one graph, its head, `buffer` inputs.
+    order: "free" runs every stage in a process at its own pace, and records the run as a plan; a slowed stage waits after each op, S - 1
+    times as long as the op took. "sampled" runs all stages in one process and draws the next to act, all with equal probability, a slowed
+    one with 1 - noise against 1. "round-robin" runs one stage after the other in one process.
+    Deviations: a put is not counted as a use, and ties go to the newest, as in the text (the released code differs). If two messages are
+    under way on a link, a batch is left out. Staleness of the gradient: 0. An input is at most buffer - 1 puts older than the newest.
+    Memory of stage k: one graph, its head, `buffer` inputs.
     """
 
     name: ClassVar[str] = "dgl-async"
