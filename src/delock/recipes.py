@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import torch
 
-from delock.optim.factories import SGD, Adam, AdamW, decays
-from delock.optim.rates import Schedule
+from delock.optim.factories import SGD, Adam, AdamW, NAdamW, decays
+from delock.optim.feedback import error_feedback
+from delock.optim.muon import muon
+from delock.optim.rates import PipeMare, Schedule
+from delock.optim.soap import soap
+from delock.optim.spike import scadamw, scsgd
 
-__all__ = ["SGD", "Adam", "AdamW", "Schedule", "accuracy", "decays"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "NAdamW",
+    "PipeMare",
+    "Schedule",
+    "accuracy",
+    "decays",
+    "error_feedback",
+    "muon",
+    "scadamw",
+    "scsgd",
+    "soap",
+]
 
 
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:

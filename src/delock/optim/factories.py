@@ -43,9 +43,10 @@ class Adam:
 
     lr: float
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
 
     def __call__(self, params: Params) -> Optimizer:
-        return torch.optim.Adam(params, self.lr, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.Adam(params, self.lr, self.betas, weight_decay=self.weight_decay, fused=True)
 
     def bytes(self, named: Named) -> tuple[int, int]:
         """Returns bytes of its state, two means and a count for every weight; a step needs nothing beside."""
@@ -62,15 +63,42 @@ class AdamW:
 
     lr: float
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
 
     def __call__(self, params: Named) -> Optimizer:
-        named = list(params)
-        groups = [(self.weight_decay, [one for one in named if decays(*one)]), (0.0, [one for one in named if not decays(*one)])]
-        return torch.optim.AdamW([{"params": some, "weight_decay": decay} for decay, some in groups if some], self.lr, fused=True)
+        return torch.optim.AdamW(decay_groups(params, self.weight_decay), self.lr, self.betas, fused=True)
 
     def bytes(self, named: Named) -> tuple[int, int]:
         """Returns bytes of its state, two means and a count for every weight; a step needs nothing beside."""
         return two_means(named), 0
+
+
+@dataclass(frozen=True, slots=True)
+class NAdamW:
+    """Makes Adam with Nesterov momentum and decoupled weight decay, on matrices and kernels as AdamW. Source: Dozat, ICLR workshop 2016.
+
+    momentum_decay is 1, not torch's .004, with which the factor of beta1 is still .575 after 1,000 updates: 1 brings it to 1 in about 100.
+    """
+
+    lr: float
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __call__(self, params: Named) -> Optimizer:
+        groups = decay_groups(params, self.weight_decay)
+        return torch.optim.NAdam(groups, self.lr, self.betas, momentum_decay=1.0, decoupled_weight_decay=True, foreach=True)
+
+    def bytes(self, named: Named) -> tuple[int, int]:
+        """Returns bytes of its state, two means and two numbers for every weight, and of a step: a temporary for each weight."""
+        named = list(named)
+        return two_means(named) + 4 * len(named), sum(w.nbytes for _, w in named)
+
+
+def decay_groups(params: Named, weight_decay: float) -> list[dict[str, Any]]:
+    """Returns parameter groups in which weight decay acts on the parameters that it should act on; none is empty."""
+    named = list(params)
+    groups = [(weight_decay, [one for one in named if decays(*one)]), (0.0, [one for one in named if not decays(*one)])]
+    return [{"params": some, "weight_decay": decay} for decay, some in groups if some]
 
 
 def two_means(named: Named) -> int:

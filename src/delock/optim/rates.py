@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from delock.optim.stage_facts import StageFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +42,24 @@ class Schedule:
         if self.shape == "steps":
             return self.gamma ** bisect_right(self.milestones, n)
         return 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PipeMare:
+    """Slows a stage down at the beginning where its gradients are more than one update old, and follows `schedule` besides:
+
+        lr_k <- lr / max(1, tau_k)^(1 - min(n / annealing, 1))
+
+    tau_k is the stage's mean staleness in updates, n = 0, 1, ... the number of the update. Source: Yang et al., "PipeMare: Asynchronous
+    Pipeline Parallel DNN Training", MLSys 2021, its technique T1; T2, the correction of the weights, is not part of this.
+    """
+
+    annealing: int
+    schedule: Schedule = Schedule("constant", 0)
+
+    def __call__(self, optimizer: Optimizer, *, stage: StageFacts) -> LambdaLR:
+        return LambdaLR(optimizer, partial(self.factor, stage.staleness))
+
+    def factor(self, tau: float, n: int) -> float:
+        """Returns the factor of the rate at update n of a stage whose mean staleness is tau."""
+        return self.schedule.factor(n) / max(1.0, tau) ** (1 - min(n / self.annealing, 1))

@@ -1,0 +1,90 @@
+"""Error feedback: any optimizer, corrected by the difference between its update now and its update tau updates ago."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from delock.errors import UsageError
+from delock.optim.closures import loss_of
+from delock.optim.several import Several
+from delock.optim.stage_facts import StageFacts, for_stage
+
+
+class ErrorFeedback(Several):
+    """Wraps an optimizer `base` whose gradients are tau updates old:
+
+        w <- w - u_n - c (u_n - u_{n-tau})
+
+    u_n is the whole change that the base makes at its update n, learning rate and weight decay included. The first ceil(tau) updates are
+    the base's own. Source: Zmushko et al., ICML 2026, with c = 1 and tau = 1.
+
+    Deviation: tau is any real number, and u_{n-tau} lies on the line between its two neighbours: with i = floor(tau) and f = tau - i it is
+    (1-f) u_{n-i} + f u_{n-i-1}. So for tau < 1 the update is w - u_n - c tau (u_n - u_{n-1}).
+    It keeps ceil(tau) + 1 changes, each as large as the weights, in their dtype. A change is found as a difference of weights: weights in
+    half precision would leave little of it.
+    """
+
+    def __init__(self, base: Optimizer, *, tau: float, c: float = 1.0) -> None:
+        if not 0 < tau < math.inf:
+            raise UsageError(f"error feedback corrects a staleness above 0, not one of {tau}: use the optimizer without it")
+        super().__init__([base])
+        self.tau, self.c = tau, c
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Lets the base update every weight that has a gradient, then corrects its change."""
+        loss = loss_of(closure)
+        weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
+        if not weights:
+            return loss
+        changes = [self._spare(w) for w in weights]
+        torch._foreach_copy_(changes, weights)
+        super().step()
+        torch._foreach_sub_(changes, weights)  # u_n: before less after
+        for w, change in zip(weights, changes, strict=True):
+            self.state[w].setdefault("changes", []).insert(0, change)
+        self._correct([w for w in weights if len(self.state[w]["changes"]) > math.ceil(self.tau)])
+        return loss
+
+    def _spare(self, weight: Tensor) -> Tensor:
+        """Returns room for a change: that of the oldest, if it is not needed any more."""
+        kept = self.state[weight].get("changes", ())
+        return kept.pop() if len(kept) > math.ceil(self.tau) else torch.empty_like(weight)
+
+    def _correct(self, weights: list[Tensor]) -> None:
+        """w <- w - c (u_n - u_{n-tau})."""
+        if not weights:
+            return
+        changes = list(zip(*(self.state[w]["changes"] for w in weights), strict=True))  # u_n, u_{n-1}, ... of all weights
+        for ago, factor in _factors(self.tau):
+            torch._foreach_add_(weights, changes[ago], alpha=self.c * factor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "tau": self.tau, "c": self.c}
+
+
+def _factors(tau: float) -> list[tuple[int, float]]:
+    """Returns the number of updates ago, and the factor, of every change in u_{n-tau} - u_n."""
+    whole = math.floor(tau)
+    part = tau - whole
+    factors = [(0, -1.0), (whole, 1 - part)] if whole else [(0, -part)]
+    return factors + [(whole + 1, part)] * (part > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class error_feedback:
+    """Makes the base optimizer, and where its stage has a staleness, wraps it in ErrorFeedback. The base may ask for the stage, too."""
+
+    base: Callable[..., Optimizer]
+    c: float = 1.0
+
+    def __call__(self, params: Any, *, stage: StageFacts) -> Optimizer:
+        base = for_stage(self.base, stage)(params)
+        return ErrorFeedback(base, tau=stage.staleness, c=self.c) if stage.staleness else base

@@ -1,0 +1,55 @@
+"""Several optimizers behind one: one state, one schedule, saved and loaded as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from delock.errors import UsageError
+from delock.optim.closures import loss_of
+
+
+class Several(Optimizer):
+    """Steps several optimizers of different weights as one.
+
+    Its parameter groups are those of all, in order, and they are the same dicts: a schedule that sets the rate of a group here sets it
+    there. State is shared in the same way. So `state_dict` and `load_state_dict` are torch's own and cover every part. Groups may be added
+    to a part before it is given to Several, not afterwards.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = tuple(optimizers)
+        super().__init__([group for one in self.optimizers for group in one.param_groups], {})
+        for one in self.optimizers:
+            self.state.update(one.state)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps each of them; a closure is evaluated once."""
+        loss = loss_of(closure)
+        for one in self.optimizers:
+            one.step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Takes the groups of its parts, and no other: it could not know which of them is to step it."""
+        if not any(param_group is group for one in self.optimizers for group in one.param_groups):
+            raise UsageError("which of several optimizers should step a new group is not known: add it to that one, then make Several")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the state of a copy, or a loaded one, and hands every part its own groups."""
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for one in self.optimizers:
+            one.__setstate__({"state": self.state, "param_groups": [next(groups) for _ in one.param_groups]})

@@ -1,0 +1,41 @@
+"""SOAP, from the package pytorch-optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+
+from delock.errors import UsageError
+from delock.optim.factories import Named, decay_groups
+
+
+@dataclass(frozen=True, slots=True)
+class soap:
+    """Makes SOAP: Adam in the eigenbases of Shampoo's preconditioner. For a matrix w of (A, B) with gradient g:
+
+        L <- b L + (1-b) g g^T;   R <- b R + (1-b) g^T g,    b = betas[1];   Q_L, Q_R: their eigenvectors
+        m <- b1 m + (1-b1) g;   v <- b2 v + (1-b2) (Q_L^T g Q_R)^2
+        w <- (1 - lr weight_decay) w - lr Q_L [ m~ / (sqrt(v^) + eps) ] Q_R^T,    m~ = Q_L^T m^ Q_R
+
+    m^ and v^ are corrected for their bias as Adam's. Every `precondition_frequency` updates one step of the power method and a QR
+    decomposition bring the eigenvectors up to date. Vectors are updated as by Adam. Decay is that of recipes.AdamW.
+    Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam", ICLR 2025.
+
+    The first step changes no weight, as in the authors' code: it only measures the gradient's eigenvectors. The state of a matrix is two
+    matrices of its shape and two squares for each of its sides.
+    """
+
+    lr: float = 3e-3
+    betas: tuple[float, float] = (0.95, 0.95)
+    weight_decay: float = 0.01
+    precondition_frequency: int = 10
+
+    def __call__(self, params: Named) -> Optimizer:
+        try:
+            from pytorch_optimizer import SOAP
+        except ImportError as error:
+            raise UsageError("SOAP comes from a package that is not installed: pip install pytorch-optimizer") from error
+        groups = decay_groups(params, self.weight_decay)
+        made: Optimizer = SOAP(groups, self.lr, self.betas, precondition_frequency=self.precondition_frequency)
+        return made
