@@ -48,9 +48,10 @@ class ErrorFeedback(Several):
         torch._foreach_copy_(changes, weights)
         super().step()
         torch._foreach_sub_(changes, weights)  # u_n: before less after
-        for w, change in zip(weights, changes, strict=True):
-            self.state[w].setdefault("changes", []).insert(0, change)
-        self._correct([w for w in weights if len(self.state[w]["changes"]) > math.ceil(self.tau)])
+        kept = [self.state[w].setdefault("changes", []) for w in weights]  # after the base's step: a base may ask if its state is empty
+        for change, earlier in zip(changes, kept, strict=True):
+            earlier.insert(0, change)
+        self._correct([(w, u) for w, u in zip(weights, kept, strict=True) if len(u) > math.ceil(self.tau)])
         return loss
 
     def _spare(self, weight: Tensor) -> Tensor:
@@ -58,13 +59,10 @@ class ErrorFeedback(Several):
         kept = self.state[weight].get("changes", ())
         return kept.pop() if len(kept) > math.ceil(self.tau) else torch.empty_like(weight)
 
-    def _correct(self, weights: list[Tensor]) -> None:
-        """w <- w - c (u_n - u_{n-tau})."""
-        if not weights:
-            return
-        changes = list(zip(*(self.state[w]["changes"] for w in weights), strict=True))  # u_n, u_{n-1}, ... of all weights
-        for ago, factor in _factors(self.tau):
-            torch._foreach_add_(weights, changes[ago], alpha=self.c * factor)
+    def _correct(self, ready: list[tuple[Tensor, list[Tensor]]]) -> None:
+        """w <- w - c (u_n - u_{n-tau}), for weights with their changes u_n, u_{n-1}, ..."""
+        for ago, factor in _factors(self.tau) if ready else ():
+            torch._foreach_add_([w for w, _ in ready], [u[ago] for _, u in ready], alpha=self.c * factor)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "tau": self.tau, "c": self.c}

@@ -62,4 +62,5 @@ class PipeMare:
 
     def factor(self, tau: float, n: int) -> float:
         """Returns the factor of the rate at update n of a stage whose mean staleness is tau."""
-        return self.schedule.factor(n) / max(1.0, tau) ** (1 - min(n / self.annealing, 1))
+        slowed: float = max(1.0, tau) ** (1 - min(n / self.annealing, 1))
+        return self.schedule.factor(n) / slowed

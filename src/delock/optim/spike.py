@@ -95,7 +95,7 @@ class SCAdamW(SpikeCompensated):
             torch._foreach_addcdiv_(weights, grads, roots, -lr * (1 - kept))
 
     def _state(self, weight: Tensor) -> dict[str, Any]:
-        state = self.state[weight]
+        state: dict[str, Any] = self.state[weight]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
