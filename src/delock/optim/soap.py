@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from delock.errors import UsageError
@@ -39,3 +40,19 @@ class soap:
         groups = decay_groups(params, self.weight_decay)
         made: Optimizer = SOAP(groups, self.lr, self.betas, precondition_frequency=self.precondition_frequency)
         return made
+
+    def bytes(self, named: Named) -> tuple[int, int]:
+        """Returns bytes of its state, and peak bytes during a step that renews eigenvectors, above that."""
+        weights = [w for _, w in named]
+        return sum(2 * w.nbytes + 2 * sum(_squares(w)) for w in weights), max(map(_step_bytes, weights), default=0)
+
+
+def _squares(weight: Tensor) -> list[int]:
+    """Returns the bytes of a square matrix for each side of a weight, in ascending order; a vector has none."""
+    return sorted(weight.element_size() * side**2 for side in weight.shape) if weight.dim() > 1 else []
+
+
+def _step_bytes(weight: Tensor) -> int:
+    """Five temporaries of a weight's shape live while its longest side is decomposed: two products and Q, R and a copy; others are done."""
+    *others, longest = _squares(weight) or [0]
+    return 5 * weight.nbytes + 5 * longest + sum(others)

@@ -129,7 +129,10 @@ class SCSGD(SpikeCompensated):
             torch._foreach_add_(weights, grads, alpha=-lr * (1 - a) / (1 - mu))
 
     def _momentum(self, weight: Tensor) -> Tensor:
-        momentum: Tensor = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        momentum: Tensor = state["momentum_buffer"]
         return momentum
 
 
