@@ -1,4 +1,4 @@
-"""The feed of stage 0: batches of a loader by their running number, split into micro-batches, as messages."""
+"""The feed of stage 0: the batches of a loader by their running number, split into micro-batches, as messages."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Feed:
 
 
 def samples(inputs: Tree) -> int:
-    """Samples in a batch: the first dimension of its first tensor. Raises UsageError for a batch without one."""
+    """Returns the samples in a batch: the first dimension of its first tensor. Raises UsageError for a batch without one."""
     first = next(tree_tensors(inputs), None)
     if first is None or not first.dim():
         raise UsageError("a batch of inputs must hold a tensor with one row per sample")

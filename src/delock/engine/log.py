@@ -1,4 +1,4 @@
-"""The log of a stage: time by kind, staleness as it happened, and spans."""
+"""The log of a stage: its time by kind, the staleness of its batches, and spans."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class OpTime:
 
 
 class StageLog:
-    """What one stage did: time by kind, staleness as it happened, losses, and the spans themselves if `spans` is given."""
+    """Adds up the time of one stage by kind, and counts the staleness of its batches; keeps every op as a span if `spans` is given."""
 
     def __init__(self, *, spans: list[Span] | None = None) -> None:
         self.spans = spans
@@ -32,7 +32,7 @@ class StageLog:
         self.idle_since: float | None = None  # since when the stage has waited for something to do; it ends with the op to come
 
     def op(self, k: int, step: Step, version: int, start: float, end: float, spent: OpTime) -> None:
-        """One op took place at a version of the weights from `start` to `end` (seconds)."""
+        """Notes an op that took place at a version of the weights, from `start` to `end`; `spent`: of that, what was not computing."""
         waited = spent.waited
         if self.idle_since is not None:
             start, waited, self.idle_since = self.idle_since, waited + start - self.idle_since, None
@@ -45,13 +45,13 @@ class StageLog:
             self.spans.append(Span(k, step.op, start + waited, end, version, step.tick, waited, spent.full, spent.copied))
 
     def count_staleness(self, updates: int, batches: int) -> None:
-        """A batch's last Backward was done: its gradient is `updates` old, its forward `batches` ago."""
+        """Counts a batch whose last Backward is done: its gradient is `updates` old, its Forward was `batches` ago."""
         self.staleness[updates] += 1
         self.layer_staleness[batches] += 1
 
 
 def kind_of(step: Step) -> str:
-    """The time that an op counts as."""
+    """Returns the kind of time that an op counts as."""
     match step.op:
         case Forward():
             return "forward"

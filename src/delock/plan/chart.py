@@ -8,7 +8,7 @@ from delock.plan.steps import Plan
 
 
 def chart(plan: Plan, slots: int = 24) -> str:
-    """The first `slots` time slots of a plan, a line per stage: op and batch `.` version, every op one slot long, as early as it can.
+    """Draws the first `slots` time slots of a plan, a line per stage: op and batch `.` version, every op one slot long, as early as it can.
 
     stage 0 |F0.0 F1.0 F2.0 B0.0
     """

@@ -11,8 +11,10 @@ Product: TypeAlias = tuple[int, Op | tuple[int, int]]
 
 
 def needs(k: int, op: Op) -> list[Product]:
-    """What op of stage k waits for: a Forward of the stage below, its own Forward and an error from above, which is named (batch, loss)
-    because any part of a Backward that sends will do; a Backward of the weights alone for its other half, which had the error.
+    """Returns what op of stage k waits for.
+
+    A Forward waits for that of the stage below; a Backward for its own Forward and for an error from above, named (batch, loss) because any
+    part of a Backward may send it; a Backward of the weights alone for that of the input, which had the error.
     """
     match op:
         case Forward(source=source) if k > 0:
@@ -33,12 +35,12 @@ def needs(k: int, op: Op) -> list[Product]:
 
 
 def received(k: int, op: Op) -> list[Product]:
-    """What op of stage k waits for that another stage makes: it comes in a message."""
+    """Returns what op of stage k waits for that another stage makes: it comes in a message."""
     return [product for product in needs(k, op) if product[0] != k]
 
 
 def gives(k: int, op: Op) -> list[Product]:
-    """The names under which `needs` may ask for what op of stage k makes."""
+    """Returns what op of stage k makes, as `needs` may ask for it."""
     match op:
         case Forward(b, source=source):
             return [(k, op if source is None else Forward(b))]
@@ -53,5 +55,5 @@ def gives(k: int, op: Op) -> list[Product]:
 
 
 def named(what: Op | tuple[int, int]) -> str:
-    """The second half of a Name as an error shows it."""
+    """Returns the second half of a Product as an error shows it."""
     return f"B{what[0]} of the loss of stage {what[1]}" if isinstance(what, tuple) else label(what)

@@ -12,15 +12,15 @@ Keep = Literal["graph", "input", "nothing"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An op in its place, with what only the rest of the plan can know about it."""
+    """An op in its place in a plan, with what follows from the rest of the plan."""
 
     op: Op
     tick: int
     version: int  # Updates that the stage has made before it
-    keep: Keep = "nothing"  # Forward: what the Backwards of this batch will need
+    keep: Keep = "nothing"  # Forward: for the Backwards of this batch
     snapshot: bool = False  # Forward: a stashed Backward lies behind an Update, so the weights must be kept as well
     last: bool = False  # Backward: nobody will ask for this batch's memory again
-    up: bool = False  # Forward: stage k + 1 is listening
+    up: bool = False  # Forward, Evaluate: stage k + 1 is listening
     down: bool = False  # Backward: stage k - 1 is listening
     sends_norms: bool = False  # Backward: the Update behind it clips over the network, so the norms of this gradient go down with it
     weights_later: bool = False  # Backward of the input: one of the weights, for the same batch and loss, comes later

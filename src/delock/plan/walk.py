@@ -1,4 +1,4 @@
-"""What waits for what: the one dependency rule, an order that respects it, and the check that a plan can run."""
+"""Walks a plan in an order that respects the dependency rule, and checks that there is one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from delock.plan.steps import Plan, Step
 
 
 def walk(plan: Plan) -> Iterator[tuple[int, Step]]:
-    """All steps in one order that respects `needs`, tick by tick. What lies before the window counts as done.
+    """Yields all steps in an order that respects `needs`, tick by tick. What lies before the window counts as done.
 
     Raises PlanError when no such order exists.
     """
@@ -45,10 +45,7 @@ def _stuck(plan: Plan, at: Sequence[int], waiting: Sequence[int], missing: set[P
 
 
 def check(plan: Plan) -> None:
-    """Make sure that a whole plan can run: every op once, every need made by somebody, no deadlock, nothing left unapplied.
-
-    Raises PlanError.
-    """
+    """Raises PlanError unless a whole plan can run: every op once, every need made by some stage, no deadlock, every gradient applied."""
     made = {name for k, column in enumerate(plan.columns) for step in column for name in gives(k, step.op)}
     for k, column in enumerate(plan.columns):
         seen: set[Op] = set()
