@@ -130,7 +130,7 @@ def test_what_comes_is_read_by_the_buffers_rule(neighbours: Neighbours) -> None:
         assert n is not None
         read.append((n, link.receive(0, activation(n)).values.tolist()))
     assert read == [(2, [2, 2]), (1, [1, 1]), (2, [2, 2])]
-    assert link.buffer.account.versions == {0: 2, 1: 1}
+    assert link.buffer.statistics.versions_behind == {0: 2, 1: 1}
     assert neighbours.waits == [], "it waited although there was something"
 
 

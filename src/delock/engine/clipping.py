@@ -30,7 +30,7 @@ class Exchange(Protocol):
 
 
 class NetworkNorm:
-    """The part that stage k of K has in |g|, the norm of the whole network's gradient."""
+    """Computes |g|, the norm of the whole network's gradient, together with the other stages; this is stage k of K."""
 
     def __init__(self, k: int, K: int) -> None:
         self.k, self.K = k, K

@@ -1,4 +1,4 @@
-"""Walking a plan: what an op asks of the stage and the links, for all stages in this process or for one stage of many processes."""
+"""Executes a plan over stages and links: all stages in this process, or one stage of many processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from delock.timeline import Slowdown
 
 
 def spin(seconds: float) -> None:
-    """Keep the core busy: a straggler that has more to compute than the others."""
+    """Keeps the core busy for that time, as more to compute would."""
     until = perf_counter() + seconds
     while perf_counter() < until:
         pass
@@ -32,9 +32,13 @@ def spin(seconds: float) -> None:
 class Engine:
     """One stage at work: executes its steps in order over a link.
 
-    `feed` answers stage 0's Forwards and Evaluates. `on_loss(step, loss, stage, samples)` is called where a loss is computed, and
-    `on_output(step, outputs with labels)` by the last stage for every evaluation batch. `parts`: micro-batches per batch, for error
-    messages. `slow`: ticks in which the stage takes longer, by `linger(seconds)`. Between windows `state()` holds all there is.
+    feed: answers the Forwards and Evaluates of stage 0.
+    progress: is told before every op which one it is.
+    parts: micro-batches per batch, for error messages.
+    on_loss: called with (step, loss, stage, samples) where a loss is computed.
+    on_output: called with (step, outputs with labels) on the last stage, for every batch of an evaluation.
+    slow: the ticks in which the stage takes longer; delay(seconds) lets that time pass.
+    Between two windows `state()` holds everything.
     """
 
     def __init__(
@@ -60,13 +64,13 @@ class Engine:
         self.in_flight: Counter[int] = Counter()  # messages sent by a neighbour in windows so far, and not yet received
 
     def run(self, plan: Plan) -> None:
-        """Execute this stage's column of a plan (or of a window of one)."""
+        """Executes this stage's column of a plan, or of a window of one."""
         for step in plan.columns[self.stage.k]:
             self.execute(step)
-        self.settle(plan)
+        self.count_in_flight(plan)
 
     def execute(self, step: Step) -> None:
-        """Do one step: wait for what it needs, compute, send what it gives."""
+        """Executes one step: waits for what it needs, computes, sends what it gives."""
         if self.progress:
             self.progress.at(label(step.op), describe(step, self.parts))
         version, start, self.spent = self.stage.version, perf_counter(), OpTime()
@@ -107,7 +111,7 @@ class Engine:
         return self.feed(op)
 
     def _straggle(self, step: Step, began: float) -> None:
-        """In a slow tick, let what has just been computed take longer."""
+        """Lets what has been computed since `began` take longer, in a slow tick."""
         if self.slow and (extra := self.slow.extra(step.tick, self.stage.k)):
             self.delay(extra * (perf_counter() - began))
 
@@ -137,7 +141,7 @@ class Engine:
         self._straggle(step, began)
 
     def check_loss(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
-        """Tell a loss that this stage has computed. Raises NonFinite for one that is no number."""
+        """Reports a loss that this stage has computed. Raises NonFinite for one that is no number."""
         value = loss.item()
         if not math.isfinite(value):
             updates = f"{self.stage.version} update{'s' if self.stage.version != 1 else ''}"
@@ -166,10 +170,10 @@ class Engine:
         self.spent.full += full
         self.spent.copied += perf_counter() - asked - full
 
-    # ---- saving what is in flight --------------------------------------------------------------------------------------------------
+    # ---- saving messages in flight -------------------------------------------------------------------------------------------------
 
-    def settle(self, plan: Plan) -> None:
-        """Counts what the neighbours sent in this window and what was received from them: the difference is under way.
+    def count_in_flight(self, plan: Plan) -> None:
+        """Counts the messages that the neighbours sent in this window, less those that were received from them.
 
         The norms of an Update are sent and received within its tick, so within a window.
         """
@@ -182,23 +186,23 @@ class Engine:
                 self.in_flight[source] += sent - taken[source]
 
     def state(self) -> dict[str, Any]:
-        """The stage and the messages under way to it, between two windows. Every stage of the run has to be asked at the same tick."""
+        """Returns the stage and the messages in flight to it, between two windows; all stages of a run must be asked at the same tick."""
         link = resumable(self.link)
-        under_way = {source: link.pull(source, count) for source, count in self.in_flight.items()}
-        return {"stage": checkpoint.state(self.stage), "under_way": under_way, "link": link.state()}
+        in_flight = {source: link.pull(source, count) for source, count in self.in_flight.items()}
+        return {"stage": checkpoint.state(self.stage), "in_flight": in_flight, "link": link.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`, before the first window."""
+        """Goes on from `state()`, before the first window."""
         checkpoint.load(self.stage, state["stage"])
         link = resumable(self.link)
         link.load(state["link"])
-        for source, messages in state["under_way"].items():
+        for source, messages in state["in_flight"].items():
             self.in_flight[source] = len(messages)
             link.push(source, messages)
 
 
 def describe(step: Step, parts: int) -> str:
-    """An op in words, for errors: "backward of batch 3, tick 5"; `parts`: micro-batches per batch."""
+    """Returns an op in words, for errors: "backward of batch 3, tick 5"; `parts`: micro-batches per batch."""
     match step.op:
         case Evaluate(batch):
             what = f"evaluation, batch {batch}"
@@ -210,7 +214,7 @@ def describe(step: Step, parts: int) -> str:
 
 
 def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
-    """Execute a plan, or a window of one, over all stages in this process. Raises StageFailed when a stage raises."""
+    """Executes a plan, or a window of one, over all stages in this process. Raises StageFailed when a stage raises."""
     for k, step in walk(plan):
         try:
             engines[k].execute(step)
@@ -221,4 +225,4 @@ def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
             what = "".join(traceback.format_exception_only(error)).strip()
             raise StageFailed(f"stage {k} failed in {label(step.op)} ({describe(step, engines[k].parts)}): {what}\n\n{trace}") from error
     for engine in engines:
-        engine.settle(plan)
+        engine.count_in_flight(plan)

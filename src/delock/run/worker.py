@@ -95,8 +95,8 @@ class Worker:
             memory_growth=max(0, peak - peak_memory.programs(self.device) - self.held) if alone else 0,
             allocator=allocator.in_use() if self.device.type == "cpu" else "",
             reuse=_sorted(read.reuse) if read else {},
-            visits_behind=_sorted(read.visits) if read else {},
-            versions_behind=_sorted(read.versions) if read else {},
+            visits_behind=_sorted(read.visits_behind) if read else {},
+            versions_behind=_sorted(read.versions_behind) if read else {},
             sent_up=Traffic(**asdict(self.sent.to[self.job.k + 1])),
             sent_down=Traffic(**asdict(self.sent.to[self.job.k - 1])),
         )

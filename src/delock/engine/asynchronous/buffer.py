@@ -1,41 +1,42 @@
-"""The replay buffer of asynchronous DGL: which mini-batch a stage learns from next."""
+"""The replay buffer of asynchronous DGL, which decides what mini-batch a stage learns from next."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from delock.errors import UsageError
+from delock.methods import AsyncDGL, Method
 
 T = TypeVar("T")
 
 
 @dataclass
 class ReuseStatistics:
-    """How old what was read was, and how often it was: each a histogram."""
+    """Histograms of how often batches were read, and of how old they were then: how far behind the newest put."""
 
     reuse: Counter[int] = field(default_factory=Counter)  # times that a batch was read -> batches
-    visits: Counter[int] = field(default_factory=Counter)  # Forwards of the stage below between the batch read and the newest put -> reads
-    versions: Counter[int] = field(default_factory=Counter)  # its Updates between them -> reads
+    visits_behind: Counter[int] = field(default_factory=Counter)  # Forwards of the stage below from the batch read to the newest -> reads
+    versions_behind: Counter[int] = field(default_factory=Counter)  # its Updates between them -> reads
 
 
 @dataclass(slots=True)
 class Entry(Generic[T]):
-    """A mini-batch in the buffer: what it is, which Forward of the stage below made it, at which version, and how often it was read."""
+    """A mini-batch in the buffer."""
 
     item: T
-    ordinal: int
-    version: int
-    uses: int = 0
+    ordinal: int  # of the Forward of the stage below that made it
+    version: int  # of that stage then
+    uses: int = 0  # times that it was read
 
 
 class ReplayBuffer(Generic[T]):
     """At most `size` mini-batches, between a stage that puts and one that gets, each at its own pace.
 
     Source: Belilovsky et al., ICML 2020 and arXiv 2106.06401; the rule as in their text (the released code counts a put as a use).
-    put: into the oldest slot, even if it was never read. get: among the least used the newest. With `max_reuse` > 0 a batch is read at
-    most so many times. What comes out depends on the order of puts and gets alone. Raises UsageError for a size or reuse out of range.
+    put: into the oldest slot, even if it was never read. get: among the least used the newest. max_reuse: the most times that a batch is
+    read; 0 for any number. What comes out depends on the order of puts and gets alone. Raises UsageError for a size or reuse out of range.
     """
 
     def __init__(self, size: int, max_reuse: int = 0) -> None:
@@ -45,27 +46,33 @@ class ReplayBuffer(Generic[T]):
             raise UsageError(f"max-reuse is {max_reuse}, but it must be at least 0; 0 sets no limit")
         self.size, self.max_reuse = size, max_reuse
         self.entries: list[Entry[T]] = []  # oldest first
-        self.account = ReuseStatistics()
+        self.statistics = ReuseStatistics()
 
     def put(self, item: T, ordinal: int, version: int = 0) -> None:
-        """A new mini-batch, in place of the oldest where there is no free slot."""
+        """Takes a new mini-batch in, in place of the oldest if there is no free slot."""
         if len(self.entries) == self.size:
-            self.account.reuse[self.entries.pop(0).uses] += 1
+            self.statistics.reuse[self.entries.pop(0).uses] += 1
         self.entries.append(Entry(item, ordinal, version))
 
     def get(self) -> Entry[T] | None:
-        """The entry to read now, its use counted; None where there is nothing, or nothing that may be read again."""
+        """Returns the entry to read now, and counts its use; None if there is nothing, or nothing that may be read again."""
         best = min(reversed(self.entries), key=lambda entry: entry.uses, default=None)  # the first of equals is the newest
         if best is None or (self.max_reuse and best.uses >= self.max_reuse):
             return None
         best.uses += 1
         newest = self.entries[-1]
-        self.account.visits[newest.ordinal - best.ordinal] += 1
-        self.account.versions[newest.version - best.version] += 1
+        self.statistics.visits_behind[newest.ordinal - best.ordinal] += 1
+        self.statistics.versions_behind[newest.version - best.version] += 1
         return best
 
     def close(self) -> ReuseStatistics:
-        """What was read in all, once nothing more will be."""
+        """Returns the statistics of all reads, once there will be no more."""
         while self.entries:
-            self.account.reuse[self.entries.pop(0).uses] += 1
-        return self.account
+            self.statistics.reuse[self.entries.pop(0).uses] += 1
+        return self.statistics
+
+
+def replay_buffer(method: Method) -> ReplayBuffer[Any]:
+    """Returns the buffer that a method has in front of a stage."""
+    assert isinstance(method, AsyncDGL)
+    return ReplayBuffer(method.buffer, method.max_reuse)
