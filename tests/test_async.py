@@ -75,8 +75,8 @@ def test_the_account_of_a_buffer() -> None:
     assert got == ["a", "a", "c", "d", "e", "e", "d"]
     account = buffer.close()
     assert account.reuse == {0: 1, 1: 1, 2: 3}  # b; c; a, d and e
-    assert account.visits == {0: 6, 1: 1}  # d for the second time, when e was the newest
-    assert account.versions == {0: 6, 1: 1}
+    assert account.visits_behind == {0: 6, 1: 1}  # d for the second time, when e was the newest
+    assert account.versions_behind == {0: 6, 1: 1}
     assert buffer.entries == []
     assert play(3, 0, "")[1].close().reuse == {}
 
@@ -104,7 +104,7 @@ def test_it_is_the_ring_of_the_spec(size: int, max_reuse: int) -> None:
 def assert_account(account: Any, ring: oracles_async.Ring) -> None:
     left = Counter(slot.used for slot in ring.slots if slot)
     assert account.reuse == ring.reuse + left
-    assert (account.visits, account.versions) == (ring.behind, ring.versions)
+    assert (account.visits_behind, account.versions_behind) == (ring.behind, ring.versions)
 
 
 @pytest.mark.parametrize(("size", "max_reuse"), [(0, 0), (-1, 0), (1, -1)])
