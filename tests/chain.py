@@ -78,7 +78,7 @@ class Chain:
         self.losses: list[float] = []
         self.outputs: list[Any] = []
         self.spans: list[list[Span]] = [[] for _ in modules]
-        feed = Feed(as_loader(list(batches)), as_loader(list(test)) if test else None, method.parts, torch.device("cpu"))
+        feed = Feed(as_loader(list(batches)), as_loader(list(test)) if test else None, method.micro_batches, torch.device("cpu"))
         self.stages = [
             Stage(
                 copy.deepcopy(module),
@@ -98,7 +98,7 @@ class Chain:
                 self.box.end(k),
                 feed=feed if k == 0 else None,
                 log=StageLog(spans=self.spans[k]),
-                parts=method.parts,
+                micro_batches=method.micro_batches,
                 on_loss=lambda step, loss, stage, samples: self.losses.append(loss),
                 on_output=lambda step, message: self.outputs.append(message.values),
             )

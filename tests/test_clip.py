@@ -58,7 +58,7 @@ def loop(work: str, K: int, parts: int) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("method", [BP(), BP(2), GPipe(2), OneFOneB(2)], ids=str)
 def test_over_the_network_it_is_that_of_torch(method: Method, K: int) -> None:
     got = inline(clipped("conv", K, method, evaluate=False))
-    same_tree([result.state for result in got], loop("conv", K, method.parts))
+    same_tree([result.state for result in got], loop("conv", K, method.micro_batches))
 
 
 @pytest.mark.parametrize("method", [BP(), OneFOneB(3), FDG(), Interlocking(2)], ids=str)

@@ -57,7 +57,7 @@ def test_options_reach_the_method() -> None:
     assert make_method(config(method="adl", accumulate=3, reduce="sum").algorithm) == ADL(3, reduce="sum")
     assert make_method(config(method="dsp", p=[2]).algorithm) == DSP(2, 1)
     assert make_method(config(method="dsp", stages=3, p=[2, 1], q=[3, 1]).algorithm) == DSP((2, 1), (3, 1))
-    assert make_method(config(method="gpipe", **{"micro-batches": 8}).algorithm).parts == 8
+    assert make_method(config(method="gpipe", **{"micro-batches": 8}).algorithm).micro_batches == 8
 
 
 @pytest.mark.parametrize(

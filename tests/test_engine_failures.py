@@ -38,7 +38,7 @@ def test_a_loss_that_is_no_number_names_batch_and_stage(method: Method, which: s
     with pytest.raises(NonFinite, match=rf"the loss of {which} became {value} at stage 2, after {updates}; lower") as caught:
         run_here(chain.plan(), chain.engines)
     assert isinstance(caught.value, UsageError)
-    assert len(chain.losses) == 3 * method.parts
+    assert len(chain.losses) == 3 * method.micro_batches
     assert all(torch.isfinite(p).all() for s in chain.stages for p in s.module.parameters()), "the weights were spoilt"
 
 

@@ -49,7 +49,7 @@ def lives(method: Method, stages: list[StageBytes], batches: int) -> list[int]:
 
 def most(method: Method, K: int, **bytes_: Any) -> list[int]:
     """The peaks of K stages of which some sizes are not 0."""
-    return lives(method, [replace(NOTHING, feeds=method.parts * (k == 0), **bytes_) for k in range(K)], 40)
+    return lives(method, [replace(NOTHING, feeds=method.micro_batches * (k == 0), **bytes_) for k in range(K)], 40)
 
 
 # ---- by hand -----------------------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_what_is_predicted_is_what_stages_hold(method: Method) -> None:
     """Graphs, copies of weights, batches and gradients after every step of a run in one process."""
     box = Mailbox()
     workers = [Worker(job, box.end(job.k), CPU, lambda event: None) for job in tiny_jobs("conv", 3, method, evaluate=False)]
-    holding = [StageMemory(k, replace(NOTHING, weights=1, feeds=method.parts * (k == 0))) for k in range(3)]
+    holding = [StageMemory(k, replace(NOTHING, weights=1, feeds=method.micro_batches * (k == 0))) for k in range(3)]
     with torch.random.fork_rng(devices=[]):
         for k, step in walk(unroll(method, 3, workers[0].job.length.batches)):
             workers[k].engine.execute(step)

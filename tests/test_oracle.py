@@ -69,7 +69,7 @@ def test_delayed(work: str, K: int, method: Method) -> None:
 @pytest.mark.parametrize("K", range(1, 6))
 @pytest.mark.parametrize("method", [BP(), BP(2), BP(3), GPipe(1), GPipe(3), OneFOneB(2), OneFOneB(3), OneFOneB(4)], ids=str)
 def test_synchronous(work: str, K: int, method: Method) -> None:
-    assert_close(run(method, K, work), oracle(method, K, work, accumulate=method.parts))
+    assert_close(run(method, K, work), oracle(method, K, work, accumulate=method.micro_batches))
 
 
 @pytest.mark.parametrize("work", ["conv", "tuple"])

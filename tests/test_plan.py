@@ -81,7 +81,7 @@ def test_every_batch_is_forwarded_and_backwarded_once_per_stage(K: int) -> None:
     for method in cases(K):
         for k, column in enumerate(unroll(method, K, COURSE).columns):
             ops = [step.op for step in column]
-            n = COURSE.batches * method.parts
+            n = COURSE.batches * method.micro_batches
             assert [op.batch for op in ops if isinstance(op, Forward)] == list(range(n)), method
             backwards = [op for op in ops if isinstance(op, Backward)]
             assert [op.batch for op in backwards if op.part != "input"] == sorted(list(range(n)) * papers.trainers(method, k, K)), method
@@ -98,7 +98,7 @@ def test_gradient_staleness_of_every_batch(K: int) -> None:
     for method in cases(K):
         n = 4 * K + 9
         for k, column in enumerate(unroll(method, K, n).columns):
-            expected = {b: papers.staleness(method, b, k, K) for b in range(n * method.parts)}
+            expected = {b: papers.staleness(method, b, k, K) for b in range(n * method.micro_batches)}
             assert gradient_staleness(column) == expected, (method, k)
 
 
@@ -108,7 +108,7 @@ def test_layer_staleness_of_every_batch(K: int) -> None:
         for k, column in enumerate(unroll(method, K, COURSE).columns):
             D = papers.delays(method, K)[k]
             assert method.delay(k, K) == D
-            assert layer_staleness(column) == dict.fromkeys(range(COURSE.batches * method.parts), D), (method, k)
+            assert layer_staleness(column) == dict.fromkeys(range(COURSE.batches * method.micro_batches), D), (method, k)
 
 
 @STAGES
@@ -170,7 +170,7 @@ def test_evaluation_is_a_position_in_the_program(K: int) -> None:
             assert [column[i].op.batch for i in tests] == list(range(6))  # type: ignore[union-attr]
             for first, epoch in ((tests[0], 1), (tests[2], 2)):
                 behind = column[first + 2]
-                assert behind.op == Forward(4 * epoch * method.parts)
+                assert behind.op == Forward(4 * epoch * method.micro_batches)
                 assert column[first].version == column[first + 1].version == behind.version
             assert tests[4:] == [len(column) - 2, len(column) - 1]
             trained = [step for step in column if not isinstance(step.op, Evaluate)]

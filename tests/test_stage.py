@@ -129,7 +129,7 @@ def test_statistics_change_once_per_batch_and_in_its_forward(method: Method) -> 
         changed = {not torch.equal(x, before[k][name]) for name, x in now.items()}
         assert changed == {isinstance(step.op, Forward)}, f"stage {k}, {step.op}"
         before[k] = now
-    assert [int(s.module[1].num_batches_tracked) for s in chain.stages] == [5 * method.parts] * 3
+    assert [int(s.module[1].num_batches_tracked) for s in chain.stages] == [5 * method.micro_batches] * 3
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> No
 def test_synchronous_methods_are_never_stale(method: Method, K: int) -> None:
     chain = ticking(method, K).run()
     for spans, engine in zip(chain.spans, chain.engines, strict=True):
-        parts = BATCHES * method.parts
+        parts = BATCHES * method.micro_batches
         assert gradient_staleness(spans) == layer_staleness(spans) == dict.fromkeys(range(parts), 0)
         assert engine.log.staleness == engine.log.layer_staleness == Counter({0: parts})
 

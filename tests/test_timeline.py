@@ -279,7 +279,7 @@ def test_staleness_is_the_same_on_plans_and_timelines(method: Method) -> None:
     for steps, column in zip(plan.columns, simulate(plan, linked(3, 1.0)).columns, strict=True):
         assert gradient_staleness(column) == gradient_staleness(steps)
         assert layer_staleness(column) == layer_staleness(steps)
-        assert len(gradient_staleness(column)) == len(layer_staleness(column)) == 15 * method.parts
+        assert len(gradient_staleness(column)) == len(layer_staleness(column)) == 15 * method.micro_batches
     assert gradient_staleness(plan.columns[0][-3:]) == {} or method.delay(0, 3) == 0  # a window that saw no Forward tells nothing
 
 

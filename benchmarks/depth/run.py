@@ -70,10 +70,10 @@ def link_delay() -> float:
 
 def simulated(method: Method, K: int, delay: float) -> float:
     """Returns the seconds per batch of the simulator, with that delay on every link."""
-    share = 1 / method.parts
+    share = 1 / method.micro_batches
     costs = Costs((share * FORWARD,) * K, (share * BACKWARD,) * K, up=(delay,) * (K - 1), down=(delay,) * (K - 1))
     plan = unroll(method, K, 2 * K + 36 + 4 * method.batches_per_update)
-    return method.parts / throughput(simulate(plan, replace(costs, capacity=capacities(method, K))))
+    return method.micro_batches / throughput(simulate(plan, replace(costs, capacity=capacities(method, K))))
 
 
 def main() -> None:

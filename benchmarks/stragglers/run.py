@@ -112,12 +112,12 @@ def simulated(method: Method, slow: Slowdown | None, op: float, delay: float) ->
     if isinstance(method, delock.AsyncDGL):
         extra = [sum(slow.extra(n, k) if slow else 0.0 for n in range(WARM + 1, steps)) / (steps - 1 - WARM) for k in range(K)]
         return paces([(1 + more) * (FORWARD + BACKWARD) + 2 * op for more in extra])
-    share = 1 / method.parts
+    share = 1 / method.micro_batches
     delays = (delay,) * (K - 1)
     forward, backward = (share * FORWARD + op,) * K, (share * BACKWARD + op,) * K
     costs = Costs(forward, backward, up=delays, down=delays, capacity=capacities(method, K), slow=slow)
     column = simulate(unroll(method, K, steps), costs).columns[-1]
-    ends = [span.end for span in column if isinstance(span.op, Backward)][method.parts - 1 :: method.parts]
+    ends = [span.end for span in column if isinstance(span.op, Backward)][method.micro_batches - 1 :: method.micro_batches]
     return (ends[-1] - ends[WARM]) / (steps - 1 - WARM)
 
 
@@ -176,13 +176,13 @@ def main() -> None:
     asked = [method for method in METHODS if spelled(method) in options.method]
     path = options.out / "runs.json"
     known: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    costs = {parts: overhead(parts) for parts in {method.parts for method in asked}}
+    costs = {parts: overhead(parts) for parts in {method.micro_batches for method in asked}}
     for parts, (op, delay) in sorted(costs.items()):
         print(f"1/{parts} of a batch: an op takes {1000 * op:.2f} ms beside its wait, a message {1000 * delay:.2f} ms", flush=True)
     for kind in ("random", "fixed"):
         for method in asked:
             known = [row for row in known if (row["kind"], row["method"]) != (kind, spelled(method))]
-            known += cells(method, kind, costs[method.parts])
+            known += cells(method, kind, costs[method.micro_batches])
             known.sort(key=lambda row: (row["kind"] == "fixed", [spelled(m) for m in METHODS].index(row["method"]), row["s"]))
             path.write_text(json.dumps(known) + "\n")
     (options.out / "table.md").write_text(table(known))

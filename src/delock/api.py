@@ -19,7 +19,7 @@ from delock.launch.torchrun import run_torchrun, under_torchrun
 from delock.methods import Method, make
 from delock.options import Compression, Execution, Placement, Report, Simulation
 from delock.records import Event, Result, Started
-from delock.run.checks import refuse_replay, refuse_uncapturable, refuse_wrong_link, refuse_wrong_workers
+from delock.run.checks import refuse_replay, refuse_uncapturable, refuse_wrong_link
 from delock.run.collect import collect
 from delock.run.inline import run_inline
 from delock.run.job import StageResult
@@ -165,7 +165,7 @@ def _run(request: Request, tell: Callable[[Event], None]) -> tuple[Started, list
     if request.workers == "torchrun":
         return _run_torchrun(request, tell)
     if request.simulation.replay is None:
-        refuse_wrong_workers(request.method, request.workers)
+        request.method.fits_workers(request.workers)
     prepared = prepare(request)
     started = prepared.started()
     tell(started)

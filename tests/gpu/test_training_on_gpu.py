@@ -56,7 +56,7 @@ def test_dropout_draws_the_masks_of_the_oracle(method: Method) -> None:
     data = map_tensors(lambda x: x.to(GPU), batches(22, 8, 2, kind, torch.float64))
     stages = [module.to(GPU) for module in net(3, torch.float64)]
     compute: Any = oracles.backprop if method.synchronous else oracles.delayed
-    options = {"accumulate": method.parts} if method.synchronous else papers.oracle_options(method, 3)
+    options = {"accumulate": method.micro_batches} if method.synchronous else papers.oracle_options(method, 3)
     want = compute(stages, data, loss=loss, make_optimizer=sgd, make_schedule=warm_up, seed=7, **options)
     got = on_gpu(jobs("conv", 3, method, dtype=torch.float64, evaluate=False))
     assert oracles.gap([stage.state for stage in got], [{n: x.cpu() for n, x in state.items()} for state in want.states]) < 1e-8

@@ -25,7 +25,7 @@ from delock.cli.profile import Profile, measure_model
 from delock.cli.run_folder import dumps
 from delock.cli.tables import IDLE, LAYERWISE, STALENESS, Cells, memory, milliseconds, per_second, percent
 from delock.errors import UsageError
-from delock.methods import AsyncDGL, Method, options, spelled
+from delock.methods import Method, options, spelled
 from delock.plan import chart, unroll
 from delock.timeline import Costs, Prediction, capacities, predict, simulate
 
@@ -144,7 +144,7 @@ def find(config: PlanConfig) -> Answer:
 
 
 def _check(config: PlanConfig, method: Method) -> None:
-    if isinstance(method, AsyncDGL) and method.noise:
+    if any(method.slowdown(k) > 1 for k in range(config.plan.stages)):
         raise UsageError("noise slows one of several free-running stages, but a plan is of equal ones: leave it out; train counts it")
     costs = {name.replace("_", "-"): (value, 0.0) for name, value in asdict(config.costs).items()}
     rest = {"slots": (config.plan.slots, 1), "batch-size": (config.profile.batch_size, 1), "threads": (config.profile.threads, 1)}
@@ -155,7 +155,7 @@ def _check(config: PlanConfig, method: Method) -> None:
 
 def cost_model(options: CostOptions, method: Method, K: int, measured: Profile | None) -> Costs:
     """Costs of one op. A method that does a batch in parts has ops that are so much cheaper."""
-    share = 1 / method.parts
+    share = 1 / method.micro_batches
     forward, backward = (measured.forward, measured.backward) if measured else ((options.forward,) * K, (options.backward,) * K)
     replay = forward if measured else (options.replay,) * K
     return Costs(
@@ -172,7 +172,7 @@ def draw(answer: Answer, stem: Path) -> list[Path]:
     from delock.draw import gantt
 
     method, K = answer.method, answer.costs.K
-    plan = unroll(method, K, method.span(K) + max(2, 12 // method.parts))
+    plan = unroll(method, K, method.span(K) + max(2, 12 // method.micro_batches))
     costs = replace(answer.costs, capacity=capacities(method, K))
     clocks = {"dataflow": simulate(plan, costs), "lock-step": simulate(plan, replace(costs, barrier=True))}
     return gantt(clocks, stem, unit="seconds" if answer.profile else "time units")

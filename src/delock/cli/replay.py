@@ -17,7 +17,6 @@ from delock.cli.terminal import Terminal
 from delock.cli.workload import build_model, load_data
 from delock.engine.asynchronous.schedule import recorded
 from delock.errors import DelockError, UsageError
-from delock.methods import AsyncDGL
 from delock.ops import Evaluate, Forward, Update
 from delock.records import EvaluationRecord, Event, StepRecord, Visit
 
@@ -75,7 +74,7 @@ def read_config(run: Path) -> TrainConfig:
         raise UsageError(f"{run} is not the folder of a run: it has no {CONFIG}" if run.exists() else f"there is no run {run}")
     config = resolve(build(TrainConfig, toml.read(run / CONFIG), str(run / CONFIG)))
     method = make_method(config.algorithm)
-    if not (isinstance(method, AsyncDGL) and method.order == "free"):
+    if not method.free_running:
         raise UsageError(f"{run} was not free-running: its plan is fixed, so delock train --config {run / CONFIG} repeats it")
     if config.simulation.emulate:
         raise UsageError(f"the stages of {run} were emulated: they computed nothing that could be done again")

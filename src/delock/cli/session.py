@@ -126,11 +126,11 @@ def refuse(config: TrainConfig, data: Data | TextData) -> None:
     """Raise UsageError where a resolved config asks for what cannot be trained: no such model or device, too few layers, a batch of one."""
     from delock.launch.rank import backend_for
     from delock.partition.layers import layers
-    from delock.run.checks import refuse_unfit, refuse_wrong_link, refuse_wrong_workers
+    from delock.run.checks import refuse_unfit, refuse_wrong_link
 
     network, machine = config.network, config.machine
     K, method = network.stages or 1, make_method(config.algorithm)
-    refuse_wrong_workers(method, machine.workers if ranks() is None else "torchrun")
+    method.fits_workers(machine.workers if ranks() is None else "torchrun")
     backend_for(machine.device, None, K if machine.workers == "processes" else 1)
     refuse_wrong_link(method, config.placement.link, machine.device)
     refuse_unfit(layers(build_model(config, data)), K, network.cuts, method, data.train.sizes())

@@ -8,7 +8,6 @@ from delock.cli.summary import RunReport
 from delock.cli.tables import Cells, percent1
 from delock.cli.terminal import Terminal
 from delock.draw import chrome, gantt
-from delock.methods import AsyncDGL
 from delock.plan import unroll
 from delock.records import Started
 from delock.timeline import KINDS, Costs, Timeline, capacities, period, reasons, simulate, steady
@@ -36,7 +35,7 @@ def forecast(story: RunReport, started: Started) -> Timeline:
     """The plan on the clock, with the costs that were measured before the run; free-running stages as if they waited for each other."""
     method, K = make_method(story.config.algorithm), len(started.stages)
     batches = min(started.batches, 2 * method.span(K) + 12)
-    scale = [method.slowdown(k) if isinstance(method, AsyncDGL) else 1.0 for k in range(K)]
+    scale = [method.slowdown(k) for k in range(K)]
     forward, backward, head = (
         tuple(s * getattr(stage, name) for s, stage in zip(scale, started.stages, strict=True)) for name in ("forward", "backward", "head")
     )

@@ -34,7 +34,7 @@ class Engine:
 
     feed: answers the Forwards and Evaluates of stage 0.
     progress: is told before every op which one it is.
-    parts: micro-batches per batch, for error messages.
+    micro_batches: of a batch, for error messages.
     on_loss: called with (step, loss, stage, samples) where a loss is computed.
     on_output: called with (step, outputs with labels) on the last stage, for every batch of an evaluation.
     slow: the ticks in which the stage takes longer; delay(seconds) lets that time pass.
@@ -49,14 +49,14 @@ class Engine:
         feed: Callable[[Forward | Evaluate], Message] | None = None,
         log: StageLog | None = None,
         progress: Progress | None = None,
-        parts: int = 1,
+        micro_batches: int = 1,
         on_loss: Callable[[Step, float, Stage, int], None] | None = None,
         on_output: Callable[[Step, Message], None] | None = None,
         slow: Slowdown | None = None,
         delay: Callable[[float], None] = spin,
     ) -> None:
-        self.stage, self.link, self.feed, self.progress, self.parts = stage, link, feed, progress, parts
-        self.log = log or StageLog()
+        self.stage, self.link, self.feed, self.progress = stage, link, feed, progress
+        self.log, self.micro_batches = log or StageLog(), micro_batches
         self.on_loss, self.on_output = on_loss, on_output
         self.slow, self.delay = slow, delay
         self.spent = OpTime()
@@ -72,7 +72,7 @@ class Engine:
     def execute(self, step: Step) -> None:
         """Executes one step: waits for what it needs, computes, sends what it gives."""
         if self.progress:
-            self.progress.at(label(step.op), describe(step, self.parts))
+            self.progress.at(label(step.op), describe(step, self.micro_batches))
         version, start, self.spent = self.stage.version, perf_counter(), OpTime()
         match step.op:
             case Forward() as op:
@@ -145,7 +145,7 @@ class Engine:
         value = loss.item()
         if not math.isfinite(value):
             updates = f"{self.stage.version} update{'s' if self.stage.version != 1 else ''}"
-            which = f"batch {op.batch // self.parts}" + (f" (micro-batch {op.batch})" if self.parts > 1 else "")
+            which = f"batch {op.batch // self.micro_batches}" + (f" (micro-batch {op.batch})" if self.micro_batches > 1 else "")
             raise NonFinite(
                 f"the loss of {which} became {value} at stage {self.stage.k}, after {updates}; "
                 "lower the learning rate, warm it up, or shrink the gradients (beta)"
@@ -201,13 +201,13 @@ class Engine:
             link.push(source, messages)
 
 
-def describe(step: Step, parts: int) -> str:
-    """Returns an op in words, for errors: "backward of batch 3, tick 5"; `parts`: micro-batches per batch."""
+def describe(step: Step, micro_batches: int) -> str:
+    """Returns an op in words, for errors: "backward of batch 3, tick 5"; `micro_batches`: of a batch."""
     match step.op:
         case Evaluate(batch):
             what = f"evaluation, batch {batch}"
         case Forward(batch) | Backward(batch):
-            what = f"{kind_of(step)} of {f'micro-batch {batch}, batch {batch // parts}' if parts > 1 else f'batch {batch}'}"
+            what = f"{kind_of(step)} of {f'micro-batch {batch}, batch {batch // micro_batches}' if micro_batches > 1 else f'batch {batch}'}"
         case Update():
             what = "update"
     return f"{what}, tick {step.tick}"
@@ -223,6 +223,8 @@ def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
         except Exception as error:
             trace = "".join(traceback.format_exception(error))
             what = "".join(traceback.format_exception_only(error)).strip()
-            raise StageFailed(f"stage {k} failed in {label(step.op)} ({describe(step, engines[k].parts)}): {what}\n\n{trace}") from error
+            raise StageFailed(
+                f"stage {k} failed in {label(step.op)} ({describe(step, engines[k].micro_batches)}): {what}\n\n{trace}"
+            ) from error
     for engine in engines:
         engine.count_in_flight(plan)

@@ -16,11 +16,11 @@ from delock.tensors import Tree, map_tensors, rows, split_bounds, tree_tensors
 class Feed:
     """Answers stage 0's Forwards, which ask for batches in order: 0, 1, 2, ... running on across epochs.
 
-    `parts`: micro-batches per batch (tensor_split; a part without samples is a message without values).
+    A batch is split as `Tensor.tensor_split` does; a micro-batch without samples is a message without values.
     """
 
-    def __init__(self, train: Loader, test: Loader | None, parts: int, device: torch.device) -> None:
-        self.train, self.test, self.parts, self.device = train, test, parts, device
+    def __init__(self, train: Loader, test: Loader | None, micro_batches: int, device: torch.device) -> None:
+        self.train, self.test, self.micro_batches, self.device = train, test, micro_batches, device
         self.per_epoch = len(train)
         self.per_evaluation = len(test) if test is not None else 0
         self.batches: tuple[int, Iterator[tuple[Tree, Tree]]] | None = None  # (number of the next, iterator)
@@ -28,13 +28,13 @@ class Feed:
         self.split: list[Message] = []
 
     def __call__(self, op: Forward | Evaluate) -> Message:
-        """Returns the message of one op: inputs, labels, and the part's share of its batch as weight."""
+        """Returns the message of one op: inputs, labels, and the micro-batch's share of its batch as weight."""
         if isinstance(op, Evaluate):
             return self._evaluation(op.batch)
-        batch, part = divmod(op.batch, self.parts)
-        if part == 0 or not self.split:
-            self.split = self._parts(*self._batch(batch))
-        return self.split[part]
+        batch, place = divmod(op.batch, self.micro_batches)
+        if place == 0 or not self.split:
+            self.split = self._split(*self._batch(batch))
+        return self.split[place]
 
     def _batch(self, number: int) -> tuple[Tree, Tree]:
         if self.batches is None or self.batches[0] != number or number % self.per_epoch == 0:
@@ -60,11 +60,11 @@ class Feed:
         inputs, targets = map_tensors(lambda leaf: leaf.to(self.device, non_blocking=True), batch)
         return tuple(inputs) if isinstance(inputs, list) else inputs, targets
 
-    def _parts(self, inputs: Tree, targets: Tree) -> list[Message]:
+    def _split(self, inputs: Tree, targets: Tree) -> list[Message]:
         n = samples(inputs)
-        if self.parts == 1:
+        if self.micro_batches == 1:
             return [Message(inputs, targets, samples=n)]
-        pieces = [rows((inputs, targets), begin, end, n) for begin, end in split_bounds(n, self.parts)]
+        pieces = [rows((inputs, targets), begin, end, n) for begin, end in split_bounds(n, self.micro_batches)]
         counts = [samples(x) for x, _ in pieces]
         return [Message(x if count else None, y, count / n, count) for (x, y), count in zip(pieces, counts, strict=True)]
 

@@ -37,7 +37,7 @@ class RunLinks:
     ) -> None:
         self.method, self.K, self.cut, self.targets, self.slots = method, len(cut) + 1, cut, targets, slots
         self.codec, self.error_codec = codecs.activations, codecs.errors
-        self.share, self.ahead = 1 / method.parts, ahead and slots is None
+        self.share, self.ahead = 1 / method.micro_batches, ahead and slots is None
 
     def up(self, link: int) -> LinkBytes:
         """Activations with their labels."""
@@ -102,7 +102,7 @@ def stage_sizes(
         head=_head_peak(head.memory) if head and head.memory else 0,
         head_weights=head.memory.weights if head and head.memory else 0,
         slots=sum(map(ways.shared, range(max(0, k - 1), min(k + 1, ways.K - 1)))),
-        feeds=ways.method.parts if k == 0 else 0,
+        feeds=ways.method.micro_batches if k == 0 else 0,
         up_in=up_in,
         up_out=LinkBytes() if last else ways.up(k),
         down_in=down_in,

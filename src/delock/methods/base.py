@@ -43,7 +43,7 @@ class Method(ABC):
                 raise UsageError(f"{cls.name} has no option {old!r} any more: it is called {cls.renamed[old]}")
 
     @property
-    def parts(self) -> int:
+    def micro_batches(self) -> int:
         """Returns the number of micro-batches in a batch; the batch index of an op counts micro-batches."""
         return 1
 
@@ -92,10 +92,13 @@ class Method(ABC):
 
     def capacity(self, k: int, K: int) -> int:
         """Returns the number of messages that the link between stages k and k + 1 must hold per direction: at least 1 + lag."""
-        return 1 + max(self.offset(k + 1, K) - self.offset(k, K), self.delay(k, K) - self.delay(k + 1, K), self.parts)
+        return 1 + max(self.offset(k + 1, K) - self.offset(k, K), self.delay(k, K) - self.delay(k + 1, K), self.micro_batches)
 
     def fits(self, K: int) -> None:  # noqa: B027 - most methods fit any K
         """Raises UsageError if the options do not fit K stages."""
+
+    def fits_workers(self, workers: str) -> None:  # noqa: B027 - most methods run anywhere
+        """Raises UsageError if the options do not go with these workers: "processes", "inline" or "torchrun"."""
 
 
 def in_order(order: Order, last: bool, forward: Op, backward: Iterable[Op]) -> Iterator[Op]:

@@ -63,3 +63,9 @@ class AsyncDGL(DGL):
     def fits(self, K: int) -> None:
         if self.slow_stage >= K:
             raise UsageError(f"slow_stage is {self.slow_stage}, but the stages are 0 .. {K - 1}")
+
+    def fits_workers(self, workers: str) -> None:
+        if self.free_running and workers == "inline":
+            raise UsageError("free-running stages need a process each: use workers processes, or order sampled or round-robin")
+        if not self.free_running and workers != "inline":
+            raise UsageError(f"{self.order} turns are taken in one process: use workers inline, or order free")

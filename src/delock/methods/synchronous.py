@@ -31,11 +31,11 @@ class BP(Method):
         at_least("accumulate", self.accumulate, 1)
 
     @property
-    def parts(self) -> int:
+    def micro_batches(self) -> int:
         return self.accumulate
 
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
-        for b in range(t * self.parts, (t + 1) * self.parts):
+        for b in range(t * self.micro_batches, (t + 1) * self.micro_batches):
             yield Forward(b)
             yield Backward(b, loss=K - 1)
         yield Update()
@@ -65,14 +65,10 @@ class GPipe(Method):
     def __post_init__(self) -> None:
         at_least("micro_batches", self.micro_batches, 1)
 
-    @property
-    def parts(self) -> int:
-        return self.micro_batches
-
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
-        part = range(t * self.parts, (t + 1) * self.parts)
-        yield from (Forward(b) for b in part)
-        yield from (Backward(b, loss=K - 1) for b in part)
+        batches = range(t * self.micro_batches, (t + 1) * self.micro_batches)
+        yield from (Forward(b) for b in batches)
+        yield from (Backward(b, loss=K - 1) for b in batches)
         yield Update()
 
     def delay(self, k: int, K: int) -> int:
@@ -103,12 +99,8 @@ class OneFOneB(Method):
     def __post_init__(self) -> None:
         at_least("micro_batches", self.micro_batches, 1)
 
-    @property
-    def parts(self) -> int:
-        return self.micro_batches
-
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
-        first, M = t * self.parts, self.parts
+        first, M = t * self.micro_batches, self.micro_batches
         warm = min(M, K - 1 - k)
         yield from (Forward(first + j) for j in range(warm))
         for j in range(M):

@@ -45,7 +45,7 @@ class Pattern:
 
     def __init__(self, method: Method, k: int, K: int, periods: Mapping[int, Period]) -> None:
         own, self.up = periods[k], k + 1 < K
-        self.M, self.n, self.span = method.batches_per_update, method.batches_per_update * method.parts, method.span(K)
+        self.M, self.n, self.span = method.batches_per_update, method.batches_per_update * method.micro_batches, method.span(K)
         self.updates = [place for place, op in own if isinstance(op, Update)]
         begin = min(place for place, op in own if _learns(op))
         self.first_update = min((tick + self.M, i) for tick, i in (self._latest(place, begin) for place in self.updates))
@@ -113,7 +113,7 @@ def patterns(method: Method, K: int, stages: Sequence[int] | None = None) -> lis
 
 
 def _period(method: Method, k: int, K: int) -> Period:
-    M, n = method.batches_per_update, method.batches_per_update * method.parts
+    M, n = method.batches_per_update, method.batches_per_update * method.micro_batches
     found = []
     for t in range(M):
         ops = list(method.tick(t, k, K))

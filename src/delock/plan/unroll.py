@@ -51,7 +51,7 @@ class _Column:
 
     def __init__(self, pattern: Pattern, method: Method, length: RunLength) -> None:
         self.pattern, self.length = pattern, length
-        self.every = length.every * method.parts
+        self.every = length.every * method.micro_batches
         self.over_network = method.synchronous and length.clip is not None
         self.tested = 0  # batches of evaluations so far
 

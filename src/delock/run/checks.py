@@ -9,25 +9,17 @@ from torch import nn
 
 from delock.errors import UsageError
 from delock.links.connect import refuse_link
-from delock.methods import AsyncDGL, Method
+from delock.methods import Method
 from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.plan import check, unroll
 from delock.run.request import Request
 
 
-def refuse_wrong_workers(method: Method, workers: str) -> None:
-    """Raise UsageError where stages should run freely in one process, or take turns in many."""
-    if isinstance(method, AsyncDGL) and (method.order == "free") == (workers == "inline"):
-        if workers == "inline":
-            raise UsageError("free-running stages need a process each: use workers processes, or order sampled or round-robin")
-        raise UsageError(f"{method.order} turns are taken in one process: use workers inline, or order free")
-
-
 def refuse_wrong_link(method: Method, link: str, device: str) -> None:
     """Raise UsageError for a link between processes that there is not, or that does not go with the method or the device."""
     refuse_link(link, device)
-    if link == "shared" and isinstance(method, AsyncDGL):
+    if link == "shared" and not method.planned:
         raise UsageError(f'{method.name} drops messages that come too late, which only gloo can do: use link "auto" or "gloo"')
 
 
@@ -56,23 +48,23 @@ def refuse_uncapturable(request: Request) -> None:
         )
 
 
-def refuse_unfit(parts: list[Layer], K: int, cuts: Sequence[int | str] | None, method: Method, sizes: list[int] | None) -> None:
+def refuse_unfit(layers: list[Layer], K: int, cuts: Sequence[int | str] | None, method: Method, sizes: list[int] | None) -> None:
     """Raise UsageError where network, cuts, method and the sizes of the batches (where known) do not go together: nothing is computed."""
-    if len(parts) < K:
-        raise UsageError(f"cannot cut a network of {len(parts)} layers into {K} stages: use at most {len(parts)}")
+    if len(layers) < K:
+        raise UsageError(f"cannot cut a network of {len(layers)} layers into {K} stages: use at most {len(layers)}")
     if cuts is not None:
-        resolve_cuts(parts, cuts)
+        resolve_cuts(layers, cuts)
     check(unroll(method, K, 2 * method.batches_per_update + 2))
-    if sizes is not None and has_batch_norm(nn.ModuleList(layer.module for layer in parts)):
-        refuse_single_samples(sizes, method.parts)
+    if sizes is not None and has_batch_norm(nn.ModuleList(layer.module for layer in layers)):
+        refuse_single_samples(sizes, method.micro_batches)
 
 
-def refuse_single_samples(sizes: list[int], parts: int) -> None:
+def refuse_single_samples(sizes: list[int], micro_batches: int) -> None:
     """BatchNorm has no variance over one sample; torch would stop in the middle of an epoch."""
     for n in sorted(set(sizes)):
-        if 1 in (len(part) for part in torch.empty(n, device="meta").tensor_split(parts)):
+        if 1 in (len(part) for part in torch.empty(n, device="meta").tensor_split(micro_batches)):
             count = f"{n} samples" if n > 1 else "one sample"
-            split = f", split into {parts} micro-batches," if parts > 1 else ""
+            split = f", split into {micro_batches} micro-batches," if micro_batches > 1 else ""
             raise UsageError(
                 f"a batch of {count}{split} would put a single sample in front of BatchNorm, which needs at least two: "
                 "use another batch size, fewer micro-batches, or a number of samples that leaves no such rest"

@@ -48,7 +48,7 @@ class History:
         assert isinstance(op, Backward)
         self.batch_loss += value
         self.samples += samples
-        if (op.batch + 1) % self.job.method.parts:
+        if (op.batch + 1) % self.job.method.micro_batches:
             return
         self.losses.append(self.batch_loss)
         self.batch_loss = 0.0

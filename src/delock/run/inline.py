@@ -19,7 +19,6 @@ from delock.engine.graphs.streams import make_streams
 from delock.engine.graphs.ticks import Ticks
 from delock.links.coded import ReceivedCodebooks
 from delock.links.mailbox import Mailbox
-from delock.methods import AsyncDGL
 from delock.plan import Plan, windows
 from delock.records import Event, Visit
 from delock.run.job import StageJob, StageResult
@@ -77,7 +76,7 @@ def _way(
     if replay is not None:
         plan, _ = recorded(replay, job.length.clip)
         return Store(plan, ReceivedCodebooks().with_codebooks), [plan], None
-    if isinstance(job.method, AsyncDGL):
+    if not job.method.planned:
         plan, read = drawn(job.method, K, job.length, job.seed)
         return Store(plan, ReceivedCodebooks().with_codebooks), [plan], read
     return Mailbox(), windows(job.method, K, job.length, job.window), None

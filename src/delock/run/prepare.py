@@ -9,7 +9,6 @@ from torch import nn
 from delock.engine.feed import samples
 from delock.errors import UsageError
 from delock.keys import key
-from delock.methods import AsyncDGL
 from delock.nets.emulated import Emulated
 from delock.options import Simulation
 from delock.partition.balance import balance
@@ -29,35 +28,35 @@ def prepare(request: Request) -> PreparedRun:
     """Check everything that can be checked before the start, measure the network on a first batch, and cut it. Raises UsageError."""
     waits, cuts = request.simulation.waits, request.cuts
     request.length()  # raises UsageError
-    if request.simulation.slow and isinstance(request.method, AsyncDGL) and request.method.noise:
-        raise UsageError("noise and slow both make stages slower: use one of them")
     if request.execution.compile and waits:
         raise UsageError("emulated stages compute nothing, so there is nothing to compile: leave compile or emulate out")
-    parts = layers(request.model)
-    K = _number_of_stages(request, len(parts))
+    network = layers(request.model)
+    K = _number_of_stages(request, len(network))
+    if request.simulation.slow and any(request.method.slowdown(k) > 1 for k in range(K)):
+        raise UsageError("noise and slow both make stages slower: use one of them")
     _refuse_misfit(request.simulation, K, request.seed)
-    refuse_unfit(parts, K, cuts, request.method, request.train.sizes())
+    refuse_unfit(network, K, cuts, request.method, request.train.sizes())
     inputs, targets = next(iter(request.train.epoch(0)))
-    execution, costs = choose_layout(request, parts, inputs, targets)
+    execution, costs = choose_layout(request, network, inputs, targets)
     if cuts is None:
         cuts = balance([cost.total_s for cost in costs], K, [cost.params for cost in costs])
-    found = tuple(resolve_cuts(parts, cuts))
+    found = tuple(resolve_cuts(network, cuts))
     refuse_unfit_codecs(request, [costs[cut - 1] for cut in found])
     heads = auxiliary(request, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
-    normed = [nn.ModuleList(layer.module for layer in parts), *heads.values()] if execution.chunks > 1 else [*heads.values()]
+    normed = [nn.ModuleList(layer.module for layer in network), *heads.values()] if execution.chunks > 1 else [*heads.values()]
     if any(map(has_batch_norm, normed)):
-        refuse_single_samples(request.train.sizes() or [], request.method.parts * execution.chunks)
+        refuse_single_samples(request.train.sizes() or [], request.method.micro_batches * execution.chunks)
     shaped = {k: costs[found[k] - 1].shape for k in heads}
     head_costs = {
         k: head_cost(request, execution, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]
     }
     batch = Batch.of(inputs, targets)
     if waits:
-        return PreparedRun(request, parts, found, costs, batch, execution, *_emulated(request, waits, [*found, len(parts)], costs))
-    modules = stages(parts, found)
+        return PreparedRun(request, network, found, costs, batch, execution, *_emulated(request, waits, [*found, len(network)], costs))
+    modules = stages(network, found)
     shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
     entering = map_tensors(lambda x: x.to("meta"), inputs) if execution.compile else None
-    return PreparedRun(request, parts, found, costs, batch, execution, modules, heads, head_costs, shares, entering)
+    return PreparedRun(request, network, found, costs, batch, execution, modules, heads, head_costs, shares, entering)
 
 
 def _refuse_misfit(simulation: Simulation, K: int, seed: int) -> None:
@@ -71,7 +70,7 @@ def _emulated(
     request: Request, waits: Emulation, ends: Sequence[int], costs: Sequence[LayerCost]
 ) -> tuple[list[Emulated], dict[int, nn.Module]]:
     """Stages that wait, and heads that cost nothing, with outputs as large as the real ones."""
-    share = 1 / request.method.parts
+    share = 1 / request.method.micro_batches
     shapes = [costs[end - 1].shape for end in ends]
     if not all(shapes):
         raise UsageError("a stage whose output is a tuple cannot be emulated: cut elsewhere")

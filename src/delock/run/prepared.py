@@ -18,7 +18,7 @@ from delock.memory.optimizer import learned, optimizer_bytes
 from delock.memory.peaks import PeakBytes, peaks, repeating
 from delock.memory.sizes import Outputs, RunLinks, stage_sizes
 from delock.memory.slots import slots
-from delock.methods import AsyncDGL, Method, spelled
+from delock.methods import spelled
 from delock.nets.emulated import Emulated
 from delock.nets.heads import HeadShare
 from delock.options import Execution
@@ -57,7 +57,7 @@ class PreparedRun:
     """A run that has been checked: its request, the cuts, and the cost of each layer."""
 
     request: Request
-    parts: list[Layer]
+    layers: list[Layer]
     cuts: tuple[int, ...]
     costs: list[LayerCost]
     batch: Batch
@@ -81,12 +81,12 @@ class PreparedRun:
     def patience(self) -> float:
         """Seconds to wait for a sign of life: what was asked for, but never less than an op of this network may well take."""
         asked, method = self.request.placement.patience, self.request.method
-        slowest = max(slowdown(method, k) * sum(cost.total_s for cost in self.costs[a:b]) for k, (a, b) in enumerate(self.bounds()))
+        slowest = max(method.slowdown(k) * sum(cost.total_s for cost in self.costs[a:b]) for k, (a, b) in enumerate(self.bounds()))
         return max(asked, SLOW * slowest) if asked > 0 else 0.0
 
     def bounds(self) -> list[tuple[int, int]]:
         """First atom, and the one after the last, of each stage."""
-        edges = [0, *self.cuts, len(self.parts)]
+        edges = [0, *self.cuts, len(self.layers)]
         return list(itertools.pairwise(edges))
 
     def jobs(self) -> list[StageJob]:
@@ -123,12 +123,14 @@ class PreparedRun:
         """What will run, with what the plan and the measured costs predict."""
         request = self.request
         own = [self.costs[a:b] for a, b in self.bounds()]
-        share, codec = 1 / request.method.parts, request.compression.activations
+        share, codec = 1 / request.method.micro_batches, request.compression.activations
         costs = self.ops()
         forward, backward, head = costs.forward, costs.backward, costs.head
         forecast = predict(request.method, self.K, costs, SLOW_BATCHES if costs.slow else None)
-        own_pace = max(slowdown(request.method, k) * (forward[k] + backward[k] + head[k]) for k in range(self.K))
-        period = max(forecast.period, own_pace) if request.workers != "inline" else sum(forward + backward + head) * request.method.parts
+        own_pace = max(request.method.slowdown(k) * (forward[k] + backward[k] + head[k]) for k in range(self.K))
+        period = (
+            max(forecast.period, own_pace) if request.workers != "inline" else sum(forward + backward + head) * request.method.micro_batches
+        )
         predictions = tuple(
             StagePrediction(
                 stage=k,
@@ -159,13 +161,13 @@ class PreparedRun:
             compiled=self.execution.compile,
             slow=costs.slow,
             messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
-            encoded=tuple(self._encoded(codec, cut, request.method.parts) for cut in self.cuts) if codec else (),
+            encoded=tuple(self._encoded(codec, cut, request.method.micro_batches) for cut in self.cuts) if codec else (),
         )
 
     def ops(self) -> Costs:
         """What the ops of every stage cost: of a method that does a batch in parts, those of a part."""
         own = [self.costs[a:b] for a, b in self.bounds()]
-        share, waits = 1 / self.request.method.parts, self.request.simulation.waits
+        share, waits = 1 / self.request.method.micro_batches, self.request.simulation.waits
         forward = tuple(share * (waits.forward if waits else sum(cost.forward_s for cost in layers)) for layers in own)
         backward = tuple(share * (waits.backward if waits else sum(cost.backward_s for cost in layers)) for layers in own)
         head = tuple(share * (self.head_costs[k].total_s if k in self.head_costs else 0.0) for k in range(self.K))
@@ -198,7 +200,7 @@ class PreparedRun:
         What free-running stages hold depends on how they run, and what compiled ones hold on the compiler.
         """
         request, unknown = self.request, self.heads.keys() - self.head_costs.keys()
-        if request.simulation.emulate or request.execution.compile or isinstance(request.method, AsyncDGL) or unknown:
+        if request.simulation.emulate or request.execution.compile or not request.method.planned or unknown:
             return [None] * self.K
         ahead = request.workers != "inline" and torch.device(request.device).type == "cpu"
         ways = RunLinks(
@@ -221,13 +223,8 @@ class PreparedRun:
         made = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in cost.outputs)
         return made[0] if cost.shape or (len(made) == 1 and made[0].dim() < 2) else made
 
-    def _encoded(self, codec: Codec, cut: int, parts: int) -> tuple[float, float]:
+    def _encoded(self, codec: Codec, cut: int, micro_batches: int) -> tuple[float, float]:
         """Bytes of the activation there once encoded, and of codebooks: means over the messages."""
-        outputs = [((-(-shape[0] // parts), *shape[1:]) if shape else shape, dtype) for shape, dtype in self.costs[cut - 1].outputs]
+        outputs = [((-(-shape[0] // micro_batches), *shape[1:]) if shape else shape, dtype) for shape, dtype in self.costs[cut - 1].outputs]
         payload, books = zip(*(codec.predicted(shape, dtype) for shape, dtype in outputs), strict=True)
         return sum(payload), sum(books)
-
-
-def slowdown(method: Method, k: int) -> float:
-    """How many times as long as it needs stage k is made to take by the method itself."""
-    return method.slowdown(k) if isinstance(method, AsyncDGL) else 1.0

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from delock.engine.asynchronous.buffer import ReplayBuffer
+from delock.engine.asynchronous.buffer import replay_buffer
 from delock.engine.asynchronous.link import FreeLink
 from delock.engine.asynchronous.runner import FreeRun
 from delock.launch.rank import Rank
-from delock.links import Message
 from delock.links.coded import ReceivedCodebooks
 from delock.links.connect import connect
 from delock.links.rank_link import RankLink
-from delock.methods import AsyncDGL
 from delock.run.job import StageJob, StageResult
 from delock.run.worker import Worker
 
 
 def run_rank(rank: Rank, job: StageJob) -> StageResult:
     """Train stage job.k in this process; the other stages are the other ranks of the default process group."""
-    if isinstance(job.method, AsyncDGL):
-        return _run_free(rank, job, job.method)
+    if job.method.free_running:
+        return _run_free(rank, job)
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     _begin_together(job)
@@ -36,8 +34,8 @@ def joined(rank: Rank, job: StageJob) -> RankLink:
     return connect(job.placement.link, depth, rank.device, rank.progress)
 
 
-def _run_free(rank: Rank, job: StageJob, method: AsyncDGL) -> StageResult:
-    buffer: ReplayBuffer[Message] = ReplayBuffer(method.buffer, method.max_reuse)
+def _run_free(rank: Rank, job: StageJob) -> StageResult:
+    buffer = replay_buffer(job.method)
     link = FreeLink(job.k, job.K, buffer, rank.device, rank.progress, lambda: worker.stage.version, ReceivedCodebooks().with_codebooks)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
     _begin_together(job)

@@ -10,7 +10,6 @@ import torch
 from delock.errors import UsageError
 from delock.launch.rank import Rank
 from delock.records import Started
-from delock.run.checks import refuse_wrong_workers
 from delock.run.job import StageResult
 from delock.run.prepare import prepare
 from delock.run.ranks import run_rank
@@ -20,7 +19,7 @@ from delock.run.request import Request
 def run_torchrun_rank(rank: Rank, request: Request) -> tuple[Started, StageResult]:
     """Trains this rank's stage; returns rank 0's prediction, which is that of the run, and the stage's result."""
     request = replace(request, stages=_stages(rank, request))
-    refuse_wrong_workers(request.method, request.workers)
+    request.method.fits_workers(request.workers)
     prepared = prepare(request) if rank.rank == 0 else None
     said: list[Any] = [prepared.started() if prepared else None]
     if prepared:

@@ -56,10 +56,10 @@ class Worker:
         self.engine = Engine(
             self.stage,
             CodedLink(link, job.k, codec, error_codec, job.seed) if codec or error_codec else link,
-            feed=Feed(job.train, job.test, job.method.parts, device) if job.train is not None else None,
+            feed=Feed(job.train, job.test, job.method.micro_batches, device) if job.train is not None else None,
             log=self.log,
             progress=progress,
-            parts=job.method.parts,
+            micro_batches=job.method.micro_batches,
             on_loss=self.tracker.loss if last else None,
             on_output=self.tracker.output if last else None,
             slow=slow,
@@ -68,9 +68,9 @@ class Worker:
         self.held = peak_memory.reset_peak(device) - peak_memory.programs(device)
 
     def rehearse(self) -> None:
-        """Compile the stage for the parts of a batch, outside all measured times."""
-        for part in pieces(self.job.example, self.job.method.parts):
-            self.stage.rehearse(zeros(part, self.device))
+        """Compiles the stage for the micro-batches of a batch, outside all measured times."""
+        for piece in pieces(self.job.example, self.job.method.micro_batches):
+            self.stage.rehearse(zeros(piece, self.device))
 
     def run(self) -> None:
         """The whole plan, window by window, beside the other ranks; of the others' columns only the neighbours' are drawn."""

@@ -44,7 +44,7 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
     plan = unroll(method, K, batches)
     timeline = simulate(plan, costs if costs.capacity else replace(costs, capacity=capacities(method, K)))
     rate = throughput(timeline)
-    base = throughput(simulate(unroll(BP(), K, batches if costs.slow else 8), _whole(costs, method.parts)))  # BP repeats soon
+    base = throughput(simulate(unroll(BP(), K, batches if costs.slow else 8), _whole(costs, method.micro_batches)))  # BP repeats soon
     forecasts = [
         StageForecast(
             staleness=warm_mean(gradient_staleness(column), method.batches_per_update),
@@ -54,7 +54,7 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
         )
         for column, share, held in zip(plan.columns, idle(timeline), in_flight(plan), strict=True)
     ]
-    return Prediction(method.parts / rate, rate / method.parts / base, tuple(forecasts), tuple(messages(timeline)))
+    return Prediction(method.micro_batches / rate, rate / method.micro_batches / base, tuple(forecasts), tuple(messages(timeline)))
 
 
 def capacities(method: Method, K: int) -> tuple[int, ...]:
@@ -62,12 +62,12 @@ def capacities(method: Method, K: int) -> tuple[int, ...]:
     return tuple(method.capacity(k, K) for k in range(K - 1))
 
 
-def _whole(costs: Costs, parts: int) -> Costs:
+def _whole(costs: Costs, micro_batches: int) -> Costs:
     """Returns the costs of a batch in one piece, from those of a micro-batch; the delay of a message stays that of a micro-batch."""
-    forward, backward, replay = (tuple(parts * cost for cost in work) for work in (costs.forward, costs.backward, costs.replay))
+    forward, backward, replay = (tuple(micro_batches * cost for cost in work) for work in (costs.forward, costs.backward, costs.replay))
     return replace(costs, forward=forward, backward=backward, replay=replay, head=())  # BP has none
 
 
 def _enough(method: Method, K: int) -> int:
     """Returns a number of batches with a long steady stretch, which includes the last complete group of batches of one Update."""
-    return 2 * method.span(K) + max(6, 36 // method.parts) + 2 * method.batches_per_update
+    return 2 * method.span(K) + max(6, 36 // method.micro_batches) + 2 * method.batches_per_update

@@ -30,9 +30,10 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     if config.network.head is not None and not method.local_losses:
         raise UsageError(f"head is {config.network.head}, but {method.name} has no local losses: leave it out")
     batch = resolved(config.dataset.batch_size)
-    if method.parts > batch:
+    if method.micro_batches > batch:
         raise UsageError(
-            f"{method.name} splits every batch into {method.parts} parts, but batch-size is {batch}: use fewer parts, or larger batches"
+            f"{method.name} splits every batch into {method.micro_batches} parts, but batch-size is {batch}: "
+            "use fewer parts, or larger batches"
         )
     algorithm, training, compression = _algorithm(config.algorithm, method), _training(config.training), _spelled(config.compression)
     return replace(config, algorithm=algorithm, network=network, training=training, compression=compression)
