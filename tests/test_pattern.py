@@ -36,7 +36,7 @@ class Mixed(Method):
         return 3
 
     @property
-    def parts(self) -> int:
+    def micro_batches(self) -> int:
         return 2
 
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
