@@ -134,7 +134,7 @@ class Contender:
             batches=ENDLESS,
             device=str(device),
             workers="inline",
-            execution=Execution(amp="bf16", layout="channels-last") if work.bf16 else Execution(),
+            execution=replace(Execution(amp="bf16", layout="channels-last") if work.bf16 else Execution(), captured=captured),
             placement=Placement(threads=torch.get_num_threads()),
             report=Report(log_every=ENDLESS),
         )

@@ -61,11 +61,12 @@ class Learner:
         norms = [torch.linalg.vector_norm(g) for g in self.grads if g is not None]
         return torch.stack(norms) if norms else torch.zeros(0)
 
-    def update(self, op: Update, norm: Tensor | None = None) -> None:
-        """w <- step(w, g), g <- 0, and one step of the schedule: the rate is a function of the stage's own number of updates.
+    def resume(self, count: int, grads: Sequence[Tensor | None]) -> None:
+        """Goes on as after `count` Backwards since the last Update, whose gradients add up to `grads`."""
+        self.count, self.grads = count, list(grads)
 
-        norm: |g| over the whole network, a scalar, where the op clips over it.
-        """
+    def step(self, op: Update, norm: Tensor | None = None) -> None:
+        """w <- step(w, g), g <- 0. norm: |g| over the whole network, a scalar, where the op clips over it."""
         for w, g in zip(self.weights, self.grads, strict=True):
             w.grad = g / self.count if g is not None and op.reduce == "mean" and self.count > 1 else g
         if op.clip is not None:
@@ -73,13 +74,15 @@ class Learner:
             clip_grads_with_norm_(self.weights, op.clip, get_total_norm(own) if norm is None else norm)
         if self.optimizer:
             self.optimizer.step()
-        if self.schedule:
-            self.schedule.step()
         for w in self.weights:
             w.grad = None
-        self.grads = [None] * len(self.grads)
-        self.count = 0
+        self.resume(0, [None] * len(self.grads))
+
+    def count_update(self) -> None:
+        """Counts a version, and takes a step of the schedule: the rate is a function of the stage's own number of updates."""
         self.version += 1
+        if self.schedule:
+            self.schedule.step()
 
     def state(self) -> dict[str, Any]:
         """Returns everything but the weights."""
@@ -97,7 +100,8 @@ class Learner:
             self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule:
             self.schedule.load_state_dict(state["schedule"])
-        self.version, self.count, self.grads = state["version"], state["count"], list(state["grads"])
+        self.version = state["version"]
+        self.resume(state["count"], state["grads"])
 
 
 def _refuse_unfit(optimizer: Optimizer | None, schedule: LRScheduler | None) -> None:

@@ -34,7 +34,6 @@ class ModuleFunction:
         self.weights: Weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.own: frozenset[int] | None = None  # addresses of weights and buffers; None: not asked for yet
         self.clones_inputs: bool | None = None  # whether the module writes to its input; None: not seen yet
-        self.seeded = True  # False: the module draws nothing, and a GPU that records its calls cannot be seeded
 
     def __call__(
         self, batch: int, values: Tree, leaves: tuple[Tensor, ...] = (), weights: Weights | None = None, is_replay: bool = False
@@ -110,7 +109,7 @@ class ModuleFunction:
         handle = self.module.register_forward_hook(look)
 
     def _seed(self, batch: int) -> None:
-        if not self.seeded:
+        if self.execution.captured:  # the module draws nothing, and a GPU cannot be seeded while it records
             return
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):  # manual_seed means the current GPU

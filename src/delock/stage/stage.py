@@ -157,8 +157,8 @@ class Stage:
             held.outputs = self.body(held.step.op.batch, values, held.leaves, weights, is_replay)  # type: ignore[union-attr]
 
     def current(self) -> Weights:
-        """Returns a copy of the body's weights at the current version, the same one until the next Update."""
-        if self.snapshot is None:
+        """Returns a copy of the body's weights at the current version: the same one until the next Update, but captured a new one."""
+        if self.snapshot is None or self.execution.captured:
             self.snapshot = copies(self.body.weights)
         return self.snapshot
 
@@ -271,8 +271,10 @@ class Stage:
 
     def update(self, op: Update, norm: Tensor | None = None) -> None:
         """w_k <- step(w_k, g_k), g_k <- 0; with a head, its weights are among w_k. `norm`: |g| where it is not the stage's alone."""
-        self.learner.update(op, norm)
+        self.learner.step(op, norm)
         self.snapshot = None
+        if not self.execution.captured:  # else the host counts between replays
+            self.learner.count_update()
 
 
 def _error(held: InFlight, passed_on: Gradients) -> Message:

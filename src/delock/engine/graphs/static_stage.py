@@ -1,8 +1,30 @@
-"""One stage on static memory: its ops read from slots, and what an op changes can be put back where the op should not have happened."""
+"""One stage on static memory, so that its ops can be recorded once and replayed.
+
+What PyTorch does. A CUDA graph records kernels with the addresses that they read and write, and replays exactly these. The Python code
+around them runs once, when they are recorded; a replay takes no branch, counts nothing and allocates nothing. Autograd gives new memory to
+every activation and gradient, ties a backward to the addresses of its forward, and refuses a backward after a tensor that its graph holds
+was written to.
+
+Why that is not enough. A stage keeps several batches in flight, each in new memory. It receives messages, reads the learning rate as a
+number, adds gradients up in new memory, counts its updates and steps its schedule in Python. All of this would happen once, at recording.
+
+What we do. The number of batches in flight has a bound that the plan tells: batch b lies in slot b modulo that number.
+
+* Messages are copied into the memory of their slot (`StaticMessages`). The period says when a slot may be overwritten, so the stage reads
+  aliases that autograd does not see change.
+* Forwards and backwards are recorded once per slot, so the graph of a slot keeps its addresses, and so does its copy of the weights.
+* The gradients of a group of batches that is not complete, and the latest loss, are copied into memory of their own.
+* The learning rate is a tensor (`CapturedSGD`), written between ticks.
+* What Python counts is counted between ticks, on the host (`updated`): versions and steps of the schedule.
+* At both ends of a run a stage has nothing to do in some ticks. The whole tick is replayed all the same, and what it changed on that stage
+  is put back (`without`).
+
+What remains in Python is the same code as everywhere, `Stage` and `Learner`, with `Execution.captured` set.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,36 +40,27 @@ from delock.stage import Stage
 
 
 class StaticStage:
-    """A stage with the slots that it reads, its accumulated gradients, and its latest loss; `group`: batches of an Update.
-
-    The stage's schedule is taken over: it is stepped between ticks, on the host.
-    """
+    """A stage with the slots that it reads, its accumulated gradients, and its latest loss; group: batches of an Update."""
 
     def __init__(self, stage: Stage, group: int) -> None:
+        assert stage.execution.captured
         self.stage, self.group = stage, group
         self.inputs, self.errors = StaticMessages(), StaticMessages()
         self.loss: Tensor | None = None  # of the latest batch, where this stage computes one
         self.held: list[Tensor | None] = [None] * len(stage.learner.weights)  # gradients of a group that is not complete
-        self.schedule, stage.learner.schedule = stage.learner.schedule, None
-        for body in (stage.body, stage.head):
-            if body is not None:
-                body.seeded = False
-        self.first = [t.detach().clone() for t in (*self._weights(), *self._buffers())]
+        self.initial = [t.detach().clone() for t in (*self._weights(), *self._buffers())]
 
-    # ---- what is recorded ----------------------------------------------------------------------------------------------------------
+    # ---- recorded ------------------------------------------------------------------------------------------------------------------
 
     def forward(self, step: Step, slot: int) -> Message:
-        """The outputs for the message in the slot; where the plan wants a snapshot of the weights, every slot has its own."""
-        self.stage.snapshot = None
+        """Returns the outputs for the message in the slot."""
         return self.stage.forward(step, self.inputs.get(slot))
 
     def backward(self, step: Step, slot: int) -> Message | None:
-        """The errors of the message in the slot, if anybody listens; the loss and the gradients of an open group stay in fixed memory."""
-        op, learner = step.op, self.stage.learner
+        """Returns the errors of the message in the slot, if stage k - 1 listens; loss and open gradients stay in fixed memory."""
+        op, learner, place = step.op, self.stage.learner, slot % self.group
         assert isinstance(op, Backward)
-        place = slot % self.group
-        learner.count = place
-        learner.grads = list(self.held) if place else [None] * len(self.held)
+        learner.resume(place, self.held if place else [None] * len(self.held))
         self.stage.prepare(step)
         done = self.stage.backward(step, self.errors.get(slot) if op.loss > self.stage.k else None)
         if done.loss is not None:
@@ -56,7 +69,11 @@ class StaticStage:
             self._hold(learner.grads)
         return done.error
 
-    def _hold(self, grads: list[Tensor | None]) -> None:
+    def update(self, op: Update) -> None:
+        """Takes one step of the optimizer."""
+        self.stage.update(op)
+
+    def _hold(self, grads: Sequence[Tensor | None]) -> None:
         for i, grad in enumerate(grads):
             held = self.held[i]
             if grad is None:
@@ -65,38 +82,30 @@ class StaticStage:
                 self.held[i] = held = torch.empty_like(grad)
             held.copy_(grad)
 
-    def update(self, op: Update) -> None:
-        """One step of the optimizer. Versions are counted between ticks: a replayed graph counts nothing."""
-        version = self.stage.version
-        self.stage.update(op)
-        self.stage.learner.version = version
-
     # ---- between ticks -------------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Put everything back to what it was before the first op, but for the memory itself."""
-        for t, was in zip((*self._weights(), *self._buffers()), self.first, strict=True):
+        """Puts weights, buffers and momenta back to what they were before the first op."""
+        for t, was in zip((*self._weights(), *self._buffers()), self.initial, strict=True):
             t.data.copy_(was)
         for momentum in self._momenta():
             momentum.zero_()
 
     def upload_rates(self) -> None:
-        """Bring the learning rates of the coming Update to the device."""
+        """Brings the learning rates of the coming Update to the device."""
         if isinstance(self.stage.optimizer, CapturedSGD):
             self.stage.optimizer.upload_rates()
 
     def updated(self) -> None:
-        """An Update has taken place: count it, and step the schedule."""
-        self.stage.learner.version += 1
-        if self.schedule:
-            self.schedule.step()
+        """Counts an Update that has taken place, with its step of the schedule."""
+        self.stage.learner.count_update()
         self.upload_rates()
 
     @contextmanager
     def without(self, forward: bool, backward: bool) -> Iterator[None]:
-        """A tick of which this stage does only a part, at the beginning and the end of a run: undo what the other part changes.
+        """Undoes, after the block, what a tick has changed that this stage should not do, at the beginning and the end of a run.
 
-        forward: leave out the Forward, which changes buffers (BatchNorm); backward: the Backward with its Update.
+        forward: the Forward, which changes buffers (BatchNorm); backward: the Backward with its Update.
         """
         changed: list[Tensor] = list(self.stage.module.buffers()) if forward else []
         if backward:
@@ -119,11 +128,11 @@ class StaticStage:
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Of the generator that dropout on that device draws from."""
+    """Returns the state of the generator that dropout on that device draws from."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def refuse_draws(k: int, before: Tensor, after: Tensor) -> None:
-    """Raise UsageError where something was drawn: a replay of a batch could not draw the same again from within a graph."""
+    """Raises UsageError if something was drawn: a replay of a batch could not draw the same again from within a graph."""
     if not torch.equal(before, after):
         raise UsageError(f"stage {k} draws random numbers (dropout?), captured ticks none: set its rate to 0, or leave captured out")
