@@ -19,6 +19,7 @@ import delock
 from delock.cli import main
 from delock.methods import ADL, METHODS, options
 from delock.plan import unroll
+from delock.records import Result
 from delock.timeline import in_flight
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,8 +114,24 @@ def test_the_formula_for_what_adl_holds(K: int, M: int, order: str) -> None:
         assert (held[k].graphs, held[k].versions) == (late + 1, ceil(late / M) + 1)
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.DOTALL)
+def blocks(page: str = "docs/api.md") -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Result]:
+    """The results of `delock.fit`, which runs a few batches only, in one process, in an empty folder."""
+    fit, found = delock.fit, list[Result]()
+
+    def short(*args: Any, **options: Any) -> Result:
+        batches = min(options.pop("batches", 4), 4)
+        options.pop("epochs", None)
+        found.append(fit(*args, **options, batches=batches, workers="inline"))
+        return found[-1]
+
+    monkeypatch.setattr(delock, "fit", short, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return found
 
 
 def test_the_first_program(tmp_path: Path) -> None:
@@ -129,23 +146,21 @@ def test_the_first_program(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "model.pt").keys() == {f"{i}.{name}" for i in range(0, 9, 2) for name in ("weight", "bias")}
 
 
-def test_the_other_pieces_of_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other in the first program's module, in one process and with a few batches only."""
-    fit, runs = delock.fit, []
-
-    def short(*args: Any, **options: Any) -> Any:
-        batches = min(options.pop("batches", 4), 4)
-        options.pop("epochs", None)
-        runs.append(fit(*args, **options, batches=batches, workers="inline"))
-        return runs[-1]
-
-    monkeypatch.setattr(delock, "fit", short, raising=False)
-    monkeypatch.chdir(tmp_path)
+def test_the_other_pieces_of_code(runs: list[Result]) -> None:
+    """One after the other in the first program's module."""
     names = {"__name__": "train"}
     with torch.random.fork_rng(devices=[]):
         for block in blocks():
             exec(compile(block, "api.md", "exec", dont_inherit=True), names)
     assert len(runs) == sum("delock.fit(" in block for block in blocks()[1:])
+
+
+def test_the_program_of_the_readme(runs: list[Result], capsys: pytest.CaptureFixture[str]) -> None:
+    [program] = blocks("README.md")
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(program, "README.md", "exec", dont_inherit=True), {"__name__": "__main__"})
+    assert len(runs) == 1
+    assert "accuracy" in capsys.readouterr().out
 
 
 def test_refusals_are_quoted() -> None:
