@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from delock.options import Execution
-from delock.tensors import Tree
+from delock.tensors import Value, like, tensors
 
 PLAIN = Execution()
 _NOTHING = nullcontext()
@@ -38,14 +38,13 @@ def lay_out_input(execution: Execution, tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=form) if images else tensor
 
 
-def apply(execution: Execution, module: Callable[[Tree], Tree], given: Tree, device: torch.device) -> Tree:
-    """Returns module(given), a tensor or a tuple of tensors, computed in the precision and the chunks that are asked for.
+def apply(execution: Execution, module: Callable[[Value], Value], given: Value, device: torch.device) -> Value:
+    """Returns module(given), computed in the precision and the chunks that are asked for.
 
     Gradients are those of the whole batch but for rounding; batch norm takes its statistics over a chunk, as GPipe does.
     """
     with precision(execution, device):
-        rows = len(given if isinstance(given, Tensor) else given[0])
-        if execution.chunks == 1 or rows < 2:
+        if execution.chunks == 1 or (rows := len(tensors(given)[0])) < 2:
             return module(given)
         edges = [rows * i // execution.chunks for i in range(execution.chunks + 1)]
         return _joined([module(_slice(given, a, b, rows)) for a, b in pairwise(edges) if a < b])
@@ -56,14 +55,12 @@ def precision(execution: Execution, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16) if execution.amp == "bf16" else _NOTHING
 
 
-def _slice(given: Tree, a: int, b: int, rows: int) -> Tree:
-    """Rows a to b of every tensor that has one per sample, in memory of their own, because modules write in place; others whole."""
-    if isinstance(given, Tensor):
-        return given[a:b].clone()
-    return tuple(t[a:b].clone() if t.dim() and len(t) == rows else t for t in given)
+def _slice(given: Value, a: int, b: int, rows: int) -> Value:
+    """Returns rows a to b of every tensor that has one per sample, copied, because modules write in place; other tensors stay whole."""
+    return like(given, [t[a:b].clone() if t.dim() and len(t) == rows else t for t in tensors(given)])
 
 
-def _joined(parts: list[Tree]) -> Tree:
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    return tuple(torch.cat(own) if own[0].dim() else own[0] for own in zip(*parts, strict=True))
+def _joined(chunks: list[Value]) -> Value:
+    """Returns the outputs of all chunks as one. Of a tensor without rows in a tuple, such as a scale, the first chunk's is taken."""
+    columns = list(zip(*map(tensors, chunks), strict=True))
+    return like(chunks[0], [torch.cat(own) if own[0].dim() or len(columns) == 1 else own[0] for own in columns])

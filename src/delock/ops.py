@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 At = Literal["stash", "replay", "mixed"]
-"""Where a stage differentiates a batch.
+"""The place at which a stage differentiates a batch.
 
 stash   at the weights and the activations of the batch's Forward: the equations of DDG, FDG and ADL
 replay  at the weights of now, the activations recomputed with them from the stored input: FR, DSP
@@ -20,7 +20,7 @@ Reduce = Literal["sum", "mean"]
 
 @dataclass(frozen=True, slots=True)
 class Derivative:
-    """How a stage comes to have a derivative where `at` says."""
+    """Says what a stage must do to have a derivative at the place that `at` names."""
 
     keeps: Literal["graph", "input"]  # from the Forward to the Backward
     copies: bool  # the weights of the Forward, before an Update changes them

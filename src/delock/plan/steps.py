@@ -28,7 +28,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class RunLength:
-    """How long a run is, in batches (of one update each for synchronous methods), and when it is evaluated.
+    """The length of a run in batches (of one update each for synchronous methods), and its evaluations.
 
     With `every` > 0 the network is evaluated on `evaluation` batches after each `every` training batches, and at the end.
     clip: the largest norm of a gradient, over the network where the method is synchronous, else over a stage.

@@ -1,4 +1,4 @@
-"""A stage's module as a function: which weights, which random draws, what becomes of its inputs and outputs."""
+"""A stage's module as a function of a batch: of its input, its weights, and the number that its random draws are seeded with."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from delock.execution import PLAIN, apply, lay_out_input, lay_out_weights, preci
 from delock.keys import key
 from delock.options import Execution
 from delock.stage.compiled import Compiled, statistics
-from delock.tensors import Tree, address, floating, like, tensors, with_leaves
+from delock.tensors import Value, address, floating, like, tensors, with_leaves
 
 Weights = dict[str, Tensor]
 _REPARAMETRIZING = frozenset({"WeightNorm", "SpectralNorm"})
 
 
 class ModuleFunction:
-    """A module in training mode on a device. It is called with one argument, a tensor or a tuple of tensors, and returns the same.
+    """Calls a module, in training mode on a device, with a value: a tensor or a tuple of tensors; it returns a value.
 
-    `how`: the layout of its tensors, the precision it computes in, and whether it is compiled, by `rehearse`, before it is used. Dropout
-    draws from torch's default generator of the device, seeded with key(*name, batch) before every call that learns.
+    execution: how it computes; if it is to be compiled, `rehearse` must compile it before it is used.
+    name: dropout draws from torch's default generator of the device, seeded with key(*name, batch) before every call that learns.
     """
 
     def __init__(self, module: nn.Module, name: tuple[int | str, ...], device: torch.device, execution: Execution = PLAIN) -> None:
@@ -33,14 +33,14 @@ class ModuleFunction:
         self.compiled = Compiled(self.module) if execution.compile else None
         self.weights: Weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.own: frozenset[int] | None = None  # addresses of weights and buffers; None: not asked for yet
-        self.clones_inputs: bool | None = None  # whether the module writes to its input; None: not seen yet
+        self.clones_inputs: bool | None = None  # the module writes to its input; None: not seen yet
 
     def __call__(
-        self, batch: int, values: Tree, leaves: tuple[Tensor, ...] = (), weights: Weights | None = None, is_replay: bool = False
-    ) -> Tree:
-        """f(values; weights), the current ones by default, with `leaves` for the floating inputs.
+        self, batch: int, values: Value, leaves: tuple[Tensor, ...] = (), weights: Weights | None = None, is_replay: bool = False
+    ) -> Value:
+        """Returns f(values; weights), by default at the current weights, with `leaves` in place of the floating inputs.
 
-        again: a repetition, in which BatchNorm's statistics and all other buffers stay as they are.
+        is_replay: the batch has gone forward before, so BatchNorm's statistics and all other buffers stay as they are.
         """
         instead: dict[str, Tensor] = dict(weights or {})
         if is_replay:
@@ -55,8 +55,8 @@ class ModuleFunction:
         named = {f"{under}{name}": tensor for name, tensor in instead.items()}
         return apply(self.execution, lambda given: functional_call(module, named, (given,)), entered, self.device)
 
-    def rehearse(self, values: Tree, leaves: tuple[Tensor, ...], what: str) -> Tree:
-        """Compile forward and backward for inputs like these. Returns outputs, with a graph.
+    def rehearse(self, values: Value, leaves: tuple[Tensor, ...], what: str) -> Value:
+        """Compiles forward and backward for inputs like these. Returns outputs, with a graph.
 
         Weights and buffers stay as they are. Raises UsageError, about `what`, where torch.compile cannot.
         """
@@ -74,24 +74,25 @@ class ModuleFunction:
                 torch.autograd.grad(roots, wanted, [torch.ones_like(h) for h in roots], retain_graph=True, allow_unused=True)
         return outputs
 
-    def evaluate(self, values: Tree) -> Tree:
-        """f(values) in eval mode, without a graph."""
+    def evaluate(self, values: Value) -> Value:
+        """Returns f(values) in eval mode, without a graph."""
         self.module.eval()
         try:
             with torch.no_grad(), precision(self.execution, self.device):
-                return self.module(self._enter(values, ()))
+                outputs: Value = self.module(self._enter(values, ()))
+                return outputs
         finally:
             self.module.train()
 
-    def sent(self, outputs: Tree) -> Tree:
-        """Outputs cut off from any graph. One that lies in a weight or buffer is copied: an Update would change it under way."""
+    def sent(self, outputs: Value) -> Value:
+        """Returns outputs cut off from any graph. One that lies in a weight or buffer is copied: an Update would change it under way."""
         if self.own is None:
             self.own = frozenset(map(address, (*self.module.parameters(), *self.module.buffers())))
         own = self.own
         return like(outputs, [t.detach().clone() if address(t) in own else t.detach() for t in tensors(outputs)])
 
-    def _enter(self, values: Tree, leaves: tuple[Tensor, ...]) -> Tree:
-        """The module's argument; cloned where the module's first op writes in place."""
+    def _enter(self, values: Value, leaves: tuple[Tensor, ...]) -> Value:
+        """Returns the module's argument, cloned if the module writes to it."""
         clone = self.clones_inputs is not False
         entered = [lay_out_input(self.execution, t.clone() if clone else t) for t in with_leaves(values, leaves)]
         if self.clones_inputs is None and hasattr(Tensor, "_version"):  # without that counter every call clones
@@ -99,7 +100,7 @@ class ModuleFunction:
         return like(values, entered)
 
     def _watch(self, entered: list[Tensor]) -> None:
-        """After the first call see whether the inputs were written to, so that later calls clone only where they must."""
+        """Notes after the first call if the inputs were written to, so that later calls clone only if they must."""
         before = [t._version for t in entered]
 
         def look(*_: Any) -> None:
@@ -119,12 +120,12 @@ class ModuleFunction:
 
 
 def copies(weights: Mapping[str, Tensor]) -> Weights:
-    """The weights as they are now, as leaves of graphs to come."""
+    """Returns copies of the weights as they are now, as leaves of graphs to come."""
     return {name: nn.Parameter(w.detach().clone()) for name, w in weights.items()}  # Parameters, as compiled code expects
 
 
 def refuse_derived_weights(module: nn.Module) -> None:
-    """at="mixed" needs graphs that refer to the weights themselves; a parametrized module's graph refers to a derived copy."""
+    """Raises UsageError for a parametrized module: at="mixed" needs graphs of the weights themselves, and its graph has a derived copy."""
     for name, child in module.named_modules():
         hooks = child._forward_pre_hooks.values()
         old_style = any(type(hook).__name__ in _REPARAMETRIZING or isinstance(hook, BasePruningMethod) for hook in hooks)

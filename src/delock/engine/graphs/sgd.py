@@ -14,7 +14,7 @@ from delock.stage import OptimizerFactory
 
 
 class CapturedSGD(torch.optim.SGD):
-    """torch.optim.SGD with the parameter groups of `made`; `publish` brings their rates to the device.
+    """torch.optim.SGD with the parameter groups of `made`; `upload_rates` brings their rates to the device.
 
     torch's own asks the device for a rate that is a tensor (alpha=-lr), which no recording allows. The step is its step but for one
     rounding: lr times the direction is rounded before it is subtracted. Momentum starts at 0, which without dampening is the same.
@@ -23,18 +23,18 @@ class CapturedSGD(torch.optim.SGD):
     def __init__(self, made: torch.optim.SGD) -> None:
         super().__init__(made.param_groups)
         self.rates: list[Tensor] = []
-        self.published: list[float] = []
+        self.uploaded: list[float] = []
         for group in self.param_groups:
             first = group["params"][0]
             self.rates.append(torch.zeros((), dtype=first.dtype, device=first.device))
-            self.published.append(0.0)
+            self.uploaded.append(0.0)
 
     def upload_rates(self) -> None:
-        """Let the next steps use the groups' learning rates as they are now."""
+        """Lets the next steps use the groups' learning rates as they are now."""
         for i, group in enumerate(self.param_groups):
-            if group["lr"] != self.published[i]:
+            if group["lr"] != self.uploaded[i]:
                 self.rates[i].fill_(group["lr"])
-                self.published[i] = group["lr"]
+                self.uploaded[i] = group["lr"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -66,12 +66,12 @@ class CapturedSGD(torch.optim.SGD):
         return found
 
     def momenta(self) -> list[Tensor]:
-        """What it remembers from step to step."""
+        """Returns its momenta, which it keeps from step to step."""
         return [state["momentum_buffer"] for state in self.state.values() if "momentum_buffer" in state]
 
 
 def capturable(factory: OptimizerFactory) -> OptimizerFactory:
-    """The factory's optimizer in the form that can be recorded. What it makes raises UsageError where it is not plain SGD."""
+    """Returns a factory of the same optimizer in a form that can be recorded; it raises UsageError for anything but plain SGD."""
 
     def make(named: Any) -> Optimizer:
         made = factory(named)

@@ -1,4 +1,4 @@
-"""Where the stages of a tick run, and how a tick is recorded: on streams of one GPU as a CUDA graph, or in turn as a plain function."""
+"""Runs and records the stages of a tick: on streams of one GPU as a CUDA graph, or one after the other as a plain function."""
 
 from __future__ import annotations
 
