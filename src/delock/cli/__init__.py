@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return FAILED
         except SystemExit as leave:  # the parser, after --help; a rank of torchrun, after its failure
             return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+        finally:
+            if argv is None:
+                gc.freeze()  # this program ends: else Python would look for cycles in all that torch has loaded, for half a second
 
 
 def _command(words: Sequence[str]) -> int:

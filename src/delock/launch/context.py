@@ -20,7 +20,7 @@ from delock.launch import allocator
 
 RankContext: TypeAlias = ForkServerContext | SpawnContext
 
-PRELOAD = ("torch", "torch.distributed", "delock.launch.child", "delock.launch.preload")
+PRELOAD = ("delock.launch.preload",)
 
 
 def context(preload: Sequence[str] = ()) -> RankContext:

@@ -103,9 +103,9 @@ def observe(
         ends = trial.ends(out)
         loss_peak, begun = live.peak - held, live.from_here()
         roots = ends if loss else [_with_error(x, live) for x in ends]
-        trial.backward(roots, list(map(torch.ones_like, roots)), keep=True)
+        trial.backward(roots, keep=True)
         backward_retained, _ = live.peak - begun, live.from_here()
-        trial.backward(roots, list(map(torch.ones_like, roots)))
+        trial.backward(roots)
     sizes = [storage_bytes(w) for w in module.parameters() if w.requires_grad]
     return LayerMemory(
         weights=sum(sizes),
@@ -159,10 +159,20 @@ class LayerTrial:
         with precision(self.execution, self.device):
             return [x for x in tensors(out if self.loss is None else self.loss(out)) if x.requires_grad]
 
-    def backward(self, roots: Sequence[Tensor], errors: Sequence[Tensor], keep: bool = False) -> None:
-        """Computes the gradients of inputs and weights, given the errors of the roots; `keep` retains the graph for another backward."""
+    def backward(self, roots: Sequence[Tensor], keep: bool = False) -> None:
+        """Goes back from scalars: a loss, or a `root` per output. keep: the graph stays for another backward."""
         if roots and self.wanted:
-            torch.autograd.grad(roots, self.wanted, errors, retain_graph=keep, allow_unused=True)
+            torch.autograd.grad(roots, self.wanted, retain_graph=keep, allow_unused=True)
+
+
+def root(out: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns a scalar whose backward sends error(ones) into `out`; ones have the shape of `out`.
+
+    torch.autograd.grad takes errors too, but with the first of them it loads a library for symbolic shapes, which takes half a second.
+    """
+    out.register_hook(error)  # type: ignore[no-untyped-call]
+    total = out.sum()
+    return total.real if total.is_complex() else total
 
 
 def _forward_no_grad(trial: LayerTrial) -> int:
@@ -223,5 +233,4 @@ def _with_error(out: Tensor, live: LiveBytes) -> Tensor:
         finally:
             live.setting_apart = False
 
-    out.register_hook(new_error)  # type: ignore[no-untyped-call]
-    return out.sum()
+    return root(out, new_error)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from delock.errors import UsageError
 from delock.execution import PLAIN, lay_out_input, lay_out_weights
 from delock.options import Execution
-from delock.partition.layer_memory import LayerMemory, LayerTrial, observe
+from delock.partition.layer_memory import LayerMemory, LayerTrial, observe, root
 from delock.partition.layers import Layer
 from delock.tensors import Value, map_tensors, tensors
 
@@ -114,10 +114,14 @@ def _run(
     forward_s = _now(device) - began
     if not ends:
         return forward_s, 0.0, out
-    errors = [torch.ones_like(x) for x in ends]
+    roots = ends if loss else [root(x, _always(torch.ones_like(x))) for x in ends]
     began = _now(device)
-    trial.backward(ends, errors)
+    trial.backward(roots)
     return forward_s, _now(device) - began, out
+
+
+def _always(error: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _: error
 
 
 def _now(device: torch.device) -> float:

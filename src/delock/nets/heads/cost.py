@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from delock.errors import UsageError
 from delock.tensors import Value, map_tensors, tensors
@@ -71,6 +70,8 @@ def head_share(stage: nn.Module, head: nn.Module, inputs: Value) -> HeadShare:
 
 def _count(module: nn.Module, inputs: Value) -> tuple[int, Value]:
     """Returns the multiply-adds of one forward, and its output, with a graph."""
+    from torch.utils.flop_counter import FlopCounterMode  # takes 0.1 s to import: only for methods with heads
+
     module = copy.deepcopy(module).eval()
     # with gradients and the plain attention: else fused kernels run, which the counter does not see on every device
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
