@@ -7,9 +7,12 @@ import struct
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from delock.data import NAMES, Augment, as_loader, load, synthetic
+from delock.data.digits import stratified_split
 from delock.errors import UsageError
 
 from harness import same_batches
@@ -36,6 +39,27 @@ def test_digits():
     assert abs(x.mean()) < 1e-5
     assert abs(x.std() - 1) < 1e-3
     assert same_batches(list(data.test.epoch(0)), list(data.test.epoch(1)))
+
+
+def test_digits_are_what_scikit_learn_makes_of_them():
+    found = load_digits()
+    train, test = train_test_split(np.arange(1797), test_size=360, stratify=found.target, random_state=0)
+    data = load("digits", batch_size=64)
+    for images, chosen in ((data.train.images, train), (data.test.images, test)):
+        assert np.array_equal(images.pixels[:, 0], found.images[chosen] * 15)
+        assert np.array_equal(images.labels, found.target[chosen])
+
+
+def test_a_stratified_split_is_scikit_learn_s():
+    generator = np.random.RandomState(1)
+    for n in (60, 61, 200):
+        labels = np.concatenate([np.arange(6), np.arange(6), generator.randint(0, 6, n)])
+        for got, want in zip(
+            stratified_split(labels, 30, np.random.RandomState(n)),
+            train_test_split(np.arange(len(labels)), test_size=30, stratify=labels, random_state=n),
+            strict=True,
+        ):
+            assert np.array_equal(got, want)
 
 
 def test_limit_takes_a_fixed_part_and_leaves_test_and_statistics():

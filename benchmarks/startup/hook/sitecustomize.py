@@ -17,7 +17,7 @@ MARKS = os.environ["DELOCK_MARKS"]
 SHORTEST = 0.0005  # an import that takes less is of something already there
 # part -> functions: of this checkout, and of commit edfd028
 PARTS = {
-    "server": ["delock.cli.session.warm_up"],
+    "server": ["delock.cli.loading.start_server", "delock.cli.session.warm_up"],
     "data": ["delock.cli.workload.load_data"],
     "network": ["delock.cli.workload.build_model"],
     "prepare": ["delock.run.prepare.prepare", "delock.setup.prepare.prepare"],

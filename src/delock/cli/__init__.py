@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import gc
+import atexit
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from types import MappingProxyType
@@ -31,10 +32,32 @@ USAGE, FAILED, INTERRUPTED = 2, 1, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
 
-    A note on an error (add_note) says where something was kept; it is told with the error.
+    A note on an error (add_note) says where something was kept; it is told with the error. Without `argv` the command is the whole
+    program, which is to end with this code.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    with interruptible(whole_program=argv is None):
+    if argv is not None:
+        return _run(argv, whole_program=False)
+    done: list[int] = []
+    atexit.register(_leave, done)  # before all others, so it is called after them
+    done.append(_run(sys.argv[1:], whole_program=True))
+    return done[0]
+
+
+def _leave(done: Sequence[int]) -> None:
+    """End the process at once.
+
+    Python would first take apart all that torch has loaded, for half a second, and torch's threads have been seen to abort a process
+    meanwhile.
+    """
+    with suppress(OSError):  # nobody reads on
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if done:
+        os._exit(done[0])
+
+
+def _run(words: Sequence[str], whole_program: bool) -> int:
+    with interruptible(whole_program=whole_program):
         try:
             return _command(words)
         except UsageError as error:
@@ -55,9 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return FAILED
         except SystemExit as leave:  # the parser, after --help; a rank of torchrun, after its failure
             return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
-        finally:
-            if argv is None:
-                gc.freeze()  # this program ends: else Python would look for cycles in all that torch has loaded, for half a second
 
 
 def _command(words: Sequence[str]) -> int:

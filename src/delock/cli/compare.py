@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from delock.cli.arguments import parse
 from delock.cli.config import CompareConfig, flat
+from delock.cli.loading import start_server
 from delock.cli.ranks import ranks
 from delock.cli.rows import PLAIN, Row, cut_alike, rows
 from delock.cli.run_folder import RunFolder, dumps
-from delock.cli.session import load_data, refuse, train, warm_up
+from delock.cli.session import load_data, refuse, train
 from delock.cli.summary import RunReport, compared, measure
 from delock.cli.tables import IDLE, LAYERWISE, Cells, comparison_table, markdown
 from delock.errors import DelockError, UsageError
@@ -39,7 +40,7 @@ def run(words: Sequence[str]) -> int:
     todo = rows(config)
     model = str(todo[0].config.network.model).replace("/", "-")
     folder = RunFolder(config.output.out, f"compare-{model}", overwrite=config.output.overwrite)
-    warm_up(todo[0].config)
+    start_server(todo[0].config)
     from delock.cli.terminal import Terminal
 
     screen = Terminal()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from delock.cli.config import TrainConfig, flat, make_method, other_kind_options, tokens, toml
+from delock.cli.loading import load_torch
 from delock.cli.ranks import ranks
 from delock.cli.run_folder import ALPHABET, CONFIG, SUMMARY, RunFolder, dumps
 from delock.cli.summary import RunReport, evaluated, opening, summary, trained
@@ -26,17 +27,10 @@ if TYPE_CHECKING:
 NOT_REPEATED = ("out", "overwrite", "config")  # config.toml says how to repeat a run, not where an earlier one was kept
 
 
-def warm_up(config: TrainConfig) -> None:
-    """Let the server of the stages' processes load torch while this process does the same."""
-    if config.machine.workers == "processes" and ranks() is None:
-        from delock.launch.context import context
-
-        context(("delock.run.ranks",))
-
-
 def load_data(config: TrainConfig, screen: Terminal) -> Data | TextData:
     """The data set of a config, with its progress on the screen."""
     screen.phase(f"loading {config.dataset.data}")
+    load_torch()
     data = read_data(config, screen.progress)
     screen.end()
     return data

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, is_text, resolve
+from delock.cli.loading import start_server
 from delock.cli.ranks import is_rank_zero, ranks
-from delock.cli.run_folder import RunFolder
-from delock.cli.session import load_data, train, warm_up
-from delock.cli.summary import RunReport, closing
-from delock.cli.tables import stage_table
 
 ABOUT = """Train a network on several workers, one stage each.
 
@@ -26,13 +23,17 @@ examples:
 def run(words: Sequence[str]) -> int:
     """Parse, train, show; returns the exit code."""
     config = resolve(parse(TrainConfig, words, "train", ABOUT), ranks())
-    name = f"{config.algorithm.method}-{config.network.model}".replace("/", "-")
-    # rank 0 alone looks at the folder: to the others it may be there already because rank 0 has made it
-    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite or not is_rank_zero())
-    warm_up(config)
+    start_server(config)  # before the imports below, which take a while
+    from delock.cli.run_folder import RunFolder
+    from delock.cli.session import load_data, train
+    from delock.cli.summary import RunReport, closing
+    from delock.cli.tables import stage_table
     from delock.cli.terminal import Terminal
     from delock.cli.trace import keep
 
+    name = f"{config.algorithm.method}-{config.network.model}".replace("/", "-")
+    # rank 0 alone looks at the folder: to the others it may be there already because rank 0 has made it
+    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite or not is_rank_zero())
     screen = Terminal(quiet=not is_rank_zero())
     story = RunReport(config)
     try:

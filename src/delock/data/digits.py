@@ -44,9 +44,7 @@ def _read() -> NDArray[np.int64]:
         raise UsageError(f"the digits cannot be read from scikit-learn: {error}. Install scikit-learn again") from error
 
 
-def stratified_split(
-    labels: NDArray[np.int64], test: int, generator: np.random.RandomState
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def stratified_split(labels: NDArray[np.int64], test: int, generator: np.random.RandomState) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Returns the indices of the training and of `test` test samples, each class shared out in proportion, as train_test_split does."""
     counts = np.bincount(labels)
     trains = _in_proportion(counts, len(labels) - test, generator)

@@ -1,21 +1,20 @@
 """Imported by the fork server before any rank is born: it loads what every rank needs, so that a rank has it from birth.
 
-A process' first optimizer loads torch's compiler, which takes a second, so one takes a step here. All this stays as long as the server
-lives. Python's garbage collector would go through it again and again, while it is loaded and in every rank: it is shown none of it.
+A process' first optimizer loads torch's compiler, which takes a second, so one takes a step here.
 """
 
 import gc
 
-gc.disable()
+from delock.launch.collector import uncollected
 
-import torch  # noqa: E402
+with uncollected():
+    import torch
 
-import delock.launch.child  # noqa: E402, F401
+    import delock.launch.child  # noqa: F401
 
-_weight = torch.nn.Parameter(torch.zeros(1))
-_weight.grad = torch.zeros(1)
-torch.optim.SGD([_weight], lr=0.0, fused=True).step()
-del _weight
+    _weight = torch.nn.Parameter(torch.zeros(1))
+    _weight.grad = torch.zeros(1)
+    torch.optim.SGD([_weight], lr=0.0, fused=True).step()
+    del _weight
 
-gc.freeze()
-gc.enable()
+gc.freeze()  # no rank looks through it either
