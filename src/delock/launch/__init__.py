@@ -1,1 +1,1 @@
-"""Starts, watches and ends ranks: one process per stage on this host, or the ranks that torchrun gives. Knows nothing of training."""
+"""Starts, watches and ends ranks, without knowing about training: one process per stage here, or the ranks that torchrun starts."""

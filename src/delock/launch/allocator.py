@@ -1,9 +1,9 @@
-"""The heap of a stage's process: which allocator serves it, what it keeps, and giving back what is free.
+"""Chooses the memory allocator of a stage's process, sets it to keep freed memory, and returns free memory to the system.
 
-A network asks for large blocks of several sizes in turn, and for a small one between any two. glibc's malloc takes more than it is asked
-for, cuts off the rest and gives that to small requests: between those a large block that was freed is too short for the next of its size,
-and the process grows by a third more than its tensors need. tcmalloc and jemalloc keep small blocks apart from large ones. They serve a
-process only from its start on, so whoever starts processes asks `environment`.
+A network allocates large blocks of several sizes in turn, and small blocks between them. glibc's malloc gives the rest of a free large
+block to small requests. The large block between two of these is then too short for the next tensor of its size, and the process grows by a
+third more than its tensors need. tcmalloc and jemalloc keep small blocks apart from large ones. They serve a process only from its start,
+so code that starts processes must use `environment`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 Allocator: TypeAlias = Literal["tcmalloc", "jemalloc", "glibc", ""]
-"""What serves a process; "" for a C library of which nothing is known here."""
+"""The allocator that serves a process; "" for any other C library."""
 
 # the better ones first, as the distributions name their files
 FILES = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4", "libjemalloc.so.2")
-PRELOAD = "LD_PRELOAD"  # set by the user, to nothing even: then it is the user who chooses
+PRELOAD = "LD_PRELOAD"  # if the user has set it, even to nothing, the user chooses
 
-# Read once, at the start of a process. Freed memory is kept for the next batch: to return it and fault it in again costs more than
-# anything else that an allocator does. glibc joins its small blocks at once, so that the large ones between them fit again.
+# Read once, at the start of a process. Freed memory is kept for the next batch: returning it and faulting it in again costs more time than
+# anything else that an allocator does. glibc joins its small blocks at once, so that the large blocks between them can be used again.
 SETTINGS = (
     ("TCMALLOC_RELEASE_RATE", "0"),
     ("TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD", "0"),  # no line on stderr for every tensor of a gigabyte
@@ -39,7 +39,7 @@ _ALL_ARENAS = 4096  # of jemalloc
 
 
 def environment(given: Mapping[str, str], library: Path | None) -> dict[str, str]:
-    """What to add to an environment for a process that trains; `library`: the allocator to be preloaded. What is given wins."""
+    """Returns the variables to add to the environment `given` of a process that trains; `library` is preloaded. `given` wins."""
     added = {name: value for name, value in SETTINGS if name not in given}
     before = given.get("GLIBC_TUNABLES")
     added["GLIBC_TUNABLES"] = f"{TUNABLES}:{before}" if before else TUNABLES  # of two the last one counts
@@ -49,7 +49,7 @@ def environment(given: Mapping[str, str], library: Path | None) -> dict[str, str
 
 
 def installed(files: Sequence[str] = FILES) -> Path | None:
-    """The first of these allocators that this system has; None: there is none but the C library's."""
+    """Returns the first of these allocators that is installed, or None."""
     if sys.platform != "linux":
         return None
     folders = (f"/usr/lib/{platform.machine()}-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib", f"{sys.prefix}/lib")
@@ -58,7 +58,7 @@ def installed(files: Sequence[str] = FILES) -> Path | None:
 
 @contextmanager
 def tuned() -> Iterator[None]:
-    """Processes that are started within are born with the best heap there is; this one keeps its own, and its environment."""
+    """Lets processes that are started within the block have the best allocator; this process' own allocator and environment stay."""
     added = environment(os.environ, installed())
     before = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
@@ -73,7 +73,7 @@ def tuned() -> Iterator[None]:
 
 
 def in_use() -> Allocator:
-    """What serves this process."""
+    """Returns the allocator that serves this process."""
     symbols: tuple[tuple[str, Allocator], ...] = (
         ("MallocExtension_ReleaseFreeMemory", "tcmalloc"),
         ("mallctl", "jemalloc"),
@@ -84,7 +84,7 @@ def in_use() -> Allocator:
 
 
 def keep() -> None:
-    """Tell glibc to keep freed memory, and to have it all in one piece; others have been told at their start, or know no such thing."""
+    """Sets glibc to keep freed memory in one piece; other allocators were set at their start, or have no such setting."""
     if in_use() == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
@@ -93,7 +93,7 @@ def keep() -> None:
 
 
 def give_back() -> None:
-    """Return what is free now to the system, once: what a process holds is then what it uses."""
+    """Returns the memory that is free now to the system, once, so that the process holds only what it uses."""
     process = ctypes.CDLL(None)
     match in_use():
         case "tcmalloc":

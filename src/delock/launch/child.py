@@ -1,4 +1,4 @@
-"""A rank's process from its first line to its last."""
+"""Runs a rank's process from its first line to its last."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class RankConfig:
-    """What a process must know to become a rank. `stacks`: the file for its Python stack, on demand and on a fatal signal."""
+    """Holds what a process needs to become a rank. `stacks`: the file for its Python stack, on demand and on a fatal signal."""
 
     rank: int
     world: int
@@ -44,7 +44,7 @@ class RankConfig:
 
 
 class Report:
-    """The rank's way to its parent. Messages are (kind, body), kind one of "event", "result", "failure"; whole and in order."""
+    """Sends messages (kind, body) from the rank to its parent, whole and in order; the kind is "event", "result" or "failure"."""
 
     def __init__(self, up: Connection) -> None:
         self._up, self._lock = up, threading.Lock()
@@ -59,7 +59,7 @@ class Report:
 
 
 def main(job: RankConfig, memory: Any, down: Connection, up: Connection) -> None:
-    """Run one target. `memory`: the shared bytes of the rank's Progress; `down` brings the parcel, then the leave to go."""
+    """Runs one target. memory: shared bytes of its Progress; down: brings the pickled target and payload, then the permission to end."""
     _prepare(job)
     report, progress = Report(up), Progress(memoryview(memory).cast("B"))
     progress.born()
@@ -71,29 +71,29 @@ def main(job: RankConfig, memory: Any, down: Connection, up: Connection) -> None
         report.send("result", target(Rank(job.rank, job.world, device, report.emit, progress), payload))
     except BaseException as error:
         _tell(report, raised(job.rank, error, progress.read()))
-        threading.Event().wait()  # for the parent to end this process: leaving would raise an error in every peer
-    down.recv_bytes()  # peers may still need this one's connections; all leave together
+        threading.Event().wait()  # until the parent ends this process: leaving would raise an error in every peer
+    down.recv_bytes()  # peers may still need this rank's connections; all end at the same time
     dist.destroy_process_group()
 
 
 def _prepare(job: RankConfig) -> None:
-    """Signals, environment, and the two things that must work whatever the target does: dying with the parent, showing the stack."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    """Sets signals and environment, and makes sure that the rank dies with its parent and can show its stack at any time."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    os.environ.clear()  # the fork server still has the environment of the day it was started
+    os.environ.clear()  # the fork server still has the environment of its start
     os.environ.update(job.environ)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     threading.Thread(target=die_with_parent, daemon=True).start()
     try:
         stacks = open(job.stacks, "a")  # noqa: SIM115  open as long as the process lives
-    except FileNotFoundError:  # the run was given up while this rank was being born, and has tidied up
+    except FileNotFoundError:  # the run was given up while this rank was starting, and has removed the folder
         os._exit(1)
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks)
 
 
 def die_with_parent() -> None:
-    """End this process when the one that asked for it is gone, even by SIGKILL; its OS parent is the fork server, which tells nothing."""
+    """Ends this process when the parent is gone, even by SIGKILL; its OS parent is the fork server, which would not notice."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -114,4 +114,4 @@ def _tell(report: Report, failure: Failure) -> None:
     try:
         report.send("failure", failure)
     except OSError:
-        os._exit(1)  # no parent to tell
+        os._exit(1)  # the parent is gone

@@ -1,4 +1,4 @@
-"""How a rank's process is set up to compute: threads, cores, and its heap."""
+"""Sets up a rank's process to compute: threads, cores, allocator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from delock.launch import allocator
 
 
 def share_cores(world: int, threads: int) -> list[set[int] | None]:
-    """The cores for each of `world` ranks, `threads` each, among those this process may use; all None where they do not go round."""
+    """Returns the cores for each of `world` ranks, `threads` each, of those this process may use; all None if there are too few."""
     cores = _cores()
     if world * threads > len(cores):
         return [None] * world
@@ -19,7 +19,10 @@ def share_cores(world: int, threads: int) -> list[set[int] | None]:
 
 
 def settle(threads: int, cores: set[int] | None) -> None:
-    """Bind this process to `cores` (None: not at all), give torch `threads` threads, keep freed memory. First of all: threads inherit."""
+    """Binds this process to `cores` (None: to none), gives torch `threads` threads, and keeps freed memory.
+
+    Call it first, because new threads inherit these settings.
+    """
     if cores is not None:
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
@@ -27,7 +30,7 @@ def settle(threads: int, cores: set[int] | None) -> None:
 
 
 def _cores() -> list[int]:
-    """The cores this process may use, one hyperthread of every physical core first; none where the system does not tell."""
+    """Returns the cores that this process may use, one hyperthread of every physical core first; none if the system does not say."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     firsts, seconds, seen = list[int](), list[int](), set[str]()

@@ -1,4 +1,4 @@
-"""A rank's end before its time: what is known of it, which of several came first, and how it is told."""
+"""Describes how a rank failed, finds the failure that caused the others, and turns it into an error message."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from delock.errors import StageFailed, UsageError
 from delock.launch.progress import Position
 
-# What gloo, NCCL and the store say when the other end is gone.
+# Messages of gloo, NCCL and the store if the other end is gone.
 _LOST_PEER = re.compile(r"gloo|nccl|tcpstore|connection .*(closed|reset|refused)|broken pipe", re.IGNORECASE)
 _DIED, _RAISED, _ECHO = range(3)  # the likelier cause comes first
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Picklable. `echo`: looks like the consequence of another rank's failure. `usage`: the class of an error of bad input, which is
-    told without a traceback.
+    """Holds the failure of one rank; it can be pickled.
+
+    `echo`: it looks like a consequence of another rank's failure. `usage`: the class of an error of bad input, which is reported without a
+    traceback.
     """
 
     rank: int
@@ -34,23 +36,23 @@ class Failure:
         return self.severity == _ECHO
 
     def error(self) -> StageFailed | UsageError:
-        """The exception to raise in the user's process."""
+        """Returns the exception to raise in the user's process."""
         if self.usage:
             return self.usage(self.what)
         return StageFailed(str(self))
 
     def __str__(self) -> str:
-        told = f"stage {self.rank} {self.what if self.severity == _DIED else 'failed'} {self.where}"
+        text = f"stage {self.rank} {self.what if self.severity == _DIED else 'failed'} {self.where}"
         if self.severity != _DIED:
-            told += f": {self.what}"
-        return told + (f"\n\n{self.details.strip()}" if self.details else "")
+            text += f": {self.what}"
+        return text + (f"\n\n{self.details.strip()}" if self.details else "")
 
 
 def raised(rank: int, error: BaseException, at: Position) -> Failure:
-    """A failure by exception. An echo is a RuntimeError met while waiting for a peer, or one that talks of a lost connection."""
+    """Returns the failure of an exception. An echo is a RuntimeError raised while waiting for a peer, or one about a lost connection."""
     what = "".join(traceback.format_exception_only(error)).strip()
     kinds = (kind for kind in type(error).__mro__ if issubclass(kind, UsageError) and kind.__module__.startswith("delock."))
-    usage = next(kinds, None)  # not a user's own subclass: who knows how that is made
+    usage = next(kinds, None)  # not a user's own subclass, whose arguments are unknown
     chain = _chain(error)
     lost = any(isinstance(one, RuntimeError | OSError) and (at.waits_for is not None or _LOST_PEER.search(str(one))) for one in chain)
     trace = "".join(traceback.format_exception(error))
@@ -58,7 +60,7 @@ def raised(rank: int, error: BaseException, at: Position) -> Failure:
 
 
 def died(rank: int, exit_code: int, at: Position, stack: str) -> Failure:
-    """A process that ended without a word; a negative exit code is a signal's number, as multiprocessing has it."""
+    """Returns the failure of a process that ended without a message; a negative exit code is the number of a signal."""
     if exit_code >= 0:
         how = f"ended with exit code {exit_code}" + ("" if at.born else " while importing the program (its own words are above)")
     else:
@@ -69,7 +71,7 @@ def died(rank: int, exit_code: int, at: Position, stack: str) -> Failure:
 
 
 def first(failures: Sequence[Failure]) -> Failure:
-    """The one that caused the others: a death, else the first exception that is no echo, else the first."""
+    """Returns the failure that caused the others: a death, else the first exception that is not an echo, else the first."""
     return min(failures, key=lambda failure: failure.severity)
 
 

@@ -1,4 +1,4 @@
-"""The watch where there is no parent: the ranks of torchrun tell each other through a store where they are, and that they live."""
+"""Watches ranks without a parent: the ranks of torchrun report their positions, and that they live, through a store."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from delock.launch.progress import Progress
 from delock.launch.watchdog import Stillness, Watchdog
 
-BEAT = 0.5  # seconds between two
-_HEAD = struct.Struct("=Q?")  # beats so far, and whether the rank is done
-_ANSWER = 4.0  # seconds that a culprit has for showing its stack
+BEAT = 0.5  # seconds between two heartbeats
+_HEAD = struct.Struct("=Q?")  # heartbeats so far; the rank is done
+_ANSWER = 4.0  # seconds that a culprit has to show its stack
 _JOIN = 5.0  # seconds for the thread to end
 
 
 class Heartbeats:
-    """A thread in every rank that writes this rank's beat and reads those of the others.
+    """Runs a thread in every rank that writes this rank's heartbeat and reads those of the others.
 
-        every rank, every BEAT seconds     writes number, done or not, progress; reads the others', and looks who hangs
+        every rank, every BEAT seconds     writes number, done or not, progress; reads the others', and looks for a hang
         the first that sees a hang         asks the culprits for their stacks, and calls `leave(culprit, message)`
         a culprit that is asked            shows its stack, if its interpreter still runs
 
-    A rank without beats is stopped by a signal, or some op of its holds Python's lock. `patience` in seconds; 0: nobody hangs.
+    A rank without heartbeats is stopped by a signal, or one of its ops holds Python's lock. `patience` is in seconds; 0 switches the watch
+    off.
     """
 
     def __init__(self, rank: int, world: int, store: Store, progress: Progress, patience: float, leave: Callable[[int, str], None]) -> None:
@@ -42,15 +43,15 @@ class Heartbeats:
         self._thread.start()
 
     def be_patient(self, seconds: float) -> None:
-        """An op may take so long: `patience` from now on."""
+        """Sets `patience` to this number of seconds, because an op may take that long."""
         self._watch.patience = seconds
 
     def done(self) -> None:
-        """This rank has nothing left to do: whoever waits for it no longer waits for an op."""
+        """Marks this rank as done: a rank that waits for it does not wait for an op."""
         self._done[self._rank] = True
 
     def close(self) -> None:
-        """End the thread."""
+        """Ends the thread."""
         self._over.set()
         self._thread.join(_JOIN)
 
@@ -62,7 +63,7 @@ class Heartbeats:
                 if self._look():
                     return
         except RuntimeError:
-            return  # the store is gone, and with it the run
+            return  # the store is gone, and so is the run
 
     def _write(self) -> None:
         self._numbers[self._rank] += 1
@@ -70,7 +71,7 @@ class Heartbeats:
         self._store.set(f"beat/{self._rank}", beat)  # type: ignore[arg-type]  # takes bytes
 
     def _read(self) -> None:
-        """The others' beats, and whether somebody asks for a stack."""
+        """Reads the others' heartbeats, and answers if a rank asks for this rank's stack."""
         for rank, copy in enumerate(self._copies):
             if rank != self._rank and self._store.check([f"beat/{rank}"]):
                 beat = self._store.get(f"beat/{rank}")
@@ -80,7 +81,7 @@ class Heartbeats:
             self._store.set(f"stack/{self._rank}", _main_stack())
 
     def _look(self) -> bool:
-        """Whether it was this rank that told of a hang, which ends its watch."""
+        """Looks for a hang, and returns True if this rank was the first to report one, which ends its watch."""
         self._still.look(self._numbers)
         at_work = [rank for rank, done in enumerate(self._done) if not done]
         culprits = self._watch.look(at_work)
@@ -90,7 +91,7 @@ class Heartbeats:
         return first
 
     def _silent(self, rank: int) -> str:
-        """Half of the patience without a beat: it is known before all who wait for that rank are as late as it is."""
+        """Returns a complaint after half of the patience without a heartbeat, before the ranks that wait for it are as late as it is."""
         late = self._still.seconds[rank] >= self._watch.patience / 2
         return "gives no sign of life" if late and self._records[rank].read().begun else ""
 
@@ -106,6 +107,6 @@ class Heartbeats:
 
 
 def _main_stack() -> str:
-    """Where this process' main thread is."""
+    """Returns the stack of this process' main thread."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     return "".join(traceback.format_stack(frame))

@@ -1,4 +1,4 @@
-"""How much memory this process or device has used at its peak."""
+"""Measures the memory of this process or device, and its peak."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLEAR = Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: torch.device) -> int:
-    """Forget the peak so far; returns the bytes held now, free ones returned to the system."""
+    """Resets the peak, and returns the bytes held now, after free memory has been returned to the system."""
     if device.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]  # a stage without weights has put nothing there yet
         torch.cuda.reset_peak_memory_stats(device)
@@ -32,21 +32,21 @@ def reset_peak(device: torch.device) -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now; 0 where the system does not tell."""
+    """Returns the bytes of memory that this process holds now; 0 if the system does not say."""
     return _status("VmRSS")
 
 
 def peak(device: torch.device) -> int:
-    """Bytes held at the peak since `reset_peak`: resident memory on the CPU, the allocator's on a GPU."""
+    """Returns the peak of bytes held since `reset_peak`: resident memory on the CPU, memory of the allocator on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM") or _highest()
 
 
 def handed_out(act: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator for the CPU had handed out at one time while `act` ran, of those it was then asked for.
+    """Returns the peak of bytes given out by torch's CPU allocator during `act`, counting only requests of that time.
 
-    By torch's profiler, which slows it down and writes a trace to a temporary folder: for checks of a prediction, not for training.
+    It uses torch's profiler, which is slow and writes a trace to a temporary folder: for checks of a prediction, not for training.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         act()
@@ -57,7 +57,7 @@ def handed_out(act: Callable[[], object]) -> int:
 
 
 def programs(device: torch.device) -> int:
-    """Bytes of program files in resident memory: pages of torch's libraries, which come when they are first run. 0 on a GPU."""
+    """Returns the bytes of program files in resident memory, pages of torch's libraries loaded when they first run; 0 on a GPU."""
     return 0 if device.type == "cuda" else _status("RssFile")
 
 
@@ -69,6 +69,6 @@ def _status(field: str) -> int:
 
 
 def _highest() -> int:
-    """The highest resident size ever, where the kernel cannot forget it: bytes on macOS, kilobytes elsewhere."""
+    """Returns the highest resident size ever, if the kernel cannot reset it; the system reports bytes on macOS, kilobytes elsewhere."""
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024

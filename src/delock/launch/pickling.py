@@ -1,4 +1,4 @@
-"""Target and payload on their way to a rank: plain pickles, by value, and a clear word where something cannot be pickled."""
+"""Pickles target and payload for a rank by value, and says clearly which part cannot be pickled."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from delock.errors import UsageError
 
 _REMEDY = 'Define it at the top level of a module (no lambda, no function or class inside a function), or use workers="inline".'
-_DEPTH = 12  # levels of containers and attributes searched for the part at fault
+_DEPTH = 12  # levels of containers and attributes to search for the part at fault
 
 
 def pack(target: Callable[..., object], payload: object, rank: int) -> bytes:
-    """Both as bytes; tensors by value. Raises UsageError that names the part of the payload which cannot be pickled.
+    """Returns both as bytes, with tensors by value. Raises UsageError that names the part of the payload which cannot be pickled.
 
-    Not by torch.multiprocessing's reductions: they would share the tensors' memory between ranks, and tie it to files and the parent.
+    torch.multiprocessing's reductions are not used: they would share the tensors' memory between ranks, and tie it to files and the parent.
     """
     try:
         return pickle.dumps((target, payload), protocol=pickle.HIGHEST_PROTOCOL)
@@ -25,7 +25,7 @@ def pack(target: Callable[..., object], payload: object, rank: int) -> bytes:
 
 
 def unpack(parcel: bytes) -> tuple[Callable[..., Any], Any]:
-    """Raises UsageError where a name it refers to does not exist in this process: one defined in a notebook, say."""
+    """Returns target and payload. Raises UsageError if a name in them does not exist in this process, such as one defined in a notebook."""
     try:
         target, payload = pickle.loads(parcel)
     except (AttributeError, ImportError) as error:
@@ -42,7 +42,7 @@ def _fault(value: object) -> bool:
 
 
 def _path(value: object, depth: int) -> str:
-    """Where in `value` the first part lies that cannot be pickled, as one would write it: .model._modules['fc'].hook."""
+    """Returns the path of the first part of `value` that cannot be pickled, as one would write it: .model._modules['fc'].hook."""
     if depth > 0:
         for name, part in _parts(value):
             if _fault(part):

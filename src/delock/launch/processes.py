@@ -1,4 +1,4 @@
-"""One process per rank on this host: start them, pass on what they say, and leave none behind, however it ends."""
+"""Runs one process per rank on this host: starts them, passes on their messages, and always ends them all."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ P = TypeVar("P")
 R = TypeVar("R")
 OnEvent: TypeAlias = Callable[[int, object], None]
 
-_GRACE = 0.2  # seconds after a failure in which the death that caused it may still be noticed
-_GRACE_ECHO = 1.0  # the same when all failures look like echoes of one yet unheard
-_LEAVE, _TERM, _KILL = 5.0, 1.0, 3.0  # seconds a process has to go by itself, after SIGTERM, after SIGKILL
+_GRACE = 0.2  # seconds after a failure to notice the death that caused it
+_GRACE_ECHO = 1.0  # the same if all failures look like echoes of an unknown one
+_LEAVE, _TERM, _KILL = 5.0, 1.0, 3.0  # seconds that a process has to end by itself, after SIGTERM, after SIGKILL
 _NO_GUARD = 78  # exit code of a rank that found itself training again while importing the user's script
 
 
@@ -51,16 +51,18 @@ def run_processes(
     timeout: float = TIMEOUT,
     on_event: OnEvent | None = None,
 ) -> list[R]:
-    """Run target(rank, payloads[rank]) in one process per payload, joined by a process group; return the results in rank order.
+    """Runs target(rank, payloads[rank]) in one process per payload, joined by a process group, and returns the results in rank order.
 
-    target, payloads and results are pickled by value; `on_event(rank, event)` is called here, for every event a rank emits.
-    Each process computes with `threads` threads, bound to cores of its own if `pin` and there are enough (CPU only; data loading
-    workers that a rank starts share its cores). `port` of the rendezvous on 127.0.0.1, 0 for any free one. device "cuda" gives
-    rank r GPU r. A run in which a rank has been at one op for `patience` seconds, or all have waited for each other, is ended (0: never);
-    `timeout`, in seconds, is the process group's. When this returns or raises, no process is left.
-
-    Raises UsageError for what cannot be pickled, a taken port, a missing device, or when the target raised one; StageFailed when a
-    rank raised, died or hung. KeyboardInterrupt ends all ranks and goes on.
+    Target, payloads and results are pickled by value.
+    threads: per process, bound to cores of their own if `pin` and there are enough cores (CPU only); data loading workers of a rank share
+    its cores.
+    port: of the rendezvous on 127.0.0.1; 0 takes any free port.
+    device: "cuda" gives rank r GPU r.
+    patience: seconds after which the run is ended if a rank is still at one op, or all ranks wait for each other; 0 means never.
+    timeout: of the process group, in seconds.
+    on_event: called here as on_event(rank, event) for every event that a rank emits.
+    No process is left when this returns or raises. Raises UsageError for a payload that cannot be pickled, a taken port or a missing
+    device, and if the target raised one; StageFailed if a rank raised, died or hung. KeyboardInterrupt ends all ranks and propagates.
     """
     if importing_main():
         os._exit(_NO_GUARD)  # a script without guard runs again in the rank that imports it; the parent explains
@@ -87,7 +89,7 @@ def run_processes(
 
 @contextmanager
 def _store(port: int) -> Iterator[int]:
-    """Host the rendezvous on the loopback interface alone; yields the port."""
+    """Hosts the rendezvous on the loopback interface only, and yields its port."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -104,7 +106,7 @@ def _store(port: int) -> Iterator[int]:
 
 
 class _Team:
-    """The processes of one run."""
+    """Holds the processes of one run."""
 
     def __init__(self, ranks: RankContext, jobs: Sequence[RankConfig], patience: float) -> None:
         self._ranks, self._jobs = ranks, jobs
@@ -134,7 +136,7 @@ class _Team:
         self._sender.start()
 
     def follow(self, on_event: OnEvent | None) -> list[Any]:
-        """Until every rank has its result: pass on events, notice failures and hangs."""
+        """Passes on events and notices failures and hangs until every rank has a result; returns the results."""
         world = len(self._jobs)
         sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
         over = float("inf")
@@ -172,7 +174,7 @@ class _Team:
             self._failures.append(body)
 
     def _bury(self, rank: int, on_event: OnEvent | None) -> None:
-        """A process has ended; what it said before still counts."""
+        """Handles the end of a process; messages that it sent before still count."""
         for up in [up for up, of in self._ups.items() if of == rank]:
             while up in self._ups and up.poll():
                 self._hear(up, on_event)
@@ -192,8 +194,7 @@ class _Team:
         at_work = [job.rank for job in self._jobs if job.rank not in self._results]
         culprits = self._watch.look(at_work)
         if culprits:
-            told = self._watch.tell(culprits, at_work, lambda rank: show_stack(self._pid(rank), Path(self._jobs[rank].stacks)))
-            raise StageFailed(told)
+            raise StageFailed(self._watch.tell(culprits, at_work, lambda rank: show_stack(self._pid(rank), Path(self._jobs[rank].stacks))))
 
     def _pid(self, rank: int) -> int:
         pid = self._processes[rank].pid
@@ -206,7 +207,7 @@ class _Team:
         self._join(_LEAVE)
 
     def stop(self) -> None:
-        """End whatever still runs, quickly. Closes everything."""
+        """Ends all processes that still run, quickly, and closes everything."""
         try:
             self._end(BaseProcess.terminate, _TERM)
         finally:  # also after a second Ctrl-C: this program cannot exit before its processes have
@@ -243,4 +244,4 @@ def _send(down: Connection, message: bytes) -> None:
     try:
         down.send_bytes(message)
     except OSError:
-        return  # the rank is gone; its sentinel tells
+        return  # the rank is gone, as its sentinel will show

@@ -1,4 +1,4 @@
-"""What a rank is doing, in a few bytes of shared memory: written by the rank at every op, read by whoever watches it."""
+"""Records what a rank is doing in a few bytes of shared memory, written by the rank at every op and read by its watcher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNBORN, _SETUP, _COMPUTES, _WAITS = range(4)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank was when it was looked at. `moves` grows with everything the rank does; `waits_for` is a peer's rank or None."""
+    """Holds the position of a rank at one moment. `moves` grows with every action of the rank; `waits_for` is a peer's rank or None."""
 
     moves: int
     born: bool
@@ -27,45 +27,45 @@ class Position:
     batch: str
 
     def __str__(self) -> str:
-        """For a sentence: 'in F12 (epoch 1, batch 3)', 'before its first op'."""
+        """Returns the position for a sentence: 'in F12 (epoch 1, batch 3)', 'before its first op'."""
         if not self.begun:
             return "before its first op"
         return f"in {self.op}" + (f" ({self.batch})" if self.batch else "")
 
 
 class Progress:
-    """One rank's record. Writing costs about half a microsecond and no system call, so it is done for every op.
+    """Holds one rank's record. A write takes about half a microsecond and no system call, so every op is recorded.
 
-    A reader in another process may catch a record half written; nobody acts on one before it has stood still for a long time.
+    A reader in another process may see a record half written; the watcher acts only on one that has not changed for a long time.
     """
 
     SIZE = _RECORD.size
 
     def __init__(self, memory: Buffer | None = None) -> None:
-        """`memory`: SIZE bytes, shared with the watcher; without it the record is this process' own."""
+        """memory: SIZE bytes shared with the watcher; without it the record belongs to this process."""
         self._memory: Buffer = bytearray(self.SIZE) if memory is None else memory
         self._moves = 0
 
     def born(self) -> None:
-        """The rank's own code runs: from now on it sets itself up, for as long as that takes."""
+        """Records that the rank's own code runs; setting up may take any time."""
         self._head(_SETUP, -1)
 
     def at(self, op: str, batch: str = "") -> None:
-        """An op begins, e.g. at("F12", "epoch 1, batch 3"); 32 and 96 bytes are kept. The watch over the rank begins with the first."""
+        """Records the begin of an op, e.g. at("F12", "epoch 1, batch 3"); 32 and 96 bytes are kept. The watch begins with the first op."""
         self._moves += 1
         _RECORD.pack_into(self._memory, 0, self._moves, _COMPUTES, -1, op.encode(), batch.encode())
 
     def wait_for(self, peer: int) -> None:
-        """The op waits for a message from or to rank `peer`. Left standing if that raises: it may be an echo."""
+        """Records that the op waits for a message from or to rank `peer`; this stays if the wait raises, because that may be an echo."""
         self._head(_WAITS, peer)
 
     def go_on(self) -> None:
-        """The wait is over, the op computes."""
+        """Records that the wait is over and the op computes."""
         self._head(_COMPUTES, -1)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Something beside the ops, such as a user's callback: it takes as long as it takes, as setting up does."""
+        """Records, within the block, work beside the ops, such as a user's callback; like setting up it may take any time."""
         _, state, peer = _HEAD.unpack_from(self._memory)
         self._head(_SETUP, peer)
         try:
@@ -74,18 +74,18 @@ class Progress:
             self._head(state, peer)
 
     def read(self) -> Position:
-        """The record as it stands; also for the watcher, on the same memory in another process."""
+        """Returns the record; a watcher can call it, too, on the same memory in another process."""
         moves, state, peer, op, batch = _RECORD.unpack_from(self._memory)
         waits_for = peer if state == _WAITS else None
         return Position(moves, state != _UNBORN, state in (_COMPUTES, _WAITS), waits_for, _text(op), _text(batch))
 
     def raw(self) -> bytes:
-        """The record's SIZE bytes: a Progress on a copy of them reads the same."""
+        """Returns the record's SIZE bytes; a Progress on a copy of them reads the same."""
         return bytes(self._memory)
 
     @property
     def moves(self) -> int:
-        """How often the record was written."""
+        """Returns the number of times that the record was written."""
         return int(_HEAD.unpack_from(self._memory)[0])
 
     def _head(self, state: int, peer: int) -> None:

@@ -1,4 +1,4 @@
-"""What a target is handed in every worker: who it is, where it computes, and how it reports."""
+"""Defines Rank, which a target receives in every worker: its number, its device, and its ways to report."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from delock.errors import UsageError
 from delock.launch.progress import Progress
 
-TIMEOUT = 30 * 60.0  # seconds; a wait that expires closes a gloo pair for good, so it must never do so in a healthy run
+TIMEOUT = 30 * 60.0  # seconds; a wait that expires closes a gloo pair for good, so this must never happen in a healthy run
 
 
 def _known(seconds: float) -> None:
-    """The parent has been told before the start."""
+    """Ignores the patience, which the parent knew before the start."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One worker. The default process group of torch.distributed is open while the target runs, and closed afterwards.
+    """Holds one worker. The default process group of torch.distributed is open while the target runs, and closed afterwards.
 
-    `emit(event)`: hand a picklable value to the parent's on_event(rank, event); a rank's events arrive in order.
-    `progress`: write to it at every op; a failure is reported, and a hang noticed, by what stands there.
-    `be_patient(seconds)`: what may be known only when the target runs, how long an op takes at most. Where a parent watches, it knows.
+    `emit(event)`: sends a picklable value to the parent's on_event(rank, event); a rank's events arrive in order.
+    `progress`: to be written at every op; failures and hangs are reported from it.
+    `be_patient(seconds)`: sets the longest time of an op, if it is only known when the target runs. A parent that watches knows it already.
     """
 
     rank: int
@@ -35,7 +35,7 @@ class Rank:
 
 
 def device_of(device: str, local_rank: int) -> torch.device:
-    """GPU number `local_rank` for "cuda"; everything else is what it says. Makes a GPU the current one, as NCCL wants it."""
+    """Returns GPU number `local_rank` for "cuda", and any other device as given. Makes a GPU the current one, as NCCL requires."""
     asked = torch.device(device)
     if asked.type != "cuda":
         return asked
@@ -45,9 +45,9 @@ def device_of(device: str, local_rank: int) -> torch.device:
 
 
 def backend_for(device: str, backend: str | None, local_world: int) -> str:
-    """The process group's backend: `backend` itself, or gloo, with NCCL beside it for CUDA (labels and headers stay on the CPU).
+    """Returns the process group's backend: `backend` itself, or gloo, with NCCL for CUDA (labels and headers stay on the CPU).
 
-    Raises UsageError, before anything is started, where `device` is not there for each of `local_world` ranks on this host.
+    Raises UsageError, before anything is started, if `device` does not exist for each of `local_world` ranks on this host.
     """
     try:
         asked = torch.device(device)

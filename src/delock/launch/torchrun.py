@@ -1,4 +1,4 @@
-"""The ranks that torchrun gives: every one of them runs the same program and has the results; rank 0 hears the events."""
+"""Runs on the ranks that torchrun started: each runs the same program and has all results; rank 0 receives the events."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _GRACE = 1.0  # seconds in which an echo waits for the failure that caused it
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun, or anything that sets the same variables, started this process."""
+    """Returns True if torchrun, or a program that sets the same variables, started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
@@ -49,14 +49,14 @@ def run_torchrun(
     timeout: float = TIMEOUT,
     on_event: OnEvent | None = None,
 ) -> list[R]:
-    """Run target(rank, payload_of(rank)) here, as the rank torchrun says; returns the results of all in rank order, on every rank.
+    """Runs target(rank, payload_of(rank)) on this rank of torchrun, and returns the results of all ranks in rank order, on every rank.
 
-    `on_event(rank, event)` is called on rank 0 alone, for the events of all ranks, from one thread at a time. device "cuda" is the
-    GPU numbered LOCAL_RANK. Results and events must be picklable.
+    on_event: called as on_event(rank, event) on rank 0 only, for the events of all ranks, from one thread at a time.
+    device: "cuda" is the GPU numbered LOCAL_RANK. Results and events must be picklable.
 
-    A rank whose target raises prints stage, op and traceback to stderr and exits: with 2 for a UsageError, else with 1; torchrun then
-    stops the others. An exception of `on_event` is raised on rank 0. Where a rank has been at one op for `patience` seconds, or all have
-    waited for each other (0: never), the rank that sees it first prints who hangs, with the stack, and exits with 1; a target may set
+    If a target raises, its rank prints stage, op and traceback to stderr and exits with 2 for a UsageError, else with 1; torchrun then
+    stops the others. An exception of `on_event` is raised on rank 0. If a rank is at one op for `patience` seconds, or all ranks wait for
+    each other that long (0: never), the first rank that sees it prints the culprit and its stack, and exits with 1; a target may set
     another patience by `Rank.be_patient`.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -65,7 +65,7 @@ def run_torchrun(
     progress, where = Progress(), device_of(device, int(os.environ.get("LOCAL_RANK", rank)))
     store, _, _ = next(rendezvous("env://", rank, world, timeout=limit))
     store.set_timeout(limit)
-    # Runs of one program need keys of their own: a group would read the addresses of the one before. All ranks count alike.
+    # Every run of a program needs keys of its own, or a group would read the addresses of the run before. All ranks count alike.
     space = f"delock/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{store.add(f'delock/runs/{rank}', 1)}"
     dist.init_process_group(group, store=PrefixStore(space, store), rank=rank, world_size=world, timeout=limit)
     post = _Post(rank, world, space, limit, on_event)
@@ -81,7 +81,7 @@ def run_torchrun(
             results = _gather(world, (result, post.emitted))
             if rank == 0:
                 post.close([emitted for _, emitted in results])
-        dist.barrier()  # rank 0 may host the store: the others leave when it has heard them
+        dist.barrier()  # rank 0 may host the store: the others end after it has heard them
     except Exception as error:
         sys.exit(_tell(rank, error, progress, post))
     dist.destroy_process_group()
@@ -95,7 +95,7 @@ def _gather(world: int, own: tuple[R, int]) -> list[tuple[R, int]]:
 
 
 def _tell(rank: int, error: BaseException, progress: Progress, post: _Post) -> int:
-    """Print the failure, unless it is the echo of another rank's; returns the exit code."""
+    """Prints the failure, unless it is the echo of another rank's, and returns the exit code."""
     failure = raised(rank, error, progress.read())
     culprit = post.claim(rank, _GRACE if failure.echo else 0.0)
     if culprit == rank or not (failure.echo or failure.usage):
@@ -106,7 +106,7 @@ def _tell(rank: int, error: BaseException, progress: Progress, post: _Post) -> i
 
 
 def _leave(post: _Post, culprit: int, message: str) -> None:
-    """End this rank, whatever its main thread does; torchrun stops the others, who hear of the culprit before."""
+    """Ends this rank at once; torchrun stops the others, which learn of the culprit before."""
     post.claim(culprit, 0.0)
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -114,7 +114,7 @@ def _leave(post: _Post, culprit: int, message: str) -> None:
 
 
 class _Post:
-    """Events on their way to rank 0, through the store of the rendezvous and a connection to it that no other call holds up."""
+    """Sends events to rank 0 through the store of the rendezvous, over a connection that no other call holds up."""
 
     def __init__(self, rank: int, world: int, space: str, limit: timedelta, on_event: OnEvent | None) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -138,7 +138,7 @@ class _Post:
             self.store.set(f"{self._rank}/{self.emitted}", message)  # type: ignore[arg-type]  # takes bytes
 
     def close(self, emitted: Sequence[int]) -> None:
-        """On rank 0: return when all events have been heard, `emitted` by each rank; raises what on_event raised."""
+        """Waits on rank 0 until all events have arrived, `emitted` by each rank; raises the exception of on_event, if any."""
         self._expected = list(emitted)
         self._reader.join(_DRAIN)
         self._raise()
@@ -146,7 +146,7 @@ class _Post:
             raise StageFailed(f"the stages' last messages did not arrive within {_DRAIN:g} s")
 
     def claim(self, rank: int, seconds: float) -> int:
-        """Say that `rank` has failed, unless another one says so first or within `seconds`; returns the one that was first."""
+        """Announces that `rank` has failed, unless another rank was first or is within `seconds`; returns the rank that was first."""
         deadline = time.monotonic() + seconds
         try:
             while not self.store.check(["failed"]) and time.monotonic() < deadline:
@@ -156,7 +156,7 @@ class _Post:
             return rank  # the store is gone
 
     def _follow(self) -> None:
-        """The reader, on rank 0: other ranks' events in the order of each, until all expected ones are there."""
+        """Reads the other ranks' events on rank 0, in the order of each, until all expected ones have arrived."""
         try:
             while self._read[1:] != self._expected[1:]:
                 if not sum([self._take(rank) for rank in range(1, len(self._read))]):

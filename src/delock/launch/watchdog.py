@@ -1,4 +1,4 @@
-"""The watch over ranks that have stopped moving: who hangs, where, and with what Python stack."""
+"""Watches ranks that have stopped moving: it names the rank that hangs, its op, and its Python stack."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from delock.launch.progress import Progress
 
 POLL = 0.25  # seconds between two looks
-_DUMP = 2.0  # seconds a rank has for showing its stack
+_DUMP = 2.0  # seconds that a rank has to show its stack
 
 
 class Watchdog:
     """Looks at the ranks' progress; `look` names the culprits once they have not moved for `patience` seconds (0: never).
 
-    `stopped(rank)`: what keeps that process from running at all, as "is stopped by a signal"; "" if nothing does. It is looked every
-    `step` seconds or so.
+    `stopped(rank)`: returns the reason why that process cannot run, such as "is stopped by a signal", or "". `step`: seconds between two
+    looks.
     """
 
     def __init__(self, records: Sequence[Progress], patience: float, stopped: Callable[[int], str], step: float = POLL) -> None:
@@ -27,14 +27,14 @@ class Watchdog:
         self._still = Stillness(len(records), step)  # of their moves
 
     def moved(self, rank: int) -> None:
-        """A sign of life of a rank came another way."""
+        """Notes a sign of life of a rank that came another way."""
         self._still.seconds[rank] = 0.0
 
     def look(self, at_work: Sequence[int]) -> list[int]:
-        """The ranks, among those still at work, that keep the others waiting; empty while all is well.
+        """Returns the ranks, of those still at work, that keep the others waiting; none if all is well.
 
-        A stopped process is a culprit; else every rank that computes, an op having begun (setting up takes as long as it takes);
-        else all of them, if all wait for each other. Where nobody waits for the culprit, as in a free-running run, the others may move.
+        A stopped process is a culprit; else every rank that computes after its first op has begun, because setting up may take any time;
+        else all, if they wait for each other. If no rank waits for the culprit, as in a free-running run, the others may move.
         """
         seconds = self._still.look([record.moves for record in self._records])
         still = [rank for rank in at_work if self.patience and seconds[rank] >= self.patience]
@@ -42,11 +42,11 @@ class Watchdog:
         stopped = [rank for rank in still if self._stopped(rank)]
         computing = [rank for rank in still if at[rank].begun and at[rank].waits_for is None]
         waiting = [rank for rank in still if at[rank].waits_for is not None]
-        nobody = min(seconds) >= self.patience  # those that are done count too: what they did last may be what was waited for
-        return stopped or computing or (waiting if nobody and len(waiting) == len(at_work) else [])
+        all_still = min(seconds) >= self.patience  # ranks that are done count too: others may have waited for their last op
+        return stopped or computing or (waiting if all_still and len(waiting) == len(at_work) else [])
 
     def tell(self, culprits: Sequence[int], at_work: Sequence[int], stack: Callable[[int], str]) -> str:
-        """The message: what hangs and where, what the others wait for, and the culprits' stacks; `stack(rank)` shows one."""
+        """Returns the message: which rank hangs at which op, what the others wait for, and the stacks; `stack(rank)` returns one."""
         lines = [self._place(rank, rank in culprits) for rank in [*culprits, *(r for r in at_work if r not in culprits)]]
         head = f"{lines[0]}: it has not moved for {self.patience:g} s"
         shown = [f"stage {rank}:\n{stack(rank)}" for rank in culprits if not self._stopped(rank)]
@@ -63,9 +63,9 @@ class Watchdog:
 
 
 class Stillness:
-    """For how many seconds each of some counters has not moved, as seen by a process that looks every `step` seconds or so.
+    """Counts for each of several counters the seconds since it last moved, as seen by a process that looks every `step` seconds.
 
-    Only time in which this process itself ran counts: after Ctrl-Z, or a long on_event, nobody is late.
+    Only time in which this process itself ran counts: after Ctrl-Z, or a long on_event, no counter is late.
     """
 
     def __init__(self, count: int, step: float) -> None:
@@ -74,7 +74,7 @@ class Stillness:
         self._seen = time.monotonic()
 
     def look(self, counters: Sequence[int]) -> list[float]:
-        """With the counters as they are now."""
+        """Returns these seconds, given the counters as they are now."""
         now = time.monotonic()
         passed = min(now - self._seen, 2 * self._step)
         self.seconds = [s + passed if a == b else 0.0 for s, a, b in zip(self.seconds, counters, self._counters, strict=True)]
@@ -83,7 +83,7 @@ class Stillness:
 
 
 def show_stack(pid: int, file: Path) -> str:
-    """Ask a rank for its Python stack and return it; what it has written so far if it does not answer in time."""
+    """Asks a rank for its Python stack and returns it, or the part written so far if it does not finish in time."""
     before = file.stat().st_size
     os.kill(pid, signal.SIGUSR1)
     deadline, size = time.monotonic() + _DUMP, before
@@ -96,13 +96,13 @@ def show_stack(pid: int, file: Path) -> str:
 
 
 def own_frames(dump: str) -> str:
-    """faulthandler's dump without what is the same in every rank: the thread that waits for the parent's death, how ranks start."""
+    """Returns faulthandler's dump without the parts that all ranks share: the thread that waits for the parent, and the start."""
     parts = [part for part in dump.strip().split("\n\n") if not re.search(r"in die_with_parent|^Extension modules", part)]
     return "\n\n".join(re.sub(r'\n  File "[^"]*child\.py", line \d+ in main\n(  .*\n?)*$', "", part) for part in parts)
 
 
 def stopped_by_signal(pid: int) -> str:
-    """What to say of state T (SIGSTOP, Ctrl-Z), where the system has /proc; else ""."""
+    """Returns a reason for state T (SIGSTOP, Ctrl-Z), if the system has /proc; else ""."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
