@@ -21,6 +21,9 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn, optim
 
+from delock.optim.feedback import error_feedback
+from delock.optim.stage_facts import ALONE, StageFacts, for_stage
+
 Named: TypeAlias = Sequence[tuple[str, Tensor]]
 """Weights by their names in the unsplit model. Their shapes and dtypes are read, never their values."""
 
@@ -29,7 +32,7 @@ NUMBER = 4  # bytes of a count of steps, and of other single numbers
 
 @runtime_checkable
 class SizedFactory(Protocol):
-    """A factory of optimizers that knows how much memory they take."""
+    """A factory of optimizers that knows how much memory they take. `bytes` may ask for the stage, as the factory may."""
 
     def bytes(self, named: Named, /) -> tuple[int, int]:
         """Returns bytes of the state that the first step makes, and peak bytes during a later step, above that state."""
@@ -58,15 +61,18 @@ def learned(module: nn.Module, head: nn.Module | None, k: int) -> Named:
     return [(name, w) for name, w in own if w.requires_grad]
 
 
-def optimizer_bytes(optimizer: Callable[..., object], weights: Named, device: str) -> tuple[int, int] | None:
-    """Returns bytes of the state that the first step makes, and peak bytes during a later step, above that state; None: unknown.
+def optimizer_bytes(optimizer: Callable[..., object], weights: Named, device: str, stage: StageFacts = ALONE) -> tuple[int, int] | None:
+    """Returns bytes of the state that the first steps make, and peak bytes during a later step, above that state; None: unknown.
 
-    Known are classes of torch.optim, functools.partial of one, and factories with a method `bytes`.
+    Known are classes of torch.optim, functools.partial of one, and factories with a method `bytes`, alone or with error feedback.
     """
     if not weights:
         return 0, 0
+    if isinstance(optimizer, error_feedback):
+        base = optimizer_bytes(optimizer.base, weights, device, stage)
+        return base and (base[0] + optimizer.own_bytes(weights, stage=stage), base[1])
     if isinstance(optimizer, SizedFactory):
-        return optimizer.bytes(weights)
+        return for_stage(optimizer.bytes, stage)(weights)
     made = optimizer if isinstance(optimizer, partial) else partial(optimizer)
     if not isinstance(made.func, type) or made.func not in TABLE or made.args:
         return None

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from delock.errors import UsageError
 from delock.optim.closures import loss_of
+from delock.optim.factories import Named
 from delock.optim.several import Several
-from delock.optim.stage_facts import StageFacts, for_stage
+from delock.optim.stage_facts import ALONE, StageFacts, for_stage
 
 
 class ErrorFeedback(Several):
@@ -83,6 +84,10 @@ class error_feedback:
     base: Callable[..., Optimizer]
     c: float = 1.0
 
-    def __call__(self, params: Any, *, stage: StageFacts) -> Optimizer:
+    def __call__(self, params: Any, *, stage: StageFacts = ALONE) -> Optimizer:
         base = for_stage(self.base, stage)(params)
         return ErrorFeedback(base, tau=stage.staleness, c=self.c) if stage.staleness else base
+
+    def own_bytes(self, named: Named, *, stage: StageFacts = ALONE) -> int:
+        """Returns the bytes of the changes that it keeps, beside the base's state."""
+        return (math.ceil(stage.staleness) + 1) * sum(w.nbytes for _, w in named) if stage.staleness else 0

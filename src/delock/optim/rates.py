@@ -10,7 +10,7 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from delock.optim.stage_facts import StageFacts
+from delock.optim.stage_facts import ALONE, StageFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class PipeMare:
     annealing: int
     schedule: Schedule = Schedule("constant", 0)
 
-    def __call__(self, optimizer: Optimizer, *, stage: StageFacts) -> LambdaLR:
+    def __call__(self, optimizer: Optimizer, *, stage: StageFacts = ALONE) -> LambdaLR:
         return LambdaLR(optimizer, partial(self.factor, stage.staleness))
 
     def factor(self, tau: float, n: int) -> float:

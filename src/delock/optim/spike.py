@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from delock.errors import UsageError
 from delock.optim.closures import loss_of
 from delock.optim.factories import SGD, AdamW, Named, Params, decay_groups, two_means
-from delock.optim.stage_facts import StageFacts
+from delock.optim.stage_facts import ALONE, StageFacts
 
 
 class SpikeCompensated(Optimizer):
@@ -156,12 +156,12 @@ class scadamw:
     weight_decay: float = 0.01
     r: float = 2.0
 
-    def __call__(self, params: Named, *, stage: StageFacts) -> Optimizer:
+    def __call__(self, params: Named, *, stage: StageFacts = ALONE) -> Optimizer:
         if stage.staleness == 0:
             return AdamW(self.lr, self.weight_decay, self.betas)(params)
         return SCAdamW(decay_groups(params, self.weight_decay), self.lr, self.betas, tau=stage.staleness, r=self.r)
 
-    def bytes(self, named: Named, *, stage: StageFacts) -> tuple[int, int]:
+    def bytes(self, named: Named, *, stage: StageFacts = ALONE) -> tuple[int, int]:
         """Returns bytes of its state, and peak bytes during a step, above that: the roots of the second moments."""
         named = list(named)
         return two_means(named), sum(w.nbytes for _, w in named) if stage.staleness else 0
@@ -176,12 +176,12 @@ class scsgd:
     weight_decay: float = 0.0
     r: float = 1.0
 
-    def __call__(self, params: Params, *, stage: StageFacts) -> Optimizer:
+    def __call__(self, params: Params, *, stage: StageFacts = ALONE) -> Optimizer:
         if stage.staleness == 0:
             return SGD(self.lr, self.momentum, self.weight_decay)(params)
         return SCSGD(params, self.lr, self.momentum, self.weight_decay, tau=stage.staleness, r=self.r)
 
-    def bytes(self, named: Named, *, stage: StageFacts) -> tuple[int, int]:
+    def bytes(self, named: Named, *, stage: StageFacts = ALONE) -> tuple[int, int]:
         """Returns bytes of its state, and peak bytes during a step, above that: with decay, gradients of its own."""
         total = sum(w.nbytes for _, w in named)
         return total, total if stage.staleness and self.weight_decay else 0

@@ -25,6 +25,10 @@ class StageFacts:
     max_staleness: int
 
 
+ALONE = StageFacts(0, 1, 0.0, 0)
+"""Facts of a network in one stage."""
+
+
 def for_stage(factory: Callable[..., T], facts: StageFacts) -> Callable[..., T]:
     """Returns the factory with the facts filled in where it has a keyword-only parameter named `stage`, else the factory itself."""
     return partial(factory, stage=facts) if _asks(factory) else factory

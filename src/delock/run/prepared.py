@@ -30,7 +30,7 @@ from delock.records import StagePrediction, Started
 from delock.run.job import StageJob
 from delock.run.request import Request
 from delock.tensors import Tree, tensors, tree_tensors
-from delock.timeline import Costs, capacities, predict, simulate
+from delock.timeline import Costs, capacities, predict, simulate, stage_facts
 
 SLOW_BATCHES = 400  # enough for a mean over random slow ticks
 DRIFT = 1.3  # so much slower than the others a stage may be for a while
@@ -207,7 +207,8 @@ class PreparedRun:
             request.method, request.compression, [self.costs[cut - 1] for cut in self.cuts], self.batch.targets, self.slots(), ahead=ahead
         )
         weights = [learned(module, self.heads.get(k), k) for k, module in enumerate(self.modules)]
-        learning = [optimizer_bytes(request.optimizer, own, request.device) for own in weights]
+        facts = stage_facts(request.method, self.K)
+        learning = [optimizer_bytes(request.optimizer, own, request.device, of) for own, of in zip(weights, facts, strict=True)]
         sizes = [
             stage_sizes(k, ways, self.costs[a:b], self.head_costs.get(k), optimizer, self.batch.inputs)
             for k, ((a, b), optimizer) in enumerate(zip(self.bounds(), learning, strict=True))

@@ -17,13 +17,14 @@ from delock.engine.log import StageLog
 from delock.launch import allocator, peak_memory
 from delock.links import Link
 from delock.links.coded import CodedLink
+from delock.optim.stage_facts import for_stage
 from delock.plan import windows
 from delock.records import Event, StageReport, Traffic
 from delock.run.history import History
 from delock.run.job import StageJob, StageResult
 from delock.stage import Stage
 from delock.stage.compiled import pieces, zeros
-from delock.timeline import Slowdown
+from delock.timeline import Slowdown, stage_facts
 
 
 class Worker:
@@ -31,13 +32,13 @@ class Worker:
 
     def __init__(self, job: StageJob, link: Link, device: torch.device, emit: Callable[[Event], None], progress: Any = None) -> None:
         self.job, self.device = job, device
-        last = job.k == job.K - 1
+        last, facts = job.k == job.K - 1, stage_facts(job.method, job.K)[job.k]
         self.stage = Stage(
             job.module,
             job.k,
             job.K,
-            optimizer=job.optimizer,
-            schedule=job.schedule,
+            optimizer=for_stage(job.optimizer, facts),
+            schedule=for_stage(job.schedule, facts) if job.schedule else None,
             loss=job.loss,
             head=job.head,
             names=job.names,

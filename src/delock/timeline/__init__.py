@@ -1,6 +1,7 @@
 """Computes time as a pass over a plan: predicted and measured timelines, staleness, memory in flight. It loads no torch."""
 
 from delock.timeline.costs import Costs, Emulation, Slowdown, straggler
+from delock.timeline.facts import stage_facts
 from delock.timeline.measures import idle, messages, period, steady, throughput
 from delock.timeline.predict import Prediction, StageForecast, capacities, predict
 from delock.timeline.reasons import KINDS, reasons
@@ -28,6 +29,7 @@ __all__ = [
     "predict",
     "reasons",
     "simulate",
+    "stage_facts",
     "steady",
     "straggler",
     "throughput",

@@ -40,7 +40,7 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
     batches: the length of the run; the default is long enough for a steady state without slow-downs. With slow-downs give some thousand.
     Raises UsageError if the method or the costs do not fit K stages.
     """
-    batches = _enough(method, K) if batches is None else batches
+    batches = enough(method, K) if batches is None else batches
     plan = unroll(method, K, batches)
     timeline = simulate(plan, costs if costs.capacity else replace(costs, capacity=capacities(method, K)))
     rate = throughput(timeline)
@@ -68,6 +68,6 @@ def _whole(costs: Costs, micro_batches: int) -> Costs:
     return replace(costs, forward=forward, backward=backward, replay=replay, head=())  # BP has none
 
 
-def _enough(method: Method, K: int) -> int:
+def enough(method: Method, K: int) -> int:
     """Returns a number of batches with a long steady stretch, which includes the last complete group of batches of one Update."""
     return 2 * method.span(K) + max(6, 36 // method.micro_batches) + 2 * method.batches_per_update

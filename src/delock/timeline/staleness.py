@@ -21,10 +21,11 @@ class Placed(Protocol):
     def tick(self) -> int: ...
 
 
-def gradient_staleness(column: Iterable[Placed]) -> dict[int, int]:
+def gradient_staleness(column: Iterable[Placed], *, from_forward: bool = False) -> dict[int, int]:
     """Per batch: the version that the Update found which applied its gradient, minus the version of the weights it was taken at.
 
     Stash and mixed count from the Forward, replay from the Backward itself: there it is 0, and layer-wise staleness tells more.
+    from_forward: replay, too, counts from the Forward, whose weights made the activations that the error belongs to.
     Batches whose Forward or Update lies outside the column are left out.
     """
     taken: dict[int, int] = {}
@@ -35,7 +36,7 @@ def gradient_staleness(column: Iterable[Placed]) -> dict[int, int]:
             case Forward(b, True):
                 taken[b] = placed.version
             case Backward(b, at=at, part=part):
-                if DERIVATIVES[at, taken.get(b) == placed.version].counts_from == "backward":
+                if not from_forward and DERIVATIVES[at, taken.get(b) == placed.version].counts_from == "backward":
                     taken[b] = placed.version
                 if part != "input" and b in taken:
                     pending.append(b)

@@ -1,0 +1,21 @@
+"""Reads off a plan what the optimizer of each stage may ask for."""
+
+from __future__ import annotations
+
+from delock.methods import Method
+from delock.optim.stage_facts import StageFacts
+from delock.plan import unroll
+from delock.timeline.predict import enough
+from delock.timeline.staleness import gradient_staleness, warm_mean
+
+
+def stage_facts(method: Method, K: int) -> list[StageFacts]:
+    """Returns the facts of every stage: with replay, too, staleness is the age of the Forward's weights when a gradient is applied.
+
+    Free-running stages apply their gradients at once.
+    """
+    if method.free_running:
+        return [StageFacts(k, K, 0.0, 0) for k in range(K)]
+    group = method.batches_per_update * method.micro_batches
+    ages = [gradient_staleness(column, from_forward=True) for column in unroll(method, K, enough(method, K)).columns]
+    return [StageFacts(k, K, warm_mean(age, group), max(age.values(), default=0)) for k, age in enumerate(ages)]

@@ -1,0 +1,102 @@
+"""Optimizers that ask for their stage in whole runs: the staleness handed to them, an oracle, processes, and an interrupted run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import AdamW, Optimizer
+
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
+from delock.optim.feedback import ErrorFeedback
+from delock.optim.spike import SCAdamW
+from delock.optim.stage_facts import StageFacts
+from delock.recipes import SGD, PipeMare, Schedule, error_feedback, muon, scadamw, scsgd, soap
+from delock.timeline import stage_facts
+
+import oracles
+import papers
+from harness import assert_equal, in_processes, inline, jobs, same_tree, whole_and_resumed
+from oracles import MakeOptimizer
+from workloads import WORK, batches, warm_up
+
+SLOW_START = PipeMare(5, Schedule("cosine", 20))
+
+
+@pytest.mark.parametrize("K", range(1, 6))
+def test_staleness_is_the_age_of_the_forwards_weights(K: int) -> None:
+    """(D_k - e) / M updates, also with replay; e = 1 for backward-first below the last stage."""
+    for method in (DDG(), FR(), FDG(), FDG(at="mixed"), FDG(order="backward-first"), ADL(4), ADL(3, order="backward-first"), DSP(2, 1)):
+        paper = papers.oracle_options(method, K)
+        late = [d - (paper.get("backward_first", False) and d > 0) for d in paper["delays"]]
+        M = method.batches_per_update
+        wanted = [StageFacts(k, K, pytest.approx(d / M), -(-d // M)) for k, d in enumerate(late)]
+        assert stage_facts(method, K) == wanted, method
+    for fresh in (BP(3), GPipe(3), OneFOneB(2), DGL(), Interlocking(1), AsyncDGL()):
+        assert stage_facts(fresh, K) == [StageFacts(k, K, 0.0, 0) for k in range(K)]
+
+
+def spiked(params: Any, *, stage: StageFacts) -> Optimizer:
+    return SCAdamW([w for _, w in params], 0.01, tau=stage.staleness)
+
+
+def fed_back(params: Any, *, stage: StageFacts) -> Optimizer:
+    made = AdamW([w for _, w in params], 0.01)
+    return ErrorFeedback(made, tau=stage.staleness) if stage.staleness else made
+
+
+def one_by_one(taus: list[float], make: Callable[[Any, float], Optimizer]) -> MakeOptimizer:
+    """Makes the optimizer of stage 0, then that of stage 1, and so on."""
+    left = iter(taus)
+    return lambda weights: make(weights, next(left))
+
+
+BY_HAND = [
+    (spiked, lambda weights, tau: SCAdamW(weights, 0.01, tau=tau)),
+    (fed_back, lambda weights, tau: ErrorFeedback(AdamW(weights, 0.01), tau=tau) if tau else AdamW(weights, 0.01)),
+]
+
+
+@pytest.mark.parametrize(("factory", "make"), BY_HAND, ids=["spike", "feedback"])
+@pytest.mark.parametrize("method", [DDG(), FR(), ADL(4), FDG(at="mixed")], ids=str)
+def test_a_run_is_its_oracle_with_the_optimizer_of_every_stage(method: Method, factory: Any, make: Any) -> None:
+    got = inline(jobs("conv", 4, method, samples=13, batch=5, epochs=4, dtype=torch.float64, evaluate=False, optimizer=factory))
+    net, kind, loss = WORK["conv"]
+    paper = papers.oracle_options(method, 4)
+    optimizers = one_by_one([d / method.batches_per_update for d in paper["delays"]], make)
+    data = batches(13, 5, 4, kind, torch.float64)
+    want = oracles.delayed(net(4, torch.float64), data, loss=loss, make_optimizer=optimizers, make_schedule=warm_up, seed=7, **paper)
+    assert oracles.gap([stage.state for stage in got], want.states) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [
+        (muon(), warm_up),
+        (soap(precondition_frequency=2), warm_up),
+        (scadamw(0.01), SLOW_START),
+        (error_feedback(scsgd(0.01)), SLOW_START),
+        (error_feedback(muon()), SLOW_START),
+    ],
+    ids=["muon", "soap", "scadamw", "feedback, sgd", "feedback, muon"],
+)
+@pytest.mark.parametrize("method", [DDG(), ADL(4)], ids=str)
+def test_processes_equal_one_process(method: Method, optimizer: Any, schedule: Any) -> None:
+    made = partial(jobs, "tuple", 3, method, optimizer=optimizer, schedule=schedule)
+    assert_equal(in_processes(made()), inline(made()))
+
+
+@pytest.mark.parametrize("optimizer", [muon(), soap(), scadamw(0.01), error_feedback(SGD(0.01)), error_feedback(muon())], ids=str)
+@pytest.mark.parametrize("method", [FDG(), ADL(4)], ids=str)
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, optimizer: Any, stop: int) -> None:
+    whole, second, losses = whole_and_resumed(lambda: jobs("tuple", 3, method, optimizer=optimizer, schedule=SLOW_START, window=2), stop)
+    for a, b in zip(second.engines, whole.engines, strict=True):
+        same_tree(a.stage.module.state_dict(), b.stage.module.state_dict())
+        assert a.stage.optimizer
+        assert b.stage.optimizer
+        same_tree(a.stage.optimizer.state_dict(), b.stage.optimizer.state_dict())
+    assert losses == whole.losses
