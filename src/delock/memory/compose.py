@@ -1,4 +1,4 @@
-"""What the atoms of a stage hold together: one after the other in its forward, and in the other order, each freed, in its backward."""
+"""Joins the measured layers of a stage: their forwards one after the other, and their backwards in reverse, each freed after its use."""
 
 from __future__ import annotations
 
@@ -10,26 +10,32 @@ from delock.partition.layer_memory import LayerMemory
 
 @dataclass(eq=False)
 class Storage:
-    """Memory of a tensor between two atoms. `holder`: the first atom whose graph holds it, where a backward leaves it; None: no graph."""
+    """Describes the memory of a tensor between two layers.
+
+    `holder`: the first layer whose graph holds it, at which a backward frees it; None if no graph does.
+    """
 
     size: int
-    message: bool = False  # what was received, which is counted as such
+    message: bool = False  # it was received, and is counted as a message
     holder: int | None = None
 
     def hold(self, layer: int) -> None:
-        """The graph of one more atom holds it."""
+        """Notes that the graph of one more layer holds it."""
         self.holder = layer if self.holder is None else min(self.holder, layer)
 
 
 class StageGraph:
-    """The atoms of a stage. `inputs`: bytes of every tensor that it is given; `share`: of the batch that an op is for.
+    """Holds the bytes of a stage's layers for one op, above the bytes at the begin of the op.
 
-    All bytes are of an op; weights and their gradients do not shrink with it.
+    inputs: bytes of every tensor that the stage receives. share: the part of a batch that an op is for; weights and their gradients do not
+    shrink with it.
+    `forward`, `forward_no_grad`: peaks of a forward with and without a graph. `graph`: bytes of the graph at the end of the forward,
+    without the stage's input and outputs. `output`: bytes of the outputs.
     """
 
     def __init__(self, layers: Sequence[LayerMemory], inputs: Iterable[int], share: float) -> None:
         self.layers, self.share = layers, share
-        here = [Storage(size, message=not layers[0].writes) for size in inputs]  # to write on it the stage makes a copy
+        here = [Storage(size, message=not layers[0].writes) for size in inputs]  # a layer that writes into its input gets a copy
         self.storages = list(here)
         before, most, alone = 0, 0, 0
         for i, layer in enumerate(layers):
@@ -48,7 +54,7 @@ class StageGraph:
         self.graph = round(share * self._left(len(layers)))
 
     def _behind(self, i: int, layer: LayerMemory, given: Sequence[Storage]) -> list[Storage]:
-        """The storages of an atom's outputs, some of which may be those of its inputs."""
+        """Returns the storages of a layer's outputs, some of which may be those of its inputs."""
         found = []
         for output in layer.outputs:
             one = Storage(output.size) if output.source is None else given[output.source]
@@ -60,26 +66,26 @@ class StageGraph:
         return found
 
     def _left(self, n: int) -> int:
-        """What the graphs of the first n atoms hold beside the stage's input and outputs."""
+        """Returns the bytes that the graphs of the first n layers hold, without the stage's input and outputs."""
         between = [one for one in self.storages if one.holder is not None and one.holder < n and one not in self.outputs]
         return sum(layer.graph for layer in self.layers[:n]) + _bytes(between)
 
     def backward(self, *, frees: bool) -> int:
-        """The most in a backward above its begin; `frees`: the graph goes as it is used, else it is needed once more."""
+        """Returns the peak bytes of a backward above its begin; `frees`: the graph is freed as it is used, else it stays."""
         return round(max(map(sum, self._back(frees))))
 
     def backward_activations(self, *, frees: bool) -> int:
-        """The same without gradients of weights."""
+        """Returns the same peak of activations and errors alone, without gradients of weights."""
         return round(max(passing for passing, _ in self._back(frees)))
 
     def _back(self, frees: bool) -> Iterator[tuple[float, float]]:
-        """At every atom of a backward, above its begin: activations and errors, gradients of weights."""
+        """Yields at every layer of a backward the bytes above its begin: activations and errors, then gradients of weights."""
         whole, n = self._left(len(self.layers)), len(self.layers)
         yield self.share * self.layers[-1].loss_peak, 0
-        behind = 0  # gradients of the weights of atoms behind
+        behind = 0  # gradients of the weights of later layers
         for i in reversed(range(n)):
             layer = self.layers[i]
-            own = layer.loss + layer.backward if i == n - 1 else layer.backward_with_errors  # above the atom's own graph
+            own = layer.loss + layer.backward if i == n - 1 else layer.backward_with_errors  # above the layer's own graph
             own += 0 if frees else layer.backward_retained - layer.backward_with_errors
             gradients = min(own, layer.weights)
             yield self.share * (own - gradients - (whole - self._left(i + 1)) * frees), gradients + behind
@@ -87,12 +93,12 @@ class StageGraph:
 
     @property
     def deferred_errors(self) -> int:
-        """Errors into layers with weights."""
+        """Returns the bytes of errors that flow into modules with weights."""
         return round(self.share * sum(layer.deferred_errors for layer in self.layers))
 
     @property
     def weight_layers_graph(self) -> int:
-        """Of the graph, what nothing but layers with weights hold."""
+        """Returns the bytes of the graph that only modules with weights hold."""
         return round(self.share * sum(layer.weight_layers_graph for layer in self.layers))
 
 
