@@ -27,7 +27,7 @@ from delock.cli.tables import IDLE, LAYERWISE, STALENESS, Cells, memory, millise
 from delock.errors import UsageError
 from delock.methods import Method, options, spelled
 from delock.plan import chart, unroll
-from delock.timeline import Costs, Prediction, capacities, predict, simulate
+from delock.timeline import Costs, Prediction, capacities, predict, simulate, speedup
 
 ABOUT = """Show a method's schedule, staleness, memory and speed; nothing is trained.
 
@@ -111,7 +111,7 @@ class Answer:
     profile: Profile | None
     chart: str
     dataflow: Prediction
-    lockstep: Prediction
+    lockstep: float  # speedup
 
 
 def run(words: Sequence[str]) -> int:
@@ -131,7 +131,7 @@ def find(config: PlanConfig) -> Answer:
     method, K, asked = make_method(config.algorithm), config.plan.stages, config.profile
     _check(config, method)
     slots = config.plan.slots if config.plan.slots is not None else max(8, (get_terminal_size((180, 24)).columns - 12) // CELL)
-    picture = chart(unroll(method, K, slots), slots)
+    picture = chart(unroll(method, K, -(-slots // method.micro_batches)), slots)  # a slot for every forward: later batches are out of sight
     measured = None
     if asked.profile:
         network = NetworkOptions(model=asked.profile)
@@ -139,8 +139,8 @@ def find(config: PlanConfig) -> Answer:
         workload = resolve(TrainConfig(network=network, dataset=dataset, language=config.language))
         measured = measure_model(workload, method, K, threads=asked.threads)
     costs = cost_model(config.costs, method, K, measured)
-    clocks = [predict(method, K, clock) for clock in (costs, replace(costs, barrier=True))]
-    return Answer(config, method, costs, measured, picture, *clocks)
+    lockstep = speedup(method, K, replace(costs, barrier=True))
+    return Answer(config, method, costs, measured, picture, predict(method, K, costs), lockstep)
 
 
 def _check(config: PlanConfig, method: Method) -> None:
@@ -192,7 +192,7 @@ def as_values(answer: Answer) -> dict[str, Any]:
         ],
         "messages": [{"activations": up, "errors": down} for up, down in speed.messages],
         "seconds_per_batch" if answer.profile else "time_per_batch": speed.period,
-        "speedup_over_bp": {"dataflow": speed.speedup, "lockstep": answer.lockstep.speedup},
+        "speedup_over_bp": {"dataflow": speed.speedup, "lockstep": answer.lockstep},
         "samples_per_second": answer.profile.samples / speed.period if answer.profile else None,
         "profile": asdict(answer.profile) if answer.profile else None,
     }
@@ -214,7 +214,7 @@ def show(answer: Answer, files: Sequence[Path]) -> None:
         screen.line(f"\npredicted: {milliseconds(speed.period)} per batch, {per_second(measured.samples / speed.period, measured.tokens)}")
     unit = "costs as measured" if answer.profile else f"forward {costs.forward:g}, backward {costs.backward:g}, replay {costs.replay:g}"
     screen.line(f"\nthroughput over bp in {K} stages, {unit}, link delay {costs.link_delay:g}:")
-    screen.line(f"  {speed.speedup:.2f} with dataflow (an op starts as soon as it can), {answer.lockstep.speedup:.2f} in lock-step")
+    screen.line(f"  {speed.speedup:.2f} with dataflow (an op starts as soon as it can), {answer.lockstep:.2f} in lock-step")
     if files:
         screen.line(f"picture: {' '.join(map(str, files))}")
 

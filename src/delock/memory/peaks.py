@@ -85,8 +85,8 @@ def peaks(method: Method, stages: Sequence[StageBytes], batches: int) -> list[Pe
 
 def repeating(method: Method, K: int) -> int:
     """Batches after which no stage holds more than before, and no link."""
-    deepest = max((method.capacity(k, K) for k in range(K - 1)), default=0)
-    return 2 * method.span(K) + 3 * method.batches_per_update + deepest
+    deepest = max((method.capacity(k, K) for k in range(K - 1)), default=0)  # messages: a batch brings one of each of its parts
+    return 2 * method.span(K) + 3 * method.batches_per_update + -(-deepest // method.micro_batches)
 
 
 def peak(column: Iterable[Step], k: int, sizes: StageBytes) -> PeakBytes:

@@ -1,4 +1,4 @@
-"""How many messages lie in the memory that two stages share, as a pass over a timeline: it grows to the most there are at one time.
+"""Counts the messages that lie in the memory that two stages share, which grows to the most there are at one time.
 
 A message has a slot from the end of the op that makes it, until its receiver has used it for the last time and has told so. The receiver
 tells with its next word to the sender, which is that it takes another message, or one of its own:
@@ -9,55 +9,118 @@ tells with its next word to the sender, which is that it takes another message, 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import inf
+from statistics import fmean
+from typing import TypeAlias
 
-from delock.ops import Evaluate, Forward, Op, Update
-from delock.plan import Product, gives, received
+from delock.methods import Method
+from delock.ops import Backward, Evaluate, Op, Update
+from delock.plan import Product, RunLength, gives, received
+from delock.plan.pattern import patterns
+from delock.plan.unroll import column
+from delock.timeline import Costs, Times, capacities, clocked
 from delock.timeline.measures import at_once
-from delock.timeline.spans import Span, Timeline
+from delock.timeline.spans import Timed
+
+DRIFT = 1.3  # so much slower than the others a stage may be for a while
 
 
-def slots(timeline: Timeline, decoded: tuple[bool, bool] = (False, False)) -> list[tuple[int, int]]:
-    """Per link, the slots that activations and errors come to lie in. `decoded`: whether (they, these) are decoded as they come, which
-    is then the last use of the message."""
-    spans = [span for column in timeline.columns for span in column if _batch(span.op)]  # no Updates: a norm has no size
-    wanted = {name for span in spans for name in received(span.stage, span.op)}
-    made = {name: span.end for column in timeline.columns for span in column for name in gives(span.stage, span.op) if name in wanted}
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """Holds a message's time in its slot: from the end of op `made` of its sender to the start or the end of op `told` of its receiver."""
 
-    def most(sender: int, receiver: int, copied: bool) -> int:
-        told = _told(timeline.columns[receiver], sender, made, copied)
-        return at_once((made[name], free) for name, free in told.items())
-
-    return [(most(k, k + 1, decoded[0]), most(k + 1, k, decoded[1])) for k in range(timeline.K - 1)]
+    made: int
+    told: int | None  # None: to the end of the run
+    at_end: bool = False
 
 
-def _told(column: Sequence[Span], sender: int, made: dict[Product, float], copied: bool) -> dict[Product, float]:
-    """When the stage of that column tells `sender` that it is done with each of its messages; never, for the last of them."""
-    told: dict[Product, float] = {}
-    used: dict[int, list[Product]] = {}  # place in the column -> messages of which that is the last use
-    done: list[Product] = []  # and not told
-    last = {batch: i for i, span in enumerate(column) if (batch := _batch(span.op))}
-    for i, span in enumerate(column):
-        taken = [name for name in received(span.stage, span.op) if name[0] == sender and name in made]
-        batch = _batch(span.op)
-        if taken:
-            told |= dict.fromkeys(done, span.start)
-            done = taken if copied else []
-        if taken and batch and not copied:
-            used.setdefault(last[batch] if sender < span.stage else i, []).extend(taken)
-        if _tells(span, sender, made):
-            told |= dict.fromkeys(done, span.end)
+Stays: TypeAlias = list[tuple[list[Stay], list[Stay]]]
+"""One pair per link: the stays of its activations, and of its errors."""
+
+
+def slots(timeline: Timed, decoded: tuple[bool, bool] = (False, False)) -> list[tuple[int, int]]:
+    """Returns per link the slots that activations and errors come to lie in.
+
+    decoded: (activations, errors): True where they are decoded as they come, which is then the last use of the message.
+    """
+    return taken_at_once(stays(timeline.times.ops, decoded), timeline.times)
+
+
+def slots_of_any(method: Method, batches: int, costs: Costs, decoded: tuple[bool, bool] = (False, False)) -> list[tuple[int, int]]:
+    """Returns the most slots of several runs: with the measured costs, with equal stages, and with equal stages of which one is slower.
+
+    Stages that share cores are sometimes the one and sometimes the other.
+    """
+    K = costs.K
+    measured, stages = replace(costs, capacity=capacities(method, K)), patterns(method, K)
+    alike = [fmean(own) for own in (costs.forward, costs.backward, costs.head)]
+
+    def even(slow: int | None) -> Costs:
+        forward, backward, head = (tuple(cost * (DRIFT if k == slow else 1) for k in range(K)) for cost in alike)
+        return replace(measured, forward=forward, backward=backward, head=head)
+
+    found = stays([[step.op for step in column(pattern, RunLength(batches))] for pattern in stages], decoded)
+    runs = [taken_at_once(found, clocked(stages, batches, own).times) for own in (measured, *map(even, (None, *range(K))))]
+    return [(max(up for up, _ in link), max(down for _, down in link)) for link in zip(*runs, strict=True)]
+
+
+def taken_at_once(found: Stays, times: Times) -> list[tuple[int, int]]:
+    """Returns the slots from stays. These are the same for all costs, because the order of a stage's ops does not depend on the clock."""
+
+    def most(sender: int, receiver: int, messages: Sequence[Stay]) -> int:
+        made, told = times.ends[sender], (times.starts[receiver], times.ends[receiver])
+        return at_once([(made[one.made], inf if one.told is None else told[one.at_end][one.told]) for one in messages])
+
+    return [(most(k, k + 1, up), most(k + 1, k, down)) for k, (up, down) in enumerate(found)]
+
+
+def stays(columns: Sequence[Sequence[Op]], decoded: tuple[bool, bool] = (False, False)) -> Stays:
+    """Returns the stays of all messages of a plan, which is given as the ops of every stage."""
+    taken = [[None if isinstance(op, Update) else next(iter(received(k, op)), None) for op in ops] for k, ops in enumerate(columns)]
+    wanted = {name for names in taken for name in names}  # norms are not: they take no slot
+    sent = [[next((name for name in gives(k, op) if name in wanted), None) for op in ops] for k, ops in enumerate(columns)]
+    stages = [_Stage(k, *parts) for k, parts in enumerate(zip(columns, taken, sent, strict=True))]
+    return [(_between(a, b, decoded[0]), _between(b, a, decoded[1])) for a, b in pairwise(stages)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """Holds a stage's ops, and for each the message that it takes and the one that it sends."""
+
+    k: int
+    ops: Sequence[Op]
+    taken: Sequence[Product | None]
+    sent: Sequence[Product | None]
+
+
+def _between(sender: _Stage, receiver: _Stage, copied: bool) -> list[Stay]:
+    """Returns the stays of the messages of one direction.
+
+    The receiver is done with an activation after the last op on its batch, with an error after the op that takes it. It tells so at the
+    start of the next op that takes a message, or at the end of the next that sends one back.
+    """
+    made = {name: i for i, name in enumerate(sender.sent) if name}
+    last = {_batch(op): i for i, op in enumerate(receiver.ops)}
+    found: list[Stay] = []
+    used: dict[int, list[int]] = defaultdict(list)  # op -> messages of which that is the last use
+    done: list[int] = []  # and not told
+    for i, (op, name, answer) in enumerate(zip(receiver.ops, receiver.taken, receiver.sent, strict=True)):
+        if name in made:
+            found += [Stay(message, i) for message in done]
+            done = [made[name]] if copied else []
+            if not copied:
+                used[last[_batch(op)] if sender.k < receiver.k else i].append(made[name])
+        if answer and isinstance(op, Backward) == (sender.k < receiver.k):
+            found += [Stay(message, i, at_end=True) for message in done]
             done = []
         done += used.pop(i, [])
-    return told | dict.fromkeys(done, float("inf"))
+    return found + [Stay(message, None) for message in done]
 
 
 def _batch(op: Op) -> tuple[int, bool] | None:
-    """What an op is about: a batch, or one of an evaluation, which count by themselves."""
+    """Returns the batch that an op is about; those of evaluations count by themselves."""
     return None if isinstance(op, Update) else (op.batch, isinstance(op, Evaluate))
-
-
-def _tells(span: Span, to: int, made: dict[Product, float]) -> bool:
-    """Whether the op ends with a message to that neighbour: an activation goes up, an error down."""
-    sends = any(name in made for name in gives(span.stage, span.op))
-    return sends and (to > span.stage) == isinstance(span.op, Forward | Evaluate)

@@ -1,63 +1,74 @@
-"""A method repeats itself: what a stage does in one period says all about its column, however long the run is.
+"""Reads off one period of a method all that there is to know about a stage's column, however long the run is.
 
-`Method.tick(t + M)` is `tick(t)` with every batch M later (M = batches_per_update). A column is therefore a pattern of M ticks, again and
-again, less what does not happen: batches that there are not, and Updates with nothing to apply. What other ops, here and on the
-neighbours, need of an op - the flags of a Step - is the same for every batch, so it is read off the patterns: no column is drawn ahead of
-its time, or for another's sake. One thing changes in a run: before a stage's first Update, none lies between a Forward and its Backward.
+A method repeats itself: `tick(t + M)` is `tick(t)` with every batch M later (M = batches_per_update). A column is therefore a pattern of M
+ticks, again and again, without the ops that do not happen: those of batches that do not exist, and Updates that have nothing to apply.
+
+A Step says what other ops need of it: whether a neighbour listens, what a Forward must keep, which Backward is the last of its batch. These
+flags are the same for every batch, so they follow from the patterns of a stage and its neighbours. No column is drawn ahead of its time,
+and none for the sake of another. Only one thing changes during a run: before a stage's first Update, none lies between a Forward and its
+Backward, so that a replay would compute the same numbers again and the graph is kept instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TypeAlias
 
 from delock.errors import PlanError, UsageError
 from delock.methods.base import Method
-from delock.ops import At, Backward, Forward, Op, Update
+from delock.ops import DERIVATIVES, At, Backward, Forward, Op, Update
 from delock.plan.needs import gives, needs
+from delock.plan.steps import Keep
 
 Place: TypeAlias = tuple[int, int]
-"""(tick, place in the tick): the order of a column."""
-Period: TypeAlias = Sequence[tuple[Place, Op]]
-"""The ops of M ticks, each moved to where it takes place for a batch of the first M."""
+"""(tick, place among the ops of the tick): orders a column."""
+Period: TypeAlias = list[tuple[Place, Op]]
+"""The ops of M ticks, each with the place at which it comes for a batch of the first M."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recurring:
-    """An op of a pattern: it comes back every period, for a later batch."""
+    """Describes an op of a pattern, which comes back every period for a later batch."""
 
     op: Op  # for a batch of the first period
-    of: Callable[[int], Op]  # for any batch
-    offset: int = 0  # from the first batch of the period in which it takes place to its own
-    sent: bool = False  # a neighbour listens
-    last: bool = False  # as in a Step
+    of: Callable[[int], Op]  # makes it for any batch
+    offset: int = 0  # batches from the first one of the period in which it comes to its own
+    sent: bool = False  # a neighbour takes its product
+    last: bool = False  # as in a Step, like the next
     weights_later: bool = False
     closes: bool = False  # the next op of the stage is an Update
     learns: bool = False  # it adds to the gradient that the next Update applies
-    kept: bool = False  # its batch has Backwards
-    crossing: Sequence[tuple[Place, At]] = ()  # of these, those that an Update parts from the Forward
+    keep: Keep = "nothing"  # as in the Step of its batch's Forward, for batch `settled` and all later ones
+    snapshot: bool = False
+    settled: int = 0
+    crossing: Sequence[
+        tuple[Place, At]
+    ] = ()  # place and derivative of its batch's Backwards that follow an Update that follows the Forward
 
 
 class Pattern:
-    """What stage k does in M ticks, and so in all of a run."""
+    """Holds the ops of stage k in the M ticks of a period."""
 
     def __init__(self, method: Method, k: int, K: int, periods: Mapping[int, Period]) -> None:
-        own, self.up = periods[k], k + 1 < K
+        own, self.method, self.k, self.K = periods[k], method, k, K
         self.M, self.n, self.span = method.batches_per_update, method.batches_per_update * method.micro_batches, method.span(K)
         self.updates = [place for place, op in own if isinstance(op, Update)]
         begin = min(place for place, op in own if _learns(op))
         self.first_update = min((tick + self.M, i) for tick, i in (self._latest(place, begin) for place in self.updates))
         wanted = {name for j in (k - 1, k + 1) for _, op in periods.get(j, ()) for name in needs(j, op)}
+        same: dict[int, Period] = defaultdict(list)  # batch -> its ops
+        for place, op in own:
+            same[_batch(op)].append((place, op))
         self.ticks: list[list[Recurring]] = [[] for _ in range(self.M)]
         for i, (place, op) in enumerate(own):
-            sent = not wanted.isdisjoint(gives(k, op))
-            closes = isinstance(own[(i + 1) % len(own)][1], Update)
-            self.ticks[place[0] % self.M].append(self._recurring(own, place, op, sent, closes))
+            sent, closes = not wanted.isdisjoint(gives(k, op)), isinstance(own[(i + 1) % len(own)][1], Update)
+            self.ticks[place[0] % self.M].append(self._recurring(op, place, same[_batch(op)], sent, closes))
 
     def occurrences(self, batches: int) -> Iterator[tuple[int, Recurring, int, int]]:
-        """A run of so many batches, in order: (tick, op, its (micro-)batch, Updates made before)."""
+        """Yields all ops of a run in order: (tick, op, its (micro-)batch, Updates made before it)."""
         end = batches * self.n // self.M
         pending = version = 0
         for t in range(batches + self.span):
@@ -72,38 +83,44 @@ class Pattern:
                     yield t, one, batch, version
                     pending += one.learns
 
-    def crossing(self, one: Recurring, batch: int) -> set[At]:
-        """Where those Backwards of this batch derive that an Update parts from its Forward."""
+    def keeps(self, one: Recurring, batch: int) -> tuple[Keep, bool]:
+        """Returns what the Forward of a batch must keep, and whether it must copy the weights; `one` is an op of that batch."""
+        if batch >= one.settled:
+            return one.keep, one.snapshot
         ticks = batch // self.n * self.M
-        return {at for (tick, i), at in one.crossing if (tick + ticks, i) > self.first_update}
+        return _keep([at for (tick, i), at in one.crossing if (tick + ticks, i) > self.first_update])
 
-    def _recurring(self, own: Period, place: Place, op: Op, sent: bool, closes: bool) -> Recurring:
+    def _recurring(self, op: Op, place: Place, same: Period, sent: bool, closes: bool) -> Recurring:
         if isinstance(op, Update):
-            return Recurring(op, lambda batch: op, closes=closes)
-        same = [(at, other) for at, other in own if not isinstance(other, Update) and other.batch == op.batch]
+            return Recurring(op, lambda batch: op, sent=sent, closes=closes)
         begin = next(at for at, other in same if isinstance(other, Forward))
         backwards = sorted((at, other) for at, other in same if isinstance(other, Backward))
+        crossing = [(at, other.at) for at, other in backwards if any(self._latest(update, at) > begin for update in self.updates)]
+        keep, snapshot = _keep([at for _, at in crossing]) if backwards else ("nothing", False)
         return Recurring(
             op,
             partial(type(op), **{field.name: getattr(op, field.name) for field in fields(op) if field.name != "batch"}),
             offset=op.batch - place[0] // self.M * self.n,
             sent=sent,
+            closes=closes,
             last=backwards[-1:] == [(place, op)],
             weights_later=_halved(op, [other for _, other in backwards]),
-            closes=closes,
             learns=_learns(op),
-            kept=bool(backwards),
-            crossing=[(at, other.at) for at, other in backwards if any(self._latest(update, at) > begin for update in self.updates)],
+            keep=keep,
+            snapshot=snapshot,
+            settled=max(((self.first_update[0] - tick) // self.M + 1 for (tick, _), _ in crossing), default=0) * self.n,
+            crossing=crossing,
         )
 
     def _latest(self, place: Place, before: Place) -> Place:
-        """Of the places, M ticks apart, at which an op comes back: the last one before another place."""
+        """Returns the last place before another at which an op comes back, which it does every M ticks."""
         tick = before[0] - (before[0] - place[0]) % self.M
         return (tick, place[1]) if (tick, place[1]) < before else (tick - self.M, place[1])
 
 
 def patterns(method: Method, K: int, stages: Sequence[int] | None = None) -> list[Pattern]:
-    """The patterns of these stages, by default of all. Raises UsageError when the method does not fit K stages."""
+    """Returns the patterns of these stages, by default of all. Raises UsageError if the method does not fit K stages, PlanError if it does
+    not repeat itself."""
     if K < 1:
         raise UsageError(f"a network cannot be cut into {K} stages; the least is 1")
     method.fits(K)
@@ -114,7 +131,7 @@ def patterns(method: Method, K: int, stages: Sequence[int] | None = None) -> lis
 
 def _period(method: Method, k: int, K: int) -> Period:
     M, n = method.batches_per_update, method.batches_per_update * method.micro_batches
-    found = []
+    found: Period = []
     for t in range(M):
         ops = list(method.tick(t, k, K))
         if [_moved(op, n) for op in ops] != list(method.tick(t + M, k, K)):
@@ -126,7 +143,11 @@ def _period(method: Method, k: int, K: int) -> Period:
 
 
 def _moved(op: Op, batches: int) -> Op:
-    return op if isinstance(op, Update) else replace(op, batch=op.batch + batches)
+    return replace(op, batch=op.batch + batches) if batches and not isinstance(op, Update) else op
+
+
+def _batch(op: Op) -> int:
+    return -1 if isinstance(op, Update) else op.batch
 
 
 def _learns(op: Op) -> bool:
@@ -135,3 +156,9 @@ def _learns(op: Op) -> bool:
 
 def _halved(op: Op, backwards: Iterable[Backward]) -> bool:
     return isinstance(op, Backward) and op.part == "input" and any((other.part, other.loss) == ("weights", op.loss) for other in backwards)
+
+
+def _keep(crossing: Collection[At]) -> tuple[Keep, bool]:
+    """Returns what a Forward must keep, and whether it must copy the weights; `crossing`: of its Backwards, those behind an Update."""
+    behind = [DERIVATIVES[at, False] for at in crossing]
+    return ("input" if {one.keeps for one in behind} == {"input"} else "graph"), any(one.copies for one in behind)

@@ -1,42 +1,48 @@
-"""From a method to a plan: its patterns are repeated, what does not happen is left out, and every step is given what others need of it."""
+"""Unrolls a method into a plan: repeats its patterns, and adds evaluations and clipping."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from delock.errors import UsageError
 from delock.methods.base import Method
-from delock.ops import DERIVATIVES, At, Evaluate, Forward, Update
+from delock.ops import Evaluate, Forward, Update
 from delock.plan.pattern import Pattern, Recurring, patterns
-from delock.plan.steps import Keep, Plan, RunLength, Step
+from delock.plan.steps import Plan, RunLength, Step
 
 
 def unroll(method: Method, K: int, length: RunLength | int) -> Plan:
-    """The whole plan of a short run. `length` may be a number of batches without evaluation."""
+    """Returns the whole plan of a short run. `length` may be a number of batches without evaluation."""
     length = RunLength(length) if isinstance(length, int) else length
     return next(windows(method, K, length, size=sys.maxsize))
 
 
 def windows(method: Method, K: int, length: RunLength, size: int = 256, stages: Sequence[int] | None = None) -> Iterator[Plan]:
-    """The run as consecutive plans of `size` ticks; any size gives the same steps.
+    """Yields the run as consecutive plans of `size` ticks; any size gives the same steps.
 
-    stages: whose columns are wanted, by default all; the others are left empty. Raises UsageError when the method does not fit K stages.
+    stages: those whose columns are wanted, by default all; the other columns are empty. Raises UsageError if the method does not fit K
+    stages.
     """
     if length.batches < 1:
         raise UsageError(f"a run of {length.batches} batches has no plan; the least is 1")
     stages = range(K) if stages is None else stages
-    columns = [_Column(pattern, method, length).steps() for pattern in patterns(method, K, stages)]
+    columns = [column(pattern, length) for pattern in patterns(method, K, stages)]
     ticks = length.batches + method.span(K)
     stops = [*range(size, ticks, size), ticks + 1]  # an evaluation at the end has a tick of its own
-    for window in zip(*(_cut(column, stops) for column in columns), strict=True):
+    for window in zip(*(_cut(steps, stops) for steps in columns), strict=True):
         drawn = dict(zip(stages, window, strict=True))
         yield Plan(tuple(drawn.get(k, ()) for k in range(K)))
 
 
+def column(pattern: Pattern, length: RunLength) -> Iterator[Step]:
+    """Yields all steps of one stage."""
+    return _Column(pattern, length).steps()
+
+
 def _cut(steps: Iterator[Step], stops: Sequence[int]) -> Iterator[tuple[Step, ...]]:
-    """The steps up to each of these ticks, from the one before on."""
+    """Yields for each of these ticks the steps before it that were not yielded earlier."""
     waiting = next(steps, None)
     for stop in stops:
         taken = []
@@ -47,16 +53,15 @@ def _cut(steps: Iterator[Step], stops: Sequence[int]) -> Iterator[tuple[Step, ..
 
 
 class _Column:
-    """A stage's steps."""
+    """Makes the steps of one stage."""
 
-    def __init__(self, pattern: Pattern, method: Method, length: RunLength) -> None:
+    def __init__(self, pattern: Pattern, length: RunLength) -> None:
         self.pattern, self.length = pattern, length
-        self.every = length.every * method.micro_batches
-        self.over_network = method.synchronous and length.clip is not None
+        self.every = length.every * pattern.method.micro_batches
+        self.over_network = pattern.method.synchronous and length.clip is not None
         self.tested = 0  # batches of evaluations so far
 
     def steps(self) -> Iterator[Step]:
-        """All of them."""
         t = version = 0
         for t, one, batch, version in self.pattern.occurrences(self.length.batches):
             if self.every and isinstance(one.op, Forward) and batch and batch % self.every == 0:
@@ -67,14 +72,14 @@ class _Column:
 
     def evaluation(self, t: int, version: int) -> Iterator[Step]:
         first, self.tested = self.tested, self.tested + self.length.evaluation
-        return (Step(Evaluate(b), t, version, up=self.pattern.up) for b in range(first, self.tested))
+        up = self.pattern.k + 1 < self.pattern.K
+        return (Step(Evaluate(b), t, version, up=up) for b in range(first, self.tested))
 
     def step(self, one: Recurring, batch: int, t: int, version: int) -> Step:
         op = one.of(batch)
         match op:
             case Forward():
-                keep, snapshot = _keep(self.pattern.crossing(one, batch)) if one.kept else ("nothing", False)
-                return Step(op, t, version, keep, snapshot, up=one.sent)
+                return Step(op, t, version, *self.pattern.keeps(one, batch), up=one.sent)
             case Update() if self.over_network:
                 return Step(replace(op, clip=self.length.clip, over="network", number=version), t, version)
             case Update() if self.length.clip is not None:
@@ -84,9 +89,3 @@ class _Column:
             case _:
                 norms = self.over_network and one.closes
                 return Step(op, t, version, last=one.last, down=one.sent, sends_norms=norms, weights_later=one.weights_later)
-
-
-def _keep(crossing: Collection[At]) -> tuple[Keep, bool]:
-    """Returns what a Forward must keep, and whether it must copy the weights; `crossing`: of its Backwards, those behind an Update."""
-    behind = [DERIVATIVES[at, False] for at in crossing]
-    return ("input" if {one.keeps for one in behind} == {"input"} else "graph"), any(one.copies for one in behind)

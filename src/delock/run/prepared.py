@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from statistics import fmean
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from delock.links.connect import shares
 from delock.memory.optimizer import learned, optimizer_bytes
 from delock.memory.peaks import PeakBytes, peaks, repeating
 from delock.memory.sizes import Outputs, RunLinks, stage_sizes
-from delock.memory.slots import slots
+from delock.memory.slots import slots_of_any
 from delock.methods import spelled
 from delock.nets.emulated import Emulated
 from delock.nets.heads import HeadShare
@@ -25,15 +24,14 @@ from delock.options import Execution
 from delock.partition.layers import Layer
 from delock.partition.measure import LayerCost
 from delock.partition.stages import StageModule
-from delock.plan import RunLength, unroll
+from delock.plan import RunLength
 from delock.records import StagePrediction, Started
 from delock.run.job import StageJob
 from delock.run.request import Request
 from delock.tensors import Tree, tensors, tree_tensors
-from delock.timeline import Costs, capacities, predict, simulate, stage_facts
+from delock.timeline import Costs, predict, stage_facts
 
 SLOW_BATCHES = 400  # enough for a mean over random slow ticks
-DRIFT = 1.3  # so much slower than the others a stage may be for a while
 SLOW = 20  # an op on a machine that others use too may take so many times what it took when it was measured
 
 
@@ -174,25 +172,13 @@ class PreparedRun:
         return Costs(forward, backward, head=head, slow=self.request.simulation.straggler(self.K, self.request.seed))
 
     def slots(self) -> list[tuple[int, int]] | None:
-        """Slots of activations and of errors that every link of shared memory comes to have; None where links are of another kind.
-
-        The most of several runs: with the measured costs, of stages that are alike, and of such with one of them a little slower. Stages
-        that share cores are now this, now that.
-        """
+        """Slots of activations and of errors that every link of shared memory comes to have; None where links are of another kind."""
         request, compression = self.request, self.request.compression
         if request.workers == "inline" or not shares(request.placement.link, request.device):
             return None
-        plan = unroll(request.method, self.K, min(self.length.batches, repeating(request.method, self.K)))
-        measured = replace(self.ops(), capacity=capacities(request.method, self.K))
-        alike = [fmean(own) for own in (measured.forward, measured.backward, measured.head)]
-
-        def even(slow: int | None) -> Costs:
-            forward, backward, head = (tuple(cost * (DRIFT if k == slow else 1) for k in range(self.K)) for cost in alike)
-            return replace(measured, forward=forward, backward=backward, head=head)
-
+        batches = min(self.length.batches, repeating(request.method, self.K))
         decoded = compression.activations is not None, compression.errors is not None
-        runs = [slots(simulate(plan, costs), decoded) for costs in (measured, *map(even, (None, *range(self.K))))]
-        return [(max(up for up, _ in link), max(down for _, down in link)) for link in zip(*runs, strict=True)]
+        return slots_of_any(request.method, batches, self.ops(), decoded)
 
     def memory(self) -> list[PeakBytes | None]:
         """What every stage will hold at its peak above what it holds when it is built; None where that cannot be told.

@@ -3,10 +3,10 @@
 from delock.timeline.costs import Costs, Emulation, Slowdown, straggler
 from delock.timeline.facts import stage_facts
 from delock.timeline.measures import idle, messages, period, steady, throughput
-from delock.timeline.predict import Prediction, StageForecast, capacities, predict
+from delock.timeline.predict import Prediction, StageForecast, capacities, predict, speedup
 from delock.timeline.reasons import KINDS, reasons
-from delock.timeline.simulate import simulate
-from delock.timeline.spans import Span, Timeline
+from delock.timeline.simulate import clocked, simulate
+from delock.timeline.spans import Span, Timeline, Times
 from delock.timeline.staleness import HeldCounts, gradient_staleness, in_flight, layer_staleness, warm_mean
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "Span",
     "StageForecast",
     "Timeline",
+    "Times",
     "capacities",
+    "clocked",
     "gradient_staleness",
     "idle",
     "in_flight",
@@ -29,6 +31,7 @@ __all__ = [
     "predict",
     "reasons",
     "simulate",
+    "speedup",
     "stage_facts",
     "steady",
     "straggler",

@@ -75,18 +75,21 @@ class Costs:
         """Number of stages."""
         return len(self.forward)
 
-    def work(self, k: int, op: Op, tick: int, replayed: bool) -> tuple[float, float]:
-        """Seconds of op on stage k: of the part that needs no error from above (the recomputation), and of the rest."""
-        scale = 1.0 + (self.slow.extra(tick, k) if self.slow else 0.0)
+    def work(self, k: int, op: Op, replayed: bool) -> tuple[float, float]:
+        """Returns the seconds of op on stage k: of the part that needs no error from above (the recomputation), and of the rest."""
         match op:
             case Forward() | Evaluate():
-                return 0.0, scale * self.forward[k]
+                return 0.0, self.forward[k]
             case Backward(loss=loss, part=part):
                 half = 1.0 if part == "both" else 0.5  # the two products of a layer's backward cost about the same
                 head = self.head[k] if self.head and loss == k and part != "weights" else 0.0
-                return scale * (self.replay or self.forward)[k] * replayed, scale * (half * self.backward[k] + head)
+                return (self.replay or self.forward)[k] * replayed, half * self.backward[k] + head
             case _:
-                return 0.0, scale * self.update[k] if self.update else 0.0
+                return 0.0, self.update[k] if self.update else 0.0
+
+    def scale(self, k: int, tick: int) -> float:
+        """Returns the factor by which the work of stage k takes longer in a tick: 1 where it is not slowed."""
+        return 1.0 + (self.slow.extra(tick, k) if self.slow else 0.0)
 
     def delay(self, link: int, up: bool) -> float:
         """Seconds that a message is on its way."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from delock.methods import Method
 from delock.optim.stage_facts import StageFacts
-from delock.plan import unroll
-from delock.timeline.predict import enough
+from delock.plan.pattern import patterns
+from delock.timeline.predict import enough, repeated
 from delock.timeline.staleness import gradient_staleness, warm_mean
 
 
@@ -17,5 +17,6 @@ def stage_facts(method: Method, K: int) -> list[StageFacts]:
     if method.free_running:
         return [StageFacts(k, K, 0.0, 0) for k in range(K)]
     group = method.batches_per_update * method.micro_batches
-    ages = [gradient_staleness(column, from_forward=True) for column in unroll(method, K, enough(method, K)).columns]
+    steps = [repeated(pattern, enough(method, K)) for pattern in patterns(method, K)]
+    ages = [gradient_staleness(column, from_forward=True) for column in steps]
     return [StageFacts(k, K, warm_mean(age, group), max(age.values(), default=0)) for k, age in enumerate(ages)]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from delock.methods import BP, Method
-from delock.plan import unroll
+from delock.plan import RunLength, Step
+from delock.plan.pattern import Pattern, patterns
+from delock.plan.unroll import column
 from delock.timeline.costs import Costs
-from delock.timeline.measures import idle, messages, throughput
-from delock.timeline.simulate import simulate
-from delock.timeline.staleness import HeldCounts, gradient_staleness, in_flight, layer_staleness, warm_mean
+from delock.timeline.measures import at_once, idle, throughput
+from delock.timeline.simulate import clocked
+from delock.timeline.staleness import HeldCounts, gradient_staleness, holds, layer_staleness, warm_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,7 @@ class Prediction:
 
 
 def predict(method: Method, K: int, costs: Costs, batches: int | None = None) -> Prediction:
-    """Unrolls and simulates a run of a method, and returns its steady state.
+    """Follows a run of a method on the clock, and returns its steady state.
 
     costs: of one op, which is for one micro-batch if the method splits batches. If they name no capacities, links get the method's own, as
     in the engine.
@@ -41,20 +46,45 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
     Raises UsageError if the method or the costs do not fit K stages.
     """
     batches = enough(method, K) if batches is None else batches
-    plan = unroll(method, K, batches)
-    timeline = simulate(plan, costs if costs.capacity else replace(costs, capacity=capacities(method, K)))
-    rate = throughput(timeline)
-    base = throughput(simulate(unroll(BP(), K, batches if costs.slow else 8), _whole(costs, method.micro_batches)))  # BP repeats soon
-    forecasts = [
-        StageForecast(
-            staleness=warm_mean(gradient_staleness(column), method.batches_per_update),
-            layer_staleness=max(layer_staleness(column).values(), default=0),
-            idle=share,
-            held=held,
-        )
-        for column, share, held in zip(plan.columns, idle(timeline), in_flight(plan), strict=True)
-    ]
-    return Prediction(method.micro_batches / rate, rate / method.micro_batches / base, tuple(forecasts), tuple(messages(timeline)))
+    stages = patterns(method, K)
+    columns = [_read(repeated(pattern, batches), pattern.M) for pattern in stages]
+    clock = clocked(stages, batches, _with_capacity(costs, method))
+    rate = throughput(clock.times)
+    forecasts = [StageForecast(stale, lag, share, held) for (stale, lag, held), share in zip(columns, idle(clock.times), strict=True)]
+    links = [(at_once(clock.under_way(k, "up")), at_once(clock.under_way(k + 1, "down"))) for k in range(K - 1)]
+    gain = rate / method.micro_batches / _base(method, K, costs, batches)
+    return Prediction(method.micro_batches / rate, gain, tuple(forecasts), tuple(links))
+
+
+def speedup(method: Method, K: int, costs: Costs) -> float:
+    """Returns the `speedup` of a prediction, without the rest of it."""
+    batches = enough(method, K)
+    rate = throughput(clocked(patterns(method, K), batches, _with_capacity(costs, method)).times)
+    return rate / method.micro_batches / _base(method, K, costs, batches)
+
+
+def _with_capacity(costs: Costs, method: Method) -> Costs:
+    return costs if costs.capacity else replace(costs, capacity=capacities(method, costs.K))
+
+
+def _base(method: Method, K: int, costs: Costs, batches: int) -> float:
+    """Returns the throughput of BP, which repeats itself after a batch."""
+    return throughput(clocked(patterns(BP(), K), batches if costs.slow else 8, _whole(costs, method.micro_batches)).times)
+
+
+def repeated(pattern: Pattern, batches: int) -> list[Step]:
+    """Returns the steps of a run of one stage, but no more than tell all staleness there is, and the most that is held.
+
+    After D_k batches the stage is full, and after D_k more, no batch in flight is from before its first Update.
+    """
+    method, k, K = pattern.method, pattern.k, pattern.K
+    warm = 2 * method.delay(k, K) + 3 * pattern.M
+    stop = method.offset(k, K) + warm if warm < batches else sys.maxsize
+    return list(takewhile(lambda step: step.tick < stop, column(pattern, RunLength(batches))))
+
+
+def _read(steps: Sequence[Step], group: int) -> tuple[float, int, HeldCounts]:
+    return warm_mean(gradient_staleness(steps), group), max(layer_staleness(steps).values(), default=0), holds(steps)
 
 
 def capacities(method: Method, K: int) -> tuple[int, ...]:

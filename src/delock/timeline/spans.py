@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from delock.ops import Op
 
@@ -26,6 +28,39 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """Holds all that speed is read off: per stage its ops in order of time, and the seconds at which each starts and ends."""
+
+    ops: list[list[Op]]
+    starts: list[list[float]]
+    ends: list[list[float]]
+
+    @property
+    def times(self) -> Times:
+        """Returns itself: speed is measured of what has times."""
+        return self
+
+    @property
+    def K(self) -> int:
+        """Returns the number of stages."""
+        return len(self.ops)
+
+    @property
+    def begin(self) -> float:
+        """Returns the second at which the first op starts, or 0 if there is none."""
+        return min((starts[0] for starts in self.starts if starts), default=0.0)
+
+    @property
+    def end(self) -> float:
+        """Returns the second at which the last op ends, or 0 if there is none."""
+        return max((ends[-1] for ends in self.ends if ends), default=0.0)
+
+    def column(self, k: int) -> Iterator[tuple[Op, float, float]]:
+        """Yields (op, start, end) for every op of stage k."""
+        return zip(self.ops[k], self.starts[k], self.ends[k], strict=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Timeline:
     """Holds the spans of every stage: columns[k] those of stage k, in order of time."""
 
@@ -37,11 +72,27 @@ class Timeline:
         return len(self.columns)
 
     @property
+    def times(self) -> Times:
+        """Returns the spans' ops and seconds alone."""
+        return Times(
+            [[span.op for span in column] for column in self.columns],
+            [[span.start for span in column] for column in self.columns],
+            [[span.end for span in column] for column in self.columns],
+        )
+
+    @property
     def begin(self) -> float:
         """Returns the second at which the first op starts, or 0 if there is none."""
-        return min((column[0].start for column in self.columns if column), default=0.0)
+        return self.times.begin
 
     @property
     def end(self) -> float:
         """Returns the second at which the last op ends, or 0 if there is none."""
-        return max((column[-1].end for column in self.columns if column), default=0.0)
+        return self.times.end
+
+
+class Timed(Protocol):
+    """Is a Timeline, or the Times of one."""
+
+    @property
+    def times(self) -> Times: ...

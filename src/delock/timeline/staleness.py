@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,7 +23,7 @@ class Placed(Protocol):
 
 
 def gradient_staleness(column: Iterable[Placed], *, from_forward: bool = False) -> dict[int, int]:
-    """Per batch: the version that the Update found which applied its gradient, minus the version of the weights it was taken at.
+    """Returns per batch the version that the Update found which applied its gradient, minus the version of the weights it was taken at.
 
     Stash and mixed count from the Forward, replay from the Backward itself: there it is 0, and layer-wise staleness tells more.
     from_forward: replay, too, counts from the Forward, whose weights made the activations that the error belongs to.
@@ -47,7 +48,7 @@ def gradient_staleness(column: Iterable[Placed], *, from_forward: bool = False) 
 
 
 def layer_staleness(column: Iterable[Placed]) -> dict[int, int]:
-    """Per batch: ticks, and so batches, between its Forward and its last Backward (D_k). Batches without both are left out."""
+    """Returns per batch the ticks, and so batches, between its Forward and its last Backward (D_k). Batches without both are left out."""
     forward: dict[int, int] = {}
     found: dict[int, int] = {}
     for placed in column:
@@ -60,14 +61,14 @@ def layer_staleness(column: Iterable[Placed]) -> dict[int, int]:
 
 
 def warm_mean(staleness: dict[int, int], group: int) -> float:
-    """Mean staleness of a warm group of `group` batches (one Update's): the last complete one; 0 when there is none."""
+    """Returns the mean staleness of a warm group of `group` batches (one Update's): the last complete one; 0 when there is none."""
     last = len(staleness) // group * group
     return sum(staleness[b] for b in range(last - group, last)) / group if last else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class HeldCounts:
-    """The most that a stage holds at one time."""
+    """Holds the most that a stage has at one time."""
 
     graphs: int  # live graphs, the one of a recomputation included
     inputs: int  # inputs stored without a graph
@@ -75,25 +76,33 @@ class HeldCounts:
 
 
 def in_flight(plan: Plan) -> tuple[HeldCounts, ...]:
-    """What each stage of a whole plan has to hold, from what its steps keep."""
-    return tuple(map(_holds, plan.columns))
+    """Returns the most that each stage of a whole plan has to hold, from what its steps keep."""
+    return tuple(map(holds, plan.columns))
 
 
-def _holds(column: Iterable[Step]) -> HeldCounts:
-    graphs: set[int] = set()
-    inputs: set[int] = set()
-    snapshots: dict[int, int] = {}
-    peaks = [(0, 0, 1)]
+def holds(column: Iterable[Step]) -> HeldCounts:
+    """Returns the most that a stage has to hold for its column."""
+    kept: dict[str, set[int]] = {"graph": set(), "input": set()}  # batches
+    snapshots: dict[int, int] = {}  # batch -> version
+    copies: Counter[int] = Counter()  # version -> batches
+    most = [0, 0, 1]
     for step in column:
         op = step.op
-        if isinstance(op, Forward) and step.keep != "nothing":
-            (graphs if step.keep == "graph" else inputs).add(op.batch)
-            if step.snapshot:
-                snapshots[op.batch] = step.version
-        recomputed = isinstance(op, Backward) and op.batch in inputs
-        peaks.append((len(graphs) + recomputed, len(inputs), len({step.version, *snapshots.values()})))
-        if isinstance(op, Backward) and step.last:
-            graphs.discard(op.batch)
-            inputs.discard(op.batch)
-            snapshots.pop(op.batch, None)
-    return HeldCounts(*(max(peak) for peak in zip(*peaks, strict=True)))
+        if isinstance(op, Update):
+            continue  # nothing more is held than just before
+        if step.keep != "nothing":
+            kept[step.keep].add(op.batch)
+        if step.snapshot:
+            snapshots[op.batch] = step.version
+            copies[step.version] += 1
+        recomputed = isinstance(op, Backward) and op.batch in kept["input"]
+        now = len(kept["graph"]) + recomputed, len(kept["input"]), len(copies) + (step.version not in copies)
+        most = [*map(max, most, now)]
+        if step.last:
+            kept["graph"].discard(op.batch)
+            kept["input"].discard(op.batch)
+            if op.batch in snapshots:
+                copies[version := snapshots.pop(op.batch)] -= 1
+                if not copies[version]:
+                    del copies[version]
+    return HeldCounts(*most)
