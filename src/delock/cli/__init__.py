@@ -1,4 +1,4 @@
-"""The command line: finds the command, and turns what goes wrong into one clear message and an exit code."""
+"""Runs the command line: finds the command, and turns an error into one clear message and an exit code."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ USAGE, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+    """Runs a command and returns its exit code: 0, 1 for a run that failed, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
 
-    A note on an error (add_note) says where something was kept; it is told with the error. Without `argv` the command is the whole
-    program, which is to end with this code.
+    A note on an error (add_note) says where something was kept, and is printed with the error. Without `argv` the command is the whole
+    program, which should end with this code.
     """
     if argv is not None:
         return _run(argv, whole_program=False)
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave(done: Sequence[int]) -> None:
-    """End the process at once.
+    """Ends the process at once.
 
-    Python would first take apart all that torch has loaded, for half a second, and torch's threads have been seen to abort a process
-    meanwhile.
+    Otherwise Python would take apart all that torch has loaded, for half a second, and torch's threads have been seen to abort a process in
+    that time.
     """
     with suppress(OSError):  # nobody reads on
         sys.stdout.flush()
@@ -100,7 +100,7 @@ def _say(text: str, error: BaseException, joint: str) -> None:
 
 
 def help_text() -> str:
-    """What `delock` says about itself."""
+    """Returns the help of `delock` itself."""
     commands = "\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items())
     return f"""usage: delock COMMAND [OPTIONS]
 

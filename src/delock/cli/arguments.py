@@ -1,4 +1,4 @@
-"""The words behind a command as a config: options of the command line over those of a file over the defaults."""
+"""Parses the words behind a command into a config: options of the command line over those of a file over the defaults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
 
 
 def parse(config: type[C], words: Sequence[str], command: str, description: str) -> C:
-    """The config that the words ask for. Raises UsageError for words and a file that do not fit; --help leaves by SystemExit."""
+    """Returns the config that the words describe. Raises UsageError for words and a file that do not fit; --help leaves by SystemExit."""
     path = _file(words) if "config" in table(config) else None
     values = toml.read(path) if path else {}
     if "config" in values:
@@ -42,10 +42,10 @@ def parse(config: type[C], words: Sequence[str], command: str, description: str)
 
 
 def _form(config: Any) -> type[Any]:
-    """A dataclass for tyro with the options of a config, at the values they have there.
+    """Returns a dataclass for tyro with the options of a config, at their present values.
 
-    Its groups check nothing, so that what is out of range is refused by `build`, in one line. An option that may be an object is text,
-    and one for Python alone is none. tyro finds the help of an option in the class that its group is derived from.
+    Its groups check nothing, so that `build` refuses values out of range, in one line. An option that may be an object is text, and an
+    option for Python only is left out. tyro finds the help of an option in the class from which its group is derived.
     """
     groups = {name: _group(kind, getattr(config, name)) for name, kind in get_type_hints(type(config)).items()}
     return make_dataclass("Form", [(name, group, field(default_factory=group)) for name, group in groups.items()])
@@ -59,7 +59,7 @@ def _group(kind: type[Any], values: Any) -> type[Any]:
 
 
 def _as_text(kind: Any) -> Any:
-    """The type, or text where that may stand for an object."""
+    """Returns the type, or text if text may stand for an object."""
     inner = get_args(kind)
     if str not in inner or all(one in WORDS or one is NoneType for one in inner):
         return kind
@@ -67,7 +67,7 @@ def _as_text(kind: Any) -> Any:
 
 
 def _file(words: Sequence[str]) -> Path | None:
-    """The value of --config, which must be known before the words are parsed: the file gives the defaults."""
+    """Returns the value of --config, which must be known before the words are parsed, because the file gives the defaults."""
     for word, after in zip(words, [*words[1:], ""], strict=False):
         if word.startswith("--config="):
             return Path(word.removeprefix("--config="))
@@ -77,6 +77,6 @@ def _file(words: Sequence[str]) -> Path | None:
 
 
 def _names(words: Sequence[str], known: Iterable[str]) -> set[str]:
-    """The options that the words name: --batch-size 8, --batch_size=8, --no-augment."""
+    """Returns the options that the words name: --batch-size 8, --batch_size=8, --no-augment."""
     names = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     return {name for name in known if name in names or f"no_{name}" in names}

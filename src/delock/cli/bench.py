@@ -24,7 +24,7 @@ examples:
 
 
 def run(words: Sequence[str]) -> int:
-    """List, or run one; returns its exit code."""
+    """Lists the benchmarks, or runs one and returns its exit code."""
     if words and words[0] in ("-h", "--help"):
         print(ABOUT)
         return 0
@@ -44,7 +44,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def folder() -> Path:
-    """Of this folder, or of the checkout that the package lies in."""
+    """Returns the benchmarks folder of this folder, or of the checkout of the package."""
     for place in (Path.cwd(), Path(__file__).resolve().parents[3]):
         if (place / "benchmarks" / "README.md").is_file():
             return Path(os.path.relpath(place / "benchmarks"))
@@ -52,11 +52,11 @@ def folder() -> Path:
 
 
 def found(place: Path) -> dict[str, Path]:
-    """Scripts by name: NAME for NAME/run.py, NAME/SCRIPT for another."""
+    """Returns the scripts by name: NAME for NAME/run.py, NAME/SCRIPT for another."""
     paths = sorted(path for path in place.glob("*/*.py") if "__main__" in path.read_text(encoding="utf-8"))
     return {path.parent.name if path.stem == "run" else f"{path.parent.name}/{path.stem}": path for path in paths}
 
 
 def about(path: Path) -> str:
-    """The first line of a script's docstring."""
+    """Returns the first line of a script's docstring."""
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n", 1)[0]

@@ -1,4 +1,4 @@
-"""`delock compare`: several methods on the same data, model, cuts and seed, one after another; a table, a file, a figure."""
+"""`delock compare`: trains several methods on the same data, model, cuts and seed, one after another; writes a table, a file, a figure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ examples:
 
 
 def run(words: Sequence[str]) -> int:
-    """Parse, train every row, show; returns the exit code: 1 if a row has failed."""
+    """Parses, trains every row, shows the table, and returns the exit code: 1 if a row has failed."""
     config = parse(CompareConfig, words, "compare", ABOUT)
     if ranks():
         raise UsageError("compare starts processes of its own for every row: start it without torchrun")
@@ -66,7 +66,7 @@ def run(words: Sequence[str]) -> int:
 def _train(
     config: CompareConfig, todo: Sequence[Row], data: Data | TextData, folder: RunFolder, screen: Terminal, stories: dict[str, RunReport]
 ) -> None:
-    """Train every row into its own folder. A row that fails is told, and the others go on; bad input with nothing kept yet ends it all."""
+    """Trains every row into its own folder. A row that fails is reported, and the others go on; bad input with nothing kept ends all."""
     cuts: tuple[int, ...] | None = None
     for i, row in enumerate(todo):
         row = cut_alike(row, cuts) if cuts is not None else row
@@ -86,7 +86,7 @@ def _train(
 
 
 def _keep(config: CompareConfig, folder: RunFolder, stories: dict[str, RunReport]) -> None:
-    """What is known so far, as a file and as a table: after every row, so that no end of this program can take it away."""
+    """Writes the results so far as a file and a table, after every row, so that they survive any end of this program."""
     any_cut = _any_cut(stories)
     options = {name: str(value) if name in ("data_dir", "text", "out", "config") else value for name, value in flat(config).items()}
     told = {"config": options, "cuts": any_cut.cuts if any_cut else None, "rows": compared(stories, PLAIN)}
@@ -109,5 +109,5 @@ def _table(stories: dict[str, RunReport]) -> tuple[Cells, list[Cells]]:
 
 
 def _any_cut(stories: dict[str, RunReport]) -> Started | None:
-    """A run that was cut as all but the plain one are."""
+    """Returns a run that has the common cuts: any but the plain one."""
     return next((story.started for name, story in stories.items() if name != PLAIN and story.started), None)

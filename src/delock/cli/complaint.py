@@ -1,4 +1,4 @@
-"""What is wrong with the words of a command line that the parser has refused, in one line."""
+"""Finds the first error in words of a command line that the parser has refused, and describes it in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from delock.cli.config.flat import Option, converted, described, hint
 
 
 def complaint(words: Sequence[str], known: Mapping[str, Option], command: str) -> str:
-    """The first thing that is wrong, and the remedy; `known`: the command's options by flat name."""
+    """Returns the first error, and its remedy; `known`: the command's options by flat name."""
     for option, values in _options(words):
         if wrong := _wrong(option, values, known, f"delock {command} --help lists them"):
             return wrong
@@ -17,7 +17,7 @@ def complaint(words: Sequence[str], known: Mapping[str, Option], command: str) -
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each option with the values behind it; "" for values before the first one."""
+    """Returns each option with the values behind it; "" holds values before the first option."""
     option, values = "", list[str]()
     for word in words:
         if word.startswith("-") and not _numbers(word):
@@ -54,7 +54,7 @@ def _many(kind: Any) -> bool:
 
 
 def _fits(text: str, kind: Any) -> bool:
-    """Whether a text, or the number it stands for, is of the kind, or of its entries'."""
+    """Returns True if a text, or the number it stands for, is of the kind, or of the kind of its entries."""
     for value in (text, *_numbers(text)):
         try:
             converted([value] if _many(kind) else value, kind)

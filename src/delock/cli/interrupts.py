@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: each ends the command in order, once."""
+"""Handles Ctrl-C, SIGTERM and a closed terminal: each ends the command in order, once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETTLE = 5.0  # seconds that an orderly end may take
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the command to end; `code` is the exit code that says so."""
+    """Raised if a signal asks the command to end; `code` is the exit code for it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -24,12 +24,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible(*, whole_program: bool) -> Iterator[None]:
-    """Within, SIGINT, SIGTERM and SIGHUP raise Interrupted; one more in the next SETTLE seconds is taken for the same wish.
+    """Makes SIGINT, SIGTERM and SIGHUP raise Interrupted within the block; another one in the next SETTLE seconds is ignored.
 
-    For ending takes a moment - processes leave, the summary is written - which an impatient second Ctrl-C must not cut short.
-    If this is the `whole_program`, Ctrl-C is not heard any more after a signal, so that the interpreter's own end is not cut short
-    either, and the exit code stays.
-    A rank of torchrun other than the first dies of SIGTERM as ever: it has nothing to write, and may wait in C++ for a peer.
+    Ending takes a moment, in which processes leave and the summary is written, and an impatient second Ctrl-C must not cut it short. For
+    the `whole_program`, Ctrl-C is ignored after a signal, so that the end of the interpreter is not cut short either, and the exit code
+    stays. A rank of torchrun other than the first dies of SIGTERM as usual: it has nothing to write, and may wait in C++ for a peer.
     """
     if threading.current_thread() is not threading.main_thread():  # Python's signals are the main thread's
         yield

@@ -9,7 +9,7 @@ STAGES = ("delock.run.ranks", "delock.nets", "delock.recipes")  # what a stage's
 
 
 def start_server(config: TrainConfig) -> None:
-    """Start the server of the stages' processes, if there will be any, and go on while it loads torch."""
+    """Starts the server of the stages' processes, if there will be any, and returns while it loads torch."""
     if config.machine.workers == "processes" and ranks() is None:
         from delock.launch.context import context
 
@@ -17,7 +17,7 @@ def start_server(config: TrainConfig) -> None:
 
 
 def load_torch() -> None:
-    """Import all that a run needs."""
+    """Imports all modules that a run needs."""
     from delock.launch.collector import uncollected
 
     with uncollected():

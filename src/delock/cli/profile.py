@@ -1,4 +1,4 @@
-"""A model measured for a prediction: what a batch costs each of its stages, cut evenly."""
+"""Measures a model for a prediction: the cost of a batch in each of its stages, cut evenly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from delock.options import Placement
 
 @dataclass(frozen=True)
 class Profile:
-    """Where a model is cut, and the cost of a batch on each stage."""
+    """Holds the cuts of a model, and the cost of a batch in each stage."""
 
     model: str
     samples: int  # in the batch
@@ -27,7 +27,7 @@ class Profile:
 
 
 def measure_model(config: TrainConfig, method: Method, K: int, *, threads: int) -> Profile:
-    """Measure a resolved config's model on the first batch of its data; loads torch. Raises UsageError where they or K do not fit."""
+    """Measures a resolved config's model on the first batch of its data; loads torch. Raises UsageError if they or K do not fit."""
     from delock.cli.workload import recipe
     from delock.run.prepare import prepare
     from delock.run.request import Request

@@ -1,4 +1,4 @@
-"""What torchrun says about this process: how many ranks there are, and whether this one speaks and writes."""
+"""Reads torchrun's variables: the number of ranks, and the rank that prints and writes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 def ranks() -> int | None:
-    """Number of ranks that torchrun gives; None without torchrun."""
+    """Returns torchrun's number of ranks; None without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
 
 
 def is_rank_zero() -> bool:
-    """Whether this process speaks and writes: under torchrun rank 0 alone does."""
+    """Returns True if this process prints and writes; under torchrun only rank 0 does."""
     return ranks() is None or os.environ["RANK"] == "0"

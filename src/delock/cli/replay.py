@@ -1,4 +1,4 @@
-"""`delock replay`: does in one process, visit by visit, what the processes of a free-running run did, and compares the weights."""
+"""`delock replay`: repeats the visits of a free-running run in one process, and compares the weights."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ examples:
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """`delock replay` has no options: everything is in the run's folder."""
+    """Holds no options: `delock replay` finds everything in the run's folder."""
 
 
 def run(words: Sequence[str]) -> int:
-    """Parse, repeat, compare; returns the exit code. Raises DelockError when the weights differ."""
+    """Parses, repeats, compares, and returns the exit code. Raises DelockError if the weights differ."""
     path = Path(words[0]) if words and not words[0].startswith("-") else None
     parse(ReplayConfig, words[1:] if path else words, "replay RUN", ABOUT)
     if path is None:
@@ -59,7 +59,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def extent(visits: Sequence[Sequence[Visit]]) -> str:
-    """How much of a trace can be done again, in words: of a run that was cut off, not what read visits that are missing."""
+    """Describes the part of a trace that can be replayed; after a cut-off run, visits that read from missing ones are left out."""
     plan, whole = recorded(visits)
     done = [[step.op for step in column] for column in plan.columns]
     forwards = sum(isinstance(op, Forward | Evaluate) for column in done for op in column)
@@ -69,7 +69,7 @@ def extent(visits: Sequence[Sequence[Visit]]) -> str:
 
 
 def read_config(run: Path) -> TrainConfig:
-    """The config of a free-running run. Raises UsageError for any other folder."""
+    """Returns the config of a free-running run. Raises UsageError for any other folder."""
     if not (run / CONFIG).is_file():
         raise UsageError(f"{run} is not the folder of a run: it has no {CONFIG}" if run.exists() else f"there is no run {run}")
     config = resolve(build(TrainConfig, toml.read(run / CONFIG), str(run / CONFIG)))
@@ -82,7 +82,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def repeat(config: TrainConfig, visits: Sequence[Sequence[Visit]], screen: Terminal) -> Mapping[str, Tensor]:
-    """Do the visits again; the weights afterwards, by their names in the unsplit model."""
+    """Repeats the visits, and returns the weights by their names in the unsplit model."""
     screen.phase(f"loading {config.dataset.data}")
     data = load_data(config, screen.progress)
     screen.end()
@@ -102,7 +102,7 @@ def repeat(config: TrainConfig, visits: Sequence[Sequence[Visit]], screen: Termi
 
 
 def differences(state: Mapping[str, Tensor], saved: Path) -> list[str]:
-    """Names of the tensors that are not equal to the last bit."""
+    """Returns the names of the tensors that are not equal to the last bit."""
     from safetensors.torch import load_file
 
     other = load_file(saved)

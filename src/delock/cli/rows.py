@@ -1,4 +1,4 @@
-"""The rows of a comparison: `adl:accumulate=2:lr=0.2` is a method, options of its own, and training options that it has for itself."""
+"""Defines the rows of a comparison: `adl:accumulate=2:lr=0.2` is a method, its options, and training options for this row only."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ SHARED = ("method", "epochs", "batches", "eval_every", "seed")  # what makes row
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a comparison: what it is called, and its config."""
+    """Holds one run of a comparison: its name and its config."""
 
     name: str
     config: TrainConfig
 
     @property
     def folder(self) -> str:
-        """The name as a folder's."""
+        """Returns the name as the name of a folder."""
         return re.sub(r"[^\w.+=-]+", "-", self.name)
 
 
 def rows(config: CompareConfig) -> list[Row]:
-    """The runs that were asked for, plain PyTorch first.
+    """Returns the chosen runs, plain PyTorch first.
 
     Raises UsageError for a method or an option that does not exist, does not fit, or comes twice.
     """
@@ -59,12 +59,12 @@ def rows(config: CompareConfig) -> list[Row]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cut_alike(row: Row, cuts: tuple[int, ...]) -> Row:
-    """The row with its cuts settled, if it has stages to cut."""
+    """Returns the row with these cuts, if it has stages to cut."""
     return replace(row, config=replace(row.config, network=replace(row.config.network, cuts=cuts))) if row.name != PLAIN else row
 
 
@@ -85,7 +85,7 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
 
 
 def _value(word: str, key: str, text: str) -> Any:
-    """A setting's text as a value for its option, a list joined by +. What does not fit stays text, and `build` refuses it."""
+    """Returns a setting's text as a value for its option, a list joined by +. Text that does not fit stays text, for `build` to refuse."""
     own = {name: option for name, option in table(TrainConfig).items() if option.group in ("algorithm", "training", "compression")}
     free = {name: option for name, option in own.items() if name not in SHARED}
     if key not in free:

@@ -1,4 +1,4 @@
-"""The folder of a run: what goes into which file, made at the moment the run starts, and nothing of an earlier run written over."""
+"""Writes the folder of a run: it is made when the run starts, and no file of an earlier run is overwritten."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ OURS = (CONFIG, METRICS, SUMMARY, MODEL, ALPHABET, TRACE, TIMELINE, *PICTURES, "
 
 
 def load_visits(folder: Path, K: int) -> list[list[Visit]]:
-    """What trace.jsonl tells of each of K stages; the last line of a run that was cut off may be missing a half, and is left out.
+    """Returns the visits of each of K stages from trace.jsonl; an incomplete last line of a run that was cut off is left out.
 
-    Raises UsageError where there is no such file, and for one with anything else in it.
+    Raises UsageError if the file does not exist or has any other content.
     """
     try:
         lines = (folder / TRACE).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -45,9 +45,9 @@ def load_visits(folder: Path, K: int) -> list[list[Visit]]:
 
 
 class RunFolder:
-    """A folder that does not exist before `open`. Without `out` it is runs/<date-time>-<name>, with a number where that is taken.
+    """Writes a folder that does not exist before `open`. Without `out` it is runs/<date-time>-<name>, with a number if that is taken.
 
-    Raises UsageError where no folder can be made there, where `out` is a file, and where it is not empty and `overwrite` is not given.
+    Raises UsageError if no folder can be made there, if `out` is a file, and if it is not empty and `overwrite` is not given.
     """
 
     def __init__(self, out: Path | None, name: str, *, overwrite: bool = False) -> None:
@@ -65,13 +65,13 @@ class RunFolder:
             raise UsageError(f"cannot use the run folder {self.path}: {error.strerror}; give another --out") from None
 
     def inner(self, name: str) -> RunFolder:
-        """The folder of one of several runs in here; opening it opens this one first."""
+        """Returns the folder of one of several runs in this one; opening it opens this one first."""
         folder = RunFolder(self.path / name, name, overwrite=True)
         folder._inside = self
         return folder
 
     def open(self) -> None:
-        """Make the folder, if that is not done; with `overwrite`, take an earlier run's files out of it, and no others."""
+        """Makes the folder, once; with `overwrite` it removes an earlier run's files, and no others."""
         if self.opened:
             return
         if self._inside:
@@ -88,18 +88,18 @@ class RunFolder:
         self.opened = True
 
     def write(self, name: str, text: str) -> None:
-        """One of the folder's text files."""
+        """Writes one of the folder's text files."""
         self._replace(name, text.encode())
 
     def add(self, record: StepRecord | EvaluationRecord) -> None:
-        """A line of metrics.jsonl, on disk at once: what was recorded outlives the run."""
+        """Appends a line to metrics.jsonl, on disk at once, so that records outlive the run."""
         if self._metrics is None:
             self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
         self._metrics.write(dumps(line(record)) + "\n")
         self._metrics.flush()
 
     def add_visits(self, record: VisitsRecord) -> None:
-        """Lines of trace.jsonl, one per visit: what `delock replay` does again."""
+        """Appends lines to trace.jsonl, one per visit, for `delock replay`."""
         if self._trace is None:
             self._trace = (self.path / TRACE).open("a", encoding="utf-8")
         for visit in record.visits:
@@ -108,14 +108,14 @@ class RunFolder:
         self._trace.flush()
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
-        """The weights under their names in the unsplit model."""
+        """Saves the weights under their names in the unsplit model."""
         from safetensors.torch import save  # here: it loads torch
 
         whole = save({name: value.detach().cpu().contiguous() for name, value in state.items()})
         self._replace(MODEL, whole)  # save_file would make a file that only its owner may read
 
     def _replace(self, name: str, content: bytes) -> None:
-        """Write a file such that, whatever comes between, nobody finds half of it."""
+        """Writes a file so that it is never found incomplete."""
         part = self.path / f".{name}.part"
         try:
             part.write_bytes(content)
@@ -124,21 +124,21 @@ class RunFolder:
             part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close metrics.jsonl and trace.jsonl."""
+        """Closes metrics.jsonl and trace.jsonl."""
         for file in (self._metrics, self._trace):
             if file is not None:
                 file.close()
 
 
 def line(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
-    """A record as a flat mapping; test metrics are called test_accuracy and the like."""
+    """Returns a record as a flat mapping; test metrics are called test_accuracy and the like."""
     values = {name: getattr(record, name) for name in type(record).__dataclass_fields__}
     metrics = {f"test_{name}": value for name, value in values.pop("metrics", {}).items()}
     return {"event": "step" if isinstance(record, StepRecord) else "evaluation", **values, **metrics}
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no infinity and no NaN: they become null."""
+    """Returns JSON, which has no infinity and no NaN: they become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False)
 
 
@@ -155,7 +155,7 @@ def _finite(value: Any) -> Any:
 
 
 def _refuse(path: Path) -> None:
-    """Raise UsageError where a folder cannot be, or cannot be made: before hours of work rather than after."""
+    """Raises UsageError if a folder cannot be made: before hours of work rather than after."""
     place = next((place for place in (path, *path.parents) if place.exists()), None)
     if place is not None and not place.is_dir():
         where = "it" if place == path else place
@@ -165,7 +165,7 @@ def _refuse(path: Path) -> None:
 
 
 def _new(path: Path) -> Path:
-    """Make a folder that was not there before."""
+    """Makes a folder that did not exist before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in range(1, 1000):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
@@ -178,7 +178,7 @@ def _new(path: Path) -> Path:
 
 
 def _clear(path: Path) -> None:
-    """Take the files of a run, and of the runs of a comparison in it, out of a folder."""
+    """Removes the files of a run, and of the runs of a comparison in it, from a folder."""
     for name in OURS:
         (path / name).unlink(missing_ok=True)
     shutil.rmtree(path / BOARD, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`delock sample`: text from a language model that `delock train` has trained, token after token."""
+"""`delock sample`: writes text with a language model that `delock train` has trained, token by token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ examples:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What is written; the same options give the same text."""
+    """Holds the options of the text; the same options give the same text."""
 
     prompt: Annotated[str | None, shown("a line break, not shown")] = None
     """Text to go on from."""
@@ -46,13 +46,13 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What `delock sample` is told."""
+    """Holds the options of `delock sample`."""
 
     sample: SampleOptions = field(default_factory=SampleOptions)
 
 
 def run(words: Sequence[str]) -> int:
-    """Parse, read the run, write; returns the exit code."""
+    """Parses, reads the run, writes text, and returns the exit code."""
     path = Path(words[0]) if words and not words[0].startswith("-") else None
     options = parse(SampleConfig, words[1:] if path else words, "sample RUN", ABOUT).sample
     if path is None:
@@ -75,7 +75,7 @@ def _check(options: SampleOptions) -> None:
 
 
 def read_config(run: Path) -> TrainConfig:
-    """The config of a run that has trained a language model. Raises UsageError for any other folder."""
+    """Returns the config of a run that has trained a language model. Raises UsageError for any other folder."""
     if not (run / CONFIG).is_file():
         rows = sorted(path.parent for path in run.glob(f"*/{CONFIG}"))
         hint = f"it holds several, such as {rows[0]}" if rows else f"it has no {CONFIG}; give a folder that delock train has made"
@@ -90,7 +90,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def read_alphabet(run: Path) -> Alphabet:
-    """What the model's tokens stand for."""
+    """Returns the alphabet of the model's tokens."""
     from delock.data import Alphabet
 
     try:
@@ -100,7 +100,7 @@ def read_alphabet(run: Path) -> Alphabet:
 
 
 def read_model(run: Path, config: TrainConfig, vocabulary: int) -> nn.Sequential:
-    """The trained network."""
+    """Returns the trained network."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -113,12 +113,12 @@ def read_model(run: Path, config: TrainConfig, vocabulary: int) -> nn.Sequential
 
 
 def beginning(alphabet: Alphabet) -> str:
-    """What a text without a prompt goes on from: a line break, or the first character of an alphabet that has none."""
+    """Returns the token before a text without a prompt: a line break, or the first character of an alphabet without one."""
     return "\n" if alphabet.characters is None or "\n" in alphabet.characters else alphabet.characters[0]
 
 
 def draws(model: nn.Sequential, begin: Tensor, context: int, options: SampleOptions) -> Iterator[int]:
-    """The tokens after those of the prompt (T,), each as soon as it is drawn."""
+    """Yields the tokens after those of the prompt (T,), each as soon as it is drawn."""
     import torch
 
     from delock.nets import generate
@@ -132,7 +132,7 @@ def draws(model: nn.Sequential, begin: Tensor, context: int, options: SampleOpti
 
 
 def decoder(alphabet: Alphabet) -> Callable[[int | None], str]:
-    """From token after token to text, where a byte may be only part of a character; None ends the text."""
+    """Returns a function from token after token to text, where a byte may be only part of a character; None ends the text."""
     from codecs import getincrementaldecoder
 
     if alphabet.characters is not None:

@@ -1,4 +1,4 @@
-"""One run from a config to a full run folder: what `train` does once and `compare` once per row."""
+"""Runs a config and fills its run folder: `train` does this once, `compare` once per row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOT_REPEATED = ("out", "overwrite", "config")  # config.toml says how to repeat 
 
 
 def load_data(config: TrainConfig, screen: Terminal) -> Data | TextData:
-    """The data set of a config, with its progress on the screen."""
+    """Loads the data set of a config, with its progress on the screen."""
     screen.phase(f"loading {config.dataset.data}")
     load_torch()
     data = read_data(config, screen.progress)
@@ -37,14 +37,14 @@ def load_data(config: TrainConfig, screen: Terminal) -> Data | TextData:
 
 
 class Session:
-    """The record of one run: what is told goes to the screen and into the folder, and `end` writes the summary."""
+    """Records one run: events go to the screen and into the folder, and `end` writes the summary."""
 
     def __init__(self, story: RunReport, data: Data | TextData, folder: RunFolder, screen: Terminal) -> None:
         self.story, self.data, self.folder, self.screen = story, data, folder, screen
         self.board: TensorBoard | None = None
 
     def hear(self, event: Event) -> None:
-        """An event of `fit`."""
+        """Handles an event of `fit`."""
         self.story.hear(event)
         config = self.story.config
         match event:
@@ -71,7 +71,7 @@ class Session:
             self.board.add(event)
 
     def open(self) -> None:
-        """Make the folder, once there is something to keep: bad input leaves none behind, and an earlier run as it was."""
+        """Makes the folder once there is something to keep: bad input leaves no folder, and an earlier run as it was."""
         from delock.data import TextData
 
         if not self.folder.opened:
@@ -84,7 +84,7 @@ class Session:
             self.board = TensorBoard(self.folder.path) if config.output.tensorboard else None
 
     def end(self) -> None:
-        """Close everything; a folder gets its summary. The screen comes last: it may be gone, if its terminal was closed."""
+        """Closes everything; a folder gets its summary. The screen comes last, because its terminal may have been closed."""
         self.folder.close()
         if self.board:
             self.board.close()
@@ -94,9 +94,9 @@ class Session:
 
 
 def train(story: RunReport, data: Data | TextData, folder: RunFolder, screen: Terminal) -> None:
-    """Train as the story's resolved config says, and let the story tell how it goes.
+    """Trains as the story's resolved config says, and records the run in the story.
 
-    The folder gets its files as they come, and a summary however the run ends; errors and KeyboardInterrupt go on to the caller.
+    The folder gets its files as they are made, and a summary however the run ends; errors and KeyboardInterrupt propagate to the caller.
     """
     session = Session(story, data, folder, screen)
     try:
@@ -117,7 +117,7 @@ def train(story: RunReport, data: Data | TextData, folder: RunFolder, screen: Te
 
 
 def refuse(config: TrainConfig, data: Data | TextData) -> None:
-    """Raise UsageError where a resolved config asks for what cannot be trained: no such model or device, too few layers, a batch of one."""
+    """Raises UsageError for a resolved config that cannot be trained: an unknown model or device, too few layers, a batch of one."""
     from delock.launch.rank import backend_for
     from delock.partition.layers import layers
     from delock.run.checks import refuse_unfit, refuse_wrong_link
@@ -137,7 +137,7 @@ def fit_config(
     on_event: Callable[[Event], None],
     replay: Sequence[Sequence[Visit]] | None = None,
 ) -> Result:
-    """`fit` as a resolved config says; `replay`: the visits of a free-running run, to be done again in this process."""
+    """Calls `fit` for a resolved config; `replay`: the visits of a free-running run, to repeat in this process."""
     from delock.api import fit
     from delock.cli.workload import recipe
 

@@ -1,4 +1,4 @@
-"""A run as its sentences and its summary, and several side by side: summary.json, compare.json."""
+"""Describes a run in sentences and in summary.json, and several runs side by side in compare.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Status = Literal["running", "finished", "interrupted", "failed"]
 
 @dataclass
 class RunReport:
-    """What a run has told so far: enough for a summary, however it ends."""
+    """Collects the reports of a run so far, enough for a summary however it ends."""
 
     config: TrainConfig
     status: Status = "running"
@@ -31,11 +31,11 @@ class RunReport:
 
     @property
     def batches(self) -> int:
-        """Batches in the whole run, 0 before it has started."""
+        """Returns the number of batches of the whole run, 0 before it has started."""
         return self.started.batches if self.started else 0
 
     def hear(self, event: Event) -> None:
-        """Take note of one event."""
+        """Notes one event."""
         match event:
             case Started():
                 self.started = event
@@ -47,24 +47,24 @@ class RunReport:
 
 
 def settled(config: TrainConfig, cuts: tuple[int, ...]) -> TrainConfig:
-    """The config with the cuts that are used."""
+    """Returns the config with the cuts that are used."""
     return replace(config, network=replace(config.network, cuts=cuts, stages=len(cuts) + 1))
 
 
 def measure(config: TrainConfig) -> str:
-    """The metric by which a run is judged: of text the smaller is the better."""
+    """Returns the metric by which a run is judged; for text smaller is better."""
     if not is_text(config):
         return "accuracy"
     return "bits_per_byte" if config.language.level == "byte" else "bits_per_character"
 
 
 def trained(config: TrainConfig, record: StepRecord, batches: int) -> str:
-    """How far the training is."""
+    """Describes the progress of the training."""
     return f"{record.batches}/{batches}  loss {record.loss:.3f}  {per_second(_rate(record), tokens(config))}"
 
 
 def evaluated(config: TrainConfig, record: EvaluationRecord) -> str:
-    """One line on an evaluation."""
+    """Describes an evaluation in one line."""
     unit = " nats" if is_text(config) else ""
     losses = [f"train loss {record.train_loss:.4f}{unit}", f"test loss {record.test_loss:.4f}{unit}"]
     metrics = [metric_text(name, value) for name, value in record.metrics.items()]
@@ -72,7 +72,7 @@ def evaluated(config: TrainConfig, record: EvaluationRecord) -> str:
 
 
 def opening(config: TrainConfig, started: Started) -> str:
-    """One line on what will run."""
+    """Describes in one line the run that is about to start."""
     K = len(started.stages)
     processes = f"in {K} processes" if K > 1 else "in one process"
     where = {"processes": processes, "inline": "in this process", "torchrun": "on torchrun's ranks"}
@@ -86,7 +86,7 @@ def opening(config: TrainConfig, started: Started) -> str:
 
 
 def closing(story: RunReport) -> str:
-    """One line on what has come out."""
+    """Describes the results in one line."""
     told = summary(story)
     metrics = [metric_text(name, value) for name, value in story.evaluations[-1].metrics.items()]
     loss = f"train loss {told['train_loss']:.4f}{' nats' if is_text(story.config) else ''}"
@@ -94,7 +94,7 @@ def closing(story: RunReport) -> str:
 
 
 def summary(story: RunReport) -> dict[str, Any]:
-    """The content of summary.json: final figures as far as the run has come, then what they depend on."""
+    """Returns the content of summary.json: final figures as far as the run has come, then the conditions on which they depend."""
     config, result = story.config, story.result
     last = story.evaluations[-1] if story.evaluations else None
     step = story.steps[-1] if story.steps else None
@@ -130,7 +130,7 @@ def summary(story: RunReport) -> dict[str, Any]:
 
 
 def stage(report: StageReport) -> dict[str, Any]:
-    """One stage's part of a summary; staleness is the mean in updates, the histograms count batches."""
+    """Returns one stage's part of a summary; staleness is the mean in updates, the histograms count batches."""
     return {
         "stage": report.stage,
         "parameters": report.parameters,
@@ -156,13 +156,13 @@ def stage(report: StageReport) -> dict[str, Any]:
 
 
 def sent(traffic: Traffic) -> dict[str, Any]:
-    """Bytes by what they were for, as a part of a summary."""
+    """Returns bytes by their purpose, as a part of a summary."""
     ratios = {name: getattr(traffic, name) for name in ("total", "compression", "compression_with_codebooks")}
     return asdict(traffic) | ratios
 
 
 def compared(stories: Mapping[str, RunReport], plain: str) -> list[dict[str, Any]]:
-    """The rows of a comparison: summaries, what their stages show, and speed-ups over the row `plain` and the first other one of bp."""
+    """Returns the rows of a comparison: summaries, facts about stages, and speed-ups over the row `plain` and the first other row of bp."""
     summaries = {name: summary(story) for name, story in stories.items()}
     bp = next((one for name, one in summaries.items() if one["method"] == "bp" and name != plain), None)
     return [
@@ -182,19 +182,19 @@ def compared(stories: Mapping[str, RunReport], plain: str) -> list[dict[str, Any
 
 
 def _rate(record: StepRecord | EvaluationRecord) -> float:
-    """The mean so far, in samples per second."""
+    """Returns the mean samples per second so far."""
     return record.samples / record.seconds if record.seconds > 0 else 0.0
 
 
 def _ratio(one: Mapping[str, Any], base: Mapping[str, Any] | None) -> float | None:
-    """How many times as fast; None unless both have finished."""
+    """Returns the ratio of the speeds; None unless both runs have finished."""
     if base is None or one["status"] != "finished" or base["status"] != "finished" or not base["samples_per_second"]:
         return None
     return float(one["samples_per_second"] / base["samples_per_second"])
 
 
 def _compression(one: Mapping[str, Any]) -> float | None:
-    """How many times as many bytes the activations and errors would have been; None without a codec."""
+    """Returns the ratio of raw to sent bytes of activations and errors; None without a codec."""
     if (one["codec"], one["error_codec"]) == ("none", "none"):
         return None
     ways = [stage[way] for stage in one["stages"] for way in ("sent_up", "sent_down")]
@@ -207,5 +207,5 @@ def _average(stages: Sequence[Mapping[str, Any]], what: str) -> float | None:
 
 
 def _histogram(counts: Mapping[int, int]) -> dict[str, int]:
-    """With JSON's keys, which are text."""
+    """Returns the counts with JSON's keys, which are text."""
     return {str(value): counts[value] for value in sorted(counts)}

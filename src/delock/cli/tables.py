@@ -1,4 +1,4 @@
-"""Tables as plain text cells: what was predicted of every stage, what it did, and runs side by side."""
+"""Makes tables of plain text cells: the prediction for every stage, its measurements, and runs side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STALENESS, LAYERWISE, IDLE = "staleness\n(updates)", "layer-wise\n(batches)", "i
 
 
 def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
-    """Head and rows of what is known of every stage before the run; an auxiliary head's cost is a share of its stage's."""
+    """Returns head and rows of the facts about every stage before the run; an auxiliary head's cost is a share of its stage's."""
     headed = [s for s in started.stages if s.head_flops is not None]
     head = ["stage", "layers", "parameters", "forward", "backward", STALENESS, LAYERWISE, IDLE]
     head += ["memory\n(grows by)"]
@@ -41,7 +41,7 @@ def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
 
 
 def _sends(started: Started, k: int) -> Cells:
-    """What stage k sends up in a message, and how many times as much it would be without the codec."""
+    """Returns the size of stage k's messages up, and the ratio to their size without the codec."""
     if k >= len(started.encoded):
         return ["-"] * len(SENDS)
     raw, (payload, books) = started.messages[k], started.encoded[k]
@@ -49,7 +49,7 @@ def _sends(started: Started, k: int) -> Cells:
 
 
 def stage_table(reports: Sequence[StageReport], predicted: Sequence[StagePrediction]) -> tuple[Cells, list[Cells]]:
-    """Head and rows of what every stage did; memory beside its prediction: what the stage grew by, as far as it can be told apart."""
+    """Returns head and rows of the measurements of every stage, with the growth of its memory beside the prediction."""
     served = "/".join(sorted({r.allocator for r in reports} - {""}))
     grown = f"grown by\n({served})" if served else "grown by"
     head = ["stage", "updates", IDLE, STALENESS, LAYERWISE, "peak\nmemory", grown, "predicted"]
@@ -76,13 +76,13 @@ def stage_table(reports: Sequence[StageReport], predicted: Sequence[StagePredict
 
 
 def _sent(one: Traffic) -> Cells:
-    """All that was sent, and how many times as much the activations, or errors, would have been without the codec."""
+    """Returns the bytes that were sent, and the ratio to the activations, or errors, without the codec."""
     ratios = [_cell(ratio, "{:.1f}".format) for ratio in (one.compression, one.compression_with_codebooks)]
     return [megabytes(one.total) if one.messages else "-", *ratios]
 
 
 def _buffer(report: StageReport) -> Cells:
-    """How far what a stage read was behind the newest, on average, and how many batches it read 0, 1, 2 times and more often."""
+    """Returns how far reads were behind the newest batch, on average, and how many batches were read 0, 1, 2 times and more often."""
     if not report.reuse:
         return ["-"] * len(BUFFERS)
     often = [report.reuse.get(n, 0) for n in range(3)]
@@ -91,9 +91,9 @@ def _buffer(report: StageReport) -> Cells:
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], K: int, metric: str) -> tuple[Cells, list[Cells]]:
-    """Head and rows of a comparison; what is not known is a dash. Staleness is a mean per stage, idle one over the stages.
+    """Returns head and rows of a comparison; a dash stands for an unknown value. Staleness is a mean per stage, idle one over the stages.
 
-    metric: the test metric that is shown. The speed is in tokens where the summaries know one, in samples elsewhere.
+    metric: the test metric to show. The speed is in tokens if the summaries have it, else in samples.
     """
     unit = next((unit for row in rows for unit in ("tokens", "samples") if f"{unit}_per_second" in row["summary"]), "samples")
     speeds = [f"{unit}\n/s", f"over bp,\nK = {K}", "over\nplain"]
@@ -123,53 +123,53 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], K: int, metric: str) -> 
 
 
 def markdown(head: Cells, rows: Sequence[Cells]) -> str:
-    """A table as GitHub shows it: the first column to the left, numbers to the right."""
+    """Returns a table as GitHub shows it: the first column to the left, numbers to the right."""
     lines = [[name.replace("\n/", "/").replace("\n", " ") for name in head], ["---", *["---:"] * (len(head) - 1)], *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n" for cells in lines)
 
 
 def per_stage(cells: Sequence[str]) -> str:
-    """What there is of each stage, of many stages the first two and the last: 6.0/4.0/2.0/0.0; a dash for nothing."""
+    """Joins the values of all stages, of many stages the first two and the last: 6.0/4.0/2.0/0.0; a dash for none."""
     return "/".join(cells if len(cells) <= SHOWN else [*cells[:2], "..", cells[-1]]) or "-"
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds."""
+    """Returns seconds as milliseconds."""
     return f"{1000 * seconds:.1f} ms"
 
 
 def percent(share: float) -> str:
-    """A share in whole per cent."""
+    """Returns a share in whole per cent."""
     return f"{100 * share:.0f} %"
 
 
 def percent1(share: float) -> str:
-    """A share in per cent with one decimal."""
+    """Returns a share in per cent with one decimal."""
     return f"{100 * share:.1f} %"
 
 
 def words(metric: str) -> str:
-    """The name of a metric in a sentence: bits per character."""
+    """Returns the name of a metric in a sentence: bits per character."""
     return metric.replace("_", " ")
 
 
 def metric_text(name: str, value: float) -> str:
-    """A test metric with its name: an accuracy in per cent with two decimals, another one as a number."""
+    """Returns a test metric with its name: an accuracy in per cent with two decimals, another one as a number."""
     return f"test {words(name)} " + (f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.3f}")
 
 
 def per_second(samples_per_second: float, tokens: int | None) -> str:
-    """A speed: in tokens where a sample is so many of them, else in samples."""
+    """Returns a speed, in tokens if a sample has this number of tokens, else in samples."""
     return f"{samples_per_second * tokens:,.0f} tokens/s" if tokens else f"{samples_per_second:,.0f} samples/s"
 
 
 def memory(count: int | None) -> str:
-    """Bytes as MB; a dash where they are not known."""
+    """Returns bytes as MB; a dash if unknown."""
     return f"{count / 1e6:.0f} MB" if count else "-"
 
 
 def megabytes(count: float) -> str:
-    """Bytes as MB, with two decimals."""
+    """Returns bytes as MB, with two decimals."""
     return f"{count / 1e6:.2f} MB"
 
 

@@ -1,4 +1,4 @@
-"""The records of a run as event files for TensorBoard."""
+"""Writes the records of a run as event files for TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(run / BOARD))
 
     def add(self, record: StepRecord | EvaluationRecord) -> None:
-        """One record, a curve per figure."""
+        """Adds one record, a curve per figure."""
         match record:
             case StepRecord(loss=loss, lr=lr):
                 figures = {"train/loss": loss, "train/lr": lr}
@@ -27,5 +27,5 @@ class TensorBoard:
             self._writer.add_scalar(name, value, record.batches)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Writes the rest and closes."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal; where there is none, plain lines now and then."""
+"""Shows a run in a terminal; without a terminal it prints plain lines from time to time."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ class Terminal:
         self._told = time.monotonic()
 
     def line(self, text: str = "") -> None:
-        """A line of text."""
+        """Prints a line of text."""
         self.console.print(text, soft_wrap=True)
         self._told = time.monotonic()
 
     def table(self, head: Cells, rows: Sequence[Cells], spare: Sequence[str] = ()) -> None:
-        """A table; all columns but the first to the right. In a narrow terminal the `spare` columns go, then the first one is folded."""
+        """Prints a table; all columns but the first to the right.
+
+        In a narrow terminal the `spare` columns are left out, then the first column is folded.
+        """
         for name in spare:
             if _width(head, rows) > self.console.width:
                 kept = [i for i, other in enumerate(head) if other != name]
@@ -45,7 +48,7 @@ class Terminal:
         self.console.print(table)
 
     def phase(self, what: str, total: int | None = None) -> None:
-        """Something begins that takes `total` steps, or nobody knows how many."""
+        """Begins a phase of `total` steps, or of an unknown number."""
         self.end()
         self._what = what
         if self.console.is_terminal:
@@ -56,7 +59,7 @@ class Terminal:
             self._bar.start()
 
     def progress(self, done: int, total: int, note: str = "") -> None:
-        """How far the phase is: in the bar, or in a line where there has been none for a while."""
+        """Shows the progress of the phase: in the bar, or in a line if there has been none for a while."""
         text = f"{self._what} {note or f'{done:,} of {total:,}'}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, description=text)
@@ -64,13 +67,13 @@ class Terminal:
             self.line(text)
 
     def end(self) -> None:
-        """The phase is over."""
+        """Ends the phase."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 def _width(head: Cells, rows: Sequence[Cells]) -> int:
-    """Columns of the terminal that a table takes: two between its own."""
+    """Returns the columns of the terminal that a table takes: two between its own."""
     longest = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(head, *rows, strict=True)]
     return sum(longest) + 2 * (len(head) - 1)

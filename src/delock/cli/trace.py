@@ -1,4 +1,4 @@
-"""What --trace keeps of a run: the measured timeline for Perfetto, a picture of it below the predicted one, and where the time went."""
+"""Keeps the trace of a run: the measured timeline for Perfetto, a picture of it below the predicted one, and the shares of time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = 3  # batches of backpropagation that fit into the picture
 
 
 def keep(story: RunReport, folder: RunFolder, screen: Terminal) -> None:
-    """Write and show it, for a run that has finished."""
+    """Writes and shows the trace of a run that has finished."""
     assert story.result is not None
     assert story.started is not None
     measured = Timeline(story.result.spans)
@@ -32,7 +32,7 @@ def keep(story: RunReport, folder: RunFolder, screen: Terminal) -> None:
 
 
 def forecast(story: RunReport, started: Started) -> Timeline:
-    """The plan on the clock, with the costs that were measured before the run; free-running stages as if they waited for each other."""
+    """Returns the plan on the clock, with the costs measured before the run; free-running stages as if they waited for each other."""
     method, K = make_method(story.config.algorithm), len(started.stages)
     batches = min(started.batches, 2 * method.span(K) + 12)
     scale = [method.slowdown(k) for k in range(K)]
@@ -44,12 +44,12 @@ def forecast(story: RunReport, started: Started) -> Timeline:
 
 
 def _from(timeline: Timeline, begin: float) -> Timeline:
-    """What ends after a moment."""
+    """Returns the spans that end after a moment."""
     return Timeline(tuple(tuple(span for span in column if span.end > begin) for column in timeline.columns))
 
 
 def _batch(started: Started) -> float:
-    """Seconds of a batch on all stages, one after the other."""
+    """Returns the seconds of a batch in all stages, one after the other."""
     return sum(stage.forward + stage.backward + stage.head for stage in started.stages)
 
 

@@ -1,4 +1,4 @@
-"""`delock train`: one run, watched, and kept in a run folder."""
+"""`delock train`: trains, shows the progress, and keeps the run in a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ examples:
 
 
 def run(words: Sequence[str]) -> int:
-    """Parse, train, show; returns the exit code."""
+    """Parses, trains, shows the results, and returns the exit code."""
     config = resolve(parse(TrainConfig, words, "train", ABOUT), ranks())
     start_server(config)  # before the imports below, which take a while
     from delock.cli.run_folder import RunFolder

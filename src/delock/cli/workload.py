@@ -1,4 +1,4 @@
-"""What a config trains on what: data, network, loss and metrics, of images and of text. torch is loaded by the functions."""
+"""Makes what a config names: data, network, loss and metrics, for images and for text. Its functions load torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_data(config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> Data | TextData:
-    """The data set of a resolved config."""
+    """Returns the data set of a resolved config."""
     from delock.data import load, load_text
 
     options, seed = config.dataset, config.training.seed
@@ -47,7 +47,7 @@ def load_data(config: TrainConfig, on_progress: Callable[[int, int], None] | Non
 
 
 def build_model(config: TrainConfig, data: Data | TextData) -> nn.Module:
-    """The network of a resolved config, for this data."""
+    """Returns the network of a resolved config, for this data."""
     from delock.data import TextData
     from delock.nets import build
 
@@ -65,7 +65,7 @@ def build_model(config: TrainConfig, data: Data | TextData) -> nn.Module:
 
 
 def build_gpt(config: TrainConfig, vocabulary: int) -> nn.Sequential:
-    """The language model of a resolved config."""
+    """Returns the language model of a resolved config."""
     from delock.nets import gpt
 
     size = config.language
@@ -81,7 +81,7 @@ def build_gpt(config: TrainConfig, vocabulary: int) -> nn.Sequential:
 
 
 def goals(config: TrainConfig) -> tuple[Callable[[Any, Any], Any], dict[str, Callable[[Any, Any], Any]]]:
-    """The loss, and the metrics by name."""
+    """Returns the loss, and the metrics by name."""
     from torch.nn.functional import cross_entropy
 
     from delock.nets import bits, nats
@@ -91,7 +91,7 @@ def goals(config: TrainConfig) -> tuple[Callable[[Any, Any], Any], dict[str, Cal
 
 
 def recipe(config: TrainConfig, method: Method, epoch: int, batches: int) -> tuple[Callable[[Any], Optimizer], Schedule]:
-    """Optimizer and schedule of a resolved config, for a run of `batches` with `epoch` batches per epoch."""
+    """Returns optimizer and schedule of a resolved config, for a run of `batches` with `epoch` batches per epoch."""
     from delock.optim.factories import SGD, Adam, AdamW
     from delock.optim.rates import Schedule
 

@@ -1,4 +1,4 @@
-"""What a run is told, as typed values with the same names on the command line and in a TOML file. No torch."""
+"""Holds the options of commands as typed values with the same names on the command line and in a TOML file. It loads no torch."""
 
 from delock.cli.config import toml
 from delock.cli.config.flat import build, flat, override, table

@@ -1,4 +1,4 @@
-"""Options by name: a config is a mapping from the flat names of the command line to values, checked against their types."""
+"""Maps options by name: a config is a mapping from the flat names of the command line to values, checked against their types."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RENAMED: Mapping[str, str] = MappingProxyType({"steps": "batches", "straggle": "
 
 @dataclass(frozen=True)
 class Option:
-    """The group of an option, its name there, and its type."""
+    """Holds the group of an option, its name there, and its type."""
 
     group: str
     name: str
@@ -48,7 +48,7 @@ class Option:
 
 
 def table(config: type[Any]) -> Mapping[str, Option]:
-    """All options of a config class by flat name. Names are unique over its groups."""
+    """Returns all options of a config class by flat name. Names are unique over its groups."""
     found: dict[str, Option] = {}
     for group, options in get_type_hints(config).items():
         kinds = get_type_hints(options)
@@ -57,21 +57,21 @@ def table(config: type[Any]) -> Mapping[str, Option]:
 
 
 def sayable(options: type[Any]) -> list[Field[Any]]:
-    """The fields of a group that text can say: all but those for Python alone."""
+    """Returns the fields of a group that can be written as text: all but those for Python only."""
     return [option for option in fields(options) if option.metadata.get("flag", True)]
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """Every option by its flat name; those that are None are left out."""
+    """Returns every option by its flat name, without those that are None."""
     values = {name: getattr(getattr(config, option.group), name) for name, option in table(type(config)).items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def build(config: type[C], values: Mapping[str, Any], source: str) -> C:
-    """The config with those options, the others at their defaults; `source` says in an error where they come from.
+    """Returns the config with those options, the others at their defaults; `source` names the origin of the values in errors.
 
-    Values may be as a TOML file has them: lists for tuples, text for paths. A hyphen in a name counts as an underscore.
-    Raises UsageError for a name that is no option (with the nearest), and for a value of another type or out of range.
+    Values may be as a TOML file has them: lists for tuples, text for paths. A hyphen in a name counts as an underscore. Raises UsageError
+    for a name that is not an option (with the nearest), and for a value of another type or out of range.
     """
     known = table(config)
     groups: dict[str, dict[str, Any]] = {option.group: {} for option in known.values()}
@@ -89,7 +89,7 @@ def build(config: type[C], values: Mapping[str, Any], source: str) -> C:
 
 
 def _group(kind: type[C], given: Mapping[str, Any]) -> C:
-    """The group with those options; an error calls them as the command line does."""
+    """Returns the group with those options; an error names them as the command line does."""
     try:
         return kind(**given)
     except UsageError as error:
@@ -100,7 +100,7 @@ def _group(kind: type[C], given: Mapping[str, Any]) -> C:
 
 
 def hint(name: str, known: Collection[str], spelled: Callable[[str], str], joint: str = "; ") -> str:
-    """The remedy for a name that is no option: today's name, or the nearest."""
+    """Returns the remedy for a name that is not an option: today's name, or the nearest."""
     if RENAMED.get(name) in known:
         return f" any more: it is called {spelled(RENAMED[name])}"
     near = get_close_matches(name, known, n=1)
@@ -108,13 +108,13 @@ def hint(name: str, known: Collection[str], spelled: Callable[[str], str], joint
 
 
 def override(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with `given` on top; what was meant for an option that is now another goes (REPLACES)."""
+    """Returns `values` with `given` on top, without values of options that a given one replaces (REPLACES)."""
     gone = {old for name in given if given[name] != values.get(name) for old in REPLACES.get(name, ())}
     return {name: value for name, value in values.items() if name not in gone} | dict(given)
 
 
 def converted(value: Any, kind: Any) -> Any:
-    """The value as the type has it. Raises TypeError where it is of another type."""
+    """Returns the value in its type. Raises TypeError for a value of another type."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for one in inner:
@@ -136,7 +136,7 @@ def converted(value: Any, kind: Any) -> Any:
 
 
 def described(kind: Any) -> str:
-    """A type in the words of an error message."""
+    """Returns a type in the words of an error message."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):  # in words are neither None nor the objects that a text may stand for
         return " or ".join(described(one) for one in inner if get_origin(one) or one in WORDS)

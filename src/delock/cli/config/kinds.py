@@ -1,4 +1,4 @@
-"""Images and text: defaults of their own for each, and what belongs to the one refused for the other."""
+"""Gives images and text defaults of their own, and refuses options of the other kind."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ DECAY, DECAY_OF_TEXT = 5e-4, 0.1  # the latter is AdamW's, which does not add it
 
 
 def is_text(config: TrainConfig) -> bool:
-    """Whether a language model is trained."""
+    """Returns True if a language model is trained."""
     return config.dataset.data == "text"
 
 
 def tokens(config: TrainConfig) -> int | None:
-    """Tokens in a sample of text; None for images."""
+    """Returns the number of tokens in a sample of text; None for images."""
     return config.language.context if is_text(config) else None
 
 
 def other_kind_options(config: TrainConfig) -> tuple[str, ...]:
-    """The options, by flat name, that mean nothing for this kind of data."""
+    """Returns the options, by flat name, that mean nothing for this kind of data."""
     return OF_IMAGES if is_text(config) else OF_TEXT
 
 
 def resolved(value: T | None) -> T:
-    """An option of a resolved config whose default depends on others."""
+    """Returns an option of a resolved config whose default depends on others."""
     assert value is not None, "resolve fills it in"
     return value
 
 
 def settle(config: TrainConfig) -> TrainConfig:
-    """The config with the defaults of its kind of data for what was not given.
+    """Returns the config with the defaults of its kind of data.
 
-    Raises UsageError for options of the other kind, and a model that does not read such data.
+    Raises UsageError for options of the other kind, and for a model that does not read such data.
     """
     _refuse_mixture(config)
     given = flat(config)

@@ -1,6 +1,6 @@
-"""The options of `delock train` and `delock compare`, in groups; on the command line and in a file they are flat.
+"""Defines the options of `delock train` and `delock compare`, in groups; on the command line and in a file they are flat.
 
-Groups that `fit` takes too are those of `delock.options`.
+The groups that `fit` takes too are those of `delock.options`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from delock.options import Compression, Execution, Placement, Report, Simulation
 
 
 def shown(default: str, values: str | None = None) -> Any:
-    """The default that --help shows for an option whose value is worked out later, and what it shows for a list of values."""
+    """Describes for --help the default of an option that is worked out later, and its values if it takes several."""
     return arg(help_behavior_hint=f"(default: {default})", metavar=values)
 
 
@@ -36,32 +36,32 @@ TEXT: Mapping[str, Any] = MappingProxyType(
 
 
 def either(name: str) -> Any:
-    """The default that --help shows for an option that has another one for text than for images."""
+    """Describes for --help the default of an option that differs between images and text."""
     return shown(f"{IMAGES[name]}; text: {TEXT[name]}")
 
 
 def text(name: str) -> Any:
-    """The default that --help shows for an option of language models."""
+    """Describes for --help the default of an option of language models."""
     return shown(str(TEXT[name]))
 
 
 @dataclass(frozen=True)
 class AlgorithmOptions:
-    """The method and its own options; one that the method does not have is refused."""
+    """The method and its own options; an option of another method is refused."""
 
     method: str = "fdg"
     """bp, gpipe, 1f1b, ddg, fr, fdg, adl, dsp, dgl, dgl-async or interlocking."""
     accumulate: Annotated[int | None, OWN] = None
-    """adl: batches per update; bp: parts in which a batch is done."""
+    """adl: batches per update; bp: micro-batches per batch."""
     beta: Annotated[float | None, OWN] = None
     """fdg, adl: factor of every error received, in (0, 1]."""
     at: Annotated[Literal["stash", "replay", "mixed"] | None, OWN] = None
-    """fdg, adl: where the derivative is taken."""
+    """fdg, adl: the weights at which the derivative is taken."""
     order: Annotated[Literal["forward-first", "backward-first", "free", "sampled", "round-robin"] | None, OWN] = None
     """fdg, adl: order of work inside a tick, forward-first or backward-first; dgl-async: a process per stage at its own pace (free), or
-    one process in which the next stage to act is drawn (sampled), or all take turns (round-robin)."""
+    one process in which the next stage to act is drawn (sampled), or all act in turn (round-robin)."""
     reduce: Annotated[Literal["sum", "mean"] | None, OWN] = None
-    """adl: what becomes of accumulated gradients."""
+    """adl: reduction of the accumulated gradients."""
     p: Annotated[tuple[int, ...] | None, LAGS] = None
     """dsp: lag of activations in ticks, one per link or one for all."""
     q: Annotated[tuple[int, ...] | None, LAGS] = None
@@ -69,7 +69,7 @@ class AlgorithmOptions:
     n_wise: Annotated[int | None, OWN] = None
     """interlocking: stages that a loss's gradient reaches; 1 is local learning, the number of stages is backpropagation."""
     combine: Annotated[Literal["furthest", "sum", "mean"] | None, OWN] = None
-    """interlocking: which of the losses within reach train a stage."""
+    """interlocking: the losses within reach that train a stage."""
     send: Annotated[Literal["early", "late"] | None, OWN] = None
     """interlocking: send an error before the weight gradient is computed (early), or after it."""
     buffer: Annotated[int | None, OWN] = None
@@ -81,12 +81,12 @@ class AlgorithmOptions:
     noise: Annotated[float | None, OWN] = None
     """dgl-async: slows that stage S = 1 / (1 - noise) times, in [0, 1)."""
     micro_batches: Annotated[int | None, OWN] = None
-    """gpipe, 1f1b: parts in which a batch is done."""
+    """gpipe, 1f1b: micro-batches per batch."""
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """What is trained, and where it is cut."""
+    """The network and its cuts."""
 
     model: Annotated[str | None, either("model")] = None
     """resnet8, resnet20, wrn-16-4, cnn, mlp, torchvision/resnet18, ...; for text gpt."""
@@ -97,17 +97,17 @@ class NetworkOptions:
     stages: Annotated[int | None, shown("2")] = None
     """Number of stages; the cuts make their measured times even."""
     cuts: Annotated[tuple[int | str, ...] | None, shown("even times", "LAYER ...")] = None
-    """Where stages 1, 2, ... begin, in place of --stages: numbers (5 9) or names (layer2 layer3.1) of layers."""
+    """First layers of stages 1, 2, ..., in place of --stages: by number (5 9) or name (layer2 layer3.1)."""
 
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """What it is trained on. Order and augmentation are the same for every method and number of stages."""
+    """The data. Order and augmentation are the same for every method and number of stages."""
 
     data: str = "digits"
     """digits, cifar10, cifar100, mnist, fashion-mnist, folder (DIR/train/CLASS/*.jpg) or synthetic images, or text."""
     data_dir: Annotated[Path | None, shown("the cache")] = None
-    """Where the images lie."""
+    """Directory of the images."""
     download: bool = False
     """Fetch the data set if it is not there."""
     augment: bool = True
@@ -115,11 +115,11 @@ class DatasetOptions:
     image_size: Annotated[int | None, shown("as they are")] = None
     """folder, synthetic: side of the images in pixels."""
     limit: Annotated[int | None, shown("all")] = None
-    """Train on so many images only."""
+    """Train on this number of images only."""
     batch_size: Annotated[int | None, either("batch_size")] = None
     """Images, or windows of text, per batch."""
     test_batch_size: int = 256
-    """The same of an evaluation."""
+    """The same in an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ class LanguageOptions:
     text: Annotated[Path | None, shown("the reference manual inside Python")] = None
     """Text file; its last tenth is for testing."""
     level: Annotated[Literal["char", "byte"] | None, text("level")] = None
-    """What a token is: a character (of a UTF-8 file), or a byte (of any file)."""
+    """A token is a character (of a UTF-8 file) or a byte (of any file)."""
     context: Annotated[int | None, text("context")] = None
-    """Tokens in a window, and so how far the model looks back."""
+    """Tokens in a window: the model sees no tokens before it."""
     depth: Annotated[int | None, text("depth")] = None
     """Blocks."""
     width: Annotated[int | None, text("width")] = None
@@ -142,7 +142,7 @@ class LanguageOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How long, and how a gradient becomes a step."""
+    """The length of the run, and the step from gradient to weights."""
 
     epochs: Annotated[int | None, either("epochs")] = None
     """Passes over the training data; of text, windows with as many tokens as it has."""
@@ -151,7 +151,7 @@ class TrainingOptions:
     eval_every: Annotated[int | None, shown("once an epoch")] = None
     """Batches between two evaluations."""
     optimizer: Annotated[Literal["sgd", "adam", "adamw"] | None, either("optimizer")] = None
-    """Every stage has one of its own."""
+    """The optimizer; every stage has its own."""
     lr: Annotated[float | None, shown("0.1; adam, adamw: 0.001")] = None
     """Learning rate of an update, after the warm-up."""
     momentum: Annotated[float | None, shown("0.9")] = None
@@ -186,7 +186,7 @@ class MachineOptions:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is kept."""
+    """The files to keep."""
 
     out: Annotated[Path | None, shown("a new folder in runs")] = None
     """Folder of the run."""
@@ -200,7 +200,7 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run: what `delock train` is told."""
+    """Holds the options of one run, for `delock train`."""
 
     algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
@@ -228,7 +228,7 @@ class ComparisonOptions:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Several runs side by side: what `delock compare` is told."""
+    """Holds the options of several runs side by side, for `delock compare`."""
 
     comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)

@@ -1,4 +1,4 @@
-"""From what was asked for to what will run: defaults that depend on other options are filled in, and what contradicts itself is refused."""
+"""Fills in defaults that depend on other options, and refuses contradictions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LEARNING_RATES = MappingProxyType({"sgd": 0.1, "adam": 0.001, "adamw": 0.001})
 
 
 def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
-    """The config with every default filled in that does not need the data or the model; torchrun's ranks are a stage each.
+    """Returns the config with every default that needs neither data nor model; each of torchrun's ranks is a stage.
 
-    Raises UsageError for what contradicts itself or is out of range.
+    Raises UsageError for contradictions and values out of range.
     """
     _check(config)
     config = settle(config)
@@ -40,7 +40,7 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
 
 
 def make_method(config: AlgorithmOptions) -> Method:
-    """The method that was asked for. Raises UsageError for one that does not exist, and an option that is not its own."""
+    """Returns the chosen method. Raises UsageError for an unknown method, and for an option that it does not have."""
     given = {name: getattr(config, name) for name in AlgorithmOptions.__dataclass_fields__ if name != "method"}
     lags = {name: value[0] for name in ("p", "q") if (value := given[name]) is not None and len(value) == 1}  # one for all links
     return make(config.method, **{name: value for name, value in (given | lags).items() if value is not None})
@@ -62,7 +62,7 @@ def _network(config: NetworkOptions, usual: int) -> NetworkOptions:
 
 
 def _spelled(compression: Compression) -> Compression:
-    """The codecs as they are written in short, settings at their defaults left out."""
+    """Returns the codecs in their short spelling, without settings at their defaults."""
     return Compression(spelled(compression.activations), spelled(compression.errors))
 
 
@@ -83,14 +83,14 @@ def _training(config: TrainingOptions) -> TrainingOptions:
 
 
 def refuse_below(bounds: Mapping[str, tuple[float | None, float]]) -> None:
-    """Raise UsageError where a value (name: value, least) is too small, infinite or no number; None is not given."""
+    """Raises UsageError if a value (name: value, least) is too small, infinite or NaN; None is not given."""
     for name, (value, least) in bounds.items():
         if value is not None and not least <= value < float("inf"):
             raise UsageError(f"{name} is {value:g}, but it must be at least {least:g}")
 
 
 def _check(config: TrainConfig) -> None:
-    """Refuse numbers out of range, by the names the user gave them."""
+    """Refuses numbers out of range, by the names the user gave them."""
     network, data, language, training = config.network, config.dataset, config.language, config.training
     bounds: dict[str, tuple[float | None, float]] = {
         "stages": (network.stages, 1),

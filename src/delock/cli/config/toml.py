@@ -1,4 +1,4 @@
-"""Options in a TOML file, under their flat names."""
+"""Reads and writes options in a TOML file, under their flat names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from delock.errors import UsageError
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The options in a TOML file by flat name; names of older versions become today's.
+    """Returns the options in a TOML file by flat name; names of older versions become today's.
 
-    Raises UsageError where there is none, or it is not TOML, or has tables.
+    Raises UsageError if the file does not exist, is not TOML, or has tables.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -31,7 +31,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(values: Mapping[str, Any], comment: str) -> str:
-    """A TOML document of flat options: text, paths, numbers, booleans and tuples of them."""
+    """Returns a TOML document of flat options: text, paths, numbers, booleans and tuples of these."""
     return f"# {comment}\n" + "".join(f"{name} = {_text(value)}\n" for name, value in values.items())
 
 
