@@ -17,7 +17,7 @@ from delock.errors import DelockError, NonFinite, StageFailed
 from delock.launch.progress import Progress
 from delock.links import Link, Message, MessageKind, MessageName, resumable
 from delock.ops import Backward, Evaluate, Forward, Update, label
-from delock.plan import Plan, Step, received, walk
+from delock.plan import Plan, Step, needs_error, walk
 from delock.stage import Stage, checkpoint
 from delock.timeline import Slowdown
 
@@ -61,7 +61,7 @@ class Engine:
         self.slow, self.delay = slow, delay
         self.spent = OpTime()
         self.network_norm = NetworkNorm(stage.k, stage.K)
-        self.in_flight: Counter[int] = Counter()  # messages sent by a neighbour in windows so far, and not yet received
+        self.in_flight: Counter[int] = Counter()  # by neighbour: messages sent in the windows so far, and not yet received
 
     def run(self, plan: Plan) -> None:
         """Executes this stage's column of a plan, or of a window of one."""
@@ -86,7 +86,7 @@ class Engine:
         self.log.op(self.stage.k, step, version, start, perf_counter(), self.spent)
 
     def _forward(self, step: Step, op: Forward) -> None:
-        message = self._input(op, MessageName(MessageKind.ACTIVATION, op.batch if op.source is None else op.source))
+        message = self._input(op, MessageKind.ACTIVATION, op.batch if op.source is None else op.source)
         began = perf_counter()
         outputs = self.stage.forward(step, message)
         self._straggle(step, began)
@@ -94,19 +94,18 @@ class Engine:
             self.send(self.stage.k + 1, MessageName(MessageKind.ACTIVATION, op.batch), outputs)
 
     def _evaluate(self, step: Step, op: Evaluate) -> None:
-        name = MessageName(MessageKind.EVALUATION, op.batch)
-        message = self._input(op, name)
+        message = self._input(op, MessageKind.EVALUATION, op.batch)
         began = perf_counter()
         outputs = self.stage.evaluate(message)
         self._straggle(step, began)
         if step.up:
-            self.send(self.stage.k + 1, name, outputs)
+            self.send(self.stage.k + 1, MessageName(MessageKind.EVALUATION, op.batch), outputs)
         elif self.on_output:
             self.on_output(step, outputs)
 
-    def _input(self, op: Forward | Evaluate, name: MessageName) -> Message:
+    def _input(self, op: Forward | Evaluate, kind: MessageKind, batch: int) -> Message:
         if self.stage.k > 0:
-            return self.receive(self.stage.k - 1, name)
+            return self._take(self.stage.k - 1, MessageName(kind, batch))
         assert self.feed is not None
         return self.feed(op)
 
@@ -120,13 +119,12 @@ class Engine:
         began = perf_counter()
         stage.prepare(step)  # a replay runs while the error is under way
         self._straggle(step, began)
-        name = MessageName(MessageKind.ERROR, op.batch, op.loss)
-        error = self.receive(k + 1, name) if received(k, op) else None
+        error = self._take(k + 1, MessageName(MessageKind.ERROR, op.batch, op.loss)) if needs_error(k, op) else None
         began = perf_counter()
         done = stage.backward(step, error)
         self._straggle(step, began)
         if done.error is not None:
-            self.send(k - 1, name, done.error)
+            self.send(k - 1, MessageName(MessageKind.ERROR, op.batch, op.loss), done.error)
         if step.sends_norms:
             self.network_norm.pass_down(stage.version, stage.gradient_norms(), self)
         if step.last:
@@ -170,20 +168,19 @@ class Engine:
         self.spent.full += full
         self.spent.copied += perf_counter() - asked - full
 
+    def _take(self, source: int, name: MessageName) -> Message:
+        """Receives a message that a window may leave in flight; the norms of an Update are sent and received within its tick."""
+        self.in_flight[source] -= 1
+        return self.receive(source, name)
+
     # ---- saving messages in flight -------------------------------------------------------------------------------------------------
 
     def count_in_flight(self, plan: Plan) -> None:
-        """Counts the messages that the neighbours sent in this window, less those that were received from them.
-
-        The norms of an Update are sent and received within its tick, so within a window.
-        """
+        """Counts the messages that the neighbours send in a window that has been executed; those received were counted as they came."""
         k = self.stage.k
-        ops = [step.op for step in plan.columns[k] if not isinstance(step.op, Update)]
-        taken = Counter(source for op in ops for source, _ in received(k, op))
         for source in (k - 1, k + 1):
             if 0 <= source < plan.K:
-                sent = sum(step.up if source < k else step.down for step in plan.columns[source])
-                self.in_flight[source] += sent - taken[source]
+                self.in_flight[source] += sum(step.up if source < k else step.down for step in plan.columns[source])
 
     def state(self) -> dict[str, Any]:
         """Returns the stage and the messages in flight to it, between two windows; all stages of a run must be asked at the same tick."""

@@ -2,7 +2,7 @@
 
 from delock.errors import PlanError
 from delock.plan.chart import chart
-from delock.plan.needs import Product, gives, named, needs, received
+from delock.plan.needs import Product, gives, named, needs, needs_error, received
 from delock.plan.steps import Keep, Plan, RunLength, Step
 from delock.plan.unroll import unroll, windows
 from delock.plan.walk import check, walk
@@ -19,6 +19,7 @@ __all__ = [
     "gives",
     "named",
     "needs",
+    "needs_error",
     "received",
     "unroll",
     "walk",

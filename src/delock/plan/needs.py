@@ -27,11 +27,16 @@ def needs(k: int, op: Op) -> list[Product]:
             return [(k, (b, loss))]
         case Backward(b, loss):
             own: list[Product] = [(k, Forward(b))]
-            return [*own, (k + 1, (b, loss))] if loss > k else own
+            return [*own, (k + 1, (b, loss))] if needs_error(k, op) else own
         case Update(over="network") if k > 0:
             return [(k - 1, op)]
         case Update():
             return []
+
+
+def needs_error(k: int, op: Backward) -> bool:
+    """True if a Backward of stage k needs an error from above."""
+    return op.loss > k and op.part != "weights"
 
 
 def received(k: int, op: Op) -> list[Product]:
