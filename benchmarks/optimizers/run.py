@@ -26,6 +26,7 @@ from delock.recipes import SGD, AdamW, NAdamW, error_feedback, muon, scadamw, sc
 
 VOCABULARY, CONTEXT, WINDOWS, STEPS = 100, 64, 16, 10
 STAGE = StageFacts(0, 4, 0.75, 1)  # the first of four, lags of ddg, four parts
+TORCHS_SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 REFERENCE = "AdamW(foreach=True), torch"
 FACTORIES: tuple[tuple[str, Callable[..., Optimizer], str], ...] = (
     (REFERENCE, partial(torch.optim.AdamW, foreach=True), ""),
@@ -33,12 +34,14 @@ FACTORIES: tuple[tuple[str, Callable[..., Optimizer], str], ...] = (
     ("NAdamW", NAdamW(1e-3, 0.01), ""),
     ("scadamw", scadamw(), REFERENCE),
     ("SGD, momentum", SGD(0.1, 0.9), ""),
+    ("SGD, momentum, torch's default", TORCHS_SGD, ""),
     ("scsgd", scsgd(0.1), "SGD, momentum"),
     ("muon", muon(), ""),
     ("soap", soap(), ""),
     ("error_feedback(AdamW)", error_feedback(AdamW(1e-3, 0.01)), "AdamW"),
     ("error_feedback(scadamw)", error_feedback(scadamw()), "scadamw"),
     ("error_feedback(SGD, momentum)", error_feedback(SGD(0.1, 0.9)), "SGD, momentum"),
+    ("error_feedback(SGD, momentum, torch's default)", error_feedback(TORCHS_SGD), "SGD, momentum, torch's default"),
     ("error_feedback(muon)", error_feedback(muon()), "muon"),
 )
 
