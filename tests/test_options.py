@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -21,11 +21,7 @@ from delock.options import Compression, Execution, Placement, Report, Simulation
 from delock.timeline import Emulation, Slowdown
 
 GROUPS = (Execution, Placement, Compression, Simulation, Report)
-WORDS = {
-    "amp": "bf16", "layout": "auto", "chunks": "2", "compile": None, "captured": None, "threads": "2", "pin": None, "port": "4711",
-    "link": "gloo", "patience": "3", "codec": "vq:dim=8", "error_codec": "bf16", "slow": "1:0.5", "emulate": "5:10", "log_every": "3",
-    "trace": None,
-}  # fmt: skip
+TEXT = {"codec": "vq:dim=8", "error_codec": "bf16", "slow": "1:0.5", "emulate": "5:10"}  # of options that may be objects
 
 
 def test_fit_takes_24_arguments_and_the_groups_none_of_their_names() -> None:
@@ -35,15 +31,22 @@ def test_fit_takes_24_arguments_and_the_groups_none_of_their_names() -> None:
     assert set(GROUPS) <= {parameter.default.__class__ for parameter in names.values()}
 
 
+def words(name: str, default: Any, kind: Any) -> list[str]:
+    """Gives the option another value than its default."""
+    flag = name.replace("_", "-")
+    if isinstance(default, bool):
+        return [f"--no-{flag}" if default else f"--{flag}"]
+    other = get_args(kind)[-1] if get_origin(kind) is Literal else TEXT[name] if name in TEXT else default + 1
+    return [f"--{flag}", str(other)]
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_command_line_has_the_groups_themselves(group: type[Any]) -> None:
     """Each option of `fit`'s groups by its own name, in the same class."""
     for option in fields(group):
         if option.name == "replay":
             continue
-        text = WORDS[option.name]
-        words = [f"--{option.name.replace('_', '-')}", text] if text else [f"--{'no-' * (option.default is True)}{option.name}"]
-        config = parse(TrainConfig, words, "train", "")
+        config = parse(TrainConfig, words(option.name, option.default, get_type_hints(group)[option.name]), "train", "")
         [mine] = [value for name in TrainConfig.__dataclass_fields__ if type(value := getattr(config, name)) is group]
         assert getattr(mine, option.name) != option.default
         assert build(TrainConfig, flat(config), "again") == config

@@ -1,4 +1,4 @@
-"""The library's front door: `fit` trains anybody's network on anybody's data with any method, in one process or many."""
+"""The library's front door: `fit` trains a network of your own on data of your own with any method, in one process or several."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def fit(
     report: Report = Report(),
     on_event: Callable[[Event], None] | None = None,
 ) -> Result:
-    """Train `model` on several workers, one stage each, and leave the trained weights in it.
+    """Trains `model` on several workers, one stage each, and leaves the trained weights in it.
 
     model       an nn.Sequential, one of delock.nets or torchvision's ResNets, or a list of modules; every part takes one argument, a
                 tensor or a tuple of tensors of any dtype, and returns the same

@@ -27,7 +27,7 @@ class Execution:
     amp: Literal["no", "bf16"] = "no"
     """bf16: compute in bfloat16 by autocast; weights, gradients and optimizer stay in their own precision."""
     layout: Literal["default", "channels-last", "auto"] = "default"
-    """Of images in memory; auto tries both on one batch and takes the faster."""
+    """Layout of images in memory; auto tries both on one batch and takes the faster."""
     chunks: int = 1
     """Slices in which a batch goes through a stage, so that each may stay in the cache; batch norm is then over a slice."""
     compile: bool = False
@@ -69,21 +69,21 @@ class Compression:
     """The form in which activations and errors travel between the stages, in one process too."""
 
     codec: Codec | str | None = "none"
-    """Of activations: none, bf16, int8 or vq, with settings as in vq:codes=256:dim=16:every=50."""
+    """Codec of activations: none, bf16, int8 or vq, with settings as in vq:codes=256:dim=16:every=50."""
     error_codec: Codec | str | None = "none"
-    """Of errors: none, bf16 or int8."""
+    """Codec of errors: none, bf16 or int8."""
 
     def __post_init__(self) -> None:
         _ = self.activations, self.errors  # raise UsageError for what does not exist
 
     @property
     def activations(self) -> Codec | None:
-        """The codec of activations."""
+        """Returns the codec of activations."""
         return parse(self.codec)
 
     @property
     def errors(self) -> Codec | None:
-        """The codec of errors."""
+        """Returns the codec of errors."""
         return parse_error(self.error_codec)
 
 
@@ -103,12 +103,12 @@ class Simulation:
         self.straggler(10**9, 0)
 
     def straggler(self, K: int, seed: int) -> Slowdown | None:
-        """The slow ticks of K stages. Raises UsageError where it is text that names none of them."""
+        """Returns the slow ticks of K stages. Raises UsageError for text that names another stage."""
         return straggler(self.slow, K, seed) if isinstance(self.slow, str) else self.slow
 
     @property
     def waits(self) -> Emulation | None:
-        """The seconds that every stage waits instead of computing."""
+        """Returns the seconds that every stage waits instead of computing."""
         return Emulation.parse(self.emulate) if isinstance(self.emulate, str) else self.emulate
 
 

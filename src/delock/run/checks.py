@@ -1,4 +1,4 @@
-"""What does not go together, refused before anything is computed."""
+"""Refusals: each function here raises UsageError for one thing that does not fit, before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from delock.run.request import Request
 
 
 def refuse_wrong_link(method: Method, link: str, device: str) -> None:
-    """Raise UsageError for a link between processes that there is not, or that does not go with the method or the device."""
+    """Raises UsageError for a link between processes that the method or the device cannot use."""
     refuse_link(link, device)
     if link == "shared" and not method.planned:
         raise UsageError(f'{method.name} drops messages that come too late, which only gloo can do: use link "auto" or "gloo"')
 
 
 def refuse_replay(request: Request) -> None:
-    """Raise UsageError where recorded visits should be done again in several processes."""
+    """Raises UsageError if recorded visits are to be done again in several processes."""
     if request.workers != "inline":
         raise UsageError('recorded visits are done again in one process: use workers="inline"')
 
 
 def refuse_uncapturable(request: Request) -> None:
-    """Raise UsageError where ticks cannot be CUDA graphs, as far as that can be told from what was asked for."""
+    """Raises UsageError if the request alone shows that ticks cannot be CUDA graphs."""
     if torch.device(request.device).type != "cuda":
         raise UsageError(f'captured ticks need a GPU, but device is "{request.device}": use device "cuda", or leave captured out')
     if request.workers != "inline":
@@ -49,7 +49,7 @@ def refuse_uncapturable(request: Request) -> None:
 
 
 def refuse_unfit(layers: list[Layer], K: int, cuts: Sequence[int | str] | None, method: Method, sizes: list[int] | None) -> None:
-    """Raise UsageError where network, cuts, method and the sizes of the batches (where known) do not go together: nothing is computed."""
+    """Raises UsageError if network, cuts, method and the sizes of the batches (if known) do not fit each other. It computes nothing."""
     if len(layers) < K:
         raise UsageError(f"cannot cut a network of {len(layers)} layers into {K} stages: use at most {len(layers)}")
     if cuts is not None:
@@ -60,7 +60,7 @@ def refuse_unfit(layers: list[Layer], K: int, cuts: Sequence[int | str] | None, 
 
 
 def refuse_single_samples(sizes: list[int], micro_batches: int) -> None:
-    """BatchNorm has no variance over one sample; torch would stop in the middle of an epoch."""
+    """Raises UsageError for a single sample before BatchNorm, which has no variance; torch would stop in the middle of an epoch."""
     for n in sorted(set(sizes)):
         if 1 in (len(part) for part in torch.empty(n, device="meta").tensor_split(micro_batches)):
             count = f"{n} samples" if n > 1 else "one sample"
@@ -72,7 +72,7 @@ def refuse_single_samples(sizes: list[int], micro_batches: int) -> None:
 
 
 def refuse_unfit_codecs(request: Request, cut: Sequence[LayerCost]) -> None:
-    """Raise UsageError where a codec cannot take what a stage sends, or nothing is sent that it could take."""
+    """Raises UsageError if a codec cannot take what a stage sends, or if nothing is sent that it could take."""
     K, codec = len(cut) + 1, request.compression.activations
     for k, cost in enumerate(cut):
         if codec:

@@ -1,4 +1,4 @@
-"""The auxiliary heads of a run: built or taken, and what they cost."""
+"""Builds the auxiliary heads of a run, or takes those of the request, and measures their cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from delock.run.request import Request
 
 
 def auxiliary(request: Request, K: int, shapes: Sequence[tuple[int, ...]], logits: tuple[int, ...]) -> dict[int, nn.Module]:
-    """The auxiliary heads of the stages that the method gives one. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
+    """Returns the auxiliary heads of the stages that have one. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
     wanted = request.method.headed(K)
     given = request.heads
     if given is not None and not request.method.local_losses:
@@ -39,7 +39,7 @@ def _head(request: Request, k: int, shape: tuple[int, ...], logits: tuple[int, .
 
 
 def head_cost(request: Request, execution: Execution, k: int, head: nn.Module, shape: tuple[int, ...], targets: Any) -> LayerCost:
-    """What the head of stage k costs on a whole batch. Raises UsageError where it does not take the stage's outputs."""
+    """Returns the cost of stage k's head on a whole batch. Raises UsageError if the head does not take the stage's outputs."""
     try:
         outputs = torch.zeros(shape, dtype=next((w.dtype for w in head.parameters()), None))
         return measured(request, execution, [Layer(f"head of stage {k}", head)], outputs, targets, learns=True)[0]
@@ -50,7 +50,7 @@ def head_cost(request: Request, execution: Execution, k: int, head: nn.Module, s
 def head_shares(
     modules: Sequence[nn.Module], heads: Mapping[int, nn.Module], shapes: Sequence[tuple[int, ...]], inputs: Any
 ) -> dict[int, HeadShare]:
-    """What every head costs beside its stage, where that can be told. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
+    """Returns the cost of every head in shares of its stage's, if known. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
     shares = {}
     for k, head in heads.items():
         if k and not shapes[k - 1]:  # a tuple

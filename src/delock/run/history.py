@@ -1,4 +1,4 @@
-"""The history of a run as its last stage sees it: losses and evaluations become records."""
+"""The history of a run as its last stage sees it: it turns losses and evaluations into records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from delock.stage import Stage
 
 
 class History:
-    """The last stage's history: turns losses and outputs into records as they come."""
+    """Turns the losses and outputs of the last stage into records as they come."""
 
     def __init__(self, job: StageJob, log: StageLog, emit: Callable[[Event], None], device: torch.device) -> None:
         self.job, self.emit, self.device, self.logs = job, emit, device, [log]  # logs: those of all stages that take turns in this process
@@ -32,18 +32,18 @@ class History:
         self.paused = 0.0  # seconds of training when the evaluation in progress began
 
     def seconds(self, until: float | None = None) -> float:
-        """Seconds of training until then, by default now, evaluations left out."""
+        """Returns the seconds of training until a moment, by default now, evaluations left out."""
         now = time.perf_counter() if until is None else until
         begun = min((log.first for log in self.logs if log.first is not None), default=now)
         return now - begun - sum(log.seconds["evaluation"] for log in self.logs)
 
     @property
     def last(self) -> float:
-        """When the latest op was done, on the clock of the logs."""
+        """Returns the end of the latest op, on the clock of the logs."""
         return max(log.last for log in self.logs)
 
     def loss(self, step: Step, value: float, stage: Stage, samples: int) -> None:
-        """A (micro-)batch's loss; a batch is complete with its last part."""
+        """Takes the loss of a (micro-)batch; a batch is complete with its last micro-batch."""
         op = step.op
         assert isinstance(op, Backward)
         self.batch_loss += value
@@ -59,7 +59,7 @@ class History:
             self._record(float("nan"), {}, self.seconds())
 
     def output(self, step: Step, result: Message) -> None:
-        """An evaluation batch's outputs."""
+        """Takes the outputs of an evaluation batch."""
         op = step.op
         assert isinstance(op, Evaluate)
         if not self.judged:

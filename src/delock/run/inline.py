@@ -1,4 +1,4 @@
-"""All stages of a run in this process."""
+"""Trains all stages of a run in this process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from delock.run.worker import Worker
 
 
 def run_inline(jobs: Sequence[StageJob], device: torch.device, emit: Callable[[Event], None]) -> list[StageResult]:
-    """Train all stages in this process. torch's random state and thread count, and where the modules lie, are as before afterwards.
+    """Trains all stages in this process. torch's random state, its thread count and the modules' devices are as before afterwards.
 
     Captured ticks are CUDA graphs, their stages on streams; on a CPU the same static memory without graphs, for tests.
     Raises StageFailed, with stage, op and the original traceback, when a stage raises.
@@ -53,7 +53,7 @@ def run_inline(jobs: Sequence[StageJob], device: torch.device, emit: Callable[[E
 
 @contextmanager
 def _moved_back(jobs: Sequence[StageJob]) -> Iterator[None]:
-    """The modules are the caller's: they return to the devices that they were on, however the run ends."""
+    """Returns the caller's modules to the devices that they were on, however the run ends."""
     modules = [module for job in jobs for module in (job.module, job.head) if module is not None]
     before = [next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu")) for module in modules]
     try:
@@ -71,7 +71,7 @@ def _ticks(job: StageJob, engines: Sequence[Engine], device: torch.device) -> Ti
 def _way(
     jobs: Sequence[StageJob], replay: Sequence[Sequence[Visit]] | None
 ) -> tuple[Mailbox | Store, Iterable[Plan], Sequence[ReuseStatistics] | None]:
-    """The links of a run in one process, its plans, and what will have been read from replay buffers."""
+    """Returns the links of a run in one process, its plans, and the counts of reads from replay buffers."""
     job, K = jobs[0], len(jobs)
     if replay is not None:
         plan, _ = recorded(replay, job.length.clip)

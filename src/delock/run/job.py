@@ -1,4 +1,4 @@
-"""Everything that one stage needs for a run, and everything that it brings home."""
+"""Holds all that one stage needs for a run, and all that it brings home."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from delock.timeline import Span
 
 @dataclass
 class StageJob:
-    """Everything that stage k needs for a run; travels to its process. Only stage 0 gets the loaders; the last uses loss and metrics.
+    """Holds all that stage k needs for a run; travels to its process. Only stage 0 gets the loaders; the last uses loss and metrics.
 
-    The five groups are those of the request, but for a layout of images that has been chosen.
+    The five groups are those of the request; only a layout "auto" has become the one that was faster.
     """
 
     k: int
@@ -52,7 +52,7 @@ class StageJob:
 
 @dataclass
 class StageResult:
-    """The result of a stage: its weights under its own names, its report, and from the last stage the history."""
+    """Holds the result of a stage: its weights under its own names, its report, and from the last stage the history."""
 
     state: dict[str, Tensor]
     head: dict[str, Tensor]  # of its auxiliary head, empty where it has none

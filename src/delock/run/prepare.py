@@ -1,4 +1,4 @@
-"""From what was asked for to a run that can start: everything is checked, the network measured and cut."""
+"""Turns a request into a run that can start: it checks everything, measures the network and cuts it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from delock.timeline import Emulation
 
 
 def prepare(request: Request) -> PreparedRun:
-    """Check everything that can be checked before the start, measure the network on a first batch, and cut it. Raises UsageError."""
+    """Checks all that can be checked before the start, measures the network on a first batch, and cuts it. Raises UsageError."""
     waits, cuts = request.simulation.waits, request.cuts
     request.length()  # raises UsageError
     if request.execution.compile and waits:
@@ -60,7 +60,7 @@ def prepare(request: Request) -> PreparedRun:
 
 
 def _refuse_misfit(simulation: Simulation, K: int, seed: int) -> None:
-    """Raise UsageError where stages that are slow, or whose visits are done again, are not the K stages of this run."""
+    """Raises UsageError if the stages that are slow, or whose visits are done again, are not the K stages of this run."""
     simulation.straggler(K, seed)
     if simulation.replay is not None and len(simulation.replay) != K:
         raise UsageError(f"visits of {len(simulation.replay)} stages cannot be done again by {K}: cut the network as it was cut then")
@@ -69,7 +69,7 @@ def _refuse_misfit(simulation: Simulation, K: int, seed: int) -> None:
 def _emulated(
     request: Request, waits: Emulation, ends: Sequence[int], costs: Sequence[LayerCost]
 ) -> tuple[list[Emulated], dict[int, nn.Module]]:
-    """Stages that wait, and heads that cost nothing, with outputs as large as the real ones."""
+    """Returns stages that wait, and heads that cost nothing, with outputs as large as the real ones."""
     share = 1 / request.method.micro_batches
     shapes = [costs[end - 1].shape for end in ends]
     if not all(shapes):

@@ -1,4 +1,4 @@
-"""A run that has been checked, and from it a Job per stage and a prediction."""
+"""A run that has been checked: it makes a job per stage and a prediction."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SLOW = 20  # an op on a machine that others use too may take so many times what 
 
 @dataclass(frozen=True)
 class Batch:
-    """The batch that was measured: samples, shape and dtype of every tensor of the inputs, bytes of the labels."""
+    """Describes the batch that was measured: samples, shape and dtype of every tensor of the inputs, bytes of the labels."""
 
     rows: int
     inputs: Outputs
@@ -45,14 +45,14 @@ class Batch:
 
     @classmethod
     def of(cls, inputs: Any, targets: Any) -> Batch:
-        """Of a loader's batch."""
+        """Describes a loader's batch."""
         shapes = tuple((tuple(x.shape), x.dtype) for x in tensors(inputs))
         return cls(samples(inputs), shapes, sum(x.nbytes for x in tree_tensors(targets)))
 
 
 @dataclass
 class PreparedRun:
-    """A run that has been checked: its request, the cuts, and the cost of each layer."""
+    """Holds a run that has been checked: its request, the cuts, and the cost of each layer."""
 
     request: Request
     layers: list[Layer]
@@ -73,22 +73,22 @@ class PreparedRun:
 
     @property
     def length(self) -> RunLength:
-        """The length of the run."""
+        """Returns the length of the run."""
         return self.request.length()
 
     def patience(self) -> float:
-        """Seconds to wait for a sign of life: what was asked for, but never less than an op of this network may well take."""
+        """Returns the seconds to wait for a sign of life: the request's, but at least SLOW times the longest op that was measured."""
         asked, method = self.request.placement.patience, self.request.method
         slowest = max(method.slowdown(k) * sum(cost.total_s for cost in self.costs[a:b]) for k, (a, b) in enumerate(self.bounds()))
         return max(asked, SLOW * slowest) if asked > 0 else 0.0
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First atom, and the one after the last, of each stage."""
+        """Returns the first layer, and the one after the last, of each stage."""
         edges = [0, *self.cuts, len(self.layers)]
         return list(itertools.pairwise(edges))
 
     def jobs(self) -> list[StageJob]:
-        """A job per stage; only the first gets the data."""
+        """Returns a job per stage; only the first gets the data."""
         request = self.request
         return [
             StageJob(
@@ -118,7 +118,7 @@ class PreparedRun:
         ]
 
     def started(self) -> Started:
-        """What will run, with what the plan and the measured costs predict."""
+        """Returns what is known before the run: its shape, and the prediction from the plan and the measured costs."""
         request = self.request
         own = [self.costs[a:b] for a, b in self.bounds()]
         share, codec = 1 / request.method.micro_batches, request.compression.activations
@@ -163,7 +163,7 @@ class PreparedRun:
         )
 
     def ops(self) -> Costs:
-        """What the ops of every stage cost: of a method that does a batch in parts, those of a part."""
+        """Returns the seconds of every stage's ops; where a method splits a batch, those of a micro-batch."""
         own = [self.costs[a:b] for a, b in self.bounds()]
         share, waits = 1 / self.request.method.micro_batches, self.request.simulation.waits
         forward = tuple(share * (waits.forward if waits else sum(cost.forward_s for cost in layers)) for layers in own)
@@ -172,7 +172,7 @@ class PreparedRun:
         return Costs(forward, backward, head=head, slow=self.request.simulation.straggler(self.K, self.request.seed))
 
     def slots(self) -> list[tuple[int, int]] | None:
-        """Slots of activations and of errors that every link of shared memory comes to have; None where links are of another kind."""
+        """Returns the slots of activations and of errors that each link of shared memory will have; None for links of another kind."""
         request, compression = self.request, self.request.compression
         if request.workers == "inline" or not shares(request.placement.link, request.device):
             return None
@@ -181,9 +181,9 @@ class PreparedRun:
         return slots_of_any(request.method, batches, self.ops(), decoded)
 
     def memory(self) -> list[PeakBytes | None]:
-        """What every stage will hold at its peak above what it holds when it is built; None where that cannot be told.
+        """Returns the peak bytes of each stage during training, above the built stage; None if they cannot be predicted.
 
-        What free-running stages hold depends on how they run, and what compiled ones hold on the compiler.
+        Those of free-running stages depend on the order in which messages come, those of compiled stages on the compiler.
         """
         request, unknown = self.request, self.heads.keys() - self.head_costs.keys()
         if request.simulation.emulate or request.execution.compile or not request.method.planned or unknown:
@@ -203,7 +203,7 @@ class PreparedRun:
         return [*peaks(request.method, known, self.length.batches)] if len(known) == self.K else [None] * self.K
 
     def _entering(self, k: int) -> Tree:
-        """A batch as it enters stage k, on the meta device."""
+        """Returns a batch as it enters stage k, on the meta device."""
         if k == 0:
             return self.inputs
         cost = self.costs[self.cuts[k - 1] - 1]
@@ -211,7 +211,7 @@ class PreparedRun:
         return made[0] if cost.shape or (len(made) == 1 and made[0].dim() < 2) else made
 
     def _encoded(self, codec: Codec, cut: int, micro_batches: int) -> tuple[float, float]:
-        """Bytes of the activation there once encoded, and of codebooks: means over the messages."""
+        """Returns the bytes of the activation at a cut once encoded, and those of codebooks: means over the messages."""
         outputs = [((-(-shape[0] // micro_batches), *shape[1:]) if shape else shape, dtype) for shape, dtype in self.costs[cut - 1].outputs]
         payload, books = zip(*(codec.predicted(shape, dtype) for shape, dtype in outputs), strict=True)
         return sum(payload), sum(books)

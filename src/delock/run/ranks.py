@@ -1,4 +1,4 @@
-"""One stage of a run in this process, beside the other ranks."""
+"""Trains one stage of a run in this process, beside the other ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from delock.run.worker import Worker
 
 
 def run_rank(rank: Rank, job: StageJob) -> StageResult:
-    """Train stage job.k in this process; the other stages are the other ranks of the default process group."""
+    """Trains stage job.k in this process; the other stages are the other ranks of the default process group."""
     if job.method.free_running:
         return _run_free(rank, job)
     link = joined(rank, job)
@@ -29,7 +29,7 @@ def run_rank(rank: Rank, job: StageJob) -> StageResult:
 
 
 def joined(rank: Rank, job: StageJob) -> RankLink:
-    """The link of stage job.k to its neighbours, with room for the messages that the method's lags ask for. Ranks call it together."""
+    """Returns the link of stage job.k to its neighbours, with room for the messages that the method's lags need. Ranks call it together."""
     depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
     return connect(job.placement.link, depth, rank.device, rank.progress)
 
@@ -45,6 +45,6 @@ def _run_free(rank: Rank, job: StageJob) -> StageResult:
 
 
 def _begin_together(job: StageJob) -> None:
-    """Where stages are compiled, wait for the slowest: else the others would wait in their first op, in measured time."""
+    """Waits for the slowest stage if stages are compiled: else the others would wait in their first op, in measured time."""
     if job.execution.compile:
         torch.distributed.barrier()

@@ -21,7 +21,7 @@ Workers: TypeAlias = Literal["processes", "inline"]
 
 @dataclass(frozen=True)
 class Request:
-    """A network, the goal and the length of its training, and the five groups of options, as they were given to `fit`."""
+    """Holds a network, the goal and the length of its training, and the five groups of options, as they were given to `fit`."""
 
     model: nn.Module | Sequence[nn.Module]
     train: Loader

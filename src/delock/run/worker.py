@@ -1,4 +1,4 @@
-"""Training as one stage lives it: windows of the plan, what the last stage reports, and the stage's own account at the end."""
+"""Trains one stage: it executes the plan window by window, and reports at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from delock.timeline import Slowdown, stage_facts
 
 
 class Worker:
-    """One stage of a run, ready to execute windows of its plan."""
+    """Builds one stage of a run with its log and engine, ready to execute windows of its plan."""
 
     def __init__(self, job: StageJob, link: Link, device: torch.device, emit: Callable[[Event], None], progress: Any = None) -> None:
         self.job, self.device = job, device
@@ -74,14 +74,14 @@ class Worker:
             self.stage.rehearse(zeros(piece, self.device))
 
     def run(self) -> None:
-        """The whole plan, window by window, beside the other ranks; of the others' columns only the neighbours' are drawn."""
+        """Executes the whole plan, window by window, beside the other ranks; of the others' columns only the neighbours' are drawn."""
         job = self.job
         near = range(max(0, job.k - 1), min(job.K, job.k + 2))
         for plan in windows(job.method, job.K, job.length, job.window, near):
             self.engine.run(plan)
 
     def result(self, *, alone: bool, read: ReuseStatistics | None = None) -> StageResult:
-        """The account of a finished run; `alone`: no other stage shares this process' memory; `read`: from a replay buffer."""
+        """Returns the result of a finished run; `alone`: no other stage shares this process' memory; `read`: from a replay buffer."""
         log, tracker = self.log, self.tracker
         peak = peak_memory.peak(self.device) if alone else 0
         report = StageReport(
@@ -119,7 +119,7 @@ class Worker:
 
 
 def _pace(job: StageJob) -> tuple[Slowdown | None, Callable[[float], None]]:
-    """The ticks in which the stage takes longer, and how it does: a core that is not needed is left to the stages that share it."""
+    """Returns the ticks in which the stage takes longer, and the way it does: a core that is not needed is left to stages that share it."""
     if job.method.free_running and (times := job.method.slowdown(job.k)) > 1:
         return Slowdown(times - 1), time.sleep
     return job.simulation.straggler(job.K, job.seed), time.sleep if job.simulation.emulate else spin
@@ -130,7 +130,7 @@ def _sorted(histogram: Mapping[int, int]) -> dict[int, int]:
 
 
 def _home(tree: Any) -> Any:
-    """A tree of dicts, lists and tensors, the tensors on the CPU: a process that is sent them need not start its GPU."""
+    """Returns a tree with its tensors on the CPU: the process that receives them need not start its GPU."""
     if isinstance(tree, Tensor):
         return tree.detach().cpu()
     if isinstance(tree, Mapping):
