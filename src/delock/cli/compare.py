@@ -47,67 +47,67 @@ def run(words: Sequence[str]) -> int:
     data = load_data(todo[0].config, screen)
     for row in todo:
         refuse(row.config, data)
-    stories: dict[str, RunReport] = {}
+    reports: dict[str, RunReport] = {}
     try:
-        _train(config, todo, data, folder, screen, stories)
+        _train(config, todo, data, folder, screen, reports)
     except BaseException as error:
         if folder.opened:
-            _keep(config, folder, stories)
+            _keep(config, folder, reports)
             error.add_note(f"what was recorded is in {folder.path}")
         screen.end()
         raise
     screen.line()
-    screen.table(*_table(stories), spare=(IDLE, LAYERWISE))
+    screen.table(*_table(reports), spare=(IDLE, LAYERWISE))
     if folder.opened:
         screen.line(f"run folder: {folder.path}")
-    return int(any(story.status != "finished" for story in stories.values()))
+    return int(any(report.status != "finished" for report in reports.values()))
 
 
 def _train(
-    config: CompareConfig, todo: Sequence[Row], data: Data | TextData, folder: RunFolder, screen: Terminal, stories: dict[str, RunReport]
+    config: CompareConfig, todo: Sequence[Row], data: Data | TextData, folder: RunFolder, screen: Terminal, reports: dict[str, RunReport]
 ) -> None:
     """Trains every row into its own folder. A row that fails is reported, and the others go on; bad input with nothing kept ends all."""
     cuts: tuple[int, ...] | None = None
     for i, row in enumerate(todo):
         row = cut_alike(row, cuts) if cuts is not None else row
-        story = stories[row.name] = RunReport(row.config)
+        report = reports[row.name] = RunReport(row.config)
         screen.line(f"\n{i + 1} of {len(todo)}: {row.name}")
         try:
-            train(story, data, folder.inner(row.folder), screen)
+            train(report, data, folder.inner(row.folder), screen)
         except DelockError as error:
-            if isinstance(error, UsageError) and not story.started and not folder.opened:
+            if isinstance(error, UsageError) and not report.started and not folder.opened:
                 raise
             print(f"error: {row.name}: {error}", file=sys.stderr)
-        if cuts is None and story.started and row.name != PLAIN:
-            cuts = story.started.cuts  # measured once: the rows differ in the method alone
+        if cuts is None and report.started and row.name != PLAIN:
+            cuts = report.started.cuts  # measured once: the rows differ in the method alone
         if folder.opened:
-            _keep(config, folder, stories)
-            _draw(folder, stories)
+            _keep(config, folder, reports)
+            _draw(folder, reports)
 
 
-def _keep(config: CompareConfig, folder: RunFolder, stories: dict[str, RunReport]) -> None:
+def _keep(config: CompareConfig, folder: RunFolder, reports: dict[str, RunReport]) -> None:
     """Writes the results so far as a file and a table, after every row, so that they survive any end of this program."""
-    any_cut = _any_cut(stories)
+    any_cut = _any_cut(reports)
     options = {name: str(value) if name in ("data_dir", "text", "out", "config") else value for name, value in flat(config).items()}
-    told = {"config": options, "cuts": any_cut.cuts if any_cut else None, "rows": compared(stories, PLAIN)}
-    folder.write("compare.json", dumps(told, indent=2) + "\n")
-    folder.write("compare.md", markdown(*_table(stories)))
+    content = {"config": options, "cuts": any_cut.cuts if any_cut else None, "rows": compared(reports, PLAIN)}
+    folder.write("compare.json", dumps(content, indent=2) + "\n")
+    folder.write("compare.md", markdown(*_table(reports)))
 
 
-def _draw(folder: RunFolder, stories: dict[str, RunReport]) -> None:
+def _draw(folder: RunFolder, reports: dict[str, RunReport]) -> None:
     from delock.draw import Run, curves
 
-    runs = [Run(name, story.evaluations, story.steps) for name, story in stories.items() if story.steps]
+    runs = [Run(name, report.evaluations, report.steps) for name, report in reports.items() if report.steps]
     if runs:
         curves(runs, folder.path / "compare")
 
 
-def _table(stories: dict[str, RunReport]) -> tuple[Cells, list[Cells]]:
-    any_cut = _any_cut(stories)
-    metric = measure(next(iter(stories.values())).config)
-    return comparison_table(compared(stories, PLAIN), len(any_cut.stages) if any_cut else 1, metric)
+def _table(reports: dict[str, RunReport]) -> tuple[Cells, list[Cells]]:
+    any_cut = _any_cut(reports)
+    metric = measure(next(iter(reports.values())).config)
+    return comparison_table(compared(reports, PLAIN), len(any_cut.stages) if any_cut else 1, metric)
 
 
-def _any_cut(stories: dict[str, RunReport]) -> Started | None:
+def _any_cut(reports: dict[str, RunReport]) -> Started | None:
     """Returns a run that has the common cuts: any but the plain one."""
-    return next((story.started for name, story in stories.items() if name != PLAIN and story.started), None)
+    return next((report.started for name, report in reports.items() if name != PLAIN and report.started), None)

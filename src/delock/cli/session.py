@@ -39,14 +39,14 @@ def load_data(config: TrainConfig, screen: Terminal) -> Data | TextData:
 class Session:
     """Records one run: events go to the screen and into the folder, and `end` writes the summary."""
 
-    def __init__(self, story: RunReport, data: Data | TextData, folder: RunFolder, screen: Terminal) -> None:
-        self.story, self.data, self.folder, self.screen = story, data, folder, screen
+    def __init__(self, report: RunReport, data: Data | TextData, folder: RunFolder, screen: Terminal) -> None:
+        self.report, self.data, self.folder, self.screen = report, data, folder, screen
         self.board: TensorBoard | None = None
 
     def hear(self, event: Event) -> None:
         """Handles an event of `fit`."""
-        self.story.hear(event)
-        config = self.story.config
+        self.report.hear(event)
+        config = self.report.config
         match event:
             case Started():
                 self.screen.end()
@@ -58,7 +58,7 @@ class Session:
                 self.screen.phase("training", event.batches)
                 return
             case StepRecord():
-                self.screen.progress(event.batches, self.story.batches, trained(config, event, self.story.batches))
+                self.screen.progress(event.batches, self.report.batches, trained(config, event, self.report.batches))
             case EvaluationRecord():
                 self.screen.line(evaluated(config, event))
             case VisitsRecord():
@@ -76,7 +76,7 @@ class Session:
 
         if not self.folder.opened:
             self.folder.open()
-            config = self.story.config
+            config = self.report.config
             values = {name: value for name, value in flat(config).items() if name not in (*NOT_REPEATED, *other_kind_options(config))}
             self.folder.write(CONFIG, toml.write(values, "delock train --config FILE repeats this run"))
             if isinstance(self.data, TextData):
@@ -89,27 +89,27 @@ class Session:
         if self.board:
             self.board.close()
         if self.folder.opened:
-            self.folder.write(SUMMARY, dumps(summary(self.story), indent=2) + "\n")
+            self.folder.write(SUMMARY, dumps(summary(self.report), indent=2) + "\n")
         self.screen.end()
 
 
-def train(story: RunReport, data: Data | TextData, folder: RunFolder, screen: Terminal) -> None:
-    """Trains as the story's resolved config says, and records the run in the story.
+def train(report: RunReport, data: Data | TextData, folder: RunFolder, screen: Terminal) -> None:
+    """Trains as the report's resolved config says, and records the run in the report.
 
     The folder gets its files as they are made, and a summary however the run ends; errors and KeyboardInterrupt propagate to the caller.
     """
-    session = Session(story, data, folder, screen)
+    session = Session(report, data, folder, screen)
     try:
-        model = build_model(story.config, data)
+        model = build_model(report.config, data)
         screen.phase("measuring the layers")
-        story.result = fit_config(story.config, data, model, session.hear)
-        if folder.opened and not story.config.simulation.emulate:  # ranks above 0 have no folder
+        report.result = fit_config(report.config, data, model, session.hear)
+        if folder.opened and not report.config.simulation.emulate:  # ranks above 0 have no folder
             folder.save_model(model.state_dict())
-        story.status = "finished"
+        report.status = "finished"
     except BaseException as error:
-        story.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        story.error = str(error) or None
-        if story.started and not isinstance(error, UsageError):
+        report.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        report.error = str(error) or None
+        if report.started and not isinstance(error, UsageError):
             session.open()
         raise
     finally:

@@ -85,26 +85,27 @@ def opening(config: TrainConfig, started: Started) -> str:
     return f"{started.method}: {config.network.model} on {config.dataset.data}, {stages}, {length}{layout}{emulated}"
 
 
-def closing(story: RunReport) -> str:
+def closing(report: RunReport) -> str:
     """Describes the results in one line."""
-    told = summary(story)
-    metrics = [metric_text(name, value) for name, value in story.evaluations[-1].metrics.items()]
-    loss = f"train loss {told['train_loss']:.4f}{' nats' if is_text(story.config) else ''}"
-    return ", ".join([*metrics, loss, f"{told['seconds']:.1f} s of training", per_second(told["samples_per_second"], tokens(story.config))])
+    values = summary(report)
+    metrics = [metric_text(name, value) for name, value in report.evaluations[-1].metrics.items()]
+    loss = f"train loss {values['train_loss']:.4f}{' nats' if is_text(report.config) else ''}"
+    speed = per_second(values["samples_per_second"], tokens(report.config))
+    return ", ".join([*metrics, loss, f"{values['seconds']:.1f} s of training", speed])
 
 
-def summary(story: RunReport) -> dict[str, Any]:
+def summary(report: RunReport) -> dict[str, Any]:
     """Returns the content of summary.json: final figures as far as the run has come, then the conditions on which they depend."""
-    config, result = story.config, story.result
-    last = story.evaluations[-1] if story.evaluations else None
-    step = story.steps[-1] if story.steps else None
+    config, result = report.config, report.result
+    last = report.evaluations[-1] if report.evaluations else None
+    step = report.steps[-1] if report.steps else None
     method = make_method(config.algorithm)
     metrics = {f"test_{name}": value for name, value in last.metrics.items()} if last else {}
     seconds, samples = (result.seconds, result.samples) if result else (step.seconds, step.samples) if step else (0.0, 0)
     rate = samples / seconds if seconds > 0 else 0.0
     return {
-        "status": story.status,
-        **({"error": story.error} if story.error else {}),
+        "status": report.status,
+        **({"error": report.error} if report.error else {}),
         **metrics,
         "test_loss": last.test_loss if last else None,
         "train_loss": last.train_loss if last else step.loss if step else None,
@@ -114,7 +115,7 @@ def summary(story: RunReport) -> dict[str, Any]:
         "seconds": seconds,
         "samples_per_second": rate,
         **({"tokens_per_second": rate * window} if (window := tokens(config)) else {}),
-        "predicted_samples_per_second": story.started.samples_per_second if story.started else None,
+        "predicted_samples_per_second": report.started.samples_per_second if report.started else None,
         "method": config.algorithm.method,
         "options": {name: getattr(method, name) for name in options(type(method))},
         "model": config.network.model,
@@ -122,9 +123,9 @@ def summary(story: RunReport) -> dict[str, Any]:
         "seed": config.training.seed,
         "codec": config.compression.codec,
         "error_codec": config.compression.error_codec,
-        "workers": story.started.workers if story.started else config.machine.workers,
+        "workers": report.started.workers if report.started else config.machine.workers,
         "cuts": config.network.cuts,
-        "stages": [stage(report) for report in result.stages] if result else [],
+        "stages": [stage(one) for one in result.stages] if result else [],
         "versions": {"delock": __version__, "torch": version("torch"), "python": platform.python_version()},
     }
 
@@ -161,9 +162,9 @@ def sent(traffic: Traffic) -> dict[str, Any]:
     return asdict(traffic) | ratios
 
 
-def compared(stories: Mapping[str, RunReport], plain: str) -> list[dict[str, Any]]:
+def compared(reports: Mapping[str, RunReport], plain: str) -> list[dict[str, Any]]:
     """Returns the rows of a comparison: summaries, facts about stages, and speed-ups over the row `plain` and the first other row of bp."""
-    summaries = {name: summary(story) for name, story in stories.items()}
+    summaries = {name: summary(report) for name, report in reports.items()}
     bp = next((one for name, one in summaries.items() if one["method"] == "bp" and name != plain), None)
     return [
         {

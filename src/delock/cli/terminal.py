@@ -24,12 +24,12 @@ class Terminal:
             self.console.width = 140  # a file has no width to fit
         self._bar: Progress | None = None
         self._what = ""
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
 
     def line(self, text: str = "") -> None:
         """Prints a line of text."""
         self.console.print(text, soft_wrap=True)
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
 
     def table(self, head: Cells, rows: Sequence[Cells], spare: Sequence[str] = ()) -> None:
         """Prints a table; all columns but the first to the right.
@@ -63,7 +63,7 @@ class Terminal:
         text = f"{self._what} {note or f'{done:,} of {total:,}'}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, description=text)
-        elif time.monotonic() - self._told >= PLAIN_SECONDS:
+        elif time.monotonic() - self._printed >= PLAIN_SECONDS:
             self.line(text)
 
     def end(self) -> None:

@@ -15,25 +15,25 @@ from delock.timeline import KINDS, Costs, Timeline, capacities, period, reasons,
 SHOWN = 3  # batches of backpropagation that fit into the picture
 
 
-def keep(story: RunReport, folder: RunFolder, screen: Terminal) -> None:
+def keep(report: RunReport, folder: RunFolder, screen: Terminal) -> None:
     """Writes and shows the trace of a run that has finished."""
-    assert story.result is not None
-    assert story.started is not None
-    measured = Timeline(story.result.spans)
+    assert report.result is not None
+    assert report.started is not None
+    measured = Timeline(report.result.spans)
     written = [chrome(measured, folder.path / TIMELINE)]
     panels = {"measured": _from(measured, steady(measured)[0])}
-    if story.started.workers != "inline":
-        predicted = forecast(story, story.started)
+    if report.started.workers != "inline":
+        predicted = forecast(report, report.started)
         panels = {"predicted": _from(predicted, steady(predicted)[0]), **panels}
-    written += gantt(panels, folder.path / "timeline", window=(0.0, SHOWN * _batch(story.started)))
+    written += gantt(panels, folder.path / "timeline", window=(0.0, SHOWN * _batch(report.started)))
     screen.line("\nwhere the time of the steady stretch went, per stage:")
     screen.table(*_table(measured))
     screen.line(f"timeline: {written[0]} (open it in ui.perfetto.dev), {written[1]}")
 
 
-def forecast(story: RunReport, started: Started) -> Timeline:
+def forecast(report: RunReport, started: Started) -> Timeline:
     """Returns the plan on the clock, with the costs measured before the run; free-running stages as if they waited for each other."""
-    method, K = make_method(story.config.algorithm), len(started.stages)
+    method, K = make_method(report.config.algorithm), len(started.stages)
     batches = min(started.batches, 2 * method.span(K) + 12)
     scale = [method.slowdown(k) for k in range(K)]
     forward, backward, head = (

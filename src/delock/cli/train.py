@@ -35,20 +35,20 @@ def run(words: Sequence[str]) -> int:
     # rank 0 alone looks at the folder: to the others it may be there already because rank 0 has made it
     folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite or not is_rank_zero())
     screen = Terminal(quiet=not is_rank_zero())
-    story = RunReport(config)
+    report = RunReport(config)
     try:
-        train(story, load_data(config, screen), folder, screen)
+        train(report, load_data(config, screen), folder, screen)
     except BaseException as error:
         if folder.opened:
             error.add_note(f"what was recorded is in {folder.path}")
         screen.end()
         raise
-    if folder.opened and story.result:
+    if folder.opened and report.result:
         screen.line("\nmeasured, per stage (staleness: means, warm-up included):")
-        screen.table(*stage_table(story.result.stages, story.result.started.stages))
+        screen.table(*stage_table(report.result.stages, report.result.started.stages))
         if config.report.trace:
-            keep(story, folder, screen)
-        screen.line(closing(story))
+            keep(report, folder, screen)
+        screen.line(closing(report))
         screen.line(f"run folder: {folder.path}")
         if is_text(config):
             screen.line(f"delock sample {folder.path} prints text from it")
