@@ -1,4 +1,4 @@
-"""Memory as a pass over a column of a plan: the most bytes that a stage holds above what it held when it was built."""
+"""Computes the peak memory of a stage in a pass over its column of a plan, in bytes above the built stage before its first batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DEEP = 1 << 30  # more messages than any link keeps
 
 @dataclass(frozen=True, slots=True)
 class LinkBytes:
-    """What crosses a link in one direction: bytes of a message, and how many messages an end keeps beside those in use.
+    """Holds the bytes of a message that crosses a link in one direction, and the number of messages that an end keeps besides those in use.
 
-    gloo keeps `depth` at either end: sent ones until so many newer are on their way, and buffers posted for those to come.
+    gloo keeps `depth` messages at either end: sent ones until `depth` newer ones are on their way, and buffers posted for coming ones.
     """
 
     message: int = 0
@@ -26,32 +26,32 @@ class LinkBytes:
 
 @dataclass(frozen=True, slots=True)
 class StageBytes:
-    """Bytes of one stage. An op's are of a (micro-)batch; a peak is above what lives when the op begins.
+    """Holds the bytes of one stage. The bytes of an op are for a (micro-)batch; a peak is above the bytes alive at the begin of the op.
 
-    A graph is what autograd holds beside weights, the input and the outputs.
+    A graph is all that autograd holds beside weights, the input and the outputs.
     """
 
-    weights: int  # those that learn
-    largest: int  # of the weights, one by one
-    state: int  # of the optimizer, for the head too: there from the first Update on
+    weights: int  # parameters that learn
+    largest: int  # the largest of them
+    state: int  # of the optimizer, the head's included, from the first Update on
     optimizer_step: int  # peak of a later step of the optimizer
-    input: int  # what a received message holds; stage 0: a whole batch
+    input: int  # a received message, beside shared memory; on stage 0 a whole batch
     graph: int
-    output: int  # what the outputs lie in, where that is not the input
+    output: int  # storages of the outputs, except those of the input
     delta: int  # errors of the inputs
-    error: int  # errors of the outputs as they are received; those in shared memory take nothing beside it
-    own_error: int  # the same where the stage makes them: by its own head, or by shrinking what it received
+    error: int  # received errors of the outputs, beside shared memory
+    own_error: int  # the same if the stage makes them: by its own head, or by shrinking received ones
     forward: int  # peak, graph and outputs included
     forward_no_grad: int  # the same without a graph
-    backward: int  # peak, the graph freed on its way; gradients of the weights and of the inputs included, and its own loss, if any
-    backward_retained: int  # the same where the graph is needed once more
-    backward_activations: int = 0  # of such peaks, that of activations and errors alone: where the graph is freed
-    backward_activations_retained: int = 0  # and where it stays
-    deferred_errors: int = 0  # errors into layers with weights: between the halves of a backward they are held
-    weight_layers_graph: int = 0  # of the graph, what nothing but these layers hold: the second half frees it
-    head: int = 0  # peak of the auxiliary head forward and backward, its gradient included
+    backward: int  # peak, the graph freed on the way; with gradients of weights and inputs, and its own loss, if any
+    backward_retained: int  # the same if the graph stays
+    backward_activations: int = 0  # the peak of activations and errors alone, the graph freed on the way
+    backward_activations_retained: int = 0  # the same if the graph stays
+    deferred_errors: int = 0  # errors into modules with weights, held between the two parts of a split backward
+    weight_layers_graph: int = 0  # the part of the graph that only such modules hold, freed by the second part
+    head: int = 0  # peak of the auxiliary head's forward and backward, with its gradient
     head_weights: int = 0
-    slots: int = 0  # of all memory shared with neighbours, which stays
+    slots: int = 0  # all memory shared with neighbours
     feeds: int = 0  # stage 0: micro-batches that are views of one batch
     up_in: LinkBytes = LinkBytes()  # from the stage below
     up_out: LinkBytes = LinkBytes()
@@ -61,36 +61,36 @@ class StageBytes:
 
 @dataclass(frozen=True, slots=True)
 class PeakBytes:
-    """The most bytes that a stage holds above what it held when it was built.
+    """Holds peak bytes of a stage during a run, above the built stage before its first batch.
 
-    `live`: tensors. `resident`: what its process grows by, with memory shared with neighbours, in a heap that keeps what was freed.
-    Gradients, copies of weights and optimizer state are of the sizes of weights, activations and errors of others: the one seldom fits
-    where the other was, so each has a peak of its own.
+    `live`: tensors alive at one time. `resident`: growth of its process, with memory shared with neighbours, in a heap that keeps freed
+    memory. Gradients, copies of weights and optimizer state have the sizes of weights; activations and errors have other sizes. A tensor of
+    one group seldom fits into the place of one of the other, so each group has a peak of its own, and the process grows by the sum.
     """
 
     live: int
     resident: int
 
     def grows(self, device: str) -> int:
-        """What will be measured: a GPU's allocator counts what lives."""
+        """Returns the number to compare with the measurement, which on a GPU is the allocator's count of living bytes."""
         return self.resident if device == "cpu" else self.live
 
 
 def peaks(method: Method, stages: Sequence[StageBytes], batches: int) -> list[PeakBytes]:
-    """The prediction for every stage of a run of `batches`. A plan repeats itself soon, so the first few of them tell."""
+    """Returns the prediction for every stage of a run of `batches`, from its first batches, because a plan soon repeats itself."""
     K = len(stages)
     plan = unroll(method, K, min(batches, repeating(method, K)))
     return [peak(column, k, sizes) for k, (column, sizes) in enumerate(zip(plan.columns, stages, strict=True))]
 
 
 def repeating(method: Method, K: int) -> int:
-    """Batches after which no stage holds more than before, and no link."""
-    deepest = max((method.capacity(k, K) for k in range(K - 1)), default=0)  # messages: a batch brings one of each of its parts
+    """Returns a number of batches after which no stage, and no link, holds more than before."""
+    deepest = max((method.capacity(k, K) for k in range(K - 1)), default=0)  # messages: a batch brings one per micro-batch
     return 2 * method.span(K) + 3 * method.batches_per_update + -(-deepest // method.micro_batches)
 
 
 def peak(column: Iterable[Step], k: int, sizes: StageBytes) -> PeakBytes:
-    """The most bytes that stage k holds while it executes its column, above what it held when it was built."""
+    """Returns the peak bytes of stage k while it executes its column."""
     stage = StageMemory(k, sizes)
     for step in column:
         stage.execute(step)
@@ -99,20 +99,20 @@ def peak(column: Iterable[Step], k: int, sizes: StageBytes) -> PeakBytes:
 
 @dataclass(slots=True)
 class HeldBatch:
-    """A batch between its Forward and its last Backward."""
+    """Describes a batch between its Forward and its last Backward."""
 
     graph: bool
-    version: int | None  # of the weights, where the graph has a copy of them
+    version: int | None  # of the weights, if the graph has a copy of them
 
 
 class StageMemory:
-    """What stage k holds, step by step, in the order in which the engine and the stage take and leave it."""
+    """Counts the bytes of stage k step by step, in the order in which engine and stage allocate and free them."""
 
     def __init__(self, k: int, sizes: StageBytes) -> None:
         self.k, self.sizes = k, sizes
         self.most = self.most_passing = self.most_learned = 0
         self.batches: dict[int, HeldBatch] = {}
-        self.newest: int | None = None  # the batch that the feed read last, and holds
+        self.newest: int | None = None  # the batch that the feed has read last, and holds
         self.snapshot: int | None = None  # version of the current weights, once they have been copied
         self.grads = self.head_grads = self.state = self.caught = 0
         self.backwards = 0  # since the last Update
@@ -121,27 +121,27 @@ class StageMemory:
 
     @property
     def graphs(self) -> int:
-        """Live graphs."""
+        """Returns the number of live graphs."""
         return sum(held.graph for held in self.batches.values())
 
     @property
     def versions(self) -> int:
-        """Copies of the weights."""
+        """Returns the number of copies of the weights."""
         return len({self.snapshot, *(held.version for held in self.batches.values())} - {None})
 
     @property
     def now(self) -> int:
-        """Bytes between two steps."""
+        """Returns the bytes alive between two steps."""
         return self.passing + self.learned
 
     @property
     def learned(self) -> int:
-        """Of these, what is of the sizes of weights."""
+        """Returns those of the bytes that have the sizes of weights."""
         return self.versions * self.sizes.weights + self.grads + self.head_grads + self.state
 
     @property
     def passing(self) -> int:
-        """And what is of the sizes of activations."""
+        """Returns those of the bytes that have the sizes of activations."""
         s = self.sizes
         inputs = {batch // s.feeds for batch in self.batches} | {self.newest} if s.feeds else set(self.batches)
         kept = [*((self._way(name), count) for name, count in self.sent.items()), *((self._way(name), DEEP) for name in self.posted)]
@@ -149,13 +149,13 @@ class StageMemory:
         return len(inputs) * s.input + self.graphs * (s.graph + s.output) + links + self.caught
 
     def rise(self, more: int, learned: int = 0, passing: int | None = None) -> None:
-        """For a moment there is so much more than between two steps; `learned`, `passing`: of that, the most of either kind."""
+        """Notes a moment with `more` bytes than between two steps; `learned`, `passing`: the most of either kind in it."""
         self.most = max(self.most, self.now + more)
         self.most_learned = max(self.most_learned, self.learned + learned)
         self.most_passing = max(self.most_passing, self.passing + (more - learned if passing is None else passing))
 
     def execute(self, step: Step) -> None:
-        """One step. An evaluation holds no graph, and one message at a time."""
+        """Executes one step. An evaluation holds no graph, and one message at a time."""
         match step.op:
             case Forward() as op:
                 self._forward(step, op)
@@ -182,13 +182,13 @@ class StageMemory:
             self._send("up_out", own)
 
     def _read(self, op: Forward) -> int:
-        """Have the input; returns its bytes where nothing that is counted between steps holds it yet."""
+        """Takes the input, and returns its bytes if no number counted between steps includes it yet."""
         s = self.sizes
         if not s.feeds:
             self.posted.add("up_in")
             return s.input
         if self.newest != op.batch // s.feeds:
-            self.rise(s.input)  # the batch before goes when this one has come
+            self.rise(s.input)  # the batch before is freed after this one is read
             self.newest = op.batch // s.feeds
         return 0
 
@@ -197,7 +197,7 @@ class StageMemory:
         if not held.graph:
             self.rise(s.forward)
             held.graph = True
-        above = self._error(op)  # what the op holds itself
+        above = self._error(op)  # held by the op itself
         if op.part == "weights":
             self.rise(max(0, s.weights - (s.weight_layers_graph if step.last else 0)), learned=s.weights, passing=0)
             self.caught -= s.deferred_errors + s.delta
@@ -221,7 +221,7 @@ class StageMemory:
             del self.batches[op.batch]
 
     def _error(self, op: Backward) -> int:
-        """Have the error of the outputs, from the stage above or the own head; the last stage's loss is a part of its backward."""
+        """Takes the error of the outputs, from the stage above or the own head; the last stage's loss is part of its backward."""
         s = self.sizes
         if op.part == "weights" or (op.loss == self.k and not s.head):
             return 0
@@ -233,7 +233,7 @@ class StageMemory:
         return s.error if op.shrink == 1 else s.error + s.own_error
 
     def _learn(self, op: Backward, above: int) -> None:
-        """Add new gradients to old ones, which go one by one."""
+        """Adds new gradients to the old ones, which are freed one by one."""
         s = self.sizes
         if op.weight != 1:
             self.rise(above + 2 * s.weights, learned=2 * s.weights)
@@ -250,7 +250,7 @@ class StageMemory:
         self.state, self.grads, self.head_grads, self.backwards, self.snapshot = s.state, 0, 0, 0, None
 
     def _send(self, way: str, above: int) -> None:
-        """Pack a message, beside `above`; then the oldest of those sent goes, when there are too many."""
+        """Packs a message, with `above` bytes alive besides; then the oldest sent message is freed if there are too many."""
         packed = self._way(way)
         self.rise(above + (packed.message if packed.depth else 0))
         self.sent[way] += 1

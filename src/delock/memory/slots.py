@@ -1,7 +1,7 @@
-"""Counts the messages that lie in the memory that two stages share, which grows to the most there are at one time.
+"""Counts the slots in the memory that two stages share: the largest number of messages in use at one time.
 
-A message has a slot from the end of the op that makes it, until its receiver has used it for the last time and has told so. The receiver
-tells with its next word to the sender, which is that it takes another message, or one of its own:
+A message has a slot from the end of the op that makes it until its receiver has used it for the last time and has said so. The receiver
+says so with its next word to the sender: when it takes another message, or sends one of its own.
 
     sender      pack m ----------------------------------------------------- the slot is free
     receiver           take m ... last op on m | take another, or send -----^
@@ -26,15 +26,15 @@ from delock.timeline import Costs, Times, capacities, clocked
 from delock.timeline.measures import at_once
 from delock.timeline.spans import Timed
 
-DRIFT = 1.3  # so much slower than the others a stage may be for a while
+DRIFT = 1.3  # factor by which one stage may be slower than the others for a while
 
 
 @dataclass(frozen=True, slots=True)
 class Stay:
-    """Holds a message's time in its slot: from the end of op `made` of its sender to the start or the end of op `told` of its receiver."""
+    """Holds a message's time in its slot: from the end of op `made` of its sender to the start or the end of op `freed` of its receiver."""
 
     made: int
-    told: int | None  # None: to the end of the run
+    freed: int | None  # None: to the end of the run
     at_end: bool = False
 
 
@@ -43,17 +43,17 @@ Stays: TypeAlias = list[tuple[list[Stay], list[Stay]]]
 
 
 def slots(timeline: Timed, decoded: tuple[bool, bool] = (False, False)) -> list[tuple[int, int]]:
-    """Returns per link the slots that activations and errors come to lie in.
+    """Returns per link the numbers of slots for activations and for errors.
 
-    decoded: (activations, errors): True where they are decoded as they come, which is then the last use of the message.
+    decoded: (activations, errors), True if they are decoded on arrival, which is then the last use of the message.
     """
     return taken_at_once(stays(timeline.times.ops, decoded), timeline.times)
 
 
 def slots_of_any(method: Method, batches: int, costs: Costs, decoded: tuple[bool, bool] = (False, False)) -> list[tuple[int, int]]:
-    """Returns the most slots of several runs: with the measured costs, with equal stages, and with equal stages of which one is slower.
+    """Returns the largest numbers of slots in several runs: with measured costs, with equal stages, and with one of these slower.
 
-    Stages that share cores are sometimes the one and sometimes the other.
+    Stages that share cores behave now like one of these runs, now like another.
     """
     K = costs.K
     measured, stages = replace(costs, capacity=capacities(method, K)), patterns(method, K)
@@ -72,8 +72,8 @@ def taken_at_once(found: Stays, times: Times) -> list[tuple[int, int]]:
     """Returns the slots from stays. These are the same for all costs, because the order of a stage's ops does not depend on the clock."""
 
     def most(sender: int, receiver: int, messages: Sequence[Stay]) -> int:
-        made, told = times.ends[sender], (times.starts[receiver], times.ends[receiver])
-        return at_once([(made[one.made], inf if one.told is None else told[one.at_end][one.told]) for one in messages])
+        made, freed = times.ends[sender], (times.starts[receiver], times.ends[receiver])
+        return at_once([(made[one.made], inf if one.freed is None else freed[one.at_end][one.freed]) for one in messages])
 
     return [(most(k, k + 1, up), most(k + 1, k, down)) for k, (up, down) in enumerate(found)]
 
@@ -100,14 +100,14 @@ class _Stage:
 def _between(sender: _Stage, receiver: _Stage, copied: bool) -> list[Stay]:
     """Returns the stays of the messages of one direction.
 
-    The receiver is done with an activation after the last op on its batch, with an error after the op that takes it. It tells so at the
+    The receiver is done with an activation after the last op on its batch, with an error after the op that takes it. It says so at the
     start of the next op that takes a message, or at the end of the next that sends one back.
     """
     made = {name: i for i, name in enumerate(sender.sent) if name}
     last = {_batch(op): i for i, op in enumerate(receiver.ops)}
     found: list[Stay] = []
-    used: dict[int, list[int]] = defaultdict(list)  # op -> messages of which that is the last use
-    done: list[int] = []  # and not told
+    used: dict[int, list[int]] = defaultdict(list)  # op -> messages that it uses for the last time
+    done: list[int] = []  # messages used for the last time, of which the sender does not know yet
     for i, (op, name, answer) in enumerate(zip(receiver.ops, receiver.taken, receiver.sent, strict=True)):
         if name in made:
             found += [Stay(message, i) for message in done]

@@ -1,8 +1,8 @@
-"""The clock: all stages side by side, each of which goes on until it has to wait for a neighbour.
+"""Runs the clock: all stages side by side, each of which goes on until it has to wait for a neighbour.
 
-A stage waits for a message, which has a name, or for a place in a queue. Both come from what a neighbour does, so it is of no account in
-which order stages go on: each is a generator that stops where it waits, and the stage it waits for resumes it. An op starts when its
-stage is free and its message is there; it is looked at once, and waits at most twice.
+A stage waits for a message, which has a name, or for a place in a queue. Both depend only on what a neighbour does, so the order in which
+stages go on does not matter. Each stage is a generator that stops where it waits, and the stage that it waits for resumes it. An op starts
+when its stage is free and its message is there; it is looked at once, and waits at most twice.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Queue:
     sender: int
     receiver: int
     delay: float
-    places: deque[float] | None = None  # since when each of its places has been free; None: there are always more
+    places: deque[float] | None = None  # second since which each of its places has been free; None: no limit
     sent: dict[Hashable, float] = field(default_factory=dict)  # name of a message under way -> second at which it was sent
-    begins: list[float] = field(default_factory=list)  # of every message, the second at which the op ended that made it
-    ends: list[float] = field(default_factory=list)  # and that at which the op started that took it
+    begins: list[float] = field(default_factory=list)  # of every message: the end of the op that made it
+    ends: list[float] = field(default_factory=list)  # of every message: the start of the op that took it
     awaited: Hashable = None  # the message that the receiver waits for
     full: bool = False  # the sender waits for a place
 
@@ -40,7 +40,7 @@ Queues: TypeAlias = Mapping[tuple[int, str], Queue]
 
 
 class Stuck(Exception):
-    """Says which stages wait for each other."""
+    """Raised if stages wait for each other; names them."""
 
     def __init__(self, stages: Sequence[tuple[int, int, bool]]) -> None:
         super().__init__(stages)
@@ -48,7 +48,7 @@ class Stuck(Exception):
 
 
 class Clock:
-    """Takes all stages through their programs."""
+    """Runs all stages through their programs."""
 
     def __init__(self, programs: Sequence[Iterable[Work]], queues: Queues) -> None:
         stages, self.queues = range(len(programs)), queues
@@ -56,12 +56,12 @@ class Clock:
         self.full: list[dict[int, float]] = [{} for _ in stages]  # op -> seconds before it in which its stage waited for room in a link
         self.stages = [self.stage(k, program) for k, program in enumerate(programs)]
         self.ready: deque[int] = deque()
-        self.waits = ["" for _ in stages]  # what for
+        self.waits = ["" for _ in stages]  # "message", "room", or "" for none
         self.free = [0.0 for _ in stages]
-        self.until, self.floor = inf, 0.0  # no stage goes beyond that tick, none begins the next one before that second
+        self.until, self.floor = inf, 0.0  # no stage goes beyond tick `until`, none begins the next one before second `floor`
 
     def run(self, ticks: Iterable[float]) -> None:
-        """Lets the stages go to the end of each of these ticks, and there wait for each other. Raises Stuck."""
+        """Lets the stages go to the end of each of these ticks, where they wait for each other. Raises Stuck."""
         for self.until in ticks:
             self.ready.extend(range(len(self.stages)))
             while self.ready:

@@ -1,4 +1,4 @@
-"""What an op costs, on which link, and which stage has a slow tick: the numbers that turn a plan into a timeline."""
+"""Defines the numbers that turn a plan into a timeline: seconds of ops and links, slow ticks, emulated stages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from delock.ops import Backward, Evaluate, Forward, Op
 
 @dataclass(frozen=True, slots=True)
 class Slowdown:
-    """Stragglers: in a slow tick all ops of a stage take 1 + `factor` times as long.
+    """Defines stragglers: in a slow tick all ops of a stage take 1 + `factor` times as long.
 
-    Every stage is slow with `probability` in every tick; with a `victim`, only that stage is, in the ticks so drawn. The draws are a
-    function of (seed, tick, stage), so that a run can repeat what a prediction assumed. Raises UsageError for numbers out of range.
+    Every stage is slow with `probability` in every tick; with a `victim`, only that stage is. The draws are a function of (seed, tick,
+    stage), so that a run can repeat those of a prediction. Raises UsageError for numbers out of range.
     """
 
     factor: float  # s of the DSP paper
@@ -28,7 +28,7 @@ class Slowdown:
             raise UsageError(f"a slow-down by {self.factor} with probability {self.probability}: it must be >= 0, and in [0, 1]")
 
     def extra(self, tick: int, stage: int) -> float:
-        """By which part of its cost the stage is slower in this tick: 0 or `factor`."""
+        """Returns the share of its cost by which the stage is slower in this tick: 0 or `factor`."""
         if self.victim not in (None, stage):
             return 0.0
         return self.factor if key("slow", self.seed, tick, stage) < self.probability * 2**63 else 0.0
@@ -36,10 +36,10 @@ class Slowdown:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds (or any unit) per op: one number per stage for work, one per link for delays; link k joins stages k and k + 1.
+    """Holds seconds, or any other unit, per op: one number per stage for work, one per link for delays; link k joins stages k and k + 1.
 
-    An empty tuple means: `replay` as `forward`, `capacity` unlimited, the others 0. A barrier makes every stage wait for
-    all others after each tick (lock-step; for plans without evaluation). Raises UsageError when the numbers do not fit each other.
+    An empty tuple stands for a default: `replay` as `forward`, `capacity` unlimited, the others 0. With `barrier` every stage waits for all
+    others after each tick (lock-step; for plans without evaluation). Raises UsageError if the numbers do not fit each other.
     """
 
     forward: tuple[float, ...]
@@ -67,12 +67,12 @@ class Costs:
 
     @classmethod
     def unit(cls, K: int) -> Costs:
-        """Forward 1, backward 2, replay 1 on every stage, nothing else costs: the usual rule of thumb."""
+        """Returns forward 1, backward 2, replay 1 on every stage, and nothing else: the usual rule of thumb."""
         return cls(forward=(1.0,) * K, backward=(2.0,) * K)
 
     @property
     def K(self) -> int:
-        """Number of stages."""
+        """Returns the number of stages."""
         return len(self.forward)
 
     def work(self, k: int, op: Op, replayed: bool) -> tuple[float, float]:
@@ -88,11 +88,11 @@ class Costs:
                 return 0.0, self.update[k] if self.update else 0.0
 
     def scale(self, k: int, tick: int) -> float:
-        """Returns the factor by which the work of stage k takes longer in a tick: 1 where it is not slowed."""
+        """Returns the factor by which the work of stage k takes longer in a tick; 1 in most ticks."""
         return 1.0 + (self.slow.extra(tick, k) if self.slow else 0.0)
 
     def delay(self, link: int, up: bool) -> float:
-        """Seconds that a message is on its way."""
+        """Returns the seconds that a message takes over a link."""
         delays = self.up if up else self.down
         return delays[link] if delays else 0.0
 
@@ -102,7 +102,7 @@ NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 
 @dataclass(frozen=True, slots=True)
 class Emulation:
-    """Every stage waits instead of computing: seconds per batch, each by a share of at most `jitter` longer or shorter."""
+    """Makes every stage wait instead of computing: seconds per batch, each longer or shorter by a share of at most `jitter`."""
 
     forward: float
     backward: float
@@ -110,7 +110,7 @@ class Emulation:
 
     @classmethod
     def parse(cls, text: str) -> Emulation:
-        """320:640 or 320:640:0.1, in milliseconds. Raises UsageError for anything else."""
+        """Parses 320:640 or 320:640:0.1, in milliseconds. Raises UsageError for anything else."""
         match = re.fullmatch(rf"{NUMBER}:{NUMBER}(?::{NUMBER})?", text)
         if not match or float(match[3] or 0) >= 1 or float(match[1]) + float(match[2]) <= 0:
             raise UsageError(f"emulate is {text!r}, but it must be F:B or F:B:JITTER, milliseconds and a share below 1: 320:640:0.1")
@@ -118,7 +118,7 @@ class Emulation:
 
 
 def straggler(text: str, K: int, seed: int) -> Slowdown:
-    """1:0.5, stage 1 always takes half as long again; random:0.5, every stage does in a tick with probability 1/K.
+    """Parses 1:0.5, where stage 1 always takes half as long again, or random:0.5, where every stage does in a tick with probability 1/K.
 
     Raises UsageError for anything else.
     """

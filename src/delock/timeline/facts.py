@@ -1,4 +1,4 @@
-"""Reads off a plan what the optimizer of each stage may ask for."""
+"""Derives from a plan the facts that the optimizer of each stage may ask for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from delock.timeline.staleness import gradient_staleness, warm_mean
 
 
 def stage_facts(method: Method, K: int) -> list[StageFacts]:
-    """Returns the facts of every stage: with replay, too, staleness is the age of the Forward's weights when a gradient is applied.
+    """Returns the facts of every stage. Staleness is here the age of the Forward's weights when a gradient is applied, with replay too.
 
     Free-running stages apply their gradients at once.
     """

@@ -1,4 +1,4 @@
-"""Speed as read off a timeline: the steady period, throughput, idle shares, messages waiting on the links."""
+"""Measures speed on a timeline: the steady period, throughput, idle shares, messages waiting on the links."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from delock.timeline.spans import Timed, Timeline
 
 
 def period(timeline: Timed) -> float:
-    """Returns the seconds per Update once the pipeline is warm and before it drains."""
+    """Returns the seconds per Update after the pipeline is warm and before it drains."""
     begin, end, updates = steady(timeline)
     return (end - begin) / updates
 
 
 def throughput(timeline: Timed) -> float:
-    """Returns the (micro-)batches trained per second once the pipeline is warm and before it drains, as the last stage sees them."""
+    """Returns the (micro-)batches that the last stage trains per second after the pipeline is warm and before it drains."""
     times = timeline.times
     begin, end, _ = steady(times)
     done = sum(_trains(op) and begin < stop <= end for op, _, stop in times.column(times.K - 1))
@@ -26,11 +26,12 @@ def throughput(timeline: Timed) -> float:
 
 
 def steady(timeline: Timed) -> tuple[float, float, int]:
-    """Returns (begin, end, updates): the ends of two Updates of the last stage, and how many lie between them (the second included).
+    """Returns (begin, end, updates): the ends of two Updates of the last stage, and the number of Updates after the first of them.
 
-    Warm: every stage has begun its first Backward, and a half of what follows is left for transients to die out. Draining: stage 0 has
-    done its last Forward. A schedule may repeat only after several updates (FDG with slow links: three), so whole dozens of them are
-    taken where there are as many. A timeline too short for that counts from its begin to its last Update.
+    The pipeline is warm when every stage has begun its first Backward; then half of the remaining Updates are skipped, for transients to
+    die out. It drains after the last Forward of stage 0. A schedule may repeat only after several updates (FDG with slow links: three), so
+    the number is a multiple of twelve if there are more than twelve. A timeline that is too short for that counts from its begin to its
+    last Update.
     """
     times = timeline.times
     warm = max((_first(times.column(k), Backward) for k in range(times.K)), default=0.0)
@@ -46,7 +47,7 @@ def steady(timeline: Timed) -> tuple[float, float, int]:
 
 
 def idle(timeline: Timed, whole: bool = False) -> list[float]:
-    """Returns the share of the steady stretch (or of the whole run) in which each stage did no work."""
+    """Returns the share of the steady stretch, or of the whole run, in which each stage did no work."""
     times = timeline.times
     begin, end = (times.begin, times.end) if whole else steady(times)[:2]
     if end <= begin:
@@ -55,7 +56,7 @@ def idle(timeline: Timed, whole: bool = False) -> list[float]:
 
 
 def messages(timeline: Timeline) -> list[tuple[int, int]]:
-    """Returns per link the most activations and the most errors that had been sent and not yet taken at one time."""
+    """Returns, per link, the largest numbers of activations and of errors that were sent and not yet taken at one time."""
     made = {name: span.end for column in timeline.columns for span in column for name in gives(span.stage, span.op)}
     lives: dict[tuple[int, bool], list[tuple[float, float]]] = {}
     for column in timeline.columns:
@@ -67,7 +68,7 @@ def messages(timeline: Timeline) -> list[tuple[int, int]]:
 
 
 def at_once(lives: Sequence[tuple[float, float]]) -> int:
-    """Returns the most intervals that hold one moment; one that ends as another begins overlaps it, as both need their place."""
+    """Returns the largest number of intervals that hold one moment; one that ends as another begins overlaps it, as both need a place."""
     stops = iter(sorted(map(max, lives)))
     over, stop, most = 0, next(stops, inf), 0
     for begun, begin in enumerate(sorted(begin for begin, _ in lives), 1):

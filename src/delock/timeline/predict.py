@@ -34,7 +34,7 @@ class Prediction:
     period: float  # seconds per batch, of all its micro-batches
     speedup: float  # over BP in as many stages, with the same costs
     stages: tuple[StageForecast, ...]
-    messages: tuple[tuple[int, int], ...]  # per link, the most activations and errors under way at one time
+    messages: tuple[tuple[int, int], ...]  # per link: largest numbers of activations and errors under way at one time
 
 
 def predict(method: Method, K: int, costs: Costs, batches: int | None = None) -> Prediction:
@@ -57,7 +57,7 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
 
 
 def speedup(method: Method, K: int, costs: Costs) -> float:
-    """Returns the `speedup` of a prediction, without the rest of it."""
+    """Returns only the `speedup` of a prediction."""
     batches = enough(method, K)
     rate = throughput(clocked(patterns(method, K), batches, _with_capacity(costs, method)).times)
     return rate / method.micro_batches / _base(method, K, costs, batches)
@@ -68,12 +68,12 @@ def _with_capacity(costs: Costs, method: Method) -> Costs:
 
 
 def _base(method: Method, K: int, costs: Costs, batches: int) -> float:
-    """Returns the throughput of BP, which repeats itself after a batch."""
+    """Returns the throughput of BP, whose plan repeats after one batch."""
     return throughput(clocked(patterns(BP(), K), batches if costs.slow else 8, _whole(costs, method.micro_batches)).times)
 
 
 def repeated(pattern: Pattern, batches: int) -> list[Step]:
-    """Returns the steps of a run of one stage, but no more than tell all staleness there is, and the most that is held.
+    """Returns the first steps of one stage in a run of `batches`, enough to show all its staleness and its peak of held batches.
 
     After D_k batches the stage is full, and after D_k more, no batch in flight is from before its first Update.
     """

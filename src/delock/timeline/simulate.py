@@ -17,11 +17,11 @@ from delock.timeline.spans import Span, Timeline
 
 
 def simulate(plan: Plan, costs: Costs) -> Timeline:
-    """Returns a whole plan, timed op by op under a cost model; times are in the unit of the costs, from 0.
+    """Returns the timeline of a whole plan under a cost model; times are in the unit of the costs, from 0.
 
-    A message arrives its link's delay after it was sent. It is sent when its op ends, but not before the message `capacity` places
-    earlier was taken; until then its sender is not free. Raises UsageError if the costs are of another number of stages, PlanError
-    if the plan cannot go on, for example because a link holds too few messages.
+    A message arrives its link's delay after it was sent. It is sent when its op ends, but not before the receiver has taken the message
+    sent `capacity` messages earlier; until then its sender is not free. Raises UsageError if the costs have another number of stages,
+    PlanError if the plan cannot go on, for example because a link holds too few messages.
     """
     if costs.K != plan.K:
         raise UsageError(f"costs of {costs.K} stages cannot time a plan of {plan.K} stages")
@@ -33,9 +33,9 @@ def simulate(plan: Plan, costs: Costs) -> Timeline:
 
 
 def clocked(stages: Sequence[Pattern], batches: int, costs: Costs) -> Clock:
-    """Returns what `simulate` finds for a run of so many batches without evaluation, from the patterns of all stages: no step is made.
+    """Returns the times that `simulate` finds for a run of `batches` without evaluation, from the patterns of all stages; no step is made.
 
-    Raises UsageError if the costs are of another number of stages, PlanError if the run cannot go on.
+    Raises UsageError if the costs have another number of stages, PlanError if the run cannot go on.
     """
     if len(stages) != costs.K:
         raise UsageError(f"costs of {costs.K} stages cannot time a plan of {len(stages)} stages")

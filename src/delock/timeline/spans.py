@@ -29,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Holds all that speed is read off: per stage its ops in order of time, and the seconds at which each starts and ends."""
+    """Holds the numbers from which speed is measured: per stage its ops in order of time, and the seconds at which each starts and ends."""
 
     ops: list[list[Op]]
     starts: list[list[float]]
@@ -37,7 +37,7 @@ class Times:
 
     @property
     def times(self) -> Times:
-        """Returns itself: speed is measured of what has times."""
+        """Returns itself, as a Timeline returns its times."""
         return self
 
     @property
@@ -73,7 +73,7 @@ class Timeline:
 
     @property
     def times(self) -> Times:
-        """Returns the spans' ops and seconds alone."""
+        """Returns only the ops and seconds of the spans."""
         return Times(
             [[span.op for span in column] for column in self.columns],
             [[span.start for span in column] for column in self.columns],
@@ -92,7 +92,7 @@ class Timeline:
 
 
 class Timed(Protocol):
-    """Is a Timeline, or the Times of one."""
+    """A Timeline, or the Times of one."""
 
     @property
     def times(self) -> Times: ...

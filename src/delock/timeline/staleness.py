@@ -1,4 +1,4 @@
-"""The two stalenesses of every batch, and what is in flight, read off a plan or off what an engine did."""
+"""Measures the two stalenesses of every batch, and the batches in flight, on a plan or on the spans of a run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Placed(Protocol):
 
 
 def gradient_staleness(column: Iterable[Placed], *, from_forward: bool = False) -> dict[int, int]:
-    """Returns per batch the version that the Update found which applied its gradient, minus the version of the weights it was taken at.
+    """Returns the gradient staleness of every batch in updates: the age of its gradient's weights when an Update applies the gradient.
 
-    Stash and mixed count from the Forward, replay from the Backward itself: there it is 0, and layer-wise staleness tells more.
+    Stash and mixed count from the Forward, replay from the Backward itself, which gives 0; layer-wise staleness says more there.
     from_forward: replay, too, counts from the Forward, whose weights made the activations that the error belongs to.
     Batches whose Forward or Update lies outside the column are left out.
     """
@@ -48,7 +48,7 @@ def gradient_staleness(column: Iterable[Placed], *, from_forward: bool = False) 
 
 
 def layer_staleness(column: Iterable[Placed]) -> dict[int, int]:
-    """Returns per batch the ticks, and so batches, between its Forward and its last Backward (D_k). Batches without both are left out."""
+    """Returns D_k of every batch: ticks, and so batches, between its Forward and its last Backward. Batches without both are left out."""
     forward: dict[int, int] = {}
     found: dict[int, int] = {}
     for placed in column:
@@ -61,14 +61,14 @@ def layer_staleness(column: Iterable[Placed]) -> dict[int, int]:
 
 
 def warm_mean(staleness: dict[int, int], group: int) -> float:
-    """Returns the mean staleness of a warm group of `group` batches (one Update's): the last complete one; 0 when there is none."""
+    """Returns the mean staleness of the last complete group of `group` batches, those of one Update; 0 if there is none."""
     last = len(staleness) // group * group
     return sum(staleness[b] for b in range(last - group, last)) / group if last else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class HeldCounts:
-    """Holds the most that a stage has at one time."""
+    """Holds the largest numbers that a stage has at one time."""
 
     graphs: int  # live graphs, the one of a recomputation included
     inputs: int  # inputs stored without a graph
@@ -76,12 +76,12 @@ class HeldCounts:
 
 
 def in_flight(plan: Plan) -> tuple[HeldCounts, ...]:
-    """Returns the most that each stage of a whole plan has to hold, from what its steps keep."""
+    """Returns the largest numbers that each stage of a whole plan holds, from what its steps keep."""
     return tuple(map(holds, plan.columns))
 
 
 def holds(column: Iterable[Step]) -> HeldCounts:
-    """Returns the most that a stage has to hold for its column."""
+    """Returns the largest numbers that a stage holds in its column."""
     kept: dict[str, set[int]] = {"graph": set(), "input": set()}  # batches
     snapshots: dict[int, int] = {}  # batch -> version
     copies: Counter[int] = Counter()  # version -> batches
