@@ -53,6 +53,15 @@ def test_one_link_knows_codecs() -> None:
     assert laws.import_outside(FILES, "engine", "codecs") == []
 
 
+def test_a_stage_sees_a_step_and_a_message_at_a_time() -> None:
+    assert laws.import_outside(FILES, "stage", "plan", "plan/steps.py") == []
+    assert laws.import_outside(FILES, "stage", "links", "links/message.py") == []
+
+
+def test_a_method_is_asked_not_its_class() -> None:
+    none([file for file, tree in FILES.items() if laws.asked_for(tree, "AsyncDGL") and not file.startswith("engine/asynchronous/")])
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*[heavy for heavy in {HEAVY} if heavy in sys.modules])"
