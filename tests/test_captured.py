@@ -158,17 +158,17 @@ def test_one_slot_less_is_noticed(method: Method, monkeypatch: pytest.MonkeyPatc
 
 
 class Watched(SerialStreams):
-    """Lanes with vector clocks: of two uses of a slot by different stages, one of them writing, one must be known to come first."""
+    """Streams with vector clocks: of two uses of a slot by different stages, one of them writing, one must be known to come first."""
 
     def __init__(self, K: int) -> None:
-        self.lane, self.units = 0, 0
+        self.stream, self.units = 0, 0
         self.clocks = [[0] * K for _ in range(K)]
-        self.used: dict[tuple[int, int], list[tuple[int, int, bool]]] = {}  # (buffer, slot) -> lane, its time, writes
+        self.used: dict[tuple[int, int], list[tuple[int, int, bool]]] = {}  # (buffer, slot) -> stream, its time, writes
         self.races: list[str] = []
 
     @contextmanager
     def on(self, k: int) -> Iterator[None]:
-        self.lane = k
+        self.stream = k
         self.clocks[k][k] += 1
         yield
 
@@ -191,10 +191,10 @@ class Watched(SerialStreams):
 
     def use(self, buffer: object, slot: int, writes: bool) -> None:
         here = self.used.setdefault((id(buffer), slot), [])
-        for lane, time, wrote in here:
-            if lane != self.lane and (writes or wrote) and self.clocks[self.lane][lane] < time:
-                self.races.append(f"lanes {lane} and {self.lane}, slot {slot}")
-        here.append((self.lane, self.clocks[self.lane][self.lane], writes))
+        for stream, time, wrote in here:
+            if stream != self.stream and (writes or wrote) and self.clocks[self.stream][stream] < time:
+                self.races.append(f"streams {stream} and {self.stream}, slot {slot}")
+        here.append((self.stream, self.clocks[self.stream][self.stream], writes))
 
 
 def watched(method: Method, K: int, monkeypatch: pytest.MonkeyPatch, slots: int | None = None) -> Watched:

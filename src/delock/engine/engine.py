@@ -33,7 +33,7 @@ class Engine:
     """One stage at work: executes its steps in order over a link.
 
     feed: answers the Forwards and Evaluates of stage 0.
-    progress: is told before every op which one it is.
+    progress: takes the op's name and description before every op.
     micro_batches: of a batch, for error messages.
     on_loss: called with (step, loss, stage, samples) where a loss is computed.
     on_output: called with (step, outputs with labels) on the last stage, for every batch of an evaluation.

@@ -19,7 +19,7 @@ class Step:
     version: int  # Updates that the stage has made before it
     keep: Keep = "nothing"  # Forward: for the Backwards of this batch
     snapshot: bool = False  # Forward: a stashed Backward lies behind an Update, so the weights must be kept as well
-    last: bool = False  # Backward: nobody will ask for this batch's memory again
+    last: bool = False  # Backward: no later op needs this batch's memory
     up: bool = False  # Forward, Evaluate: stage k + 1 is listening
     down: bool = False  # Backward: stage k - 1 is listening
     sends_norms: bool = False  # Backward: the Update behind it clips over the network, so the norms of this gradient go down with it

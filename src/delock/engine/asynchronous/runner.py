@@ -11,7 +11,7 @@ from delock.ops import Backward, Evaluate, Forward, Update
 from delock.plan import RunLength, Step
 from delock.records import Visit, VisitsRecord
 
-VISITS, SECONDS = 32, 1.0  # a record is emitted with so many visits, or so long after the one before
+VISITS, SECONDS = 32, 1.0  # a record is emitted with this number of visits, or this long after the one before
 
 
 class FreeRun:
