@@ -23,12 +23,12 @@ COMPARE = ["compare", *TRAIN[1:], "--methods", "bp,fdg"]
 
 
 class Program:
-    """`delock` in a session of its own, as in a terminal of its own."""
+    """`delock` in a session of its own, as in a terminal of its own; `ignoring`: it is to ignore SIGINT, as shells tell background jobs."""
 
-    def __init__(self, *words: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "delock", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+    def __init__(self, *words: str, ignoring: bool = False) -> None:
+        shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"] if ignoring else []
+        command = [*shell, sys.executable, "-m", "delock", *words]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def until(self, start: str) -> None:
         """Read its output up to a line that begins so."""
@@ -70,8 +70,8 @@ def start(here: Path) -> Iterator[Callable[..., Program]]:
     """Start programs; whatever comes, nothing of them is left."""
     programs: list[Program] = []
 
-    def begin(*words: str) -> Program:
-        programs.append(Program(*words))
+    def begin(*words: str, ignoring: bool = False) -> Program:
+        programs.append(Program(*words, ignoring=ignoring))
         return programs[-1]
 
     yield begin
@@ -87,11 +87,11 @@ def status(folder: str) -> str:
 
 @pytest.mark.parametrize(
     ("sent", "group", "code"),
-    [([signal.SIGINT], True, 130), ([signal.SIGINT] * 3, True, 130), ([signal.SIGTERM], False, 143)],
-    ids=["once", "impatient", "terminate"],
+    [([signal.SIGINT], True, 130), ([signal.SIGINT] * 3, True, 130), ([signal.SIGINT, signal.SIGTERM], False, 143)],
+    ids=["once", "impatient", "in the background"],
 )
 def test_a_signal_ends_training_in_order(start: Callable[..., Program], sent: list[signal.Signals], group: bool, code: int) -> None:
-    program = start(*TRAIN)
+    program = start(*TRAIN, ignoring=code == 143)
     program.until("epoch 2")
     assert len(program.stages()) == 2
     for number in sent:

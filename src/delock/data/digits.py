@@ -59,8 +59,8 @@ def stratified_split(labels: NDArray[np.int64], test: int, generator: np.random.
 
 def _in_proportion(counts: NDArray[np.int64], total: int, generator: np.random.RandomState) -> NDArray[np.int64]:
     """Returns `total` shared out in proportion to counts: rounded down, and the rest to the largest remainders, equal ones at random."""
-    exact = counts / counts.sum() * total
-    shares = np.floor(exact).astype(np.int64)
+    exact: NDArray[np.float64] = counts / counts.sum() * total
+    shares: NDArray[np.int64] = np.floor(exact).astype(np.int64)
     for remainder in np.unique(exact - shares)[::-1]:
         equal = np.flatnonzero(exact - np.floor(exact) == remainder)
         left = int(total - shares.sum())
