@@ -46,7 +46,7 @@ CELL = 7  # columns of a cell in most charts
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How many stages, and what to show."""
+    """The number of stages, and what to show."""
 
     stages: int = 2
     """Number of stages."""
@@ -60,7 +60,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class CostOptions:
-    """What an op costs, in any unit. Where a batch is done in parts, a part costs its share."""
+    """The cost of an op, in any unit. Where a method splits a batch, a micro-batch costs its share."""
 
     forward: float = 1.0
     """A forward of a batch on one stage."""
@@ -81,7 +81,7 @@ class ProfileOptions:
     data: str = "digits"
     """Data set that the batch is taken from; synthetic needs no files; text for gpt."""
     data_dir: Annotated[Path | None, shown("the cache")] = None
-    """Where the images lie."""
+    """Folder of the images."""
     image_size: Annotated[int | None, shown("as they are")] = None
     """folder, synthetic: side of the images in pixels."""
     batch_size: Annotated[int | None, either("batch_size")] = None
@@ -92,7 +92,7 @@ class ProfileOptions:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What `delock plan` is told."""
+    """The options of `delock plan`."""
 
     algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)

@@ -41,7 +41,7 @@ class SampleOptions:
     top_k: Annotated[int | None, shown("all")] = None
     """Draw from so many of the likeliest tokens only."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
 
 
 @dataclass(frozen=True)

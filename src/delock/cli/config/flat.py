@@ -28,7 +28,7 @@ REPLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "optimizer": ("lr", "momentum", "nesterov", "weight_decay"),
     }
 )
-"""What an option puts out of force where it overrides one that came from elsewhere: the values were meant for the old one."""
+"""Options that go where an option overrides one that came from elsewhere: their values were meant for the old one."""
 
 
 WORDS: Mapping[Any, str] = MappingProxyType(

@@ -171,7 +171,7 @@ class TrainingOptions:
     gamma: float = 0.1
     """steps: the factor of a milestone."""
     seed: int = 0
-    """Of initial weights, order, augmentation and dropout."""
+    """Seed of initial weights, order, augmentation and dropout."""
 
 
 @dataclass(frozen=True)
