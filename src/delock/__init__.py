@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from delock import codecs, methods, options, plan, records, timeline
-from delock.codecs import BF16, INT8, VQ
+from delock import methods, records
 from delock.errors import DelockError, StageFailed, UsageError
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
-from delock.options import Compression, Execution, Placement, Report, Simulation
 from delock.records import Result
-from delock.timeline import Emulation, Slowdown
 
 if TYPE_CHECKING:
-    from delock import data, draw, nets, recipes
+    from delock import codecs, data, draw, nets, options, plan, recipes, timeline
     from delock.api import fit
+    from delock.codecs import BF16, INT8, VQ
+    from delock.options import Compression, Execution, Placement, Report, Simulation
+    from delock.timeline import Emulation, Slowdown
 
 __version__ = "0.1.0"
 
@@ -61,10 +62,21 @@ __all__ = [
 ]
 
 
+LATER = MappingProxyType(
+    {
+        **dict.fromkeys(("BF16", "INT8", "VQ"), "delock.codecs"),
+        **dict.fromkeys(("Compression", "Execution", "Placement", "Report", "Simulation"), "delock.options"),
+        **dict.fromkeys(("Emulation", "Slowdown"), "delock.timeline"),
+        "fit": "delock.api",
+    }
+)
+"""Names that are loaded when they are first used, and their modules: `import delock` takes little time, and loads no torch."""
+
+
 def __getattr__(name: str) -> Any:
-    """Loads what needs torch, or is seldom used, when it is first asked for; `import delock` loads neither."""
-    if name == "fit":
-        return importlib.import_module("delock.api").fit
-    if name in ("data", "draw", "nets", "recipes"):
+    """Returns a name of LATER, or a module that the package offers."""
+    if name in LATER:
+        return getattr(importlib.import_module(LATER[name]), name)
+    if name in __all__:
         return importlib.import_module(f"delock.{name}")
     raise AttributeError(f"module 'delock' has no attribute {name!r}")
