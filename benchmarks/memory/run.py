@@ -14,8 +14,10 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
 
 import delock
 from delock.draw.figure import BLUE, GREEN, GREY, ORANGE, new, save, style
-from delock.launch import allocator, peak_memory
+from delock.launch import allocator
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.methods import spelled
@@ -116,9 +119,13 @@ def live(rank: Rank, job: StageJob) -> int:
     """Trains stage job.k and returns the peak of bytes given out by torch's allocator, above those at the end of building."""
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress)
-    handed_out = peak_memory.handed_out(worker.run)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        worker.run()
     link.close()
-    return handed_out
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        return max(map(int, re.findall(r'"Total Allocated": (\d+)', path.read_text())))
 
 
 def resident(rank: Rank, job: StageJob) -> int:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import resource
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from delock.launch import allocator
 
@@ -41,19 +37,6 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _status("VmHWM") or _highest()
-
-
-def handed_out(act: Callable[[], object]) -> int:
-    """Returns the peak of bytes given out by torch's CPU allocator during `act`, counting only requests of that time.
-
-    It uses torch's profiler, which is slow and writes a trace to a temporary folder: for checks of a prediction, not for training.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        act()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        seen.export_chrome_trace(str(path))
-        return max(map(int, re.findall(r'"Total Allocated": (\d+)', path.read_text())))
 
 
 def programs(device: torch.device) -> int:

@@ -1,4 +1,21 @@
-"""Computes the peak memory of a stage in a pass over its column of a plan, in bytes above the built stage before its first batch."""
+"""Computes the peak memory of a stage in a pass over its column of a plan, in bytes above the built stage before its first batch.
+
+What PyTorch does. A stage holds weights, gradients, optimizer state, and for each batch on its way an input, a graph and an output. Autograd
+frees a graph as a backward goes through it; a graph that saved a weight keeps the old values of it if the weight is replaced meanwhile.
+Torch tells the peak only afterwards, on a CPU not even then.
+
+Why that is not enough. How many batches are on their way, and how many versions of the weights, is no property of a network: it follows
+from method, number of stages and place of the stage. Nor is the peak the sum of the largest parts. They are there at different times: a
+gradient grows while the graph shrinks, and the state of an optimizer comes into being at the first Update, perhaps when all graphs are
+there. What a process grows by is a third number: its heap keeps what is freed, for tensors of about the same size.
+
+What we do. Every op of a plan has the same effect on the same stage, so a walk over the column of the stage counts exactly what is there
+between any two ops: batches, graphs, copies of weights, gradients, messages in the links (`StageMemory`). The sizes of all these come from
+a trial of each layer (`partition.layer_memory`), joined to stages (`memory.compose`), from the optimizer (`memory.optimizer`) and from
+the links (`memory.sizes`). Within an op the peak above its begin is known from the same trial. The prediction of what lives is the largest
+sum of the two. For the process, what has the sizes of weights and what has the sizes of activations have a peak each, and the heap has
+to have room for both.
+"""
 
 from __future__ import annotations
 
