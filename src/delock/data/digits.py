@@ -1,6 +1,6 @@
 """Reads the embedded data set: scikit-learn's 1,797 handwritten digits, 8 x 8 pixels in 17 shades of grey, ten classes.
 
-They are read from scikit-learn's own file and split as it would split them, but without importing it, which takes a second.
+The digits come from scikit-learn's own file and are split as scikit-learn would, without importing it, which takes a second.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ FILE = "datasets/data/digits.csv.gz"  # in scikit-learn: 64 pixels and the label
 
 
 def digits() -> Source:
-    """Returns 1,437 training and 360 test images, stratified by class. The split is always that of seed 0, whatever the seed of the run.
+    """Returns 1,437 training and 360 test images, stratified by class; the split does not depend on the seed of the run.
 
-    Shades 0 .. 16 are scaled to 0 .. 240. Never flipped: a mirrored digit is no digit.
+    Shades 0 .. 16 are scaled to 0 .. 240. Digits are not flipped, because a mirrored digit is not a digit.
     """
     found = _read()
     train, test = stratified_split(found[:, -1], TEST_IMAGES, np.random.RandomState(0))
@@ -39,13 +39,14 @@ def _read() -> NDArray[np.int64]:
     spec = find_spec("sklearn")  # finds it without importing it
     try:
         path = Path(spec.origin if spec and spec.origin else "").parent / FILE
-        return np.loadtxt(gzip.decompress(path.read_bytes()).decode().splitlines(), np.int64, delimiter=",")
+        rows: NDArray[np.int64] = np.loadtxt(gzip.decompress(path.read_bytes()).decode().splitlines(), np.int64, delimiter=",")
     except OSError as error:
         raise UsageError(f"the digits cannot be read from scikit-learn: {error}. Install scikit-learn again") from error
+    return rows
 
 
 def stratified_split(labels: NDArray[np.int64], test: int, generator: np.random.RandomState) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the indices of the training and of `test` test samples, each class shared out in proportion, as train_test_split does."""
+    """Returns the indices of the training and of `test` test samples, every class in proportion, as train_test_split does."""
     counts = np.bincount(labels)
     trains = _in_proportion(counts, len(labels) - test, generator)
     tests = _in_proportion(counts - trains, test, generator)
@@ -58,7 +59,7 @@ def stratified_split(labels: NDArray[np.int64], test: int, generator: np.random.
 
 
 def _in_proportion(counts: NDArray[np.int64], total: int, generator: np.random.RandomState) -> NDArray[np.int64]:
-    """Returns `total` shared out in proportion to counts: rounded down, and the rest to the largest remainders, equal ones at random."""
+    """Divides `total` in proportion to counts: rounds down, and gives the rest to the largest remainders, equal ones at random."""
     exact: NDArray[np.float64] = counts / counts.sum() * total
     shares: NDArray[np.int64] = np.floor(exact).astype(np.int64)
     for remainder in np.unique(exact - shares)[::-1]:

@@ -1,4 +1,4 @@
-"""Keeps Python's garbage collector away from libraries while they are loaded: they stay, and are a million objects to look through."""
+"""Switches Python's garbage collector off while libraries are loaded: they stay, and it would search a million objects in vain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Nothing is collected within the block."""
+    """Switches the collector off within the block."""
     before = gc.isenabled()
     gc.disable()
     try:

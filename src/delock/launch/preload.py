@@ -1,4 +1,4 @@
-"""Imported by the fork server before any rank is born: it loads what every rank needs, so that a rank has it from birth.
+"""Loads all that a rank needs; the fork server imports this before any rank starts, so that a rank has it from its start.
 
 A process' first optimizer loads torch's compiler, which takes a second, so one takes a step here.
 """
@@ -17,4 +17,4 @@ with uncollected():
     torch.optim.SGD([_weight], lr=0.0, fused=True).step()
     del _weight
 
-gc.freeze()  # no rank looks through it either
+gc.freeze()  # no rank searches these objects either
