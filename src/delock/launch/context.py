@@ -1,6 +1,6 @@
-"""The multiprocessing context of the ranks: a fork server that has torch loaded already, so that a rank starts in milliseconds.
+"""Provides the multiprocessing context of the ranks: a fork server that has torch loaded, so that a rank starts in milliseconds.
 
-This module loads no torch: whoever calls `context` first thing lets the server load it while the caller does the same.
+This module loads no torch: a program that calls `context` first lets the server load it while it loads the same itself.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ PRELOAD = ("delock.launch.preload",)
 
 
 def context(preload: Sequence[str] = ()) -> RankContext:
-    """The context whose processes become ranks; starts its server, without waiting for it, if this program has none yet.
+    """Returns the context whose processes become ranks, and starts its server, without waiting, if this program has none yet.
 
-    The server ends with this program, even while it is loading. `preload` names further modules for it to load; it counts for the
-    first call only.
-    Linux alone forks: elsewhere the system's own frameworks do not survive a fork, and every rank is started afresh (spawn).
+    The server ends with this program, even while it is loading. preload: further modules for it to load; they count for the first call
+    only. Only Linux forks: on other systems frameworks do not survive a fork, and every rank is started afresh (spawn).
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
@@ -41,30 +40,30 @@ def context(preload: Sequence[str] = ()) -> RankContext:
     with _interrupts_blocked(), allocator.tuned():
         forkserver.ensure_running()
     if _server() not in (before, None):
-        util.Finalize(None, _end, (_server(),), exitpriority=-1)  # below 0: when all processes have been joined
+        util.Finalize(None, _end, (_server(),), exitpriority=-1)  # below 0: after all processes have been joined
     return ranks
 
 
 def importing_main() -> bool:
-    """Whether this is a rank about to be born, which imports the user's program and may start nothing on the way."""
+    """Returns True in a rank that is about to start, which imports the user's program and must start nothing on the way."""
     return getattr(current_process(), "_inheriting", False)
 
 
 def _server() -> int | None:
-    """The fork server's process id; None where there is none, or Python does not tell."""
+    """Returns the fork server's process id; None if there is none, or Python does not tell."""
     return getattr(forkserver._forkserver, "_forkserver_pid", None)
 
 
 def _end(server: int) -> None:
-    """By itself it would end too, but only after loading torch, and would keep this program's output open so long."""
-    if _server() == server:  # else it has died, and its number may be another's
+    """Ends the server at once; by itself it would end only after loading torch, and keep this program's output open until then."""
+    if _server() == server:  # else it has died, and another process may have its id
         with suppress(ProcessLookupError):
             os.kill(server, signal.SIGKILL)
 
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """The server, and with it every rank, is born with SIGINT blocked: a Ctrl-C while ranks start is the parent's business alone."""
+    """Blocks SIGINT for the server, and so for every rank, at its start: a Ctrl-C while ranks start is for the parent alone."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
