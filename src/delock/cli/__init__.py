@@ -49,7 +49,7 @@ def _leave(done: Sequence[int]) -> None:
     Otherwise Python would take apart all that torch has loaded, for half a second, and torch's threads have been seen to abort a process in
     that time.
     """
-    with suppress(OSError):  # nobody reads on
+    with suppress(OSError):  # the reader is gone
         sys.stdout.flush()
         sys.stderr.flush()
     if done:

@@ -42,7 +42,7 @@ def interruptible(*, whole_program: bool) -> Iterator[None]:
             raise Interrupted(number)
 
     wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_rank_zero() else (signal.SIGINT,)
-    usual = (signal.SIG_DFL, signal.default_int_handler)  # else somebody has decided otherwise: nohup, a debugger
+    usual = (signal.SIG_DFL, signal.default_int_handler)  # else another program has decided otherwise: nohup, a debugger
     before = {number: signal.signal(number, ask) for number in wanted if signal.getsignal(number) in usual}
     try:
         yield

@@ -39,7 +39,7 @@ class SampleOptions:
     temperature: float = 0.8
     """1 draws as the model has learned; below, likely tokens come more often, above, less often."""
     top_k: Annotated[int | None, shown("all")] = None
-    """Draw from so many of the likeliest tokens only."""
+    """Draw from this number of likeliest tokens only."""
     seed: int = 0
     """Seed of the draws."""
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from delock.cli.tables import Cells
 
-PLAIN_SECONDS = 10.0  # between two lines of a run that nobody watches in a terminal
+PLAIN_SECONDS = 10.0  # between two lines of a run without a terminal
 
 
 class Terminal:

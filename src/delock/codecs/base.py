@@ -42,7 +42,7 @@ class Codec(ABC):
         return dtype.is_floating_point and 0 not in shape
 
     def predicted(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[float, float]:
-        """Returns the bytes of such a tensor once encoded, and those of codebooks, each a mean over batches.
+        """Returns the bytes of the tensor once encoded, and those of codebooks, each a mean over batches.
 
         Raises UsageError where the codec does not fit the shape.
         """

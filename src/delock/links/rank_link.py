@@ -68,7 +68,7 @@ class RankLink(Resumable):
         return named
 
     def close(self) -> None:
-        """Closes the channels. All ranks close upwards, the lower neighbour first, so that nobody waits in a circle."""
+        """Closes the channels. All ranks close upwards, the lower neighbour first, so that none waits in a circle."""
         for peer, channel in sorted(self.channels.items()):
             self.progress.wait_for(peer)
             channel.close()

@@ -8,7 +8,7 @@ Why that is not enough. New memory for every message is slow: the kernel has to 
 both processes. So memory must be written to again, and for that the sender has to learn when the receiver needs it no longer. That is
 not when the message has been read: the graph of a batch keeps its input until the error comes back, many ticks later, a label lives
 until the loss, and a checkpoint holds whatever it has pulled. torch frees the memory of a tensor when the last of its views has died, but
-reports it to nobody.
+reports it nowhere.
 
 What we do. A slot is memory that both ends map once. The receiver makes every tensor of a message from one memoryview of the slot
 (torch.frombuffer), so that their storages are all that refers to it: slices, detached aliases and what a graph has saved share a storage.

@@ -93,7 +93,7 @@ def _held(row: Row, weights: Sequence[Tensor], options: Options, device: torch.d
 
 
 def _times(tensors: int) -> Callable[[Tensor], float]:
-    """Returns the bytes of so many tensors as large as the weight."""
+    """Returns the bytes of this number of tensors as large as the weight."""
     return lambda weight: tensors * weight.nbytes
 
 

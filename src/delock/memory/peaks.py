@@ -1,8 +1,8 @@
 """Computes the peak memory of a stage in a pass over its column of a plan, in bytes above the built stage before its first batch.
 
-What PyTorch does. A stage holds weights, gradients, optimizer state, and for each batch on its way an input, a graph and an output. Autograd
-frees a graph as a backward goes through it; a graph that saved a weight keeps the old values of it if the weight is replaced meanwhile.
-Torch tells the peak only afterwards, on a CPU not even then.
+What PyTorch does. A stage holds weights, gradients, optimizer state, and for each batch on its way an input, a graph and an output.
+Autograd frees a graph as a backward goes through it; a graph that saved a weight keeps the old values of it if the weight is replaced
+meanwhile. Torch tells the peak only afterwards, on a CPU not even then.
 
 Why that is not enough. How many batches are on their way, and how many versions of the weights, is no property of a network: it follows
 from method, number of stages and place of the stage. Nor is the peak the sum of the largest parts. They are there at different times: a

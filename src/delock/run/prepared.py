@@ -32,7 +32,7 @@ from delock.tensors import Tree, tensors, tree_tensors
 from delock.timeline import Costs, predict, stage_facts
 
 SLOW_BATCHES = 400  # enough for a mean over random slow ticks
-SLOW = 20  # an op on a machine that others use too may take so many times what it took when it was measured
+SLOW = 20  # factor by which an op may exceed its measured time on a machine that other programs use too
 
 
 @dataclass(frozen=True)

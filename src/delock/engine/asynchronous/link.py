@@ -100,7 +100,7 @@ class FreeLink(Link):
 
     @property
     def ready(self) -> bool:
-        """Says whether an activation sent now would go on its way, and somebody may want it."""
+        """Returns True if an activation sent now would be under way at once, and a stage may want it."""
         return self.leaving < DEPTH and not self.stopped
 
     def receive(self, source: int, name: MessageName) -> Message:
