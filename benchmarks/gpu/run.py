@@ -144,6 +144,7 @@ class Contender:
         self.engines, self.rows, self.device = [worker.engine for worker in workers], work.rows, device
         self.length = replace(jobs[0].length, every=0)
         self.plans: Iterator[Plan] | None = None
+        self.size = 0  # ticks of a plan
         self.method, self.K = method, K
         self.execute: Any = functools.partial(run_here, engines=self.engines)
         if captured:
@@ -151,11 +152,12 @@ class Contender:
             self.execute = Ticks(self.engines, made, make_streams(device, K), batches=ENDLESS, every=ENDLESS).run
 
     def turn(self, batches: int) -> float:
-        """Returns the samples per second over this number of batches; the first turn fills the pipeline before."""
+        """Returns the samples per second over this number of batches, the same in every turn; the first one fills the pipeline before."""
         if self.plans is None:
-            self.plans = windows(self.method, self.K, self.length, batches)
+            self.plans, self.size = windows(self.method, self.K, self.length, batches), batches
             for _ in range(1 + self.method.span(self.K) // batches):
                 self.execute(next(self.plans))
+        assert batches == self.size, "all turns are as long as the first"
         plan = next(self.plans)
         wait(self.device)
         begun = time.perf_counter()
@@ -247,7 +249,7 @@ def main() -> None:
         found: dict[str, Any] = {}
         results[str(work)] = {"where": where, "rivals": found}
         base = Contender(work, BP(), 1, device)
-        base.turn(3)
+        base.turn(options.batches)
         for name, rival in rivals(work, options.methods, options.stages, device):
             found[name] = measured(base, rival, options)
             print(f"{work}, {name}: {found[name]}", flush=True)
