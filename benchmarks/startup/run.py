@@ -102,31 +102,32 @@ def divided(marks: Sequence[Mark], begin: float, end: float) -> dict[str, float]
     """The parts of a run, one after the other, from `begin` to `end`."""
     command = one(marks, "command")
     here = [mark for mark in marks if mark.process == command.process]
-    server, run = one(here, "server"), last(here, "processes")
+    run = last(here, "processes")
     ranks = [mark for mark in marks if run.begin <= mark.begin <= run.end and mark.process != command.process]
-    born, joined, built, trained = (
+    started, joined, built, trained = (
         max(getattr(mark, at) for mark in ranks if mark.part == part)
         for part, at in (("rank", "begin"), ("group", "end"), ("train", "begin"), ("train", "end"))
     )
     updated = min(mark.end for mark in ranks if mark.part == "update")
-    loading = [mark for mark in here if mark.part == "import" and server.begin <= mark.begin < run.begin]
+    loading = [mark for mark in here if mark.part == "import" and mark.begin < run.begin]
 
     def own(part: str) -> float:
         return sum(mark.end - mark.begin - within(loading, mark) for mark in here if mark.part == part)
 
     prepared = {
+        "start of Python": one(here, "python").begin - begin,
         "imports": sum(mark.end - mark.begin for mark in loading),
+        "command line": own("parse"),
         "data": own("data"),
         "network": own("network"),
         "measuring the layers": own("measure"),
         "optimizer bytes": sum(mark.end - mark.begin for mark in here if mark.part == "optimizers"),
     }
     return {
-        "interpreter, command line": server.begin - begin,
         **prepared,
-        "checks, prediction, pickles": run.begin - server.begin - sum(prepared.values()),
-        "start of the processes": born - run.begin,
-        "rendezvous": joined - born,
+        "checks, prediction, pickles": run.begin - begin - sum(prepared.values()),
+        "waiting for the fork server, start of the processes": started - run.begin,
+        "rendezvous": joined - started,
         "links, stages": built - joined,
         "first update": updated - built,
         "**until the first update**": updated - begin,

@@ -17,20 +17,16 @@ MARKS = os.environ["DELOCK_MARKS"]
 SHORTEST = 0.0005  # an import that takes less is of something already there
 # part -> functions: of this checkout, and of commit edfd028
 PARTS = {
-    "server": ["delock.cli.loading.start_server", "delock.cli.session.warm_up"],
+    "parse": ["delock.cli.arguments.parse"],
     "data": ["delock.cli.workload.load_data"],
     "network": ["delock.cli.workload.build_model"],
-    "prepare": ["delock.run.prepare.prepare", "delock.setup.prepare.prepare"],
     "measure": ["delock.partition.measure.measure", "delock.nets.measure.measure"],
-    "predict": ["delock.run.prepared.PreparedRun.started", "delock.setup.setup.Setup.started"],
     "optimizers": ["delock.memory.optimizer.optimizer_bytes", "delock.setup.optimizer.optimizers"],
     "processes": ["delock.launch.processes.run_processes"],
     "rank": ["delock.launch.child.main"],
     "group": ["delock.launch.child._open_group"],
-    "link": ["delock.run.ranks.joined", "delock.train.joined"],
     "train": ["delock.run.worker.Worker.run", "delock.train.Worker.run"],
     "update": ["delock.stage.stage.Stage.update"],
-    "result": ["delock.run.worker.Worker.result", "delock.train.Worker.result"],
     "command": ["delock.cli.main"],
 }
 PATHS = {path: part for part, paths in PARTS.items() for path in paths}

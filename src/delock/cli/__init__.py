@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from types import MappingProxyType
 
 from delock import __version__
 from delock.cli.interrupts import interruptible
+from delock.cli.loading import start_server
 from delock.cli.ranks import is_rank_zero
 from delock.errors import DelockError, UsageError
 
@@ -26,6 +28,7 @@ COMMANDS = MappingProxyType(
         "sample": "print text from a language model that was trained",
     }
 )
+TRAINING = ("train", "compare")
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -36,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     program, which should end with this code.
     """
     if argv is not None:
-        return _run(argv, whole_program=False)
+        try:
+            return _run(argv, whole_program=False)
+        finally:
+            gc.unfreeze()  # what the command has loaded is again as all else is in this program
     done: list[int] = []
     atexit.register(_leave, done)  # before all others, so it is called after them
     done.append(_run(sys.argv[1:], whole_program=True))
@@ -91,6 +97,8 @@ def _command(words: Sequence[str]) -> int:
         near = get_close_matches(words[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
         raise UsageError(f"delock has no command {words[0]!r}: {hint}")
+    if words[0] in TRAINING:
+        start_server(words[1:])  # before the import, which takes a while, too
     code: int = import_module(f"delock.cli.{words[0]}").run(words[1:])
     return code
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from delock.cli.arguments import parse
 from delock.cli.config import CompareConfig, flat
-from delock.cli.loading import start_server
 from delock.cli.ranks import ranks
 from delock.cli.rows import PLAIN, Row, cut_alike, rows
 from delock.cli.run_folder import RunFolder, dumps
@@ -40,7 +39,6 @@ def run(words: Sequence[str]) -> int:
     todo = rows(config)
     model = str(todo[0].config.network.model).replace("/", "-")
     folder = RunFolder(config.output.out, f"compare-{model}", overwrite=config.output.overwrite)
-    start_server(todo[0].config)
     from delock.cli.terminal import Terminal
 
     screen = Terminal()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from delock.cli.config import TrainConfig
+import gc
+from collections.abc import Sequence
+
 from delock.cli.ranks import ranks
 
 STAGES = ("delock.run.ranks", "delock.nets", "delock.recipes")  # what a stage's process needs
 
 
-def start_server(config: TrainConfig) -> None:
-    """Starts the server of the stages' processes, if there will be any, and returns while it loads torch."""
-    if config.machine.workers == "processes" and ranks() is None:
+def start_server(words: Sequence[str]) -> None:
+    """Starts the server of the stages' processes and returns while it loads torch; reading the words takes a while, too.
+
+    It does nothing if they say that there will be no such processes; if a file says so, the server ends unused with this program.
+    """
+    if ranks() is None and not set(words) & {"inline", "--workers=inline", "-h", "--help"}:
         from delock.launch.context import context
 
         context(STAGES)
@@ -24,3 +29,5 @@ def load_torch() -> None:
         import delock.api
         import delock.data
         import delock.nets  # noqa: F401
+
+        gc.freeze()  # they are not searched later either

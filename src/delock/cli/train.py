@@ -6,8 +6,13 @@ from collections.abc import Sequence
 
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, is_text, resolve
-from delock.cli.loading import start_server
 from delock.cli.ranks import is_rank_zero, ranks
+from delock.cli.run_folder import RunFolder
+from delock.cli.session import load_data, train
+from delock.cli.summary import RunReport, closing
+from delock.cli.tables import stage_table
+from delock.cli.terminal import Terminal
+from delock.cli.trace import keep
 
 ABOUT = """Train a network on several workers, one stage each.
 
@@ -23,14 +28,6 @@ examples:
 def run(words: Sequence[str]) -> int:
     """Parses, trains, shows the results, and returns the exit code."""
     config = resolve(parse(TrainConfig, words, "train", ABOUT), ranks())
-    start_server(config)  # before the imports below, which take a while
-    from delock.cli.run_folder import RunFolder
-    from delock.cli.session import load_data, train
-    from delock.cli.summary import RunReport, closing
-    from delock.cli.tables import stage_table
-    from delock.cli.terminal import Terminal
-    from delock.cli.trace import keep
-
     name = f"{config.algorithm.method}-{config.network.model}".replace("/", "-")
     # rank 0 alone looks at the folder: to the others it may be there already because rank 0 has made it
     folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite or not is_rank_zero())

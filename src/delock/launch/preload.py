@@ -16,5 +16,4 @@ with uncollected():
     _weight.grad = torch.zeros(1)
     torch.optim.SGD([_weight], lr=0.0, fused=True).step()
     del _weight
-
-gc.freeze()  # no rank searches these objects either
+    gc.freeze()  # no rank searches these objects either
