@@ -21,17 +21,29 @@ from delock.nets import build as build_model
 from delock.records import EvaluationRecord, Started, StepRecord
 
 SMALL = ["--model", "mlp", "--workers", "inline", "--limit", "128", "--batch-size", "32", "--test-batch-size", "512"]
+HEAVY = (
+    "torch",
+    "rich",
+    "torch._dynamo",
+    "torch.utils.flop_counter",
+    "sympy",
+    "sklearn",
+    "scipy",
+    "torchvision",
+    "matplotlib",
+    "tensorboard",
+)
 PRINT_MODULES = """
 import sys; from delock.cli import main
-code = main({})
-print([module for module in ("torch", "rich") if module in sys.modules])
+code = main({!r})
+print([module for module in {heavy} if module in sys.modules])
 sys.exit(code)
 """
 
 
 def alone(*words: str, modules: bool = False) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own; with `modules`, its last line says which heavy modules it has loaded."""
-    start = ["-c", PRINT_MODULES.format(list(words))] if modules else ["-m", "delock", *words]
+    start = ["-c", PRINT_MODULES.format(list(words), heavy=HEAVY)] if modules else ["-m", "delock", *words]
     return subprocess.run([sys.executable, *start], capture_output=True, text=True, timeout=120)
 
 
@@ -77,6 +89,12 @@ def test_nothing_heavy_is_loaded_for_help_and_plans() -> None:
     assert told.returncode == 0
     assert told.stdout.splitlines()[-1] == "[]"
     assert alone("plan", "--method", "dsp", modules=True).stdout.splitlines()[-1] == "['rich']"
+
+
+def test_a_run_in_processes_loads_torch_and_what_it_shows_here_nothing_else_heavy(here: Path) -> None:
+    """Each of these takes a tenth of a second to two; an optimizer, which loads torch's compiler, is built by the stages alone."""
+    done = alone("train", "--model", "mlp", "--epochs", "1", "--limit", "64", modules=True)
+    assert done.stdout.splitlines()[-1] == "['torch', 'rich']", done.stderr
 
 
 # -- bad input: one line, exit code 2, nothing written
