@@ -43,7 +43,7 @@ class RankConfig:
     environ: Mapping[str, str]
 
 
-class Report:
+class ParentPipe:
     """Sends messages (kind, body) from the rank to its parent, whole and in order; the kind is "event", "result" or "failure"."""
 
     def __init__(self, up: Connection) -> None:
@@ -61,7 +61,7 @@ class Report:
 def main(job: RankConfig, memory: Any, down: Connection, up: Connection) -> None:
     """Runs one target. memory: shared bytes of its Progress; down: brings the pickled target and payload, then the permission to end."""
     _prepare(job)
-    report, progress = Report(up), Progress(memoryview(memory).cast("B"))
+    report, progress = ParentPipe(up), Progress(memoryview(memory).cast("B"))
     progress.born()
     try:
         target, payload = unpack(down.recv_bytes())
@@ -110,7 +110,7 @@ def _open_group(job: RankConfig) -> None:
     dist.init_process_group(job.backend, store=store, rank=job.rank, world_size=job.world, timeout=limit)
 
 
-def _tell(report: Report, failure: Failure) -> None:
+def _tell(report: ParentPipe, failure: Failure) -> None:
     try:
         report.send("failure", failure)
     except OSError:

@@ -39,7 +39,7 @@ class SizedFactory(Protocol):
         ...
 
 
-class Row(NamedTuple):
+class BytesPerWeight(NamedTuple):
     """Bytes for a weight: of the state that the first step makes, and of what a step needs beside."""
 
     state: Callable[[Tensor], float]
@@ -80,7 +80,7 @@ def optimizer_bytes(optimizer: Callable[..., object], weights: Named, device: st
     return _held(TABLE[made.func](options), [w for _, w in weights], options, torch.device(device))
 
 
-def _held(row: Row, weights: Sequence[Tensor], options: Options, device: torch.device) -> tuple[int, int]:
+def _held(row: BytesPerWeight, weights: Sequence[Tensor], options: Options, device: torch.device) -> tuple[int, int]:
     state = sum(map(row.state, weights)) + NUMBER * row.numbers * len(weights)
     sizes = [w.nbytes for w in weights]
     if options.get("fused"):
@@ -102,69 +102,69 @@ def _new_gradient(o: Options) -> bool:
     return bool(o["maximize"] or (o.get("weight_decay") and not o.get("decoupled_weight_decay")))
 
 
-def _sgd(o: Options) -> Row:
+def _sgd(o: Options) -> BytesPerWeight:
     made = bool(o["maximize"]) + bool(o["weight_decay"])
-    return Row(_times(bool(o["momentum"])), 0, _times(made + bool(o["nesterov"])), foreach=min(made, 1))
+    return BytesPerWeight(_times(bool(o["momentum"])), 0, _times(made + bool(o["nesterov"])), foreach=min(made, 1))
 
 
-def _adam(o: Options) -> Row:
-    return Row(_times(2 + bool(o["amsgrad"])), 1, _times(2 + _new_gradient(o)), left=1, foreach=1)
+def _adam(o: Options) -> BytesPerWeight:
+    return BytesPerWeight(_times(2 + bool(o["amsgrad"])), 1, _times(2 + _new_gradient(o)), left=1, foreach=1)
 
 
-def _adamw(o: Options) -> Row:
+def _adamw(o: Options) -> BytesPerWeight:
     return _adam({**o, "decoupled_weight_decay": True})
 
 
-def _nadam(o: Options) -> Row:
-    return Row(_times(2), 2, _times(2 + _new_gradient(o)), left=1, foreach=1 + _new_gradient(o))
+def _nadam(o: Options) -> BytesPerWeight:
+    return BytesPerWeight(_times(2), 2, _times(2 + _new_gradient(o)), left=1, foreach=1 + _new_gradient(o))
 
 
-def _radam(o: Options) -> Row:
-    return Row(_times(2), 1, _times(2 + _new_gradient(o)), foreach=1)
+def _radam(o: Options) -> BytesPerWeight:
+    return BytesPerWeight(_times(2), 1, _times(2 + _new_gradient(o)), foreach=1)
 
 
-def _adamax(o: Options) -> Row:
-    return Row(_times(2), 1, _times(1 + _new_gradient(o)), foreach=1)
+def _adamax(o: Options) -> BytesPerWeight:
+    return BytesPerWeight(_times(2), 1, _times(1 + _new_gradient(o)), foreach=1)
 
 
-def _adagrad(o: Options) -> Row:
-    return Row(_times(0), 0, _times(1 + _new_gradient(o)), left=1, foreach=2)  # its state is there when it is built
+def _adagrad(o: Options) -> BytesPerWeight:
+    return BytesPerWeight(_times(0), 0, _times(1 + _new_gradient(o)), left=1, foreach=2)  # its state is there when it is built
 
 
-def _adadelta(o: Options) -> Row:
-    return Row(_times(2), 1, _times(2 + _new_gradient(o)), left=1, foreach=2 + _new_gradient(o))
+def _adadelta(o: Options) -> BytesPerWeight:
+    return BytesPerWeight(_times(2), 1, _times(2 + _new_gradient(o)), left=1, foreach=2 + _new_gradient(o))
 
 
-def _rmsprop(o: Options) -> Row:
+def _rmsprop(o: Options) -> BytesPerWeight:
     state = 1 + bool(o["momentum"]) + bool(o["centered"])
-    return Row(_times(state), 1, _times(1 + _new_gradient(o)), left=1, foreach=1 + _new_gradient(o))
+    return BytesPerWeight(_times(state), 1, _times(1 + _new_gradient(o)), left=1, foreach=1 + _new_gradient(o))
 
 
-def _rprop(o: Options) -> Row:
-    return Row(_times(2), 1, _times(3), left=bool(o["maximize"]), foreach=1, largest=1.25)
+def _rprop(o: Options) -> BytesPerWeight:
+    return BytesPerWeight(_times(2), 1, _times(3), left=bool(o["maximize"]), foreach=1, largest=1.25)
 
 
-def _asgd(o: Options) -> Row:
-    return Row(_times(1), 3, _times(_new_gradient(o)), foreach=1 + bool(o["maximize"]))
+def _asgd(o: Options) -> BytesPerWeight:
+    return BytesPerWeight(_times(1), 3, _times(_new_gradient(o)), foreach=1 + bool(o["maximize"]))
 
 
-def _adafactor(o: Options) -> Row:
+def _adafactor(o: Options) -> BytesPerWeight:
     """Its second moments are kept as sums of rows and columns, and it takes one weight after the other on a GPU too."""
     made = 1 + bool(o["maximize"])
     foreach, largest = (made, 0) if o["foreach"] else (0, made + 1)
-    return Row(_rows_and_columns, 1, _times(made), left=1, foreach=foreach, largest=largest)
+    return BytesPerWeight(_rows_and_columns, 1, _times(made), left=1, foreach=foreach, largest=largest)
 
 
 def _rows_and_columns(weight: Tensor) -> float:
     return weight.nbytes * (1 / weight.shape[-1] + 1 / weight.shape[-2]) if weight.dim() > 1 else weight.nbytes
 
 
-def _muon(o: Options) -> Row:
+def _muon(o: Options) -> BytesPerWeight:
     """A step takes bfloat16 powers of the gradient: two of its shape, two as wide and high as its shorter side."""
-    return Row(_times(1), 0, lambda w: bool(o["nesterov"]) * w.nbytes + 2 * (2 * w.numel() + 2 * min(w.shape) ** 2))
+    return BytesPerWeight(_times(1), 0, lambda w: bool(o["nesterov"]) * w.nbytes + 2 * (2 * w.numel() + 2 * min(w.shape) ** 2))
 
 
-TABLE: Mapping[Callable[..., optim.Optimizer], Callable[[Options], Row]] = MappingProxyType(
+TABLE: Mapping[Callable[..., optim.Optimizer], Callable[[Options], BytesPerWeight]] = MappingProxyType(
     {
         optim.SGD: _sgd,
         optim.Adam: _adam,

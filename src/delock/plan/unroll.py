@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from delock.errors import UsageError
 from delock.methods.base import Method
@@ -30,8 +31,7 @@ def windows(method: Method, K: int, length: RunLength, size: int = 256, stages: 
     stages = range(K) if stages is None else stages
     columns = [column(pattern, length) for pattern in patterns(method, K, stages)]
     ticks = length.batches + method.span(K)
-    stops = [*range(size, ticks, size), ticks + 1]  # an evaluation at the end has a tick of its own
-    for window in zip(*(_cut(steps, stops) for steps in columns), strict=True):
+    for window in zip(*(_cut(steps, ticks, size) for steps in columns), strict=True):
         drawn = dict(zip(stages, window, strict=True))
         yield Plan(tuple(drawn.get(k, ()) for k in range(K)))
 
@@ -41,10 +41,10 @@ def column(pattern: Pattern, length: RunLength) -> Iterator[Step]:
     return _Column(pattern, length).steps()
 
 
-def _cut(steps: Iterator[Step], stops: Sequence[int]) -> Iterator[tuple[Step, ...]]:
-    """Yields for each of these ticks the steps before it that were not yielded earlier."""
+def _cut(steps: Iterator[Step], ticks: int, size: int) -> Iterator[tuple[Step, ...]]:
+    """Yields the steps of every `size` ticks; an evaluation at the end has a tick of its own."""
     waiting = next(steps, None)
-    for stop in stops:
+    for stop in chain(range(size, ticks, size), [ticks + 1]):
         taken = []
         while waiting and waiting.tick < stop:
             taken.append(waiting)
