@@ -20,10 +20,10 @@ if sys.argv[1] == "greet":
     for run in range(2):  # one program may train twice
         events = []
         results = run_torchrun(greet, lambda rank: f"for {{rank}}", on_event=lambda rank, event: events.append((rank, event)))
-        print("results", results, flush=True)
+        sys.stdout.write(f"results {{results}}\\n")  # whole: print writes piece by piece here, and the ranks write to one pipe
         if os.environ["RANK"] == "0":
             for rank in range(2):
-                print("events", rank, [event for of, event in events if of == rank and event[0] != "pid"])
+                sys.stdout.write(f"events {{rank}} {{[event for of, event in events if of == rank and event[0] != 'pid']}}\\n")
         else:
             assert not events
 else:

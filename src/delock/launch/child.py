@@ -58,34 +58,34 @@ class ParentPipe:
         self.send("event", event)
 
 
-def main(job: RankConfig, memory: Any, down: Connection, up: Connection) -> None:
+def main(config: RankConfig, memory: Any, down: Connection, up: Connection) -> None:
     """Runs one target. memory: shared bytes of its Progress; down: brings the pickled target and payload, then the permission to end."""
-    _prepare(job)
+    _prepare(config)
     report, progress = ParentPipe(up), Progress(memoryview(memory).cast("B"))
     progress.born()
     try:
         target, payload = unpack(down.recv_bytes())
-        settle(job.threads, job.cores)
-        device = device_of(job.device, job.rank)
-        _open_group(job)
-        report.send("result", target(Rank(job.rank, job.world, device, report.emit, progress), payload))
+        settle(config.threads, config.cores)
+        device = device_of(config.device, config.rank)
+        _open_group(config)
+        report.send("result", target(Rank(config.rank, config.world, device, report.emit, progress), payload))
     except BaseException as error:
-        _tell(report, raised(job.rank, error, progress.read()))
+        _tell(report, raised(config.rank, error, progress.read()))
         threading.Event().wait()  # until the parent ends this process: leaving would raise an error in every peer
     down.recv_bytes()  # peers may still need this rank's connections; all end at the same time
     dist.destroy_process_group()
 
 
-def _prepare(job: RankConfig) -> None:
+def _prepare(config: RankConfig) -> None:
     """Sets signals and environment, and makes sure that the rank dies with its parent and can show its stack at any time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.environ.clear()  # the fork server still has the environment of its start
-    os.environ.update(job.environ)
+    os.environ.update(config.environ)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     threading.Thread(target=die_with_parent, daemon=True).start()
     try:
-        stacks = open(job.stacks, "a")  # noqa: SIM115  open as long as the process lives
+        stacks = open(config.stacks, "a")  # noqa: SIM115  open as long as the process lives
     except FileNotFoundError:  # the run was given up while this rank was starting, and has removed the folder
         os._exit(1)
     faulthandler.enable(stacks)
@@ -104,10 +104,10 @@ def _loopback() -> str:
     return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
 
 
-def _open_group(job: RankConfig) -> None:
-    limit = timedelta(seconds=job.timeout)
-    store = TCPStore(HOST, job.port, is_master=False, timeout=limit)
-    dist.init_process_group(job.backend, store=store, rank=job.rank, world_size=job.world, timeout=limit)
+def _open_group(config: RankConfig) -> None:
+    limit = timedelta(seconds=config.timeout)
+    store = TCPStore(HOST, config.port, is_master=False, timeout=limit)
+    dist.init_process_group(config.backend, store=store, rank=config.rank, world_size=config.world, timeout=limit)
 
 
 def _tell(report: ParentPipe, failure: Failure) -> None:

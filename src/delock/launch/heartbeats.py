@@ -39,7 +39,7 @@ class Heartbeats:
         self._still = Stillness(world, BEAT)  # of the numbers
         self._watch = Watchdog(self._records, patience, self._silent, BEAT)
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="delock-beats", daemon=True)
+        self._thread = threading.Thread(target=self._follow, name="delock-heartbeats", daemon=True)
         self._thread.start()
 
     def be_patient(self, seconds: float) -> None:

@@ -24,10 +24,10 @@ def pack(target: Callable[..., object], payload: object, rank: int) -> bytes:
         raise UsageError(f"what stage {rank} needs cannot be sent to its process: {what}: {error}. {_REMEDY}") from error
 
 
-def unpack(parcel: bytes) -> tuple[Callable[..., Any], Any]:
+def unpack(pickled: bytes) -> tuple[Callable[..., Any], Any]:
     """Returns target and payload. Raises UsageError if a name in them does not exist in this process, such as one defined in a notebook."""
     try:
-        target, payload = pickle.loads(parcel)
+        target, payload = pickle.loads(pickled)
     except (AttributeError, ImportError) as error:
         raise UsageError(f"a stage's process cannot rebuild what it was sent: {error}. {_REMEDY}") from error
     return target, payload

@@ -70,18 +70,18 @@ def run_processes(
         return []
     world = len(payloads)
     group = backend_for(device, backend, world)
-    parcels = [pack(target, payload, rank) for rank, payload in enumerate(payloads)]
+    pickled = [pack(target, payload, rank) for rank, payload in enumerate(payloads)]
     cores = share_cores(world, threads) if pin and device == "cpu" else [None] * world
     own = [target.__module__] if target.__module__.startswith("delock.") else []
     ranks = context(own)
     with tempfile.TemporaryDirectory(prefix="delock-") as folder, _store(port) as bound:
-        jobs = [
+        configs = [
             RankConfig(rank, world, bound, device, group, timeout, threads, cores[rank], f"{folder}/{rank}", dict(os.environ))
             for rank in range(world)
         ]
-        team = _Team(ranks, jobs, patience)
+        team = _Team(ranks, configs, patience)
         try:
-            team.start(parcels)
+            team.start(pickled)
             return team.follow(on_event)
         finally:
             team.stop()
@@ -108,9 +108,9 @@ def _store(port: int) -> Iterator[int]:
 class _Team:
     """Holds the processes of one run."""
 
-    def __init__(self, ranks: RankContext, jobs: Sequence[RankConfig], patience: float) -> None:
-        self._ranks, self._jobs = ranks, jobs
-        self._memory = [ranks.RawArray("c", Progress.SIZE) for _ in jobs]
+    def __init__(self, ranks: RankContext, configs: Sequence[RankConfig], patience: float) -> None:
+        self._ranks, self._configs = ranks, configs
+        self._memory = [ranks.RawArray("c", Progress.SIZE) for _ in configs]
         self._records = [Progress(memoryview(memory).cast("B")) for memory in self._memory]
         self._watch = Watchdog(self._records, patience, lambda rank: stopped_by_signal(self._pid(rank)))
         self._processes: list[BaseProcess] = []
@@ -120,24 +120,24 @@ class _Team:
         self._failures: list[Failure] = []
         self._sender: threading.Thread | None = None
 
-    def start(self, parcels: Sequence[bytes]) -> None:
-        for job, memory in zip(self._jobs, self._memory, strict=True):
+    def start(self, pickled: Sequence[bytes]) -> None:
+        for config, memory in zip(self._configs, self._memory, strict=True):
             theirs, down = self._ranks.Pipe(duplex=False)
             up, ours = self._ranks.Pipe(duplex=False)
-            process = self._ranks.Process(target=main, args=(job, memory, theirs, ours), name=f"delock-stage-{job.rank}")
+            process = self._ranks.Process(target=main, args=(config, memory, theirs, ours), name=f"delock-stage-{config.rank}")
             self._processes.append(process)
             self._downs.append(down)
-            self._ups[up] = job.rank
+            self._ups[up] = config.rank
             process.start()
             theirs.close()
             ours.close()
-        # In a thread: a rank reads its parcel only when it has imported the user's program.
-        self._sender = threading.Thread(target=_send_all, args=(self._downs, parcels), daemon=True)
+        # In a thread: a rank reads its target only when it has imported the user's program.
+        self._sender = threading.Thread(target=_send_all, args=(self._downs, pickled), daemon=True)
         self._sender.start()
 
     def follow(self, on_event: OnEvent | None) -> list[Any]:
         """Passes on events and notices failures and hangs until every rank has a result; returns the results."""
-        world = len(self._jobs)
+        world = len(self._configs)
         sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
         over = float("inf")
         while len(self._results) < world and time.monotonic() < over:
@@ -188,13 +188,16 @@ class _Team:
                 "the script that trains is run again by every stage's process, up to its definitions: "
                 'put the call under `if __name__ == "__main__":`, or use workers="inline"'
             )
-        self._failures.append(died(rank, code, at, own_frames(Path(self._jobs[rank].stacks).read_text()) if at.born else ""))
+        self._failures.append(died(rank, code, at, own_frames(Path(self._configs[rank].stacks).read_text()) if at.born else ""))
 
     def _check(self) -> None:
-        at_work = [job.rank for job in self._jobs if job.rank not in self._results]
+        at_work = [config.rank for config in self._configs if config.rank not in self._results]
         culprits = self._watch.look(at_work)
         if culprits:
-            raise StageFailed(self._watch.tell(culprits, at_work, lambda rank: show_stack(self._pid(rank), Path(self._jobs[rank].stacks))))
+            raise StageFailed(self._watch.tell(culprits, at_work, self._stack))
+
+    def _stack(self, rank: int) -> str:
+        return show_stack(self._pid(rank), Path(self._configs[rank].stacks))
 
     def _pid(self, rank: int) -> int:
         pid = self._processes[rank].pid
@@ -235,9 +238,9 @@ class _Team:
         return [process for process in self._processes if process.pid is not None]
 
 
-def _send_all(downs: Sequence[Connection], parcels: Sequence[bytes]) -> None:
-    for down, parcel in zip(downs, parcels, strict=True):
-        _send(down, parcel)
+def _send_all(downs: Sequence[Connection], pickled: Sequence[bytes]) -> None:
+    for down, message in zip(downs, pickled, strict=True):
+        _send(down, message)
 
 
 def _send(down: Connection, message: bytes) -> None:

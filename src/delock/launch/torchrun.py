@@ -75,9 +75,9 @@ def run_torchrun(
             post.emit(event)
 
     try:
-        with closing(Heartbeats(rank, world, post.store, progress, patience, partial(_leave, post))) as beats:
-            result = target(Rank(rank, world, where, emit, progress, beats.be_patient), payload_of(rank))
-            beats.done()
+        with closing(Heartbeats(rank, world, post.store, progress, patience, partial(_leave, post))) as heartbeats:
+            result = target(Rank(rank, world, where, emit, progress, heartbeats.be_patient), payload_of(rank))
+            heartbeats.done()
             results = _gather(world, (result, post.emitted))
             if rank == 0:
                 post.close([emitted for _, emitted in results])

@@ -53,7 +53,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Ranks]]
     for one in made:
         for beats in one.beats:
             beats.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "delock-beats"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "delock-heartbeats"]
 
 
 def test_who_computes_and_does_not_move_is_named_once_with_a_stack(ranks: Callable[[float], Ranks]) -> None:
