@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from leftovers import State
 from ranks import Pids, alive
 
 # A background job ignores Ctrl-C from birth, and so would the programs that tests start and interrupt.
@@ -17,18 +17,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The same number of threads everywhere: sums are taken in the same order, and two cores are enough."""
-    torch.set_num_threads(1)
-    yield
-    assert torch.get_num_threads() == 1, "the test left another number of threads behind"
-
-
-@pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Torch's random state and process group are the caller's."""
+    """One thread everywhere, so that sums are taken in the same order; afterwards this process is as it was."""
+    torch.set_num_threads(1)
+    before = State()
     yield
-    assert not dist.is_initialized(), "the test left a process group open"
+    assert not before.changed(), f"the test left behind or changed: {', '.join(before.changed())}"
 
 
 @pytest.fixture
