@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 SERVER, TRACKER = b"multiprocessing.forkserver", b"multiprocessing.resource_tracker"  # processes that serve the whole session
-OF_PYTEST = "PYTEST_CURRENT_TEST"  # which pytest writes into the environment before and after every test
+NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # pytest writes the one at every test, torch the other when it needs it
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class State:
     torch_random: torch.Tensor = field(default_factory=torch.get_rng_state)
     numpy_random: Any = field(default_factory=lambda: np.random.get_state(legacy=True))
     random: Any = field(default_factory=random.getstate)
-    environment: dict[str, str] = field(default_factory=lambda: {k: v for k, v in os.environ.items() if k != OF_PYTEST})
+    environment: dict[str, str] = field(default_factory=lambda: {k: v for k, v in os.environ.items() if k not in NOT_OURS})
     threads: frozenset[threading.Thread] = field(default_factory=lambda: frozenset(threading.enumerate()))
     processes: frozenset[int] = field(default_factory=lambda: frozenset(children()))
     number_of_threads: int = field(default_factory=torch.get_num_threads)
