@@ -50,7 +50,7 @@ def vectors(n: int, features: int = 4, rows: int = 3, dtype: torch.dtype = torch
 
 
 def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
-    """What `make` builds, the same every time."""
+    """Returns what `make` builds, the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, as in a stage, and nothing left behind."""
+"""Every test runs with one thread, as a stage does, and leaves this process as it found it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is decoded or downloaded goes into a folder of the test's own."""
+    """Data is decoded and downloaded into a folder of the test's own."""
     monkeypatch.setenv("DELOCK_CACHE", str(tmp_path / "cache"))
 
 

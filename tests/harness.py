@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: jobs for a tiny workload, and running them in one process or in many."""
+"""Jobs for a tiny workload, and runs of them in one process or in many, for the tests of whole runs."""
 
 from __future__ import annotations
 
@@ -124,12 +124,12 @@ def assert_equal(a: list[StageResult], b: list[StageResult]) -> None:
 
 
 def same_state(a: Any, b: Any) -> bool:
-    """Whether two state dicts hold the same names and bits."""
+    """Two state dicts hold the same names and bits."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def same_batches(a: Any, b: Any) -> bool:
-    """Whether two lists of (inputs, labels) hold the same bits."""
+    """Two lists of (inputs, labels) hold the same bits."""
     return all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True))
 
 

@@ -52,7 +52,7 @@ def imported_files(tree: ast.AST, files: Iterable[str]) -> set[str]:
 
 
 def graph(package: Sources) -> dict[str, set[str]]:
-    """Which files every file imports."""
+    """The files that every file imports."""
     return {file: imported_files(tree, package) - {file} for file, tree in package.items()}
 
 
@@ -157,7 +157,7 @@ def cached(tree: ast.Module) -> list[str]:
 
 
 def named(node: ast.AST, *names: str) -> bool:
-    """Whether an expression is one of these names, bare, as an attribute, or called."""
+    """An expression is one of these names, bare, as an attribute, or called."""
     match node:
         case ast.Call(func=func):
             return named(func, *names)

@@ -22,7 +22,7 @@ NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # pytest writes t
 
 @dataclass(frozen=True)
 class State:
-    """What tests share."""
+    """A snapshot of everything that tests share."""
 
     torch_random: torch.Tensor = field(default_factory=torch.get_rng_state)
     numpy_random: Any = field(default_factory=lambda: np.random.get_state(legacy=True))
@@ -84,7 +84,7 @@ def words_of(pid: int) -> bytes:
 
 
 def soon(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Whether something comes to hold within a few seconds."""
+    """Waits until something holds; False if it does not within a few seconds."""
     deadline = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > deadline:

@@ -82,7 +82,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def check_pull_and_push(link: Resumable, source: int, messages: int) -> None:
-    """Of `messages` activations under way: what is pulled is still to come, what is pushed comes first."""
+    """With `messages` activations under way: the pulled ones are still to come, the pushed ones come first."""
     pulled = link.pull(source, 2)
     assert [name for name, _ in pulled] == [activation(0), activation(1)]
     link.receive(source, activation(0))

@@ -33,7 +33,7 @@ MakeSchedule = Callable[[Any], Any]
 
 @dataclass
 class OracleRun:
-    """What a run left behind. `staleness[b][k]`: updates between the weights that the gradient of batch b was taken at, on
+    """The results of a run. `staleness[b][k]`: updates between the weights that the gradient of batch b was taken at, on
     stage k, and those it was applied to (so 0 for replay); `age[b][k]`: the same from the weights of the batch's forward."""
 
     states: list[dict[str, Tensor]] = field(default_factory=list)

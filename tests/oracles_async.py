@@ -61,7 +61,7 @@ class Ring:
 
 @dataclass
 class Visit:
-    """What happened when stage k's turn, the tick-th of all, was not lost."""
+    """A turn of stage k, the tick-th of all, that was not lost."""
 
     tick: int
     k: int

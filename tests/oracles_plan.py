@@ -11,7 +11,7 @@ from delock.plan import RunLength, Step
 
 
 def drawn(method: Method, k: int, K: int, length: RunLength) -> Iterator[Step]:
-    """What stage k does, with the version at which it does it, and nothing else known."""
+    """The ops of stage k, each with the version at which it is done, and nothing else known."""
     end, every = length.batches * method.micro_batches, length.every * method.micro_batches
     ticks = length.batches + method.span(K)
     pending = version = evaluations = 0

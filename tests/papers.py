@@ -61,7 +61,7 @@ def staleness(method: Method, b: int, k: int, K: int) -> int:
 
 
 def oracle_options(method: Method, K: int) -> dict[str, Any]:
-    """What `oracles.delayed` is given for a delayed method."""
+    """The options that `oracles.delayed` takes for a delayed method."""
     options = {"delays": delays(method, K), "at": derivative(method), "backward_first": getattr(method, "order", "") == "backward-first"}
     options |= {"shrink": getattr(method, "beta", 1.0), "reduce": getattr(method, "reduce", "mean")}
     return options | {"M": getattr(method, "accumulate", 1)}

@@ -10,7 +10,7 @@ ABORT = "terminate called without an active exception"
 
 
 def torchrun(script: Path, *words: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a script on so many ranks.
+    """Run a script on `ranks` ranks.
 
     Once in some twenty runs, on a loaded machine, a rank other than 0 was seen to abort with ABORT while its interpreter exits, all
     work done (torch 2.15; cause not found): such a run is repeated, once.

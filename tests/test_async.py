@@ -186,7 +186,7 @@ def test_a_drawn_plan_can_run_and_every_stage_makes_its_updates(method: AsyncDGL
 
 
 def test_max_reuse_costs_a_stage_its_turns() -> None:
-    """Of two stages with a buffer of one batch, to be read once: the upper one acts at its first turn after each of the lower one's."""
+    """Two stages with a buffer of one batch, to be read once: the upper one acts at its first turn after each of the lower one's."""
     length = oracle(AsyncDGL(1, 1, order="sampled"), 2, 50, seed=0)
     turns = [length.draw(tick) for tick in range(1000)]
     plan, _ = drawn(AsyncDGL(1, 1, order="sampled"), 2, RunLength(50), seed=0)

@@ -1,4 +1,4 @@
-"""What the command line refuses: one clear line, the right exit code, nothing written."""
+"""Input that the command line refuses: one clear line, the right exit code, nothing written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers cost, measured, and the cuts that make the dearest stage as cheap as can be."""
+"""The measured cost of layers, and the cuts that minimise the most expensive stage."""
 
 import copy
 import itertools

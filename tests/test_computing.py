@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from delock.api import fit
@@ -71,12 +73,26 @@ def test_what_travels_is_as_small_as_what_is_computed() -> None:
     assert told[0] == 2 * told[1]
 
 
-def test_auto_takes_one_of_the_two() -> None:
+class Picky(nn.Module):
+    """The identity, which takes its time where images (B, C, H, W) lie in one of the two layouts."""
+
+    def __init__(self, slow: str) -> None:
+        super().__init__()
+        self.slow = slow
+
+    def forward(self, x: Tensor) -> Tensor:
+        layout = "channels-last" if x.is_contiguous(memory_format=torch.channels_last) else "default"
+        time.sleep(0.02 * (layout == self.slow))
+        return x
+
+
+@pytest.mark.parametrize(("slow", "fast"), [("default", "channels last"), ("channels-last", "default")])
+def test_auto_takes_the_faster_layout(slow: str, fast: str) -> None:
     data = Samples("image", 24, 8, torch.float32)
-    model = build("resnet8", classes=10, in_channels=3, image_size=8)
-    result = fit(model, data, loss=cross_entropy, method="bp", optimizer=sgd, batches=2, workers="inline",
-                 execution=Execution(layout="auto"))  # fmt: skip
-    assert result.started.layout in ("default", "channels last")
+    layers = [nn.Conv2d(3, 8, 3), Picky(slow), nn.Sequential(nn.Flatten(), nn.Linear(288, 10))]
+    options: dict[str, Any] = {"method": "bp", "optimizer": sgd, "batches": 1, "workers": "inline"}
+    result = fit(layers, data, loss=cross_entropy, execution=Execution(layout="auto"), **options)
+    assert result.started.layout == fast
 
 
 def test_mixed_is_refused_under_autocast() -> None:

@@ -28,7 +28,7 @@ METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 def plan(words: str, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    """What `delock plan WORDS --json` prints."""
+    """The values that `delock plan WORDS --json` prints."""
     assert main(["plan", *words.split(), "--json"]) == 0
     found: dict[str, object] = json.loads(capsys.readouterr().out)
     return found

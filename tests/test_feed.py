@@ -1,4 +1,4 @@
-"""What stage 0 is fed: batches by their running number, split into parts, from wherever a run begins."""
+"""The feed of stage 0: batches by their running number, split into parts, from wherever a run begins."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_batch_is_read_once_for_all_its_parts() -> None:
 
 
 def test_trees_are_split_sample_by_sample() -> None:
-    """What has no row per sample goes to every part whole."""
+    """A target without a row per sample goes to every part whole."""
     rows, tokens = torch.arange(12.0).reshape(4, 3), torch.arange(4)
     targets = {"boxes": [rows, (tokens, None)], "scale": torch.tensor(2.0), "classes": torch.arange(7), "name": "x", "k": 3}
     source = feed(as_loader([((rows, tokens), targets)]), 2)

@@ -45,7 +45,7 @@ def test_processes_give_what_one_process_gives(method: Any, K: int) -> None:
 
 @pytest.mark.parametrize("method", ["bp", "gpipe", "ddg", "fr", "fdg", "adl", "dsp"])
 def test_the_data_do_not_depend_on_the_method_or_the_stages(method: str) -> None:
-    """What the network is fed, batch by batch: order, augmentation and labels."""
+    """The network is fed the same batches: order, augmentation and labels."""
     fed: list[list[Tensor]] = []
     for K in (1, 2, 4):
         seen: list[Tensor] = []

@@ -125,7 +125,7 @@ def test_a_free_run_is_done_again_to_the_last_bit(name: str) -> None:
 
 
 def assert_accounted(run: list[StageResult], turns: list[list[Visit]], method: AsyncDGL) -> None:
-    """What is told of the buffers and of time fits the turns."""
+    """The reports on buffers and time fit the turns."""
     for k, (result, stage) in enumerate(zip(run, turns, strict=True)):
         report, visits = result.report, [turn for turn in stage if not turn.evaluates]
         reads = len(visits) if k else 0
@@ -211,7 +211,7 @@ def test_any_cut_leaves_a_plan_that_can_run(traced: tuple[Any, list[list[Visit]]
 
 
 def test_a_run_that_was_cut_off_is_done_again_as_far_as_it_goes(traced: tuple[list[StageResult], list[list[Visit]]]) -> None:
-    """What stages 0 and 1 did does not depend on those above; of stage 3 nothing is left, and stage 2 stops where its reads do."""
+    """Stages 0 and 1 do not depend on those above; of stage 3 nothing is left, and stage 2 stops where its reads do."""
     run, turns = traced
     replay = again(jobs_of("slowed"), [*turns[:2], turns[2][:50], []])
     for one, other in zip(run[:2], replay[:2], strict=True):

@@ -33,7 +33,7 @@ PATIENT = 20.0  # seconds that a test waits for what should come at once
 
 
 class Neighbours:
-    """What comes from each side, and what was sent there; `open` says whether the link up lets anything through."""
+    """Messages that come from each side, and those that were sent there; `open`: the link up lets something through."""
 
     def __init__(self) -> None:
         self.come: dict[int, queue.Queue[Tensor | Exception]] = {0: queue.Queue(), 2: queue.Queue()}

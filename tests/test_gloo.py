@@ -87,7 +87,7 @@ def packed(length: int, b: int = 0) -> Tensor:
 
 
 def holds(got: Tensor, length: int, b: int = 0) -> bool:
-    """Whether it is `packed(length, b)`; what lies between a message's tensors says nothing."""
+    """It is `packed(length, b)`, but for the bytes between its tensors, which mean nothing."""
     name, message = unpack(got, CPU)
     return name == activation(b) and torch.equal(message.values, payload(length, b))
 

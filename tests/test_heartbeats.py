@@ -102,7 +102,7 @@ def test_patience_may_grow_and_0_is_none(ranks: Callable[[float], Ranks]) -> Non
 
 
 def beats(three: Ranks, count: int) -> None:
-    """Wait for so many beats, of any ranks."""
+    """Wait for that number of beats, of any ranks."""
 
     def now() -> int:
         return sum(own._numbers[rank] for rank, own in enumerate(three.beats))

@@ -274,7 +274,7 @@ def test_counting_bytes() -> None:
 
 
 def started(method: str | Method, **options: Any) -> Started:
-    """What is told before a run in one process."""
+    """The prediction that a run in one process reports before it begins."""
     told: list[Event] = []
     given = {"loss": cross_entropy, "method": method, "cuts": [2], "batches": 3, "workers": "inline", "on_event": told.append, **options}
     data = [(torch.randn(4, 6), torch.randint(3, (4,)))] * 3

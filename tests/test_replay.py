@@ -110,7 +110,7 @@ def test_a_run_that_was_cut_off_is_done_again_as_far_as_it_goes(copied: Path, ca
 
 
 def test_what_cannot_be_done_again_is_counted(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of stage 0 nothing but its first turn is left, so of the others only what reads that."""
+    """Only the first turn of stage 0 is left, and so only those turns of the others that read it."""
     lines = (copied / "trace.jsonl").read_text().splitlines(keepends=True)
     below = [line for line in lines if json.loads(line)["stage"] == 0]
     cut(copied, [line for line in lines if line not in below[1:]])

@@ -1,4 +1,4 @@
-"""How many messages come to lie in shared memory: predicted against formulas, and against what two processes really map."""
+"""The number of messages in shared memory: predicted against formulas, and against what two processes really map."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def mapped(rank: Rank, job: StageJob) -> tuple[int, int]:
 @pytest.mark.skipif(not shares("shared", "cpu"), reason="this system has no shared memory for stages")
 @pytest.mark.parametrize("method", [BP(), BP(accumulate=2), Interlocking(2)], ids=str)
 def test_two_processes_map_what_is_predicted(method: Method) -> None:
-    """Of methods without slack, where nothing depends on who is faster."""
+    """Methods without slack, where nothing depends on which stage is faster."""
     own = [replace(job, placement=Placement(link="shared")) for job in jobs("conv", 2, method, evaluate=False)]
     (below, count), (above, same) = run_processes(mapped, own)
     [(up, down)] = slots(simulate(unroll(method, 2, own[0].length.batches), Costs.unit(2)))

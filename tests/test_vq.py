@@ -107,7 +107,7 @@ def test_more_codes_than_vectors() -> None:
 
 @pytest.fixture(scope="module")
 def activations() -> list[Tensor]:
-    """What the first layers of a small network, trained a little on the digits, send: 40 batches of (64, 16, 8, 8)."""
+    """Activations of the first layers of a small network, trained a little on the digits: 40 batches of (64, 16, 8, 8)."""
     torch.manual_seed(0)
     images, labels = load_digits(return_X_y=True)
     x, y = torch.as_tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.as_tensor(labels)

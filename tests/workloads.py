@@ -209,7 +209,7 @@ WORK: dict[str, tuple[Net, Kind, Callable[..., Tensor]]] = {
     "tuple": (tuple_net, "token", weighted_loss),
     "mlp": (mlp, "vector", class_loss),
 }
-"""What goes together: name -> (network, kind of data, loss)."""
+"""Workloads by name: (network, kind of data, loss)."""
 
 
 def digits(name: str, **more: Any) -> nn.Module:

@@ -139,7 +139,7 @@ def served(rank: Rank, payload: None) -> str:
 
 
 Cuts = dict[str, tuple[int, ...]]
-"""Where each work is cut into each number of stages: the same in all runs."""
+"""The cuts of each work into each number of stages: the same in all runs."""
 
 
 @dataclass(frozen=True)
