@@ -10,6 +10,7 @@ import torch
 
 from delock.engine.engine import run_here
 from delock.launch.processes import run_processes
+from delock.launch.rank import Rank
 from delock.links.mailbox import Mailbox
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Interlocking, Method, OneFOneB
 from delock.options import Placement, Report
@@ -109,6 +110,25 @@ def inline(made: list[StageJob]) -> list[StageResult]:
 def in_processes(made: list[StageJob]) -> list[StageResult]:
     """A process per stage, with one thread each."""
     return run_processes(run_rank, made, threads=1, pin=False, patience=60)
+
+
+def in_the_same_processes(cases: dict[Any, list[StageJob]]) -> dict[Any, list[StageResult]]:
+    """Several runs of as many stages, one after the other, all in one process per stage: starting those takes longer than a tiny run."""
+    found = run_processes(run_all, [dict(zip(cases, made, strict=True)) for made in zip(*cases.values(), strict=True)],
+                          threads=1, pin=False, patience=60)  # fmt: skip
+    return {case: [of_rank[case] for of_rank in found] for case in cases}
+
+
+def run_all(rank: Rank, made: dict[Any, StageJob]) -> dict[Any, StageResult]:
+    """The target of such processes."""
+    results = {}
+    for case, job in made.items():
+        try:
+            results[case] = run_rank(rank, job)
+        except Exception as error:
+            error.add_note(f"in the run {case}")
+            raise
+    return results
 
 
 def assert_equal(a: list[StageResult], b: list[StageResult]) -> None:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import pytest
 
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, Interlocking, Method, OneFOneB
+from delock.run.job import StageResult
 
-from harness import assert_equal, every_method, in_processes, inline, jobs, same_tree, whole_and_resumed
+from harness import assert_equal, every_method, in_processes, in_the_same_processes, inline, jobs, same_tree, whole_and_resumed
+
+WORKS = ("conv", "tuple")
 
 
-@pytest.mark.parametrize("work", ["conv", "tuple"])
+@pytest.fixture(scope="module")
+def there() -> Callable[[int], dict[tuple[str, Method], list[StageResult]]]:
+    """The runs of all methods in K stages, in processes that are started when the first of them is asked for."""
+
+    @cache
+    def runs(K: int) -> dict[tuple[str, Method], list[StageResult]]:
+        return in_the_same_processes({(work, m): jobs(work, K, m) for work in WORKS for m in every_method(K)})
+
+    return runs
+
+
+@pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize(("K", "method"), [(K, m) for K in (1, 2, 3, 4) for m in every_method(K)], ids=str)
-def test_processes_equal_one_process(work: str, K: int, method: Method) -> None:
-    assert_equal(in_processes(jobs(work, K, method)), inline(jobs(work, K, method)))
+def test_processes_equal_one_process(work: str, K: int, method: Method, there: Any) -> None:
+    assert_equal(there(K)[work, method], inline(jobs(work, K, method)))
 
 
 @pytest.mark.parametrize("method", every_method(4), ids=str)
@@ -27,7 +45,7 @@ def test_windows_in_processes() -> None:
     assert_equal(in_processes(jobs("tuple", 3, method, window=2)), inline(jobs("tuple", 3, method)))
 
 
-@pytest.mark.parametrize("work", ["conv", "tuple"])
+@pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize(
     "method",
     [

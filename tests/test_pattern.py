@@ -11,8 +11,9 @@ import pytest
 from delock.methods import ADL, BP, DSP, FDG, FR, Interlocking, Method, OneFOneB
 from delock.ops import Backward, Forward, Op, Update
 from delock.plan import PlanError, RunLength, unroll, windows
-from oracles_plan import plain
 from test_plan import cases
+
+from oracles_plan import plain
 
 LENGTHS = (RunLength(11, every=4, evaluation=2, clip=1.0), RunLength(3))  # 11 leaves incomplete groups for M = 2, 3, 4
 
