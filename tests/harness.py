@@ -113,10 +113,13 @@ def in_processes(made: list[StageJob]) -> list[StageResult]:
 
 
 def in_the_same_processes(cases: dict[Any, list[StageJob]]) -> dict[Any, list[StageResult]]:
-    """Several runs of as many stages, one after the other, all in one process per stage: starting those takes longer than a tiny run."""
-    found = run_processes(run_all, [dict(zip(cases, made, strict=True)) for made in zip(*cases.values(), strict=True)],
-                          threads=1, pin=False, patience=60)  # fmt: skip
-    return {case: [of_rank[case] for of_rank in found] for case in cases}
+    """Runs one after the other, those of K stages in the same K processes: to start these takes longer than a tiny run."""
+    results: dict[Any, list[StageResult]] = {}
+    for K in sorted({len(made) for made in cases.values()}):
+        payloads = [{case: made[k] for case, made in cases.items() if len(made) == K} for k in range(K)]
+        found = run_processes(run_all, payloads, threads=1, pin=False, patience=60)
+        results |= {case: [of_rank[case] for of_rank in found] for case in payloads[0]}
+    return results
 
 
 def run_all(rank: Rank, made: dict[Any, StageJob]) -> dict[Any, StageResult]:

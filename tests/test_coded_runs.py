@@ -23,9 +23,9 @@ from delock.links import Message
 from delock.links.coded import CodedLink
 from delock.links.mailbox import Mailbox
 from delock.methods import BP, DGL, FDG, GPipe, Method
-from delock.run.job import StageJob
+from delock.run.job import StageJob, StageResult
 
-from harness import assert_equal, in_processes, inline, jobs, same_tree, whole_and_resumed
+from harness import assert_equal, in_the_same_processes, inline, jobs, same_tree, whole_and_resumed
 from messages import activation
 from workloads import drawn
 
@@ -42,18 +42,22 @@ def coded(work: str, K: int, method: Method, codec: str, error_codec: str = "non
     return made
 
 
-@pytest.mark.parametrize(
-    ("work", "method", "codec", "error_codec"),
-    [
-        *(("conv", method, codec, "none") for method in (BP(), FDG(), DGL()) for codec in ("bf16", "int8", SMALL_VQ)),
-        ("conv", FDG(), "bf16", "bf16"),
-        ("conv", GPipe(3), SMALL_VQ, "int8"),
-        ("tuple", FDG(), "vq:codes=4:dim=1:every=2", "int8"),
-    ],
-    ids=str,
-)
-def test_processes_equal_one_process(work: str, method: Method, codec: str, error_codec: str) -> None:
-    there, here = (run(coded(work, 3, method, codec, error_codec)) for run in (in_processes, inline))
+CASES: list[tuple[str, Method, str, str]] = [
+    *(("conv", method, codec, "none") for method in (BP(), FDG(), DGL()) for codec in ("bf16", "int8", SMALL_VQ)),
+    ("conv", FDG(), "bf16", "bf16"),
+    ("conv", GPipe(3), SMALL_VQ, "int8"),
+    ("tuple", FDG(), "vq:codes=4:dim=1:every=2", "int8"),
+]
+
+
+@pytest.fixture(scope="module")
+def in_three_processes() -> dict[Any, list[StageResult]]:
+    return in_the_same_processes({case: coded(case[0], 3, *case[1:]) for case in CASES})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_processes_equal_one_process(case: tuple[str, Method, str, str], in_three_processes: dict[Any, list[StageResult]]) -> None:
+    there, here = in_three_processes[case], inline(coded(case[0], 3, *case[1:]))
     assert_equal(there, here)
     for a, b in zip(there, here, strict=True):
         assert (a.report.sent_up, a.report.sent_down) == (b.report.sent_up, b.report.sent_down)

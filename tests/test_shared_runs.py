@@ -29,7 +29,7 @@ from delock.options import Compression, Execution, Placement
 from delock.run.job import StageJob, StageResult
 from delock.run.ranks import run_rank
 
-from harness import CPU, assert_equal, in_processes, inline, jobs
+from harness import CPU, assert_equal, in_processes, in_the_same_processes, inline, jobs
 from programs import torchrun
 from workloads import Samples, class_loss, mlp, sgd
 
@@ -39,24 +39,28 @@ pytestmark = pytest.mark.skipif(connecting._host() is None, reason="no shared me
 # -- between processes -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("work", "K", "method"),
-    [
-        ("conv", 2, BP()),
-        ("conv", 3, FDG(order="backward-first")),
-        ("tuple", 3, FDG(at="mixed")),
-        ("tuple", 3, ADL(accumulate=3)),
-        ("tuple", 3, DSP(p=(2, 1), q=(1, 2))),
-        ("conv", 3, DGL()),
-        ("tuple", 4, Interlocking(n_wise=2)),
-        ("conv", 3, Interlocking(n_wise=3, combine="sum", send="late")),
-        ("conv", 3, OneFOneB(micro_batches=4)),
-        ("mlp", 1, FDG()),
-    ],
-    ids=str,
-)
-def test_processes_equal_one_process(work: str, K: int, method: Method) -> None:
-    assert_equal(in_processes(jobs(work, K, method, link="shared")), inline(jobs(work, K, method)))
+CASES: list[tuple[str, int, Method]] = [
+    ("conv", 2, BP()),
+    ("conv", 3, FDG(order="backward-first")),
+    ("tuple", 3, FDG(at="mixed")),
+    ("tuple", 3, ADL(accumulate=3)),
+    ("tuple", 3, DSP(p=(2, 1), q=(1, 2))),
+    ("conv", 3, DGL()),
+    ("tuple", 4, Interlocking(n_wise=2)),
+    ("conv", 3, Interlocking(n_wise=3, combine="sum", send="late")),
+    ("conv", 3, OneFOneB(micro_batches=4)),
+    ("mlp", 1, FDG()),
+]
+
+
+@pytest.fixture(scope="module")
+def over_shared_memory() -> dict[Any, list[StageResult]]:
+    return in_the_same_processes({case: jobs(*case, link="shared") for case in CASES})
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_processes_equal_one_process(case: tuple[str, int, Method], over_shared_memory: dict[Any, list[StageResult]]) -> None:
+    assert_equal(over_shared_memory[case], inline(jobs(*case)))
 
 
 def test_encoded_and_clipped_and_laid_out_as_in_one_process() -> None:
