@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +25,19 @@ def nothing_left() -> Iterator[None]:
     before = State()
     yield
     assert not before.changed(), f"the test left behind or changed: {', '.join(before.changed())}"
+
+
+@pytest.fixture
+def own_random() -> Iterator[None]:
+    """A test that draws from the global generators gets the same numbers every time, and leaves no trace in them."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    yield
+    torch.set_rng_state(before[0])
+    np.random.set_state(before[1])
+    random.setstate(before[2])
 
 
 @pytest.fixture

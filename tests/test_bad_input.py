@@ -14,7 +14,10 @@ from delock.cli import main
 
 from commands import SMALL, refused
 
+pytestmark = pytest.mark.usefixtures("own_random")
 
+
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -77,6 +80,7 @@ def test_bad_input(here: Path, capsys: pytest.CaptureFixture[str], words: str, e
     assert expected in refused(["train", *SMALL, *words.split(" ")], here, capsys)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("workers", ["inline", "processes"])
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -84,6 +88,7 @@ def test_no_gpu(here: Path, capsys: pytest.CaptureFixture[str], command: str, wo
     assert "torch sees no GPU here; use device" in refused([command, *SMALL, "--workers", workers, "--device", "cuda"], here, capsys)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -107,6 +112,7 @@ def test_bad_config_files(here: Path, capsys: pytest.CaptureFixture[str], comman
     assert expected in refused(words, here, capsys)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -125,6 +131,7 @@ def test_a_comparison_refuses_a_bad_row_before_it_trains_the_first(
     assert expected in refused(["compare", *SMALL, *words.split()], here, capsys)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -144,6 +151,7 @@ def test_a_plan_that_is_refused(here: Path, capsys: pytest.CaptureFixture[str], 
     assert expected in refused(["plan", *words.split()], here, capsys)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("broken", [b"", b"no image", b"\xff\xd8\xff\xe0\x00\x10JFIF"])
 def test_a_broken_image_is_named(here: Path, capsys: pytest.CaptureFixture[str], broken: bytes) -> None:
     from PIL import Image
@@ -158,6 +166,7 @@ def test_a_broken_image_is_named(here: Path, capsys: pytest.CaptureFixture[str],
     assert "Repair or remove it" in error
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_a_run_folder_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     rows = ["--methods", "bp", "--no-plain"] if command == "compare" else []
@@ -170,6 +179,7 @@ def test_a_run_folder_is_not_written_over(here: Path, capsys: pytest.CaptureFixt
     assert f"cannot use the run folder {file}/b: {file} is a file" in refused([*words[:-1], f"{file}/b"], here, capsys)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_loss_that_is_no_number(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", *SMALL, "--lr", "1e6", "--log-every", "1", "--out", "a"]
     assert main(words) == 2
@@ -181,11 +191,13 @@ def test_a_loss_that_is_no_number(here: Path, capsys: pytest.CaptureFixture[str]
     assert len(Path("a/metrics.jsonl").read_text().splitlines()) == told["batches"] > 0
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_loss_that_is_no_number_in_processes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(["train", *SMALL, "--workers", "processes", "--lr", "1e30"], here, capsys)
     assert re.search(r"the loss of batch \d became nan at stage 1", error)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_full_disk_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "a/metrics.jsonl")

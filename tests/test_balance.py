@@ -20,9 +20,12 @@ from delock.partition.measure import LayerCost, measure
 
 from harness import same_state
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 # --- costs ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("own_random")
 def test_measuring_counts_and_leaves_everything_as_it_was():
     model = build("cnn", classes=10, in_channels=1, image_size=8, dropout=0.5).eval()
     found, x = layers(model), torch.randn(4, 1, 8, 8)
@@ -38,6 +41,7 @@ def test_measuring_counts_and_leaves_everything_as_it_was():
     assert costs[0].total_s == costs[0].forward_s + costs[0].backward_s
 
 
+@pytest.mark.usefixtures("own_random")
 def test_measured_time_follows_the_work():
     found = layers([nn.Linear(400, 400), nn.Linear(400, 20), nn.Linear(20, 1)])
     costs = measure(found, torch.randn(400, 400), torch.zeros(400, 1), nn.functional.mse_loss, repeats=5)
@@ -45,6 +49,7 @@ def test_measured_time_follows_the_work():
     assert costs[1].out_bytes == 400 * 20 * 4
 
 
+@pytest.mark.usefixtures("own_random")
 def test_the_median_of_the_repeats_is_taken(monkeypatch):
     clock = itertools.accumulate([0, 1, 0, 2, 0, 9, 0, 3, 0, 5, 0, 7])  # (forward, backward) = (1, 2), (9, 3), (5, 7)
     fake = SimpleNamespace(perf_counter=lambda: next(clock))
@@ -79,6 +84,7 @@ class Mix(nn.Module):
         return self.linear(h) * mask[..., None], mask
 
 
+@pytest.mark.usefixtures("own_random")
 def test_integers_tuples_and_pytrees_of_targets_are_measured():
     found = layers([Tokens(), Mix(), Mix()])
     tokens, mask = torch.randint(0, 11, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
@@ -92,6 +98,7 @@ def test_integers_tuples_and_pytrees_of_targets_are_measured():
     assert all(c.backward_s > 0 for c in costs)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_what_does_not_learn_has_no_backward_and_in_place_atoms_are_served():
     frozen = nn.Linear(4, 4).requires_grad_(False)
     x = torch.randn(2, 4)
@@ -101,6 +108,7 @@ def test_what_does_not_learn_has_no_backward_and_in_place_atoms_are_served():
     assert torch.equal(x, kept)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("model", "says"),
     [

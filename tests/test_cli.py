@@ -20,6 +20,8 @@ from delock.errors import StageFailed, UsageError
 from delock.nets import build as build_model
 from delock.records import EvaluationRecord, Started, StepRecord
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 SMALL = ["--model", "mlp", "--workers", "inline", "--limit", "128", "--batch-size", "32", "--test-batch-size", "512"]
 HEAVY = (
     "torch",
@@ -69,6 +71,7 @@ def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture
     assert "examples:" in out
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("command", ["train", "compare", "plan", "replay", "sample"])
 def test_every_command_shows_its_options_and_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
@@ -100,6 +103,7 @@ def test_a_run_in_processes_loads_torch_and_what_it_shows_here_nothing_else_heav
 # -- bad input: one line, exit code 2, nothing written
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -133,6 +137,7 @@ def test_bad_input_is_one_line(here: Path, capsys: pytest.CaptureFixture[str], w
     assert not list(here.iterdir())
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -176,6 +181,7 @@ def test_a_wrong_file_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]
 # -- the run folder
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_run_leaves_all_its_files_and_can_be_repeated(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--method", "adl", "--accumulate", "3", "--stages", "3", "--epochs", "2", "--log-every", "3", "--lr", "0.05", "--warmup", "3"]
     assert main(["train", *SMALL, *words, "--out", "a"]) == 0
@@ -212,6 +218,7 @@ def test_a_run_leaves_all_its_files_and_can_be_repeated(here: Path, capsys: pyte
     assert Path("b/config.toml").read_text() == Path("a/config.toml").read_text()
 
 
+@pytest.mark.usefixtures("own_random")
 def test_the_command_line_wins_over_the_file(here: Path) -> None:
     (here / "c.toml").write_text('method = "fdg"\nbeta = 0.5\nepochs = 50\nbatch-size = 16\nmodel = "mlp"\nworkers = "inline"\n')
     assert main(["train", "--config=c.toml", "--method", "bp", "--batches", "2", "--batch_size=8", "--no-augment", "--out", "a"]) == 0
@@ -220,6 +227,7 @@ def test_the_command_line_wins_over_the_file(here: Path) -> None:
     assert {"beta", "epochs"}.isdisjoint(config)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_an_earlier_run_is_not_written_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["train", *SMALL, "--batches", "1", "--out", "a"]
     assert main(run) == 0
@@ -237,6 +245,7 @@ def test_an_earlier_run_is_not_written_over(here: Path, capsys: pytest.CaptureFi
     assert main([*run[:-1], "file"]) == 2
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_port_that_is_taken_costs_no_earlier_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["train", *SMALL, "--batches", "1", "--out", "a", "--overwrite"]
     assert main(run) == 0
@@ -261,6 +270,7 @@ def test_without_out_every_run_has_a_folder_of_its_own(here: Path) -> None:
     assert RunFolder(None, "x").path.parts[0] == "runs"
 
 
+@pytest.mark.usefixtures("own_random")
 def test_tensorboard_gets_event_files(here: Path) -> None:
     assert main(["train", *SMALL, "--batches", "2", "--out", "a", "--tensorboard"]) == 0
     assert list(Path("a/tensorboard").glob("events*"))
@@ -278,6 +288,7 @@ def test_records_as_lines() -> None:
 STARTED = Started("fdg", "inline", 8, 2.0, (2,), (), 100.0)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("error", "code", "status"),
     [

@@ -29,6 +29,8 @@ from harness import assert_equal, in_the_same_processes, inline, jobs, same_tree
 from messages import activation
 from workloads import drawn
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 SMALL_VQ = "vq:codes=8:dim=2:every=2"
 
 
@@ -80,6 +82,7 @@ def test_evaluation_does_not_touch_training() -> None:
             same_tree(a.state, b.state)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("codec", ["bf16", "int8", "vq:codes=4:dim=2:every=1"])
 def test_errors_are_those_at_the_decoded_activation(codec: str) -> None:
     """One step of backpropagation over two linear maps, against plain PyTorch with a decoded, detached activation between them."""
@@ -112,6 +115,7 @@ def test_errors_are_those_at_the_decoded_activation(codec: str) -> None:
         assert torch.equal(now, old - gradient)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(("method", "stop"), [(FDG(), 1), (FDG(), 3), (DGL(), 3)], ids=str)
 @pytest.mark.parametrize("codec", ["int8", "vq:codes=8:dim=2:every=3"])
 def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, stop: int, codec: str) -> None:
@@ -182,6 +186,7 @@ def fit(modules: list[nn.Module], x: Tensor, **options: Any) -> None:
     )
 
 
+@pytest.mark.usefixtures("own_random")
 def test_bad_input_is_refused_before_the_start() -> None:
     whole: list[nn.Module] = [Round(), nn.Embedding(10, 4)]
     for codec in ("bf16", "int8", "vq"):
@@ -232,6 +237,7 @@ def test_options() -> None:
         rows(build(CompareConfig, {"methods": ["dgl:dim=8"]}, "test"))
 
 
+@pytest.mark.usefixtures("own_random")
 def test_train_tells_what_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
@@ -247,6 +253,7 @@ def test_train_tells_what_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert up["total"] == up["encoded"] + up["codebooks"] + up["rest"]
 
 
+@pytest.mark.usefixtures("own_random")
 def test_compare_shows_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *QUICK, "--methods", "dgl,dgl:codec=int8", "--no-plain", "--out", "both"]) == 0
@@ -254,6 +261,7 @@ def test_compare_shows_compression(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [line.split("|")[-2].strip() for line in (lines[0], *lines[2:])] == ["compression", "-", "3.8"]
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_free_running_run_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--method", "dgl-async", "--workers", "processes", "--codec", "vq:codes=16:dim=8:every=3", "--stages", "3", "--out", "free"]

@@ -19,6 +19,8 @@ from delock.methods import METHODS, make
 
 import papers
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 SMALL = ["--model", "mlp", "--workers", "inline", "--limit", "128", "--batch-size", "32", "--test-batch-size", "512"]
 
 
@@ -68,6 +70,7 @@ def test_rows_that_are_refused(words: str, expected: str) -> None:
         names(words, stages=2)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_comparison_has_a_table_a_file_and_figures(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--methods", "bp,fdg:beta=0.5,bp:lr=1e30", "--epochs", "1", "--model", "cnn", "--limit", "64"]
     assert main(["compare", *SMALL, *words, "--out", "c"]) == 1  # the last row learns too fast
@@ -96,6 +99,7 @@ def test_a_comparison_has_a_table_a_file_and_figures(here: Path, capsys: pytest.
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_comparison_in_place_of_another(here: Path) -> None:
     run = ["compare", *SMALL, "--batches", "1", "--out", "c"]
     assert main([*run, "--methods", "bp,ddg", "--no-plain"]) == 0
@@ -104,6 +108,7 @@ def test_a_comparison_in_place_of_another(here: Path) -> None:
     assert {path.name for path in Path("c").iterdir() if path.is_dir()} == {"fdg"}
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_plan_shows_chart_staleness_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--method", "adl", "--accumulate", "2", "--stages", "3", "--slots", "10"]) == 0
     out = capsys.readouterr().out
@@ -112,6 +117,7 @@ def test_a_plan_shows_chart_staleness_and_speed(capsys: pytest.CaptureFixture[st
     assert "3.00 with dataflow" in out
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_plan_as_json(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--method", method, "--stages", "3", "--json"]) == 0
@@ -121,6 +127,7 @@ def test_a_plan_as_json(method: str, capsys: pytest.CaptureFixture[str]) -> None
     assert told["speedup_over_bp"]["dataflow"] > 0.99
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_plan_from_measured_costs_with_a_picture(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--profile", "mlp", "--data", "synthetic", "--image-size", "8", "--batch-size", "8"]
     assert main(["plan", *words, "--stages", "2", "--picture", "p.svg", "--json"]) == 0
@@ -131,6 +138,7 @@ def test_a_plan_from_measured_costs_with_a_picture(here: Path, capsys: pytest.Ca
     assert {path.name for path in here.iterdir()} == {"p.png", "p.svg"}
 
 
+@pytest.mark.usefixtures("own_random")
 def test_an_interrupted_comparison_keeps_its_rows(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     whole, calls = delock.api.fit, []
 

@@ -26,6 +26,8 @@ from delock.timeline import Emulation
 from harness import assert_equal, in_processes, inline, jobs
 from workloads import Samples, class_loss, sgd, tuple_net, weighted_loss, without_norm_and_dropout
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 COMPILED = Execution(compile=True)
 
 
@@ -56,6 +58,7 @@ def close(a: list[StageResult], b: list[StageResult]) -> None:
             assert torch.allclose(tensor, other.state[name], rtol=1e-2, atol=1e-4), name
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("method", [FDG(), FR(), Interlocking(2, combine="sum")], ids=str)
 def test_one_process_is_many_and_compiled_is_plain_training_but_for_rounding(method: Method) -> None:
     a, b = inline(made(method)), in_processes(made(method))
@@ -95,6 +98,7 @@ CALLS = ((8, 3, False, False), (8, 3, False, True), (8, 4, True, False), (5, 5, 
 """Rows, batch, whether at the snapshot, and again: a forward with its replay, a stashed one, a smaller last batch."""
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_compiled_body_is_the_module() -> None:
     """Masks of a replay, statistics, snapshots, shapes that were not compiled, several backwards through one graph, evaluation."""
     torch.manual_seed(0)
@@ -127,6 +131,7 @@ def called(body: ModuleFunction, compiled: bool) -> list[list[Tensor]]:
     return [*found, [body.evaluate(x)]]
 
 
+@pytest.mark.usefixtures("own_random")
 def test_what_does_not_go_with_compile_is_refused_before_anything_is_compiled() -> None:
     def run(**options: Any) -> None:
         layers, data = [nn.Linear(12, 8), nn.Linear(8, 10)], Samples("vector", 16, 8, torch.float32)
@@ -138,6 +143,7 @@ def test_what_does_not_go_with_compile_is_refused_before_anything_is_compiled() 
         run(method=FDG(), simulation=Simulation(emulate=Emulation(0.01, 0.01)))
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     layers = [nn.Linear(12, 9), nn.Sequential(nn.Tanh(), nn.Linear(9, 10))]
@@ -146,6 +152,7 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: py
         fit(layers, data, loss=class_loss, optimizer=sgd, batches=2, workers="inline", execution=COMPILED)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_what_torch_cannot_compile_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no\nmore")
@@ -179,6 +186,7 @@ def test_every_size_of_part_is_compiled_once() -> None:
     assert [tuple(part.shape) for part in compiled.pieces(torch.empty(2, 3, device="meta"), 4)] == [(1, 3)]
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("layout", ["default", "channels-last"])
 def test_inputs_of_a_shape_have_the_same_strides(layout: Literal["default", "channels-last"]) -> None:
     execution = Execution(layout=layout, compile=True)

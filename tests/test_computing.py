@@ -64,6 +64,8 @@ def test_processes_equal_one_process(method: Method) -> None:
     assert_equal(inline(made), in_processes([replace(job, execution=BOTH) for job in jobs("conv", 3, method)]))
 
 
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.usefixtures("own_random")
 def test_what_travels_is_as_small_as_what_is_computed() -> None:
     data, told = Samples("image", 24, 8, torch.float32), []
     for execution in (Execution(), BOTH):

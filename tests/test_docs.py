@@ -22,6 +22,8 @@ from delock.plan import unroll
 from delock.records import Result
 from delock.timeline import in_flight
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -64,11 +66,13 @@ def cells(line: str) -> list[str]:
 CHARTS = re.findall(r"```text\n\$ delock plan (.*)\n([^`]*)```", METHODS_PAGE)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(("words", "drawn"), CHARTS, ids=[words for words, _ in CHARTS])
 def test_charts(words: str, drawn: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert drawn.splitlines() == plan(words, capsys)["chart"]
 
 
+@pytest.mark.usefixtures("own_random")
 def test_stalenesses_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     rows = table(METHODS_PAGE, "`delock plan --method`")
     assert {row[0].split()[0] for row in rows} == set(METHODS)
@@ -79,6 +83,7 @@ def test_stalenesses_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
         assert told == [", ".join(f"{stage[name]:g}" for stage in stages) for name in names], words
 
 
+@pytest.mark.usefixtures("own_random")
 def test_times_and_speeds(capsys: pytest.CaptureFixture[str]) -> None:
     rows = table(METHODS_PAGE, "`delock plan --stages 4 --method`")
     assert {row[0].split()[0] for row in rows} == set(METHODS)

@@ -23,6 +23,8 @@ from delock.timeline import Emulation, Slowdown, straggler
 
 from workloads import Samples, sgd
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -56,6 +58,7 @@ def test_jitter_stays_within_its_share_and_is_repeated(waits: list[float]) -> No
     assert 0.75 <= min(waits) < 0.9 < 1.1 < max(waits) <= 1.25
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("method", [FDG(), GPipe(2), DGL(), Interlocking(2)], ids=str)
 def test_a_run_waits_as_long_as_it_says(waits: list[float], method: Method) -> None:
     data = Samples("image", 32, 8, torch.float32)
@@ -68,6 +71,7 @@ def test_a_run_waits_as_long_as_it_says(waits: list[float], method: Method) -> N
     assert sum(waits) == pytest.approx(3 * 4 * (1.0 + 2.0) + passed_on)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_straggler_is_slow_in_the_ticks_of_the_simulator() -> None:
     data = Samples("image", 40, 8, torch.float32)
     slow, lingered = Slowdown(0.5, probability=0.5, seed=4), list[float]()
@@ -94,6 +98,7 @@ def test_bad_straggler(text: str) -> None:
         straggler(text, 3, 0)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--slow", "2:1", "--workers", "inline", "--batches", "2"]) == 2
     assert "the stages are 0 .. 1" in capsys.readouterr().err

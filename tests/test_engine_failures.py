@@ -15,6 +15,8 @@ from delock.methods import ADL, BP, DDG, FDG, FR, GPipe, Method
 
 from chain import Chain, seeded, vectors
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 
 def spoilt(at: int, value: float, n: int = 6) -> list[tuple[Tensor, Tensor]]:
     data = vectors(n, rows=4)
@@ -22,6 +24,7 @@ def spoilt(at: int, value: float, n: int = 6) -> list[tuple[Tensor, Tensor]]:
     return data
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
     ("method", "which", "updates"),
@@ -114,6 +117,7 @@ def failing(what: str) -> tuple[Chain, str, str]:
     raise ValueError(what)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("what", ["forward", "replay", "backward", "loss", "optimizer", "evaluation", "micro-batch"])
 def test_a_stage_that_raises_is_told_with_op_batch_and_traceback(what: str) -> None:
     chain, begins, shows = failing(what)
@@ -126,6 +130,7 @@ def test_a_stage_that_raises_is_told_with_op_batch_and_traceback(what: str) -> N
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_usage_error_in_a_stage_goes_through_as_it_is() -> None:
     def loss(out: Tensor, y: Tensor) -> Tensor:
         raise UsageError("the labels are in feet")

@@ -45,6 +45,8 @@ def test_windows_in_processes() -> None:
     assert_equal(in_processes(jobs("tuple", 3, method, window=2)), inline(jobs("tuple", 3, method)))
 
 
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize(
     "method",

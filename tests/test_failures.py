@@ -21,6 +21,8 @@ from delock.records import StepRecord
 
 from ranks import a_loop_without_end
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 
 class BadBackward(torch.autograd.Function):
     """The identity, whose derivative raises."""
@@ -85,6 +87,7 @@ def troubled(how: str, cut: int, patience: float = 60.0, link: Literal["auto", "
     return str(caught.value), ended
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("how", "cut", "expected"),
     [
@@ -101,6 +104,7 @@ def test_a_stage_that_raises_ends_the_run_and_is_told(how: str, cut: int, expect
     assert seconds < 10
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_stage_that_raises_in_this_process_is_told_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("test_failures.parent_process", lambda: 1)
     net = nn.Sequential(nn.Linear(4, 8), Trouble("forward"), nn.Linear(8, 2))
@@ -111,6 +115,7 @@ def test_a_stage_that_raises_in_this_process_is_told_alike(monkeypatch: pytest.M
         fit(net, batches, loss=nn.functional.cross_entropy, cuts=[2], optimizer=optimizer, epochs=1, workers="inline")
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("link", ["gloo", "shared"])
 def test_a_stage_that_is_killed_is_named(link: str) -> None:
     message, seconds = troubled("kill", 1, link=link)
@@ -118,6 +123,7 @@ def test_a_stage_that_is_killed_is_named(link: str) -> None:
     assert seconds < 10
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("link", ["gloo", "shared"])
 def test_a_stage_that_hangs_shows_its_stack(link: str) -> None:
     message, seconds = troubled("hang", 1, patience=2, link=link)
@@ -127,6 +133,7 @@ def test_a_stage_that_hangs_shows_its_stack(link: str) -> None:
     assert seconds < 30
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_user_error_in_a_metric_is_told() -> None:
     """One more way in which a user's own code fails, in the last stage."""
 

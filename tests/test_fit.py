@@ -26,6 +26,8 @@ from delock.records import EvaluationRecord, Event, Started, StepRecord
 from points import CLASSES, SGD, broken_loss, fit, hits, network, same, test_data, train_data, weighted, weights
 from programs import torchrun
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 # -- the same everywhere -----------------------------------------------------------------------------------------------------------
 
 
@@ -43,6 +45,7 @@ def test_processes_give_what_one_process_gives(method: Any, K: int) -> None:
         assert (s.parameters, s.updates, s.staleness, s.layer_staleness) == (t.parameters, t.updates, t.staleness, t.layer_staleness)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("method", ["bp", "gpipe", "ddg", "fr", "fdg", "adl", "dsp"])
 def test_the_data_do_not_depend_on_the_method_or_the_stages(method: str) -> None:
     """The network is fed the same batches: order, augmentation and labels."""
@@ -93,6 +96,7 @@ def test_one_stage_is_plain_training_bit_for_bit(method: Any) -> None:
     assert result.losses == losses
 
 
+@pytest.mark.usefixtures("own_random")
 def test_bp_accumulates() -> None:
     """Micro-batches of a batch make its one step: close to the whole batch, and the same however the work is ordered."""
     made = [fit(network(0), method=m, loss=mean_loss, train=train_data(8), stages=2, cuts=[4]) for m in (BP(2), GPipe(2), OneFOneB(2))]
@@ -173,6 +177,7 @@ def test_steps_and_evaluations_at_any_step(method: Any) -> None:
 # -- what is left alone ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("workers", ["inline", "processes"])
 def test_random_state_threads_and_environment_are_the_callers(workers: str) -> None:
     torch.manual_seed(99)

@@ -66,6 +66,8 @@ def test_a_token_changes_nothing_before_it(place):
     assert (was[:, place:] != now[:, place:]).any(-1).all()  # and every place from there on sees it
 
 
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.usefixtures("own_random")
 def test_attention_is_softmax_over_the_places_seen():
     block = Block(6, heads=3, dropout=0.0).double()
     x = torch.randn(2, 5, 6, dtype=torch.float64, generator=fresh())

@@ -14,6 +14,8 @@ from delock.errors import UsageError
 from delock.nets import build
 from delock.nets.heads import HEADS, HeadShare, build_head, choose, flops, head_share
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 STRING = "conv128-bn-conv64-bn-pool-fc"
 IMAGE = ["mlp-sr", "mlp", "cnn", STRING, "conv5-conv3-bn-pool-fc"]
 
@@ -219,6 +221,7 @@ def test_weights_are_a_function_of_the_seed_and_global_random_state_is_untouched
 # --- what they cost -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("own_random")
 def test_multiply_adds_are_those_counted_by_hand():
     assert flops(nn.Linear(3, 5), (3,)) == 15
     assert flops(nn.Conv2d(4, 6, 3, padding=1, stride=2, groups=2), (4, 8, 8)) == 16 * 9 * (4 // 2) * 6
@@ -245,6 +248,7 @@ class Attention(nn.Module):
         return self.multi(h, h, h, need_weights=False)[0]
 
 
+@pytest.mark.usefixtures("own_random")
 def test_attention_and_inputs_that_are_tuples_of_integers_are_counted():
     stage, head = Attention(), build_head("transformer", (6, 8), 11)
     share = head_share(stage, head, (torch.zeros(3, 6, dtype=torch.long), torch.ones(3, 6, dtype=torch.bool)))
@@ -253,6 +257,7 @@ def test_attention_and_inputs_that_are_tuples_of_integers_are_counted():
     assert share.head_flops == 6 * 8 * 11
 
 
+@pytest.mark.usefixtures("own_random")
 def test_the_share_of_a_head():
     stage = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Dropout(0.5))
     head = build_head("cnn", (16, 8, 8), 10)
@@ -282,6 +287,7 @@ def test_the_default_head_keeps_to_the_design_rule_on_the_networks_it_was_made_f
     assert head_share(first, build_head("mlp-sr", (128, 32, 32), 10), draw(1, 3, 32, 32)).flops < 0.05
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_head_of_ones_own_that_does_not_take_the_output_is_refused():
     with pytest.raises(UsageError, match=r"the head does not take the output of its stage, of shape \(4, 8, 8\) without the batch: .*"):
         head_share(nn.Conv2d(3, 4, 3, padding=1), nn.Linear(5, 2), draw(2, 3, 8, 8))

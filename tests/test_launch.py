@@ -87,6 +87,8 @@ def test_a_taken_port_is_named() -> None:
         run_processes(greet, [None], port=99999)
 
 
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.usefixtures("own_random")
 def test_what_cannot_be_pickled_is_named() -> None:
     def local(rank: Rank, payload: object) -> None: ...
 

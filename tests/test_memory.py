@@ -41,6 +41,8 @@ from delock.run.worker import Worker
 from harness import every_method
 from harness import jobs as tiny_jobs
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 CPU = torch.device("cpu")
 NOTHING = StageBytes(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -234,6 +236,7 @@ def test_messages_in_use_lie_in_slots() -> None:
     assert replace(prepared, request=replace(request, workers="inline")).slots() is None
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("execution", [PLAIN, Execution(layout="channels-last"), Execution(amp="bf16")], ids=str)
 def test_what_is_observed_of_a_block(execution: Execution) -> None:
     """A residual block of 16 channels; what its graph holds beside x: conv, norm and relu, conv."""
@@ -284,6 +287,7 @@ def started(method: str | Method, **options: Any) -> Started:
     return next(event for event in told if isinstance(event, Started))
 
 
+@pytest.mark.usefixtures("own_random")
 def test_tables_show_the_prediction_beside_what_is_measured() -> None:
     before = started("fdg")
     assert all(stage.memory for stage in before.stages)
@@ -297,6 +301,7 @@ def test_tables_show_the_prediction_beside_what_is_measured() -> None:
     assert stage_table([report], [replace(big[0], memory=None)])[1][0][-1] == "-"
 
 
+@pytest.mark.usefixtures("own_random")
 def test_what_is_not_predicted_is_not_shown() -> None:
     """Free-running stages, and an optimizer of which nothing is known."""
     assert {stage.memory for stage in started(AsyncDGL(order="round-robin")).stages} == {None}

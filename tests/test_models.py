@@ -16,6 +16,8 @@ from delock.partition.stages import stages
 from harness import same_state
 from workloads import SMALL, digits
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 # --- models ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -57,6 +59,7 @@ def test_number_of_parameters_of_the_networks_with_heads_at_several_resolutions(
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32)])
 @pytest.mark.parametrize("name", [*SMALL, "torchvision/resnet18"])
 def test_every_model_takes_digits_and_cifar_and_every_parameter_learns(name, channels, size):
@@ -67,6 +70,7 @@ def test_every_model_takes_digits_and_cifar_and_every_parameter_learns(name, cha
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("name", ["resnet8", "wrn-16-4", "cnn", "mlp", "torchvision/resnet18"])
 def test_weights_are_a_function_of_the_seed_and_global_random_state_is_untouched(name):
     torch.manual_seed(1)
@@ -85,6 +89,7 @@ def test_initial_variance_is_hes():
     assert model.fc.bias.abs().max() == 0
 
 
+@pytest.mark.usefixtures("own_random")
 def test_option_a_shortcut_is_the_image_between_zeros():
     block = digits("resnet8").layer2[0]
     x = torch.randn(2, 16, 8, 8)
@@ -95,6 +100,7 @@ def test_option_a_shortcut_is_the_image_between_zeros():
     assert torch.equal(digits("resnet8").layer1[0].shortcut(x), x)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_resnet18_is_torchvisions_but_for_the_stem():
     from torchvision.models import resnet18
 
@@ -109,6 +115,7 @@ def test_resnet18_is_torchvisions_but_for_the_stem():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.usefixtures("own_random")
 def test_the_pools_of_the_plain_networks_halve_the_image_where_the_width_changes():
     def sides(name, size):
         h, seen = torch.randn(4, 3, size, size), []

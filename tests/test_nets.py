@@ -18,6 +18,8 @@ from delock.partition.stages import join_state, resolve_cuts, stages
 from harness import same_state
 from workloads import SMALL, digits
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 
 def prefixes(model):
     return [layer.prefix for layer in layers(model)]
@@ -41,6 +43,7 @@ def test_atoms_of_our_networks_are_stem_blocks_and_head():
     assert prefixes(digits("mlp")) == ["flatten", "hidden1", "hidden2", "hidden3", "fc"]
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_sequentials_children_are_atoms_and_only_children_are_looked_into():
     inner = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert prefixes(inner) == ["0", "1"]
@@ -51,6 +54,7 @@ def test_a_sequentials_children_are_atoms_and_only_children_are_looked_into():
     assert prefixes(nn.Sequential(nn.Linear(2, 2), relu, nn.Linear(2, 2), relu)) == ["0", "1", "2", "3"]  # one ReLU used twice
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_list_is_one_atom_per_element():
     parts = [nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 1)]
     assert prefixes(parts) == prefixes(tuple(parts)) == prefixes(nn.ModuleList(parts)) == ["0", "1"]
@@ -89,6 +93,7 @@ def test_a_model_that_cannot_be_cut_is_refused(model, says):
         layers(model)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_an_overridden_sequential_inside_is_one_atom():
     assert prefixes(nn.Sequential(Reversed(nn.Linear(2, 2), nn.ReLU()))) == ["0"]
 
@@ -165,6 +170,7 @@ def test_bad_cuts_are_refused(cuts, says):
         stages(found, cuts)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("name", [*SMALL, "torchvision/resnet18"])
 def test_stages_compute_what_the_model_computes_and_join_to_its_state(name):
     model = digits(name)
@@ -182,6 +188,7 @@ def test_stages_compute_what_the_model_computes_and_join_to_its_state(name):
     assert torch.equal(fresh.eval()(x), model.eval()(x))
 
 
+@pytest.mark.usefixtures("own_random")
 def test_original_names_every_parameter_and_buffer_and_survives_pickling():
     model = nn.Sequential(OrderedDict(a=nn.Linear(2, 2), b=nn.Sequential(nn.BatchNorm1d(2), nn.ReLU())))
     model.b[0].register_buffer("scratch", torch.zeros(1), persistent=False)
@@ -220,6 +227,7 @@ def tied(how):
     return nn.Sequential(OrderedDict(embed=embed, mid=nn.Linear(5, 5), head=head))
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("how", ["parameter", "memory"])
 def test_tied_weights_across_a_cut_are_refused_by_name(how):
     found = layers(tied(how))
@@ -229,6 +237,7 @@ def test_tied_weights_across_a_cut_are_refused_by_name(how):
         stages(found, [1, 2])
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_module_in_two_stages_is_refused_if_it_has_state_and_allowed_within_one():
     linear, norm, relu = nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False), nn.ReLU()
     with pytest.raises(UsageError, match=r"0\.weight \(stage 0\) and 1\.weight \(stage 1\)"):
@@ -253,6 +262,7 @@ def test_has_batch_norm():
     assert not has_batch_norm(nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm(2), nn.InstanceNorm2d(2)))
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(("name", "K"), [("resnet1202", 4), ("wrn-28-10", 2)])
 def test_the_deepest_and_the_widest_network_build_split_and_run(name, K):
     model = digits(name)

@@ -24,6 +24,8 @@ import oracles_ticks
 from chain import Chain, by_bp, layers, plain, seeded, sgd, stage, vectors
 from oracles import MakeOptimizer
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 # -- mixed -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -43,6 +45,7 @@ def parametrized(how: str) -> nn.Module:
     raise ValueError(how)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("how", ["weight_norm, old", "weight_norm", "spectral_norm, old", "orthogonal", "pruned"])
 def test_mixed_refuses_weights_that_are_derived(how: str) -> None:
@@ -128,6 +131,7 @@ def test_gradients_lie_in_memory_as_their_weights(optimizer: MakeOptimizer) -> N
     by_bp(modules, data, optimizer=optimizer)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("method", [BP(), FDG(), FDG(at="mixed"), FR()], ids=str)
 def test_frozen_weights_stay_and_pass_errors_on(method: Method) -> None:
     modules = [m.double() for m in layers(nn.Linear(4, 4))]
@@ -262,6 +266,7 @@ def test_any_schedule_is_stepped_once_per_update(schedule: Callable[[Any], Any])
         assert found == [wanted] * 3
 
 
+@pytest.mark.usefixtures("own_random")
 def test_what_cannot_be_stepped_by_a_stage_alone_is_refused() -> None:
     with pytest.raises(UsageError, match=r"LBFGS .* use another optimizer"):
         stage(nn.Linear(4, 4), optimizer=torch.optim.LBFGS)

@@ -20,6 +20,8 @@ from delock.errors import UsageError
 from delock.options import Compression, Execution, Placement, Report, Simulation
 from delock.timeline import Emulation, Slowdown
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 GROUPS = (Execution, Placement, Compression, Simulation, Report)
 TEXT = {"codec": "vq:dim=8", "error_codec": "bf16", "slow": "1:0.5", "emulate": "5:10"}  # of options that may be objects
 
@@ -40,6 +42,7 @@ def words(name: str, default: Any, kind: Any) -> list[str]:
     return [f"--{flag}", str(other)]
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_command_line_has_the_groups_themselves(group: type[Any]) -> None:
     """Each option of `fit`'s groups by its own name, in the same class."""
@@ -52,11 +55,13 @@ def test_the_command_line_has_the_groups_themselves(group: type[Any]) -> None:
         assert build(TrainConfig, flat(config), "again") == config
 
 
+@pytest.mark.usefixtures("own_random")
 def test_python_alone_replays() -> None:
     with pytest.raises(UsageError, match="there is no option --replay"):
         parse(TrainConfig, ["--replay", "x"], "train", "")
 
 
+@pytest.mark.usefixtures("own_random")
 def test_help_is_that_of_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(TrainConfig, ["--help"], "train", "")
@@ -102,6 +107,7 @@ def test_an_old_keyword_of_fit_names_the_new_spelling(name: str) -> None:
         fit(None, None, **{name: 1})  # type: ignore[call-overload]
 
 
+@pytest.mark.usefixtures("own_random")
 def test_the_old_name_of_an_option_is_one_error() -> None:
     for name, new in (("steps", "batches"), ("straggle", "slow"), ("turns", "order")):
         with pytest.raises(UsageError, match=f"there is no option --{name} any more: it is called --{new}"):

@@ -23,6 +23,8 @@ from delock.methods import AsyncDGL
 from harness import CPU
 from programs import torchrun
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 SMALL = ["--model", "mlp", "--limit", "256", "--batch-size", "32", "--test-batch-size", "512", "--no-pin"]
 FREE = ["--method", "dgl-async", "--stages", "3"]
 
@@ -139,6 +141,7 @@ def test_a_trace_that_is_damaged(copied: Path, damage: str, capsys: pytest.Captu
 # -- what is refused ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_folder_that_is_no_free_run(here: Path, ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said(2, ["replay"], capsys) == (
         "error: say first which run: delock replay RUN, with the folder of a run with --method dgl-async"
@@ -155,6 +158,7 @@ def test_a_folder_that_is_no_free_run(here: Path, ran: Path, capsys: pytest.Capt
     assert "lost holds no trace.jsonl" in said(2, ["replay", "lost"], capsys)
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -179,6 +183,7 @@ def test_bad_input(here: Path, words: str, expected: str, capsys: pytest.Capture
     assert not list(here.iterdir())
 
 
+@pytest.mark.usefixtures("own_random")
 def test_an_option_of_another_method(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "dgl has no option 'buffer'" in said(2, ["train", *SMALL, "--method", "dgl", "--buffer", "3"], capsys)
 
@@ -186,6 +191,7 @@ def test_an_option_of_another_method(here: Path, capsys: pytest.CaptureFixture[s
 # -- other ways to run -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("own_random")
 def test_rows_of_a_comparison_run_freely_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = ["--methods", "dgl,dgl-async,dgl-async:buffer=1:max_reuse=1", "--no-plain"]
     assert main(["compare", *SMALL, *methods, "--stages", "2", "--batches", "8", "--out", "c"]) == 0
@@ -201,6 +207,7 @@ def test_rows_of_a_comparison_run_freely_too(here: Path, capsys: pytest.CaptureF
     assert {path.name for path in Path("c").iterdir() if path.is_dir()} == {"dgl"}
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_comparison_refuses_turns_that_its_workers_cannot_take(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", *SMALL, "--no-plain", "--methods", "dgl,dgl-async"]
     assert "free-running stages need a process each" in said(2, [*words, "--workers", "inline"], capsys)
@@ -225,6 +232,7 @@ def test_ranks_of_torchrun_run_freely(here: Path, capsys: pytest.CaptureFixture[
     assert said(0, ["replay", "a"], capsys).endswith("16/16 updates: the weights equal those of the run, to the last bit")
 
 
+@pytest.mark.usefixtures("own_random")
 def test_ranks_of_torchrun_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them is a process of its own, so drawn turns are refused there, too, before anything is measured."""
     monkeypatch.setattr("delock.api.under_torchrun", lambda: True)

@@ -172,6 +172,8 @@ def target(descriptor: Path) -> str:
         return ""
 
 
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("kill", [False, True])
 def test_nothing_is_left_behind(tmp_path: Path, kill: bool) -> None:
     """Slots are memory without a name, which no program holds open: they are gone with the processes that use them."""
