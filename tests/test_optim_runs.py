@@ -89,6 +89,7 @@ def test_processes_equal_one_process(method: Method, optimizer: Any, schedule: A
     assert_equal(in_processes(made()), inline(made()))
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("optimizer", [muon(), soap(), scadamw(0.01), error_feedback(SGD(0.01)), error_feedback(muon())], ids=str)
 @pytest.mark.parametrize("method", [FDG(), ADL(4)], ids=str)
 @pytest.mark.parametrize("stop", [2, 5])

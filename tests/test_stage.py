@@ -74,6 +74,7 @@ class Probe(nn.Module):
         return x
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("method", [BP(), FR()], ids=str)
 def test_inputs_are_cloned_only_where_they_must_be(method: Method) -> None:
     clean, dirty = nn.Sequential(Probe(), nn.Linear(4, 4)), nn.Sequential(Probe(), nn.ReLU(inplace=True), nn.Linear(4, 4))
@@ -193,6 +194,7 @@ def test_a_saved_mixed_stage_must_have_been_built_for_it() -> None:
         checkpoint.state(chain.stages[0])
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_state_holds_each_version_of_the_weights_once() -> None:
     """Shared between its graphs before and after a trip through pickle."""
     chain = Chain(layers(), ADL(accumulate=3), vectors(12))
@@ -225,6 +227,7 @@ def steps(batch: int = 0, loss: int = 1) -> tuple[Step, Step]:
     return Step(Forward(batch), 0, 0, keep="graph", up=True), Step(Backward(batch, loss), 0, 0, last=True, down=True)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_an_error_holds_one_tensor_per_floating_input() -> None:
     forward, backward = steps()
     lower, upper = stage(Three(), 0, 2), stage(nn.Flatten(), 1, 2)

@@ -26,6 +26,8 @@ from delock.nets import generate, gpt, nats
 from delock.optim.factories import AdamW, decays
 from delock.records import EvaluationRecord, Started
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 TEXT = "the cat sat on the mat; the rat ate the hat.\n" * 60
 SIZE = ["--depth", "2", "--width", "16", "--attention-heads", "2", "--context", "16"]
 SMALL = ["--data", "text", "--text", "t.txt", *SIZE, "--batch-size", "8", "--workers", "inline", "--warmup", "2", "--lr", "0.01"]

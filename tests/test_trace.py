@@ -63,6 +63,7 @@ def test_trace_events(tmp_path: Path) -> None:
         assert waits / 1e6 == pytest.approx(sum(span.waited for span in column))
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(("method", "slow"), [("dgl", Slowdown(2.0, victim=1)), ("dgl", None), ("fdg", Slowdown(3.0, victim=0))], ids=str)
 def test_the_picture_forecasts_what_the_table_says(method: str, slow: Slowdown | None) -> None:
     """Heads and stragglers are in both."""
@@ -77,6 +78,7 @@ def test_the_picture_forecasts_what_the_table_says(method: str, slow: Slowdown |
     assert 8 * throughput(drawn) == pytest.approx(started.samples_per_second, rel=0.02)
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_traced_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(["train", "--model", "mlp", "--batches", "30", "--stages", "2", "--workers", "inline", "--trace", "--out", str(out)]) == 0
