@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 SERVER, TRACKER = b"multiprocessing.forkserver", b"multiprocessing.resource_tracker"  # processes that serve the whole session
-NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # pytest writes the one at every test, torch the other when it needs it
+NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "_TORCHINDUCTOR_")  # pytest writes the one at every test, torch when it compiles
+PATIENCE = 5.0  # seconds that a thread or a process may take to end
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class State:
     torch_random: torch.Tensor = field(default_factory=torch.get_rng_state)
     numpy_random: Any = field(default_factory=lambda: np.random.get_state(legacy=True))
     random: Any = field(default_factory=random.getstate)
-    environment: dict[str, str] = field(default_factory=lambda: {k: v for k, v in os.environ.items() if k not in NOT_OURS})
+    environment: dict[str, str] = field(default_factory=lambda: {k: v for k, v in os.environ.items() if not k.startswith(NOT_OURS)})
     threads: frozenset[threading.Thread] = field(default_factory=lambda: frozenset(threading.enumerate()))
     processes: frozenset[int] = field(default_factory=lambda: frozenset(children()))
     number_of_threads: int = field(default_factory=torch.get_num_threads)
@@ -83,9 +84,9 @@ def words_of(pid: int) -> bytes:
     return b""
 
 
-def soon(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Waits until something holds; False if it does not within a few seconds."""
-    deadline = time.monotonic() + seconds
+def soon(holds: Callable[[], bool]) -> bool:
+    """Waits until something holds; False if it does not for PATIENCE seconds."""
+    deadline = time.monotonic() + PATIENCE
     while not holds():
         if time.monotonic() > deadline:
             return False

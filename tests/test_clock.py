@@ -30,9 +30,9 @@ from delock.timeline import (
     warm_mean,
 )
 from delock.timeline.measures import at_once
-from oracles_clock import PlainClock
 from test_pattern import Counted, Mixed
 
+from oracles_clock import PlainClock
 from timings import EVERY
 
 METHODS = [*EVERY, Mixed()]

@@ -88,6 +88,7 @@ class Picky(nn.Module):
         return x
 
 
+@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(("slow", "fast"), [("default", "channels last"), ("channels-last", "default")])
 def test_auto_takes_the_faster_layout(slow: str, fast: str) -> None:
     data = Samples("image", 24, 8, torch.float32)

@@ -18,6 +18,8 @@ from workloads import WORK, Samples, batches, class_loss, mlp, sgd, warm_up, wei
 
 pytestmark = pytest.mark.usefixtures("own_random")
 
+pytestmark = pytest.mark.usefixtures("own_random")
+
 SEED = 3
 
 
@@ -51,7 +53,6 @@ def flat(run: OracleRun) -> list[torch.Tensor]:
 # Plain PyTorch --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(("name", "K"), [("conv", 1), ("tuple", 1), ("mlp", 1), ("mlp", 4)])
 def test_backprop_is_the_loop_everybody_writes(name, K):
     arguments = work(name, K)
@@ -165,7 +166,6 @@ def test_shrinking_compounds_down_the_stages(beta):
 # Staleness ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("M", [1, 2, 3, 4])
 @pytest.mark.parametrize("early", [False, True])
 def test_staleness_equals_the_closed_formulas(early, M):
@@ -186,7 +186,6 @@ def test_staleness_equals_the_closed_formulas(early, M):
             assert sum(seen[warm : warm + M]) / M == pytest.approx((d - e) / M)
 
 
-@pytest.mark.usefixtures("own_random")
 def test_staleness_of_the_examples():
     def last(K, M, early):
         data = [(torch.ones(2, 3), torch.zeros(2, 3))] * 24
@@ -257,7 +256,6 @@ def lock_step(stages, batches, loss, make_optimizer, make_schedule, seed, M, ear
     return [s.state_dict() for s in stages], losses, [o.state_dict() for o in optimizers]
 
 
-@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(("K", "M"), [(2, 1), (4, 1), (3, 2)])
 def test_the_pipeline_equals_the_sequential_loop(K, M, early):
@@ -277,7 +275,6 @@ def test_the_deque_equals_the_loop_that_overwrites(name, D, M, early):
     assert gap(ticks.states, delayed(**arguments, at="stash").states) > 1e-5
 
 
-@pytest.mark.usefixtures("own_random")
 def test_mixed_is_old_activations_and_masks_with_weights_of_now():
     """The definition, by hand: dW_l = delta_l^T h_{l-1}(old); delta_{l-1} = mask_{l-1}(old) * W_l(now)^T delta_l."""
     torch.manual_seed(0)
@@ -326,7 +323,6 @@ def test_impossible_lags_are_refused():
         mixed_deque(**work("mlp", 3), delays=[1, 2, 0])
 
 
-@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_unified_sgd_is_torch_s_while_the_rate_stands(nesterov):
     """z_0 = w_0 is torch's empty buffer; w are torch's weights: s = 0 its momentum, s = 1 its nesterov. When the rate changes
