@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 
 import delock
 from delock.api import MOVED, fit
@@ -17,6 +18,7 @@ from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, build, flat, resolve, toml
 from delock.codecs import BF16, VQ
 from delock.errors import UsageError
+from delock.execution import apply
 from delock.options import Compression, Execution, Placement, Report, Simulation
 from delock.timeline import Emulation, Slowdown
 
@@ -124,3 +126,50 @@ def test_the_file_of_an_older_run_still_loads(tmp_path: Path) -> None:
     config = resolve(build(TrainConfig, toml.read(tmp_path / "config.toml"), "config.toml"))
     assert (config.algorithm.order, config.training.batches, config.simulation.slow) == ("sampled", 7, "1:0.5")
     assert (config.execution, config.placement) == (Execution(), Placement(threads=2))
+
+
+@pytest.mark.parametrize(
+    ("group", "given", "words"),
+    [
+        (Execution, {"chunks": "2"}, "chunks is '2', but it must be a whole number"),
+        (Execution, {"chunks": 1.5}, "chunks is 1.5, but it must be a whole number"),
+        (Execution, {"compile": None}, "compile is None, but it must be True or False"),
+        (Placement, {"threads": True}, "threads is True, but it must be a whole number"),
+        (Placement, {"patience": "5"}, "patience is '5', but it must be a number"),
+        (Simulation, {"slow": 0.5}, "slow is 0.5, but it must be a delock.Slowdown or text or None"),
+        (Simulation, {"replay": "trace"}, "replay is 'trace', but it must be a sequence or None"),
+        (Report, {"log_every": 1.5}, "log_every is 1.5, but it must be a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_named(group: type[Any], given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)):
+        group(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"execution": Placement()}, "execution is Placement("),
+        ({"compression": "int8"}, "compression is 'int8', but it must be a delock.Compression"),
+        ({"report": None}, "report is None, but it must be a delock.Report"),
+        ({"batches": 2.5}, "batches is 2.5, but it must be a whole number or None"),
+        ({"stages": "2"}, "stages is '2', but it must be a whole number or None"),
+        ({"method": delock.FDG}, "it must be a method of delock.methods, as delock.FDG()"),
+        ({"optimizer": torch.optim.SGD([torch.ones(1)])}, "functools.partial(torch.optim.SGD, lr=0.1)"),
+    ],
+)
+def test_fit_names_an_argument_of_another_type(given: dict[str, Any], words: str) -> None:
+    usual: dict[str, Any] = {"loss": torch.nn.functional.mse_loss, "optimizer": torch.optim.SGD, "batches": 1, "workers": "inline"}
+    with pytest.raises(UsageError, match=re.escape(words)):
+        fit(torch.nn.Sequential(torch.nn.Linear(1, 1)), [(torch.ones(2, 1), torch.ones(2, 1))], **usual | given)
+
+
+def test_more_chunks_than_samples_are_as_many_as_samples() -> None:
+    seen: list[int] = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return x
+
+    assert torch.equal(apply(Execution(chunks=10**18), layer, x := torch.ones(3, 2), torch.device("cpu")), x)
+    assert seen == [1, 1, 1]

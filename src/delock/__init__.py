@@ -12,7 +12,7 @@ from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, AsyncDGL, G
 from delock.records import Result
 
 if TYPE_CHECKING:
-    from delock import codecs, data, draw, nets, options, plan, recipes, timeline
+    from delock import codecs, data, draw, nets, optim, options, plan, recipes, timeline
     from delock.api import fit
     from delock.codecs import BF16, INT8, VQ
     from delock.options import Compression, Execution, Placement, Report, Simulation
@@ -54,6 +54,7 @@ __all__ = [
     "fit",
     "methods",
     "nets",
+    "optim",
     "options",
     "plan",
     "recipes",

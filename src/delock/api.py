@@ -19,7 +19,7 @@ from delock.launch.torchrun import run_torchrun, under_torchrun
 from delock.methods import Method, make
 from delock.options import Compression, Execution, Placement, Report, Simulation
 from delock.records import Event, Result, Started
-from delock.run.checks import refuse_replay, refuse_uncapturable, refuse_wrong_link
+from delock.run.checks import refuse_replay, refuse_uncapturable, refuse_wrong_link, refuse_wrong_types
 from delock.run.collect import collect
 from delock.run.inline import run_inline
 from delock.run.job import StageResult
@@ -152,6 +152,7 @@ def fit(
 
 def _check(request: Request) -> None:
     """Refuses what can be seen before anything is measured."""
+    refuse_wrong_types(request)
     backend_for(request.device, None, 1)
     refuse_wrong_link(request.method, request.placement.link, request.device)
     if request.execution.captured:

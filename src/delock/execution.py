@@ -46,8 +46,9 @@ def apply(execution: Execution, module: Callable[[Value], Value], given: Value, 
     with precision(execution, device):
         if execution.chunks == 1 or (rows := len(tensors(given)[0])) < 2:
             return module(given)
-        edges = [rows * i // execution.chunks for i in range(execution.chunks + 1)]
-        return _joined([module(_slice(given, a, b, rows)) for a, b in pairwise(edges) if a < b])
+        count = min(execution.chunks, rows)
+        edges = [rows * i // count for i in range(count + 1)]
+        return _joined([module(_slice(given, a, b, rows)) for a, b in pairwise(edges)])
 
 
 def precision(execution: Execution, device: torch.device) -> AbstractContextManager[object]:

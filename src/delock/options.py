@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Literal
+from numbers import Integral, Real
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from delock.codecs import Codec, parse, parse_error
 from delock.errors import UsageError
@@ -18,6 +19,43 @@ from delock.records import Visit
 from delock.timeline import Emulation, Slowdown, straggler
 
 PYTHON_ONLY = MappingProxyType({"flag": False})  # metadata of a field that no text can say
+WORDS = MappingProxyType({int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"})
+
+
+def check_types(values: object, names: Sequence[str] = ()) -> None:
+    """Raises UsageError for an attribute with a value of another type than its class declares; names: those to look at, by default all."""
+    kinds = get_type_hints(type(values))
+    for name in names or kinds:
+        if not fits(value := getattr(values, name), kinds[name]):
+            raise UsageError(f"{name} is {value!r}, but it must be {in_words(kinds[name])}")
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Returns whether a value is of a declared type. Entries of a sequence are not looked at, nor which text a literal may be."""
+    match get_origin(kind):
+        case origin if origin in (Union, UnionType):
+            return any(fits(value, one) for one in get_args(kind))
+        case origin if origin is Literal:
+            return isinstance(value, str)
+        case None if kind in (int, float):
+            return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        case None:
+            return isinstance(value, kind)
+        case origin:
+            return isinstance(value, origin) and not isinstance(value, str)
+
+
+def in_words(kind: Any) -> str:
+    """Returns a declared type in the words of an error message."""
+    match get_origin(kind):
+        case origin if origin in (Union, UnionType):
+            return " or ".join(in_words(one) for one in get_args(kind))
+        case origin if origin is Literal:
+            return f"one of {', '.join(get_args(kind))}"
+        case None:
+            return WORDS.get(kind) or f"a delock.{kind.__name__}"
+        case _:
+            return "a sequence"
 
 
 @dataclass(frozen=True)
@@ -36,6 +74,7 @@ class Execution:
     """With device cuda and workers inline: every tick as a CUDA graph, the stages on streams of one GPU. Experimental."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         one_of("amp", self.amp, ("no", "bf16"))
         one_of("layout", self.layout, ("default", "channels-last", "auto"))
         at_least("chunks", self.chunks, 1)
@@ -57,6 +96,7 @@ class Placement:
     """Seconds without any progress after which the run is ended, more where one op is measured to take long; 0 is never."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         at_least("threads", self.threads, 1)
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port}, but it must lie in 0 .. 65535")
@@ -74,6 +114,7 @@ class Compression:
     """Codec of errors: none, bf16 or int8."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _ = self.activations, self.errors  # raise UsageError for what does not exist
 
     @property
@@ -99,6 +140,7 @@ class Simulation:
     """The visits of every stage in an earlier free-running run, from its VisitsRecords: with workers inline they are done again."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         _ = self.waits
         self.straggler(10**9, 0)
 
@@ -122,4 +164,5 @@ class Report:
     """Keep the measured timeline: on the command line for Perfetto, as a picture, and as a table of where the time went."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         at_least("log_every", self.log_every, 1)

@@ -10,10 +10,27 @@ from torch import nn
 from delock.errors import UsageError
 from delock.links.connect import refuse_link
 from delock.methods import Method
+from delock.options import check_types
 from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.plan import check, unroll
 from delock.run.request import Request
+
+PLAIN = ("stages", "epochs", "batches", "eval_every", "clip", "seed", "device")
+GROUPS = ("execution", "placement", "compression", "simulation", "report")
+
+
+def refuse_wrong_types(request: Request) -> None:
+    """Raises UsageError for a number, a text, a group of options, a method or a factory that is something else."""
+    check_types(request, (*PLAIN, *GROUPS))
+    if not isinstance(request.method, Method):
+        raise UsageError(f"method is {request.method!r}, but it must be a method of delock.methods, as delock.FDG(), or its name")
+    if not callable(request.optimizer):
+        kind = type(request.optimizer).__name__
+        raise UsageError(
+            f"optimizer is a {kind}, but every stage makes its own: give a function of its parameters, "
+            f"as functools.partial(torch.optim.{kind if isinstance(request.optimizer, torch.optim.Optimizer) else 'SGD'}, lr=0.1)"
+        )
 
 
 def refuse_wrong_link(method: Method, link: str, device: str) -> None:
