@@ -120,3 +120,10 @@ def _shape(tree: Tree, leaves: list[Tensor]) -> Any:
     if tree is None or isinstance(tree, bool | int | float | str):
         return ("c", repr(tree), tree)  # repr, because 1, 1.0 and True are equal, and layouts are looked up by equality
     raise UsageError(f"a {type(tree).__name__} cannot travel between stages: use tensors in tuples, lists and dicts with string keys")
+
+
+def refuse_many_numbers(loss: object) -> None:
+    """Raises UsageError for a loss that is not a tensor with one number."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise UsageError(f"the loss must be one number for a batch, but loss(outputs, targets) returned {shape}; take its mean")

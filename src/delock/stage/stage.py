@@ -20,7 +20,7 @@ from delock.stage.in_flight import InFlight
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
 from delock.stage.module import ModuleFunction, Weights, copies, refuse_derived_weights
 from delock.stage.split_backward import Gradients, gradients, joint_backward, split_backward
-from delock.tensors import Tree, Value, floating, leaves_of, like, with_leaves
+from delock.tensors import Tree, Value, floating, leaves_of, like, refuse_many_numbers, with_leaves
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -283,9 +283,7 @@ def _error(held: InFlight, passed_on: Gradients) -> Message:
 
 
 def _refuse_loss(loss: Any, outputs: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise UsageError(f"the loss must be one number for a batch, but loss(outputs, targets) returned {shape}; take its mean")
+    refuse_many_numbers(loss)
     differentiable = isinstance(outputs, Tensor | tuple) and any(h.requires_grad for h in floating(outputs))
     if differentiable and not loss.requires_grad:
         raise UsageError("the loss cannot be differentiated: compute it from the outputs by torch's own functions")
