@@ -179,7 +179,7 @@ class MachineOptions:
     """The processes and the devices. Under torchrun the ranks it gives are used, one per stage."""
 
     workers: Literal["processes", "inline"] = "processes"
-    """A process per stage, or all stages in this one: the numbers are the same."""
+    """A process per stage, or all stages in this one: with the same cuts the numbers are the same."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
 
