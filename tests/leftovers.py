@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 SERVER, TRACKER = b"multiprocessing.forkserver", b"multiprocessing.resource_tracker"  # processes that serve the whole session
 # What others write: pytest at every test, torch when it compiles, scikit-learn when it is imported.
-NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "KMP_")
 PATIENCE = 5.0  # seconds that a thread or a process may take to end
 
 
