@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -46,3 +51,22 @@ def test_the_benchmarks_of_this_checkout_are_listed(capsys: pytest.CaptureFixtur
     assert main(["bench"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert {"throughput", "depth", "stragglers", "slowdown", "slowdown/speed", "overhead", "interlocking/periods"} <= set(listed)
+
+
+def _has(module: ModuleType, name: str) -> bool:
+    return hasattr(module, name) or find_spec(f"{module.__name__}.{name}") is not None
+
+
+def missing(program: str) -> Iterator[str]:
+    """Yields the names that a program imports from delock and that are not there."""
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "delock":
+            module = importlib.import_module(node.module or "")
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if not _has(module, alias.name))
+
+
+def test_what_benchmarks_and_examples_import_is_there() -> None:
+    root = Path(__file__).parent.parent
+    found = [name for folder in ("benchmarks", "examples") for path in (root / folder).rglob("*.py") for name in missing(path.read_text())]
+    assert found == []
+    assert list(missing("from delock.plan import unroll, never")) == ["delock.plan.never"]

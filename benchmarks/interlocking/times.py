@@ -23,11 +23,12 @@ import delock
 from delock.data import Loader, load, load_text
 from delock.nets import build, gpt, nats
 from delock.records import Event, Started, StepRecord
+from delock.stage import Loss
 
 STEPS, WARM, K = 48, 16, 4
 
 
-def row(name: str, n: int, model: torch.nn.Module, data: Loader, cuts: list[int | str], head: str, loss: delock.api.Loss) -> str:
+def row(name: str, n: int, model: torch.nn.Module, data: Loader, cuts: list[int | str], head: str, loss: Loss) -> str:
     """Runs STEPS batches and returns times in milliseconds."""
     reported: list[Event] = []
     delock.fit(

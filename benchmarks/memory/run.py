@@ -135,7 +135,7 @@ def resident(rank: Rank, job: StageJob) -> int:
 
 def served(rank: Rank, payload: None) -> str:
     """Returns the allocator of a stage's process."""
-    return allocator.allocator()
+    return allocator.in_use()
 
 
 Cuts = dict[str, tuple[int, ...]]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from delock.engine.feed import Feed
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links import Link, Message, MessageKind, MessageName
-from delock.links.connect import LinkKind, connect
+from delock.links.connect import connect
 from delock.links.mailbox import Mailbox
 from delock.methods import BP
 from delock.plan import unroll
@@ -34,7 +35,7 @@ from delock.stage import Stage
 
 BATCHES, ROUNDS = 300, 15
 SIZES = {64 << 10: 400, 1 << 20: 200, 8 << 20: 50}  # bytes of a tensor -> messages there and back in a round
-KINDS: tuple[LinkKind, ...] = ("gloo", "shared")
+KINDS: tuple[Literal["gloo", "shared"], ...] = ("gloo", "shared")
 SGD = partial(torch.optim.SGD, lr=0.01)
 
 

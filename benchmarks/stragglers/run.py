@@ -16,7 +16,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -28,7 +28,6 @@ from torch.nn.functional import cross_entropy
 
 import delock
 from delock.data import as_loader
-from delock.links.connect import LinkKind
 from delock.methods import Method, spelled
 from delock.ops import Backward
 from delock.plan import unroll
@@ -37,7 +36,7 @@ from delock.timeline import Costs, Emulation, Slowdown, capacities, simulate
 
 K, FORWARD, BACKWARD = 4, 0.12, 0.24  # seconds
 ROWS, FEATURES, STEPS, WARM = 128, 2048, 50, 10
-LINK: LinkKind = "shared"  # holds as many messages as the simulator says; gloo holds as many again at the other end
+LINK: Literal["shared"] = "shared"  # holds as many messages as the simulator says; gloo holds as many again at the other end
 LONG = 20  # steps of those that take a second and more for each
 EXTRA = (0.0, 0.2, 0.5, 1.0, 1.5)
 METHODS: tuple[Method, ...] = (
