@@ -89,7 +89,7 @@ def floors(text: str) -> dict[str, int]:
 def not_downward(package: Sources, floor: Mapping[str, int]) -> list[str]:
     """Imports that run up or along a floor, and units that are not in the table, or no longer."""
     units = {unit(file) for file in package}
-    found = [f"{name}: in CONTRIBUTING's table or in the package, but not in both" for name in sorted(units - set(floor))]
+    found = [f"{name}: in CONTRIBUTING's table or in the package, but not in both" for name in sorted(units ^ set(floor))]
     pairs = [(file, other) for file, others in graph(package).items() for other in sorted(others) if unit(file) != unit(other)]
     height = {file: floor.get(unit(file), 0) for file in package}
     return found + [f"{a} (floor {height[a]}) imports {b} (floor {height[b]})" for a, b in pairs if height[b] >= height[a]]

@@ -16,7 +16,7 @@ from laws import PACKAGE, ROOT, sources
 
 LIGHT = (
     *("delock", "delock.ops", "delock.plan", "delock.methods", "delock.codecs", "delock.timeline", "delock.records"),
-    *("delock.draw", "delock.cli"),
+    *("delock.options", "delock.draw", "delock.cli"),
 )
 HEAVY = ("torch", "torchvision", "matplotlib", "sklearn")
 LONGEST = {"src": 350, "examples": 350, "benchmarks": 350, "tests": 400}  # lines of a file
@@ -38,6 +38,10 @@ def none(found: list[str]) -> None:
 
 def test_an_import_runs_down() -> None:
     none(laws.not_downward(FILES, laws.floors((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))))
+
+
+def test_no_files_import_each_other() -> None:
+    none([" <-> ".join(circle) for circle in laws.circles(FILES)])
 
 
 def test_methods_know_only_ops() -> None:
@@ -76,9 +80,17 @@ def test_the_package_has_few_rooms() -> None:
     assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 30
 
 
+def test_a_name_is_given_once() -> None:
+    none(laws.same_basenames(FILES) + laws.same_classes(FILES))
+
+
 def test_every_file_says_what_it_is() -> None:
     """In its first line: no comment, no blank line comes before the docstring."""
     none([file for file, tree in EVERYWHERE.items() if not ast.get_docstring(tree) or tree.body[0].lineno > 1])
+
+
+def test_a_docstring_is_a_sentence() -> None:
+    none([f"{file}:{line}" for file, tree in EVERYWHERE.items() for line in laws.questions(tree)])
 
 
 def test_no_file_is_long() -> None:
@@ -145,7 +157,7 @@ def test_the_laws_can_be_broken() -> None:
     assert laws.not_downward(up, below) == ["plan/a.py (floor 1) imports cli/x.py (floor 2)"]
     along = package(ops="", plan__a="from delock import ops", cli__x="")
     assert laws.not_downward(along, below) == ["plan/a.py (floor 1) imports ops.py (floor 1)"]
-    assert len(laws.not_downward(package(ops="", new__x="", cli__x=""), below)) == 1  # `new` has no floor
+    assert len(laws.not_downward(package(ops="", new__x="", cli__x=""), below)) == 2  # `new` has no floor, `plan` is gone
 
     typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from delock.b import B"
     assert laws.circles(package(a=typed, b="from delock.c import C", c="import delock.a", d="import delock.a")) == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 
@@ -41,11 +43,13 @@ def assert_close(got: list[StageResult], want: OracleRun) -> None:
     assert oracles.gap(torch.tensor(got[-1].losses, dtype=torch.float64), torch.stack(want.losses).double()) <= 1e-10
 
 
-DELAYED = [
-    (work, K, method)
-    for work in ("conv", "tuple")
-    for K in range(1, 6)
-    for method in (
+def by_turns(methods: Callable[[int], Sequence[Method]]) -> list[tuple[str, int, Method]]:
+    """Every pair of a method and a number of stages, on one workload and the other by turns: every pair of these and a workload, too."""
+    return [(("conv", "tuple")[(K + i) % 2], K, method) for K in range(1, 6) for i, method in enumerate(methods(K))]
+
+
+def delayed(K: int) -> Sequence[Method]:
+    return (
         DDG(),
         FR(),
         *(FDG(beta=beta, at=at, order=order) for beta in (1.0, 0.5) for at in ("stash", "mixed") for order in ORDERS),
@@ -57,17 +61,17 @@ DELAYED = [
         ),
         papers.uneven_dsp(K),
     )
-]
 
 
-@pytest.mark.parametrize(("work", "K", "method"), DELAYED, ids=lambda value: str(value))
+@pytest.mark.parametrize(("work", "K", "method"), by_turns(delayed), ids=str)
 def test_delayed(work: str, K: int, method: Method) -> None:
     assert_close(run(method, K, work), oracle(method, K, work, **papers.oracle_options(method, K)))
 
 
-@pytest.mark.parametrize("work", ["conv", "tuple"])
-@pytest.mark.parametrize("K", range(1, 6))
-@pytest.mark.parametrize("method", [BP(), BP(2), BP(3), GPipe(1), GPipe(3), OneFOneB(2), OneFOneB(3), OneFOneB(4)], ids=str)
+SYNCHRONOUS = (BP(), BP(2), BP(3), GPipe(1), GPipe(3), OneFOneB(2), OneFOneB(3), OneFOneB(4))
+
+
+@pytest.mark.parametrize(("work", "K", "method"), by_turns(lambda K: SYNCHRONOUS), ids=str)
 def test_synchronous(work: str, K: int, method: Method) -> None:
     assert_close(run(method, K, work), oracle(method, K, work, accumulate=method.micro_batches))
 
