@@ -65,7 +65,6 @@ def test_processes_equal_one_process(method: Method) -> None:
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.usefixtures("own_random")
 def test_what_travels_is_as_small_as_what_is_computed() -> None:
     data, told = Samples("image", 24, 8, torch.float32), []
     for execution in (Execution(), BOTH):

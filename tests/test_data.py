@@ -198,7 +198,6 @@ GENERATORS = {
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_own_data_is_a_function_of_seed_epoch_and_batch(kind):
     one, two = (as_loader(GENERATORS[kind](), seed=1) for _ in range(2))
@@ -216,7 +215,6 @@ def test_own_data_is_a_function_of_seed_epoch_and_batch(kind):
     assert len({row for x, _ in want[0] for row in x[:, 1].tolist()}) == 10  # a new number for each sample
 
 
-@pytest.mark.usefixtures("own_random")
 @pytest.mark.usefixtures("own_random")
 def test_the_process_goes_on_with_its_own_random_numbers():
     def draws(batches):

@@ -46,7 +46,6 @@ def test_windows_in_processes() -> None:
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize(
     "method",

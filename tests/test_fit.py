@@ -6,7 +6,6 @@ import itertools
 import os
 import random
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from delock.options import Placement, Report
 from delock.records import EvaluationRecord, Event, Started, StepRecord
 
 from points import CLASSES, SGD, broken_loss, fit, hits, network, same, test_data, train_data, weighted, weights
-from programs import torchrun
 
 pytestmark = pytest.mark.usefixtures("own_random")
 
@@ -208,39 +206,3 @@ def test_threads_are_given_back_after_a_failure() -> None:
         fit(loss=broken_loss, placement=Placement(threads=2))
     assert torch.get_num_threads() == 1
     assert torch.equal(torch.get_rng_state(), state)
-
-
-# -- bad input ---------------------------------------------------------------------------------------------------------------------
-
-
-# -- torchrun ----------------------------------------------------------------------------------------------------------------------
-
-SCRIPT = f"""
-import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from points import CLASSES, SGD, hits, network, test_data, train_data, weighted
-import delock
-from delock.methods import ADL
-
-model, heard = network(), []
-result = delock.fit(model, train_data(), test_data(), loss=weighted, method=ADL(2), optimizer=SGD, epochs=2, metrics={{"hits": hits}},
-                    cuts=[4], on_event=heard.append)
-seen = {{"state": model.state_dict(), "result": repr(result), "losses": result.losses, "heard": [type(e).__name__ for e in heard]}}
-torch.save(seen, sys.argv[1] + os.environ["RANK"])
-"""
-
-
-def test_torchrun_gives_every_rank_the_same_result_and_all_weights(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    done = torchrun(script, str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"out{rank}") for rank in range(2))
-    model, result = fit(test=test_data(), method=ADL(2), metrics={"hits": hits}, cuts=[4])
-    for there in (first, second):
-        assert all(torch.equal(value, there["state"][name]) for name, value in model.state_dict().items())
-        assert there["losses"] == result.losses
-    assert first["result"] == second["result"]
-    assert first["heard"] == ["Started", "EvaluationRecord", "StepRecord", "EvaluationRecord"]
-    assert second["heard"] == []

@@ -225,7 +225,6 @@ def test_a_run_that_was_cut_off_is_done_again_as_far_as_it_goes(traced: tuple[li
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.usefixtures("own_random")
 def test_turns_of_another_number_of_stages() -> None:
     net, data = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), [(torch.randn(6, 4), torch.randint(2, (6,)))]
     with pytest.raises(UsageError, match="visits of 3 stages cannot be done again by 2"):
@@ -259,7 +258,6 @@ class Trouble(nn.Module):
         return x
 
 
-@pytest.mark.usefixtures("own_random")
 @pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize(
     ("how", "expected"),

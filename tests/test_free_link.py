@@ -257,7 +257,6 @@ def test_a_program_that_ends_early_ends_the_threads(neighbours: Neighbours, monk
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.usefixtures("own_random")
 def test_a_link_that_takes_nothing_holds_nobody_up(neighbours: Neighbours) -> None:
     """Stage 1 of 3 trains to its end, with the first two activations alone on their way, and does not compute what nobody can be given."""
     made = jobs("conv", 3, AsyncDGL(1), epochs=20, evaluate=False)

@@ -67,7 +67,6 @@ def test_a_token_changes_nothing_before_it(place):
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.usefixtures("own_random")
 def test_attention_is_softmax_over_the_places_seen():
     block = Block(6, heads=3, dropout=0.0).double()
     x = torch.randn(2, 5, 6, dtype=torch.float64, generator=fresh())

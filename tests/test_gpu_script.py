@@ -84,7 +84,6 @@ def test_wheels_bring_what_python_lacks_and_nothing_else(script: ModuleType, tmp
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("precision", ["single", "bf16"])
 def test_the_benchmarks_contenders_run(precision: str) -> None:
     """Each can be built, and runs a turn of three batches, on a CPU, where nothing is captured."""

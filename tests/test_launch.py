@@ -88,7 +88,6 @@ def test_a_taken_port_is_named() -> None:
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.usefixtures("own_random")
 def test_what_cannot_be_pickled_is_named() -> None:
     def local(rank: Rank, payload: object) -> None: ...
 

@@ -80,7 +80,6 @@ def test_a_slot_that_is_used_too_early_would_be_noticed(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.usefixtures("own_random")
 def test_a_slot_takes_messages_of_any_layout_in_turn() -> None:
     """As long, but of other dtypes, shapes and strides; and a message without tensors, whose slot is free at once."""
     lower, upper = pair()

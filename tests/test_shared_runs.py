@@ -30,7 +30,6 @@ from delock.run.job import StageJob, StageResult
 from delock.run.ranks import run_rank
 
 from harness import CPU, assert_equal, in_processes, in_the_same_processes, inline, jobs
-from programs import torchrun
 from workloads import Samples, class_loss, mlp, sgd
 
 pytestmark = pytest.mark.skipif(connecting._host() is None, reason="no shared memory between processes here")
@@ -116,34 +115,11 @@ def test_training_over_both_kinds() -> None:
     assert_equal(got, inline(jobs("tuple", 3, method)))
 
 
-SCRIPT = f"""
-import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch
-from test_shared_runs import trained
-
-result, state = trained("shared")
-torch.save((state, result.losses), sys.argv[1] + os.environ["RANK"])
-"""
-
-
 def trained(link: str, **more: Any) -> Any:
     model, data = nn.Sequential(*mlp(5, torch.float32)), Samples("vector", 40, 8, torch.float32)
     placement = Placement(link=link)
     result = fit(model, data, data, loss=class_loss, method=FDG(), optimizer=sgd, cuts=[2], epochs=2, placement=placement, **more)
     return result, model.state_dict()
-
-
-def test_under_torchrun(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    done = torchrun(script, str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
-    result, expected = trained("gloo", workers="inline")
-    for rank in range(2):
-        state, losses = torch.load(tmp_path / f"out{rank}")
-        assert losses == result.losses
-        assert all(torch.equal(value, state[name]) for name, value in expected.items())
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------------------
@@ -172,7 +148,6 @@ def target(descriptor: Path) -> str:
         return ""
 
 
-@pytest.mark.usefixtures("own_random")
 @pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("kill", [False, True])
 def test_nothing_is_left_behind(tmp_path: Path, kill: bool) -> None:

@@ -3,58 +3,119 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 from delock.launch.torchrun import under_torchrun
+from delock.links.connect import _host
+from delock.methods import ADL
+from test_shared_runs import trained
 
-import programs
+from points import fit, hits, test_data
+from programs import torchrun
 
-UNDER_TORCHRUN = f"""
+WELL = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from ranks import greet, raise_in_one
+import torch
+import delock
 from delock.launch.torchrun import run_torchrun, under_torchrun
+from delock.links.connect import _host
+from delock.methods import ADL
+from points import SGD, hits, network, test_data, train_data, weighted
+from ranks import greet
+from test_shared_runs import trained
 
 assert under_torchrun()
-if sys.argv[1] == "greet":
-    for run in range(2):  # one program may train twice
-        events = []
-        results = run_torchrun(greet, lambda rank: f"for {{rank}}", on_event=lambda rank, event: events.append((rank, event)))
-        sys.stdout.write(f"results {{results}}\\n")  # whole: print writes piece by piece here, and the ranks write to one pipe
-        if os.environ["RANK"] == "0":
-            for rank in range(2):
-                sys.stdout.write(f"events {{rank}} {{[event for of, event in events if of == rank and event[0] != 'pid']}}\\n")
-        else:
-            assert not events
-else:
-    run_torchrun(raise_in_one, lambda rank: sys.argv[1], patience=2.0)
+for run in range(2):  # one program may train more than once
+    events = []
+    results = run_torchrun(greet, lambda rank: f"for {{rank}}", on_event=lambda rank, event: events.append((rank, event)))
+    sys.stdout.write(f"results {{results}}\\n")  # whole: print writes piece by piece here, and the ranks write to one pipe
+    if os.environ["RANK"] == "0":
+        for rank in range(2):
+            sys.stdout.write(f"events {{rank}} {{[event for of, event in events if of == rank and event[0] != 'pid']}}\\n")
+    else:
+        assert not events
+
+model, heard = network(), []
+result = delock.fit(model, train_data(), test_data(), loss=weighted, method=ADL(2), optimizer=SGD, epochs=2, metrics={{"hits": hits}},
+                    cuts=[4], on_event=heard.append)
+seen = {{"state": model.state_dict(), "result": repr(result), "losses": result.losses, "heard": [type(e).__name__ for e in heard]}}
+shared, state = trained("shared" if _host() is not None else "auto")
+torch.save((seen, (state, shared.losses)), sys.argv[1] + os.environ["RANK"])
+"""
+ILL = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from ranks import raise_in_one
+from delock.launch.torchrun import run_torchrun
+
+run_torchrun(raise_in_one, lambda rank: sys.argv[1], patience=2.0)
 """
 
 
-def torchrun(tmp_path: Path, what: str) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "script.py"
-    script.write_text(UNDER_TORCHRUN)
-    return programs.torchrun(script, what)
+@dataclass
+class Launched:
+    """One program under torchrun for several tests: its lines, and the results of `fit` on each rank, over gloo and over shared memory."""
+
+    lines: list[str]
+    seen: list[dict[str, Any]]
+    shared: list[tuple[dict[str, Any], list[float]]]
 
 
-def test_torchrun_gives_every_rank_the_results_and_rank_0_all_events(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "greet")
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    folder = tmp_path_factory.mktemp("torchrun")
+    (folder / "script.py").write_text(WELL)
+    done = torchrun(folder / "script.py", str(folder / "out"))
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines.count("results [(0, 1, 'for 0'), (1, 1, 'for 1')]") == 4
+    seen, shared = zip(*(torch.load(folder / f"out{rank}") for rank in range(2)), strict=True)
+    return Launched(done.stdout.splitlines(), list(seen), list(shared))
+
+
+def test_torchrun_gives_every_rank_the_results_and_rank_0_all_events(launched: Launched) -> None:
+    assert launched.lines.count("results [(0, 1, 'for 0'), (1, 1, 'for 1')]") == 4
     for rank in range(2):
-        assert lines.count(f"events {rank} [('step', 0), ('step', 1), ('step', 2)]") == 2
+        assert launched.lines.count(f"events {rank} [('step', 0), ('step', 1), ('step', 2)]") == 2
+
+
+def test_fit_gives_every_rank_the_same_result_and_all_weights(launched: Launched) -> None:
+    model, result = fit(test=test_data(), method=ADL(2), metrics={"hits": hits}, cuts=[4])
+    first, second = launched.seen
+    for there in (first, second):
+        assert all(torch.equal(value, there["state"][name]) for name, value in model.state_dict().items())
+        assert there["losses"] == result.losses
+    assert first["result"] == second["result"]
+    assert first["heard"] == ["Started", "EvaluationRecord", "StepRecord", "EvaluationRecord"]
+    assert second["heard"] == []
+
+
+@pytest.mark.skipif(_host() is None, reason="no shared memory between processes here")
+def test_fit_over_shared_memory(launched: Launched) -> None:
+    result, expected = trained("gloo", workers="inline")
+    for state, losses in launched.shared:
+        assert losses == result.losses
+        assert all(torch.equal(value, state[name]) for name, value in expected.items())
+
+
+def ill(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "script.py").write_text(ILL)
+    return torchrun(tmp_path / "script.py", how)
 
 
 def test_a_failing_rank_under_torchrun_is_told_once(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "error")
+    done = ill(tmp_path, "error")
     assert done.returncode != 0
     assert "error: stage 1 failed in F12 (epoch 1, batch 3): ZeroDivisionError: the culprit's own words" in done.stderr
     assert "error: stage 0" not in done.stderr
 
 
 def test_a_rank_that_hangs_under_torchrun_shows_its_stack(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "hang")
+    done = ill(tmp_path, "hang")
     assert done.returncode != 0
     assert done.stderr.count("error: stage ") == 1
     assert "error: stage 1 hangs in F12 (epoch 1, batch 3): it has not moved for 2 s\nstage 0 waits for stage 1 in F12" in done.stderr
