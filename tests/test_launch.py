@@ -121,9 +121,11 @@ def start_blocking_program(tmp_path: Path) -> tuple[subprocess.Popen[str], list[
             f"""
             import sys
             sys.path.insert(0, {str(Path(__file__).parent)!r})
-            from ranks import block
-            from delock.launch.processes import run_processes
+            from delock.launch.context import context
             if __name__ == "__main__":
+                context()  # torch is imported in the fork server while this process imports it
+                from ranks import block
+                from delock.launch.processes import run_processes
                 try:
                     run_processes(block, [0, 1], patience=0, on_event=lambda rank, event: print(event[1], flush=True))
                 except KeyboardInterrupt:
@@ -160,8 +162,8 @@ def test_a_script_without_guard_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from ranks import greet\nfrom delock.launch.processes import run_processes\n"
-        "from delock.launch.context import context\ncontext()\nrun_processes(greet, [1, 2])\n"
+        "from delock.launch.context import context\ncontext()\n"
+        "from ranks import greet\nfrom delock.launch.processes import run_processes\nrun_processes(greet, [1, 2])\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
@@ -170,7 +172,8 @@ def test_a_script_without_guard_is_told_so(tmp_path: Path) -> None:
 
 
 def test_what_is_defined_in_a_notebook_is_told_so() -> None:
-    code = "from delock.launch.processes import run_processes\ndef target(rank, payload): pass\nrun_processes(target, [1, 2])\n"
+    code = "from delock.launch.context import context\ncontext()\nfrom delock.launch.processes import run_processes\n"
+    code += "def target(rank, payload): pass\nrun_processes(target, [1, 2])\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert re.search(r"UsageError: a stage's process cannot rebuild what it was sent: .*'target'.*workers=\"inline\"", done.stderr)
