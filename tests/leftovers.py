@@ -30,7 +30,7 @@ class State:
     numpy_random: Any = field(default_factory=lambda: np.random.get_state(legacy=True))
     random: Any = field(default_factory=random.getstate)
     environment: dict[str, str] = field(default_factory=lambda: {k: v for k, v in os.environ.items() if not k.startswith(NOT_OURS)})
-    threads: frozenset[threading.Thread] = field(default_factory=lambda: frozenset(threading.enumerate()))
+    threads: frozenset[threading.Thread] = field(default_factory=lambda: threads())
     processes: frozenset[int] = field(default_factory=lambda: frozenset(children()))
     number_of_threads: int = field(default_factory=torch.get_num_threads)
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
@@ -47,7 +47,7 @@ class State:
             (self.number_of_threads != now.number_of_threads, "the number of threads that torch computes with"),
             (self.dtype != now.dtype, "torch's default dtype"),
             (self.process_group != now.process_group, "a process group"),
-            (bool(now.threads - self.threads) and not soon(lambda: not set(threading.enumerate()) - self.threads), "a thread"),
+            (bool(now.threads - self.threads) and not soon(lambda: not threads() - self.threads), "a thread"),
             (bool(now.processes - self.processes) and not soon(lambda: not set(children()) - self.processes), "a child process"),
         ]
         return [name for differs, name in found if differs]
@@ -56,6 +56,16 @@ class State:
 def same_numpy(a: Any, b: Any) -> bool:
     """States of numpy's global generator are equal: name, 624 words, position, and a number kept for the next draw."""
     return bool((a[1] == b[1]).all()) and a[2:] == b[2:]
+
+
+def threads() -> frozenset[threading.Thread]:
+    """The threads of this process but those that torch's compiler keeps from its first use on."""
+    return frozenset(thread for thread in threading.enumerate() if not origin(thread).startswith(("torch.", "concurrent.", "tqdm.")))
+
+
+def origin(thread: threading.Thread) -> str:
+    """The module of the code that a thread runs."""
+    return getattr(getattr(thread, "_target", None), "__module__", None) or type(thread).__module__
 
 
 def children() -> set[int]:
