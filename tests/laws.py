@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -101,6 +102,17 @@ def import_outside(package: Sources, folder: str, of: str, *allowed: str) -> lis
     return [f"{file} imports {other}" for file, other in pairs if unit(other) == of and other not in allowed]
 
 
+def beyond(package: Sources, folder: str, *allowed: str) -> list[str]:
+    """Imports by files in `folder` of other units than the allowed ones, and of anything outside Python's own library."""
+    found = []
+    for file, tree in package.items():
+        if unit(file) == folder:
+            outside = {dotted.split(".")[0] for dotted in imports(tree)} - {"delock", *sys.stdlib_module_names}
+            others = {unit(other) for other in imported_files(tree, package)} - {folder, *allowed}
+            found += [f"{file} imports {name}" for name in sorted(outside | others)]
+    return found
+
+
 # -- names -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +150,13 @@ def questions(tree: ast.Module) -> list[str]:
     return [f"{line}: {text[:60]}" for line, text in docstrings(tree) if text.split()[:1] and text.split()[0].rstrip(",:") in QUESTIONS]
 
 
-# -- functions ---------------------------------------------------------------------------------------------------------------------
+# -- lengths ---------------------------------------------------------------------------------------------------------------------
+
+
+def long_files(lines: Mapping[str, int], most: Mapping[str, int]) -> list[str]:
+    """Files with more lines than a file in their first folder may have."""
+    allowed = {file: most[file.split("/")[0]] for file in lines}
+    return [f"{file} has {count} lines, {allowed[file]} are allowed" for file, count in lines.items() if count > allowed[file]]
 
 
 def lengths(package: Sources) -> list[int]:
