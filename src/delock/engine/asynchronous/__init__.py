@@ -1,1 +1,1 @@
-"""Free-running stages: replay buffers, the plans of such runs, their links and their runner."""
+"""Free-running stages: their replay buffers, plans, links and runner."""
