@@ -8,7 +8,7 @@ from dataclasses import field, fields, make_dataclass
 from io import StringIO
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -60,7 +60,7 @@ def _group(kind: type[Any], values: Any) -> type[Any]:
 
 def _as_text(kind: Any) -> Any:
     """Returns the type, or text if text may stand for an object."""
-    inner = get_args(kind)
+    inner = get_args(get_args(kind)[0] if get_origin(kind) is Annotated else kind)
     if str not in inner or all(one in WORDS or one is NoneType for one in inner):
         return kind
     return Annotated[str | None, shown("none")] if NoneType in inner else str

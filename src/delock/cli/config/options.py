@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from delock.methods import METHODS, options
 from delock.options import Compression, Execution, Placement, Report, Simulation
 
 
@@ -21,8 +22,7 @@ def shown(default: str, values: str | None = None) -> Any:
     return arg(help_behavior_hint=f"(default: {default})", metavar=values)
 
 
-OWN = shown("the method's own")
-LAGS = shown("the method's own", "TICKS ...")
+OWN = "(default: the method's own)"
 
 # digits is past 97 % test accuracy with time to spare
 IMAGES: Mapping[str, Any] = MappingProxyType({"model": "resnet8", "batch_size": 64, "epochs": 20, "optimizer": "sgd", "warmup": 0})
@@ -45,43 +45,48 @@ def text(name: str) -> Any:
     return shown(str(TEXT[name]))
 
 
+def own(option: str, what: str, values: str | None = None) -> Any:
+    """Describes for --help an option of methods, beginning with the methods that have it."""
+    having = ", ".join(name for name, method in METHODS.items() if option in options(method))
+    return arg(help=f"{having}: {what}", help_behavior_hint=OWN, metavar=values)
+
+
 @dataclass(frozen=True)
 class AlgorithmOptions:
     """The method and its own options; an option of another method is refused."""
 
-    method: str = "fdg"
-    """bp, gpipe, 1f1b, ddg, fr, fdg, adl, dsp, dgl, dgl-async or interlocking."""
-    accumulate: Annotated[int | None, OWN] = None
-    """adl: batches per update; bp: micro-batches per batch."""
-    beta: Annotated[float | None, OWN] = None
-    """fdg, adl: factor of every error received, in (0, 1]."""
-    at: Annotated[Literal["stash", "replay", "mixed"] | None, OWN] = None
-    """fdg, adl: the weights at which the derivative is taken."""
-    order: Annotated[Literal["forward-first", "backward-first", "free", "sampled", "round-robin"] | None, OWN] = None
+    method: Annotated[str, arg(help=f"{', '.join(METHODS)}.")] = "fdg"
+    accumulate: Annotated[int | None, own("accumulate", "batches per update; of bp, micro-batches per batch.")] = None
+    micro_batches: Annotated[int | None, own("micro_batches", "micro-batches per batch.")] = None
+    beta: Annotated[float | None, own("beta", "factor of every error received, in (0, 1].")] = None
+    at: Annotated[Literal["stash", "replay", "mixed"] | None, own("at", "the weights at which the derivative is taken.")] = None
+    ahead: Annotated[
+        Literal["part", "mean"] | None,
+        own("ahead", "forward at predicted weights, ahead by the part's own staleness, or by the stage's mean (see --correct)."),
+    ] = None
+    behind: Annotated[int | None, own("behind", "forward and backward at weights of this many updates ago, to measure delay.")] = None
+    order: Annotated[
+        Literal["forward-first", "backward-first", "free", "sampled", "round-robin"] | None,
+        arg(help_behavior_hint=OWN),
+    ] = None
     """fdg, adl: order of work inside a tick, forward-first or backward-first; dgl-async: a process per stage at its own pace (free), or
     one process in which the next stage to act is drawn (sampled), or all act in turn (round-robin)."""
-    reduce: Annotated[Literal["sum", "mean"] | None, OWN] = None
-    """adl: reduction of the accumulated gradients."""
-    p: Annotated[tuple[int, ...] | None, LAGS] = None
-    """dsp: lag of activations in ticks, one per link or one for all."""
-    q: Annotated[tuple[int, ...] | None, LAGS] = None
-    """dsp: lag of errors in ticks, one per link or one for all."""
-    n_wise: Annotated[int | None, OWN] = None
-    """interlocking: stages that a loss's gradient reaches; 1 is local learning, the number of stages is backpropagation."""
-    combine: Annotated[Literal["furthest", "sum", "mean"] | None, OWN] = None
-    """interlocking: the losses within reach that train a stage."""
-    send: Annotated[Literal["early", "late"] | None, OWN] = None
-    """interlocking: send an error before the weight gradient is computed (early), or after it."""
-    buffer: Annotated[int | None, OWN] = None
-    """dgl-async: mini-batches in the replay buffer in front of every stage but the first."""
-    max_reuse: Annotated[int | None, OWN] = None
-    """dgl-async: times that a batch in the buffer may be read; 0 sets no limit."""
-    slow_stage: Annotated[int | None, OWN] = None
-    """dgl-async: the stage that --noise slows down."""
-    noise: Annotated[float | None, OWN] = None
-    """dgl-async: slows that stage S = 1 / (1 - noise) times, in [0, 1)."""
-    micro_batches: Annotated[int | None, OWN] = None
-    """gpipe, 1f1b: micro-batches per batch."""
+    reduce: Annotated[Literal["sum", "mean"] | None, own("reduce", "reduction of the accumulated gradients.")] = None
+    p: Annotated[tuple[int, ...] | None, own("p", "lag of activations in ticks, one per link or one for all.", "TICKS ...")] = None
+    q: Annotated[tuple[int, ...] | None, own("q", "lag of errors in ticks, one per link or one for all.", "TICKS ...")] = None
+    n_wise: Annotated[
+        int | None,
+        own("n_wise", "stages that a loss's gradient reaches; 1 is local learning, the number of stages is backpropagation."),
+    ] = None
+    combine: Annotated[Literal["furthest", "sum", "mean"] | None, own("combine", "the losses within reach that train a stage.")] = None
+    send: Annotated[
+        Literal["early", "late"] | None,
+        own("send", "send an error before the weight gradient is computed (early), or after it."),
+    ] = None
+    buffer: Annotated[int | None, own("buffer", "mini-batches in the replay buffer in front of every stage but the first.")] = None
+    max_reuse: Annotated[int | None, own("max_reuse", "times that a batch in the buffer may be read; 0 sets no limit.")] = None
+    slow_stage: Annotated[int | None, own("slow_stage", "the stage that --noise slows down.")] = None
+    noise: Annotated[float | None, own("noise", "slows that stage S = 1 / (1 - noise) times, in [0, 1).")] = None
 
 
 @dataclass(frozen=True)

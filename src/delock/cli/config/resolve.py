@@ -49,7 +49,7 @@ def make_method(config: AlgorithmOptions) -> Method:
 def _algorithm(config: AlgorithmOptions, chosen: Method) -> AlgorithmOptions:
     values = {name: getattr(chosen, name) for name in options(type(chosen))}
     lags = {name: (value,) for name in ("p", "q") if isinstance(value := values.get(name), int)}
-    return AlgorithmOptions(config.method, **(values | lags))
+    return AlgorithmOptions(chosen.name, **(values | lags))
 
 
 def _network(config: NetworkOptions, usual: int) -> NetworkOptions:
