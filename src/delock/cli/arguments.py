@@ -14,8 +14,9 @@ import tyro
 
 from delock.cli.complaint import complaint
 from delock.cli.config import build, override, shown, table, toml
-from delock.cli.config.flat import WORDS, sayable
+from delock.cli.config.flat import sayable
 from delock.errors import UsageError
+from delock.options import WORDS
 
 C = TypeVar("C")
 
@@ -60,8 +61,8 @@ def _group(kind: type[Any], values: Any) -> type[Any]:
 
 def _as_text(kind: Any) -> Any:
     """Returns the type, or text if text may stand for an object."""
-    inner = get_args(get_args(kind)[0] if get_origin(kind) is Annotated else kind)
-    if str not in inner or all(one in WORDS or one is NoneType for one in inner):
+    inner = get_args(kind)
+    if get_origin(kind) is Annotated or str not in inner or all(one in WORDS for one in inner):
         return kind
     return Annotated[str | None, shown("none")] if NoneType in inner else str
 
