@@ -232,7 +232,7 @@ def test_options() -> None:
         ("vq:codes=16:dim=8", "none"),
         ("int8", "bf16"),
     ]
-    assert found[1].config.training.lr == 0.2
+    assert found[1].config.update.lr == 0.2
     with pytest.raises(UsageError, match="'dim' does not exist"):
         rows(build(CompareConfig, {"methods": ["dgl:dim=8"]}, "test"))
 

@@ -133,7 +133,7 @@ def test_the_file_of_an_older_run_still_loads(tmp_path: Path) -> None:
     [
         (Execution, {"chunks": "2"}, "chunks is '2', but it must be a whole number"),
         (Execution, {"chunks": 1.5}, "chunks is 1.5, but it must be a whole number"),
-        (Execution, {"compile": None}, "compile is None, but it must be True or False"),
+        (Execution, {"compile": None}, "compile is None, but it must be true or false"),
         (Placement, {"threads": True}, "threads is True, but it must be a whole number"),
         (Placement, {"patience": "5"}, "patience is '5', but it must be a number"),
         (Simulation, {"slow": 0.5}, "slow is 0.5, but it must be a delock.Slowdown or text or None"),

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import delock
 from delock.cli import main
 from delock.cli.config import TrainConfig, build, flat, resolve
-from delock.cli.config.options import IMAGES
-from delock.cli.config.options import TEXT as TEXT_DEFAULTS
+from delock.cli.config.defaults import IMAGES
+from delock.cli.config.defaults import TEXT as TEXT_DEFAULTS
 from delock.cli.sample import decoder
 from delock.data import Alphabet, load_text
 from delock.draw.curves import Run, _metric_name

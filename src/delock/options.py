@@ -6,9 +6,10 @@ text below it is the option's help. A value that is an object may also be given 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,10 @@ from delock.records import Visit
 from delock.timeline import Emulation, Slowdown, straggler
 
 PYTHON_ONLY = MappingProxyType({"flag": False})  # metadata of a field that no text can say
-WORDS = MappingProxyType({int: "a whole number", float: "a number", bool: "True or False", str: "text", NoneType: "None"})
+WORDS: Mapping[Any, str] = MappingProxyType(
+    {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path as text", NoneType: "None"}
+)
+"""The types of plain values, in the words of an error message."""
 
 
 def check_types(values: object, names: Sequence[str] = ()) -> None:

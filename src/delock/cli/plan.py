@@ -15,6 +15,8 @@ from delock.cli.config import (
     LanguageOptions,
     NetworkOptions,
     TrainConfig,
+    UpdateOptions,
+    chosen,
     either,
     make_method,
     refuse_below,
@@ -99,6 +101,7 @@ class PlanConfig:
     costs: CostOptions = field(default_factory=CostOptions)
     profile: ProfileOptions = field(default_factory=ProfileOptions)
     language: LanguageOptions = field(default_factory=LanguageOptions)
+    update: UpdateOptions = field(default_factory=UpdateOptions)
 
 
 @dataclass(frozen=True)
@@ -128,27 +131,30 @@ def run(words: Sequence[str]) -> int:
 
 def find(config: PlanConfig) -> Answer:
     """Unroll, measure if asked to, and time on both clocks. Raises UsageError for what does not fit."""
-    method, K, asked = make_method(config.algorithm), config.plan.stages, config.profile
+    workload = chosen(_workload(config))
+    config = replace(config, algorithm=workload.algorithm, update=workload.update)
+    method, K = make_method(config.algorithm), config.plan.stages
     _check(config, method)
     slots = config.plan.slots if config.plan.slots is not None else max(8, (get_terminal_size((180, 24)).columns - 12) // CELL)
     picture = chart(unroll(method, K, -(-slots // method.micro_batches)), slots)  # a slot for every forward: later batches are out of sight
-    measured = None
-    if asked.profile:
-        network = NetworkOptions(model=asked.profile)
-        dataset = DatasetOptions(data=asked.data, data_dir=asked.data_dir, image_size=asked.image_size, batch_size=asked.batch_size)
-        workload = resolve(TrainConfig(network=network, dataset=dataset, language=config.language))
-        measured = measure_model(workload, method, K, threads=asked.threads)
+    measured = measure_model(resolve(workload), method, K, threads=config.profile.threads) if config.profile.profile else None
     costs = cost_model(config.costs, method, K, measured)
     lockstep = speedup(method, K, replace(costs, barrier=True))
     return Answer(config, method, costs, measured, picture, predict(method, K, costs), lockstep)
+
+
+def _workload(config: PlanConfig) -> TrainConfig:
+    """Returns the options as those of a run, which has the same defaults and refusals."""
+    asked, network = config.profile, NetworkOptions(model=config.profile.profile, stages=config.plan.stages)
+    dataset = DatasetOptions(data=asked.data, data_dir=asked.data_dir, image_size=asked.image_size, batch_size=asked.batch_size)
+    return TrainConfig(algorithm=config.algorithm, network=network, dataset=dataset, language=config.language, update=config.update)
 
 
 def _check(config: PlanConfig, method: Method) -> None:
     if any(method.slowdown(k) > 1 for k in range(config.plan.stages)):
         raise UsageError("noise slows one of several free-running stages, but a plan is of equal ones: leave it out; train counts it")
     costs = {name.replace("_", "-"): (value, 0.0) for name, value in asdict(config.costs).items()}
-    rest = {"slots": (config.plan.slots, 1), "batch-size": (config.profile.batch_size, 1), "threads": (config.profile.threads, 1)}
-    refuse_below({"stages": (config.plan.stages, 1), **costs, **rest})
+    refuse_below({"slots": (config.plan.slots, 1), "threads": (config.profile.threads, 1), **costs})
     if (picture := config.plan.picture) and not picture.parent.is_dir():
         raise UsageError(f"cannot draw {picture}: there is no folder {picture.parent}; make it first")
 

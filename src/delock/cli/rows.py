@@ -13,10 +13,11 @@ from delock.cli.config.flat import hint
 from delock.cli.config.options import ComparisonOptions
 from delock.codecs import CODECS, settings
 from delock.errors import UsageError
-from delock.methods import METHODS
+from delock.methods import METHODS, options
 
 PLAIN = "plain"
 CODEC = tuple(name for codec in CODECS.values() for name in settings(codec))
+OWN = ("algorithm", "training", "update", "compression")  # groups of which a row may say something of its own
 SHARED = ("method", "epochs", "batches", "eval_every", "seed")  # what makes rows comparable is not a row's own
 
 
@@ -52,7 +53,7 @@ def rows(config: CompareConfig) -> list[Row]:
         threads = config.placement.threads * (K or 1 if workers == "processes" else 1)
         # More threads than cores hold each other up, and a plain row slowed down so would flatter all the others.
         most = max(config.placement.threads, usable_cores())
-        uncut = {"method": "bp", "head": None, "codec": "none", "error_codec": "none", "stages": 1}
+        uncut = {"method": "bp", "head": None, "codec": "none", "error_codec": "none", "stages": 1, "correct": _not_ahead(common)}
         plain = override(common, {**uncut, "threads": min(threads, most)})
         found.insert(0, Row(PLAIN, resolve(build(TrainConfig, plain, PLAIN))))
     return found
@@ -73,6 +74,8 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
     given: dict[str, Any] = {"method": name}
     if name in METHODS and not METHODS[name].local_losses:
         given["head"] = None  # said of the rows with local losses
+    if name in METHODS and "ahead" not in options(METHODS[name]):
+        given["correct"] = _not_ahead(common)  # said of the rows that have it
     for setting in settings:
         key, equals, value = setting.partition("=")
         if "codec" in given and key in CODEC:  # what follows codec=vq may be settings of its own
@@ -84,9 +87,13 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
     return resolve(build(TrainConfig, override(common, given), word))
 
 
+def _not_ahead(common: Mapping[str, Any]) -> list[str]:
+    return [one for one in common["correct"] if one != "ahead"]
+
+
 def _value(word: str, key: str, text: str) -> Any:
     """Returns a setting's text as a value for its option, a list joined by +. Text that does not fit stays text, for `build` to refuse."""
-    own = {name: option for name, option in table(TrainConfig).items() if option.group in ("algorithm", "training", "compression")}
+    own = {name: option for name, option in table(TrainConfig).items() if option.group in OWN}
     free = {name: option for name, option in own.items() if name not in SHARED}
     if key not in free:
         why = "is the same for all rows" if key in table(TrainConfig) else "does not exist"
@@ -94,7 +101,7 @@ def _value(word: str, key: str, text: str) -> Any:
     kind = free[key].kind
     kinds = [one for one in (kind, *get_args(kind)) if one is not type(None)]
     if any(get_origin(one) is tuple for one in kinds):
-        return [_number(part) for part in text.split("+")]
+        return [_number(part) for part in text.split("+") if part]
     if bool in kinds:
         return {"true": True, "false": False}.get(text, text)
     return _number(text)

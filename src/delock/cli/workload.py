@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from delock.cli.config import TrainConfig, is_text, resolved
+from delock.cli.config import TrainConfig, UpdateOptions, is_text, resolved
 from delock.cli.summary import measure
 from delock.methods import Method
 
@@ -90,24 +90,39 @@ def goals(config: TrainConfig) -> tuple[Callable[[Any, Any], Any], dict[str, Cal
     return (nats, {measure(config): bits}) if is_text(config) else (cross_entropy, {measure(config): accuracy})
 
 
-def recipe(config: TrainConfig, method: Method, epoch: int, batches: int) -> tuple[Callable[[Any], Optimizer], Schedule]:
+def optimizer_factory(options: UpdateOptions) -> Callable[..., Optimizer]:
+    """Returns the factory of a resolved config's optimizer, with its corrections; a stage's facts are asked for where they count."""
+    from delock.recipes import SGD, Adam, AdamW, NAdamW, error_feedback, muon, scadamw, scsgd, soap
+
+    lr, decay, spike = resolved(options.lr), resolved(options.weight_decay), "spike" in options.correct
+    betas = options.beta1 or 0.0, options.beta2 or 0.0  # sgd has none
+    momentum = options.momentum or 0.0
+    made: Callable[..., Optimizer]
+    match resolved(options.optimizer):
+        case "sgd":
+            made = scsgd(lr, momentum, decay) if spike else SGD(lr, momentum, decay, options.nesterov)
+        case "adam":
+            made = Adam(lr, decay, betas)
+        case "adamw":
+            made = scadamw(lr, betas, decay) if spike else AdamW(lr, decay, betas)
+        case "nadamw":
+            made = NAdamW(lr, decay, betas)
+        case "muon":
+            made = muon(lr, decay, betas=betas)
+        case "soap":
+            made = soap(lr, betas, decay)
+    return error_feedback(made) if "feedback" in options.correct else made
+
+
+def recipe(config: TrainConfig, method: Method, epoch: int, batches: int) -> tuple[Callable[..., Optimizer], Schedule]:
     """Returns optimizer and schedule of a resolved config, for a run of `batches` with `epoch` batches per epoch."""
-    from delock.optim.factories import SGD, Adam, AdamW
     from delock.optim.rates import Schedule
 
     options = config.training
-    lr, decay = resolved(options.lr), resolved(options.weight_decay)
-    optimizer: Callable[[Any], Optimizer]
-    match resolved(options.optimizer):
-        case "sgd":
-            optimizer = SGD(lr, options.momentum or 0.0, decay, options.nesterov)
-        case "adam":
-            optimizer = Adam(lr, decay)
-        case "adamw":
-            optimizer = AdamW(lr, decay)
 
     def updates(count: float) -> int:
         return math.ceil(count / method.batches_per_update)
 
     milestones = tuple(sorted(updates(at * epoch) for at in options.milestones))
-    return optimizer, Schedule(options.schedule, updates(batches), updates(resolved(options.warmup)), milestones, options.gamma)
+    schedule = Schedule(options.schedule, updates(batches), updates(resolved(options.warmup)), milestones, options.gamma)
+    return optimizer_factory(config.update), schedule

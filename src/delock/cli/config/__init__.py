@@ -1,8 +1,9 @@
 """Holds the options of commands as typed values with the same names on the command line and in a TOML file. It loads no torch."""
 
 from delock.cli.config import toml
+from delock.cli.config.defaults import either, resolved, shown
 from delock.cli.config.flat import build, flat, override, table
-from delock.cli.config.kinds import is_text, other_kind_options, resolved, tokens
+from delock.cli.config.kinds import is_text, other_kind_options, tokens
 from delock.cli.config.options import (
     AlgorithmOptions,
     CompareConfig,
@@ -10,10 +11,9 @@ from delock.cli.config.options import (
     LanguageOptions,
     NetworkOptions,
     TrainConfig,
-    either,
-    shown,
 )
-from delock.cli.config.resolve import make_method, refuse_below, resolve
+from delock.cli.config.resolve import chosen, make_method, refuse_below, resolve
+from delock.cli.config.update import UpdateOptions
 
 __all__ = [
     "AlgorithmOptions",
@@ -22,7 +22,9 @@ __all__ = [
     "LanguageOptions",
     "NetworkOptions",
     "TrainConfig",
+    "UpdateOptions",
     "build",
+    "chosen",
     "either",
     "flat",
     "is_text",

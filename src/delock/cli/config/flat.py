@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from types import MappingProxyType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from delock.cli.config.options import AlgorithmOptions
 from delock.errors import UsageError
+from delock.options import WORDS
 
 C = TypeVar("C")
 
@@ -25,15 +26,12 @@ REPLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "cuts": ("stages",),
         "epochs": ("batches",),
         "batches": ("epochs",),
-        "optimizer": ("lr", "momentum", "nesterov", "weight_decay"),
+        "optimizer": ("lr", "momentum", "nesterov", "beta1", "beta2", "weight_decay"),
     }
 )
 """Options that go where an option overrides one that came from elsewhere: their values were meant for the old one."""
 
 
-WORDS: Mapping[Any, str] = MappingProxyType(
-    {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path as text"}
-)
 RENAMED: Mapping[str, str] = MappingProxyType({"steps": "batches", "straggle": "slow", "turns": "order"})
 """Names that options once had, and have in the files of older runs."""
 
@@ -110,6 +108,10 @@ def hint(name: str, known: Collection[str], spelled: Callable[[str], str], joint
 def override(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `values` with `given` on top, without values of options that a given one replaces (REPLACES)."""
     gone = {old for name in given if given[name] != values.get(name) for old in REPLACES.get(name, ())}
+    if "correct" in given:
+        gone.add("ahead")  # which is what --correct ahead has become in a file
+        if ("spike" in given["correct"]) != ("spike" in values.get("correct", ())):
+            gone |= {"beta1", "beta2"}  # they have other defaults with it
     return {name: value for name, value in values.items() if name not in gone} | dict(given)
 
 
@@ -138,8 +140,8 @@ def converted(value: Any, kind: Any) -> Any:
 def described(kind: Any) -> str:
     """Returns a type in the words of an error message."""
     origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):  # in words are neither None nor the objects that a text may stand for
-        return " or ".join(described(one) for one in inner if get_origin(one) or one in WORDS)
+    if origin in (Union, UnionType):  # neither None nor the objects that a text may stand for can be written
+        return " or ".join(described(one) for one in inner if get_origin(one) or (one in WORDS and one is not NoneType))
     if origin is Literal:
         return f"one of {', '.join(map(repr, inner))}"
     if origin is tuple:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
+from delock.cli.config.defaults import IMAGES, TEXT
 from delock.cli.config.flat import build, flat
-from delock.cli.config.options import IMAGES, TEXT, LanguageOptions, TrainConfig
+from delock.cli.config.options import LanguageOptions, TrainConfig
+from delock.cli.config.update import DECAY, DECAY_OF_TEXT, DECOUPLED
 from delock.errors import UsageError
-
-T = TypeVar("T")
 
 OF_IMAGES = ("data_dir", "download", "augment", "image_size", "limit")
 OF_TEXT = tuple(LanguageOptions.__dataclass_fields__)
-DECAY, DECAY_OF_TEXT = 5e-4, 0.1  # the latter is AdamW's, which does not add it to the gradient
 
 
 def is_text(config: TrainConfig) -> bool:
@@ -30,12 +27,6 @@ def other_kind_options(config: TrainConfig) -> tuple[str, ...]:
     return OF_IMAGES if is_text(config) else OF_TEXT
 
 
-def resolved(value: T | None) -> T:
-    """Returns an option of a resolved config whose default depends on others."""
-    assert value is not None, "resolve fills it in"
-    return value
-
-
 def settle(config: TrainConfig) -> TrainConfig:
     """Returns the config with the defaults of its kind of data.
 
@@ -47,7 +38,7 @@ def settle(config: TrainConfig) -> TrainConfig:
     if "batches" in given:
         del defaults["epochs"]
     values = defaults | given
-    values.setdefault("weight_decay", DECAY_OF_TEXT if is_text(config) and values["optimizer"] == "adamw" else DECAY)
+    values.setdefault("weight_decay", DECAY_OF_TEXT if is_text(config) and values["optimizer"] in DECOUPLED else DECAY)
     return build(TrainConfig, values, "options")
 
 

@@ -5,44 +5,18 @@ The groups that `fit` takes too are those of `delock.options`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from delock.cli.config.defaults import either, shown, text
+from delock.cli.config.update import UpdateOptions
 from delock.methods import METHODS, options
 from delock.options import Compression, Execution, Placement, Report, Simulation
 
-
-def shown(default: str, values: str | None = None) -> Any:
-    """Describes for --help the default of an option that is worked out later, and its values if it takes several."""
-    return arg(help_behavior_hint=f"(default: {default})", metavar=values)
-
-
 OWN = "(default: the method's own)"
-
-# digits is past 97 % test accuracy with time to spare
-IMAGES: Mapping[str, Any] = MappingProxyType({"model": "resnet8", "batch_size": 64, "epochs": 20, "optimizer": "sgd", "warmup": 0})
-# what small character models are usually trained with; about 2,000 updates on the embedded text, some minutes on two cores
-TEXT: Mapping[str, Any] = MappingProxyType(
-    {
-        **{"model": "gpt", "batch_size": 16, "epochs": 10, "optimizer": "adamw", "warmup": 100},
-        **{"level": "char", "context": 128, "depth": 4, "width": 128, "attention_heads": 4},
-    }
-)
-
-
-def either(name: str) -> Any:
-    """Describes for --help the default of an option that differs between images and text."""
-    return shown(f"{IMAGES[name]}; text: {TEXT[name]}")
-
-
-def text(name: str) -> Any:
-    """Describes for --help the default of an option of language models."""
-    return shown(str(TEXT[name]))
 
 
 def own(option: str, what: str, values: str | None = None) -> Any:
@@ -147,7 +121,7 @@ class LanguageOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """The length of the run, and the step from gradient to weights."""
+    """The length of the run, and the course of the learning rate."""
 
     epochs: Annotated[int | None, either("epochs")] = None
     """Passes over the training data; of text, windows with as many tokens as it has."""
@@ -155,18 +129,8 @@ class TrainingOptions:
     """Batches to train, in place of --epochs."""
     eval_every: Annotated[int | None, shown("once an epoch")] = None
     """Batches between two evaluations."""
-    optimizer: Annotated[Literal["sgd", "adam", "adamw"] | None, either("optimizer")] = None
-    """The optimizer; every stage has its own."""
-    lr: Annotated[float | None, shown("0.1; adam, adamw: 0.001")] = None
-    """Learning rate of an update, after the warm-up."""
-    momentum: Annotated[float | None, shown("0.9")] = None
-    """sgd: momentum."""
     clip: Annotated[float | None, shown("none")] = None
     """Largest norm of a gradient: of the whole network's for bp, gpipe and 1f1b, of each stage's for the other methods."""
-    nesterov: bool = False
-    """sgd: Nesterov's form of momentum."""
-    weight_decay: Annotated[float | None, shown("0.0005; adamw on text: 0.1")] = None
-    """Weight decay. sgd, adam: of all parameters; adamw: not of biases, norms and embeddings."""
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: Annotated[int | None, either("warmup")] = None
@@ -204,14 +168,14 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Holds the options of one run, for `delock train`."""
+class Conditions:
+    """Holds the groups of options that `delock train` and `delock compare` share: all but the methods."""
 
-    algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     language: LanguageOptions = field(default_factory=LanguageOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    update: UpdateOptions = field(default_factory=UpdateOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     placement: Placement = field(default_factory=Placement)
     execution: Execution = field(default_factory=Execution)
@@ -219,6 +183,18 @@ class TrainConfig:
     simulation: Simulation = field(default_factory=Simulation)
     report: Report = field(default_factory=Report)
     output: OutputOptions = field(default_factory=OutputOptions)
+
+
+@dataclass(frozen=True)
+class OneMethod:
+    """Holds the group of options that `delock train` has beside the conditions."""
+
+    algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Conditions, OneMethod):  # in a dataclass the fields of the last base come first
+    """Holds the options of one run, for `delock train`."""
 
 
 @dataclass(frozen=True)
@@ -226,24 +202,18 @@ class ComparisonOptions:
     """The rows of the table."""
 
     methods: Annotated[tuple[str, ...], shown("bp,ddg,fr,fdg,adl,dsp", "METHOD,... ...")] = ("bp", "ddg", "fr", "fdg", "adl", "dsp")
-    """Methods, with settings of their own after colons: adl:accumulate=2:lr=0.2, dsp:p=2+1+3."""
+    """Methods, with settings of their own after colons: adl:accumulate=2:lr=0.2, dsp:p=2+1+3, ddg:optimizer=adamw:correct=spike."""
     plain: bool = True
     """Plain PyTorch first: the uncut network in one process, with the threads of all stages, or as many as there are cores."""
 
 
 @dataclass(frozen=True)
-class CompareConfig:
-    """Holds the options of several runs side by side, for `delock compare`."""
+class SeveralMethods:
+    """Holds the group of options that `delock compare` has beside the conditions."""
 
     comparison: ComparisonOptions = field(default_factory=ComparisonOptions)
-    network: NetworkOptions = field(default_factory=NetworkOptions)
-    dataset: DatasetOptions = field(default_factory=DatasetOptions)
-    language: LanguageOptions = field(default_factory=LanguageOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
-    machine: MachineOptions = field(default_factory=MachineOptions)
-    placement: Placement = field(default_factory=Placement)
-    execution: Execution = field(default_factory=Execution)
-    compression: Compression = field(default_factory=Compression)
-    simulation: Simulation = field(default_factory=Simulation)
-    report: Report = field(default_factory=Report)
-    output: OutputOptions = field(default_factory=OutputOptions)
+
+
+@dataclass(frozen=True)
+class CompareConfig(Conditions, SeveralMethods):
+    """Holds the options of several runs side by side, for `delock compare`."""

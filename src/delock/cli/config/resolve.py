@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 
-from delock.cli.config.kinds import resolved, settle
+from delock.cli.config.defaults import resolved
+from delock.cli.config.kinds import settle
 from delock.cli.config.options import AlgorithmOptions, NetworkOptions, TrainConfig, TrainingOptions
+from delock.cli.config.update import UpdateOptions, filled
 from delock.codecs import spelled
 from delock.errors import UsageError
-from delock.methods import Method, make, options
+from delock.methods import METHODS, Method, make, options
 from delock.options import Compression
-
-LEARNING_RATES = MappingProxyType({"sgd": 0.1, "adam": 0.001, "adamw": 0.001})
 
 
 def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
@@ -22,8 +21,7 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
 
     Raises UsageError for contradictions and values out of range.
     """
-    _check(config)
-    config = settle(config)
+    config = chosen(config)
     method, network = make_method(config.algorithm), _network(config.network, ranks or 2)
     method.fits(network.stages or 1)
     config.simulation.straggler(network.stages or 1, config.training.seed)  # raises UsageError for a stage that is not there
@@ -35,8 +33,19 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
             f"{method.name} splits every batch into {method.micro_batches} parts, but batch-size is {batch}: "
             "use fewer parts, or larger batches"
         )
-    algorithm, training, compression = _algorithm(config.algorithm, method), _training(config.training), _spelled(config.compression)
-    return replace(config, algorithm=algorithm, network=network, training=training, compression=compression)
+    _check_training(config.training)
+    algorithm, compression = _algorithm(method), _spelled(config.compression)
+    return replace(config, algorithm=algorithm, network=network, compression=compression)
+
+
+def chosen(config: TrainConfig) -> TrainConfig:
+    """Returns the config with the defaults of its kind of data and of its optimizer, and its corrections as what they stand for.
+
+    Raises UsageError for contradictions and values out of range.
+    """
+    _check(config)
+    config = settle(config)
+    return replace(config, algorithm=_ahead(config.algorithm, config.update), update=filled(config.update))
 
 
 def make_method(config: AlgorithmOptions) -> Method:
@@ -46,10 +55,10 @@ def make_method(config: AlgorithmOptions) -> Method:
     return make(config.method, **{name: value for name, value in (given | lags).items() if value is not None})
 
 
-def _algorithm(config: AlgorithmOptions, chosen: Method) -> AlgorithmOptions:
-    values = {name: getattr(chosen, name) for name in options(type(chosen))}
+def _algorithm(method: Method) -> AlgorithmOptions:
+    values = {name: getattr(method, name) for name in options(type(method))}
     lags = {name: (value,) for name in ("p", "q") if isinstance(value := values.get(name), int)}
-    return AlgorithmOptions(chosen.name, **(values | lags))
+    return AlgorithmOptions(method.name, **(values | lags))
 
 
 def _network(config: NetworkOptions, usual: int) -> NetworkOptions:
@@ -66,20 +75,22 @@ def _spelled(compression: Compression) -> Compression:
     return Compression(spelled(compression.activations), spelled(compression.errors))
 
 
-def _training(config: TrainingOptions) -> TrainingOptions:
+def _check_training(config: TrainingOptions) -> None:
     if config.epochs is not None and config.batches is not None:
         raise UsageError("the length of the run is given twice: use --epochs or --batches")
-    if config.optimizer != "sgd" and (config.momentum is not None or config.nesterov):
-        raise UsageError(f"momentum and nesterov are options of sgd, and the optimizer is {config.optimizer}")
     if config.milestones and config.schedule != "steps":
         raise UsageError(f"milestones belong to the schedule steps, and the schedule is {config.schedule}")
     if config.schedule == "steps" and not config.milestones:
         raise UsageError("the schedule steps needs --milestones: the epochs at which the learning rate falls")
-    momentum = 0.9 if config.optimizer == "sgd" and config.momentum is None else config.momentum
-    if config.nesterov and not momentum:
-        raise UsageError("nesterov needs a momentum above 0")
-    lr = LEARNING_RATES[resolved(config.optimizer)] if config.lr is None else config.lr
-    return replace(config, lr=lr, momentum=momentum)
+
+
+def _ahead(config: AlgorithmOptions, update: UpdateOptions) -> AlgorithmOptions:
+    """Returns the method's options with `ahead`, if it is among the corrections."""
+    if "ahead" not in update.correct or config.ahead:
+        return config
+    if config.method in METHODS and "ahead" not in options(METHODS[config.method]):
+        raise UsageError(f"{config.method} has no option 'ahead', which --correct ahead sets: leave ahead out of --correct")
+    return replace(config, ahead="part")
 
 
 def refuse_below(bounds: Mapping[str, tuple[float | None, float]]) -> None:
@@ -91,7 +102,7 @@ def refuse_below(bounds: Mapping[str, tuple[float | None, float]]) -> None:
 
 def _check(config: TrainConfig) -> None:
     """Refuses numbers out of range, by the names the user gave them."""
-    network, data, language, training = config.network, config.dataset, config.language, config.training
+    network, data, language, training, update = config.network, config.dataset, config.language, config.training, config.update
     bounds: dict[str, tuple[float | None, float]] = {
         "stages": (network.stages, 1),
         "batch-size": (data.batch_size, 1),
@@ -105,9 +116,9 @@ def _check(config: TrainConfig) -> None:
         "epochs": (training.epochs, 1),
         "batches": (training.batches, 1),
         "eval-every": (training.eval_every, 1),
-        "lr": (training.lr, 0),
-        "momentum": (training.momentum, 0),
-        "weight-decay": (training.weight_decay, 0),
+        "lr": (update.lr, 0),
+        "momentum": (update.momentum, 0),
+        "weight-decay": (update.weight_decay, 0),
         "warmup": (training.warmup, 0),
         "gamma": (training.gamma, 0),
         "seed": (training.seed, 0),
@@ -115,7 +126,8 @@ def _check(config: TrainConfig) -> None:
     refuse_below(bounds)
     if any(not 0 <= at < float("inf") for at in training.milestones):
         raise UsageError(f"milestones are {' '.join(f'{at:g}' for at in training.milestones)}, but every one must be at least 0")
-    if not 0 <= network.dropout < 1:
-        raise UsageError(f"dropout is {network.dropout}, but it must lie in [0, 1)")
+    for name, share in {"dropout": network.dropout, "beta1": update.beta1, "beta2": update.beta2}.items():
+        if share is not None and not 0 <= share < 1:
+            raise UsageError(f"{name} is {share}, but it must lie in [0, 1)")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", config.machine.device):
         raise UsageError(f"device is {config.machine.device!r}, but it must be cpu, cuda or cuda:N")
