@@ -20,8 +20,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the processes of the runs
-
 import store
 import tables
 import todo
@@ -120,6 +118,7 @@ def main() -> None:
     asked = parser.parse_args()
     names = asked.sets or [name for name in SETS if name != "toy"]
     os.nice(19)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch in the processes of the runs
     failed = 0
     for name in names:
         folder = asked.out / "runs" / name
