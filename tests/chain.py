@@ -99,7 +99,7 @@ class Chain:
                 feed=feed if k == 0 else None,
                 log=StageLog(spans=self.spans[k]),
                 micro_batches=method.micro_batches,
-                on_loss=lambda step, loss, stage, samples: self.losses.append(loss),
+                on_loss=lambda step, loss, stage, message: self.losses.append(loss),
                 on_output=lambda step, message: self.outputs.append(message.values),
             )
             for k, stage in enumerate(self.stages)

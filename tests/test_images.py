@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from delock.data import Augment, Batches, Images, statistics
+from delock.data import Augment, ImageBatches, Images, statistics
 from delock.data.augment import standard
 from delock.data.hashing import permutation, splitmix64
 from delock.data.images import Statistics
@@ -78,35 +78,35 @@ def test_standard_padding(size, padding):
     assert standard(size, flip=True) == Augment(padding, True)
 
 
-# Batches
+# ImageBatches
 
 
 def test_an_epoch_holds_every_sample_once_and_the_last_batch_what_is_left():
-    loader = Batches(numbered(50), 16, RAW, shuffle=True)
+    loader = ImageBatches(numbered(50), 16, RAW, shuffle=True)
     batches = list(loader.epoch(0))
     assert [len(y) for _, y in batches] == loader.sizes() == [16, 16, 16, 2]
     assert len(loader) == 4
     assert sorted(torch.cat([y for _, y in batches]).tolist()) == list(range(50))
     assert {x.dtype for x, _ in batches} == {torch.float32}
     assert {y.dtype for _, y in batches} == {torch.int64}
-    assert Batches(numbered(48), 16, RAW).sizes() == [16, 16, 16]
+    assert ImageBatches(numbered(48), 16, RAW).sizes() == [16, 16, 16]
 
 
 def test_an_epoch_is_a_function_of_seed_and_epoch():
-    one, two = (Batches(numbered(), 16, RAW, seed=3, shuffle=True, augment=Augment(2, True)) for _ in range(2))
+    one, two = (ImageBatches(numbered(), 16, RAW, seed=3, shuffle=True, augment=Augment(2, True)) for _ in range(2))
     later = list(two.epoch(1))
     assert same_batches(list(one.epoch(0)), list(two.epoch(0)))
     assert same_batches(list(one.epoch(1)), later)
-    orders = [loader.order(e).tolist() for loader, e in ((one, 0), (one, 1), (Batches(numbered(), 16, RAW, seed=4, shuffle=True), 0))]
+    orders = [loader.order(e).tolist() for loader, e in ((one, 0), (one, 1), (ImageBatches(numbered(), 16, RAW, seed=4, shuffle=True), 0))]
     assert len({tuple(order) for order in orders}) == 3
     first, second = by_sample(one, 0), by_sample(one, 1)
     assert sum(torch.equal(first[i], second[i]) for i in range(50)) < 10
 
 
 def test_a_sample_looks_the_same_in_any_batch_size_and_under_any_limit():
-    whole = by_sample(Batches(numbered(), 16, RAW, shuffle=True, augment=Augment(2, True)), 5)
+    whole = by_sample(ImageBatches(numbered(), 16, RAW, shuffle=True, augment=Augment(2, True)), 5)
     for size, samples in ((7, None), (50, None), (4, np.array([3, 8, 40]))):
-        part = by_sample(Batches(numbered(), size, RAW, shuffle=True, augment=Augment(2, True), samples=samples), 5)
+        part = by_sample(ImageBatches(numbered(), size, RAW, shuffle=True, augment=Augment(2, True), samples=samples), 5)
         assert len(part) == (50 if samples is None else 3)
         assert all(torch.equal(x, whole[i]) for i, x in part.items())
 
@@ -114,7 +114,7 @@ def test_a_sample_looks_the_same_in_any_batch_size_and_under_any_limit():
 def test_nothing_touches_the_stored_images_or_the_batches_handed_out():
     images = numbered()
     before = images.pixels.clone()
-    loader = Batches(images, 16, RAW, shuffle=True, augment=Augment(0, True))
+    loader = ImageBatches(images, 16, RAW, shuffle=True, augment=Augment(0, True))
     batches = list(loader.epoch(0))
     for x, _ in batches:
         x.zero_()
@@ -124,7 +124,7 @@ def test_nothing_touches_the_stored_images_or_the_batches_handed_out():
 
 def test_without_shuffle_and_augmentation_the_images_come_as_they_are():
     images = numbered(10)
-    (x, y), *_ = Batches(images, 10, RAW).epoch(3)
+    (x, y), *_ = ImageBatches(images, 10, RAW).epoch(3)
     assert y.tolist() == list(range(10))
     assert torch.allclose(x, images.pixels.float())
 
@@ -135,11 +135,11 @@ def test_statistics_and_normalisation():
     scaled = images.pixels.double() / 255
     assert torch.allclose(torch.tensor(stats.mean), scaled.mean((0, 2, 3)).float())
     assert torch.allclose(torch.tensor(stats.std), scaled.std((0, 2, 3), correction=0).float())
-    ((x, _),) = Batches(images, 3000, stats).epoch(0)
+    ((x, _),) = ImageBatches(images, 3000, stats).epoch(0)
     mean, std = (torch.tensor(v, dtype=torch.float64).reshape(3, 1, 1) for v in (stats.mean, stats.std))
     assert torch.allclose(x.double(), (scaled - mean) / std, atol=1e-6)
     black = Images(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.arange(2))
-    assert next(Batches(black, 2, statistics(black)).epoch(0))[0].eq(0).all()
+    assert next(ImageBatches(black, 2, statistics(black)).epoch(0))[0].eq(0).all()
 
 
 def test_images_and_batch_size_are_checked():
@@ -148,4 +148,4 @@ def test_images_and_batch_size_are_checked():
     with pytest.raises(UsageError, match="one per image"):
         Images(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.arange(3))
     with pytest.raises(UsageError, match="at least 1, not 0"):
-        Batches(numbered(), 0, RAW)
+        ImageBatches(numbered(), 0, RAW)

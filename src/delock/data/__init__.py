@@ -2,8 +2,8 @@
 
 from delock.data.alphabet import Alphabet
 from delock.data.augment import Augment
-from delock.data.images import Batches, Images, statistics
-from delock.data.iterable import as_loader
+from delock.data.images import ImageBatches, Images, statistics
+from delock.data.iterable import Batches, as_loader
 from delock.data.load import NAMES, load
 from delock.data.loader import Data, Loader
 from delock.data.synthetic import synthetic
@@ -15,6 +15,7 @@ __all__ = [
     "Augment",
     "Batches",
     "Data",
+    "ImageBatches",
     "Images",
     "Loader",
     "TextData",

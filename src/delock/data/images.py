@@ -66,7 +66,7 @@ def statistics(images: Images) -> Statistics:
     return Statistics(tuple(mean.tolist()), tuple((s or 1.0) for s in std.tolist()))  # a constant channel is only centred
 
 
-class Batches:
+class ImageBatches:
     """Loads batches of `Images`: inputs (B, C, H, W) float32 normalised by `stats`, targets (B,) int64.
 
     With `shuffle`, the order of epoch e is a permutation that follows from (seed, e). The augmentation of a sample follows from

@@ -1,10 +1,12 @@
-"""Makes a Loader from the user's own batches: a torch DataLoader, a list, or any other iterable of (inputs, targets)."""
+"""Makes a Loader from the user's own batches: a torch DataLoader, a list, or any other iterable of (inputs, targets); weighs them."""
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ def as_loader(obj: Any, seed: int = 0, *, batches_per_epoch: int | None = None) 
     Raises UsageError if `obj` cannot be iterated, or if its length is missing or below 1. Reading raises it for an item that is not a pair,
     for inputs that are not a tensor or a tuple of tensors, and for an epoch with fewer batches than promised.
     """
+    if isinstance(obj, Batches):
+        return Batches(as_loader(obj.loader, seed, batches_per_epoch=batches_per_epoch), weight=obj.weight)
     if isinstance(obj, Loader):
         return obj
     if not isinstance(obj, Iterable):
@@ -67,6 +71,46 @@ class Plain:
             if item is self:
                 raise UsageError(f"epoch {e} of the data ended after {b} batches, where its length promised {self.batches}")
             yield _pair(item, e, b)
+
+
+class Batches:
+    """Loads the batches of `loader`, anything that `fit` takes, and says what each of them weighs in means: weight(targets).
+
+    weight: called with the targets of a batch, and of each part that it is split into, as the loader gave them. It returns what they weigh,
+    0 or more, as a number or a tensor with one: for a loss that is a mean over the tokens that count, the number of these. It must be a sum
+    over the samples. Without Batches that number is the number of samples.
+    Raises UsageError for a weight that cannot be called. It can be pickled if the loader and the function can.
+    """
+
+    def __init__(self, loader: Any, *, weight: Callable[[Any], Any]) -> None:
+        if not callable(weight):
+            raise UsageError(
+                f"the weight of batches is a {type(weight).__name__}, but it must be a function of the targets that returns what they "
+                "weigh, as delock.nets.tokens"
+            )
+        self.loader, self.weight = loader, weight
+
+    def __len__(self) -> int:
+        return len(as_loader(self.loader))
+
+    def sizes(self) -> list[int] | None:
+        """Returns those of the loader."""
+        return as_loader(self.loader).sizes()
+
+    def epoch(self, e: int) -> Iterator[tuple[Inputs, Any]]:
+        return as_loader(self.loader).epoch(e)
+
+    def count(self, targets: Any) -> float:
+        """Returns weight(targets). Raises UsageError if it is not one finite number, 0 or more."""
+        found = self.weight(targets)
+        number = found.item() if isinstance(found, Tensor) and found.dim() == 0 else found
+        if isinstance(number, Real) and 0 <= float(number) < math.inf:
+            return float(number)
+        shown = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) and found.dim() else repr(number)
+        raise UsageError(
+            f"weight(targets) returned {shown}, but it must return one number, 0 or more: what the targets weigh in a mean, as the "
+            "number of tokens that are not ignored"
+        )
 
 
 @contextmanager

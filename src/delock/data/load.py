@@ -13,7 +13,7 @@ from delock.data.cache import cache_dir
 from delock.data.digits import digits
 from delock.data.folder import folder
 from delock.data.hashing import permutation
-from delock.data.images import Batches, Images
+from delock.data.images import ImageBatches, Images
 from delock.data.loader import Data
 from delock.data.source import OnProgress, Source
 from delock.data.synthetic import synthetic
@@ -50,7 +50,7 @@ def load(
     """
     source = _source(name, Path(data_dir) if data_dir is not None else None, download, image_size, on_progress)
     _, channels, size, _ = source.train.pixels.shape
-    train = Batches(
+    train = ImageBatches(
         source.train,
         batch_size,
         source.stats,
@@ -59,7 +59,7 @@ def load(
         augment=standard(size, flip=source.flip) if augment else None,
         samples=_choice(name, source.train, limit),
     )
-    test = Batches(source.test, batch_size if test_batch_size is None else test_batch_size, source.stats)
+    test = ImageBatches(source.test, batch_size if test_batch_size is None else test_batch_size, source.stats)
     return Data(train, test, source.classes, channels, size, name)
 
 

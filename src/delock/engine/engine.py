@@ -35,7 +35,7 @@ class Engine:
     feed: answers the Forwards and Evaluates of stage 0.
     progress: takes the op's name and description before every op.
     micro_batches: of a batch, for error messages.
-    on_loss: called with (step, loss, stage, samples) where a loss is computed.
+    on_loss: called with (step, loss, stage, the batch's message) where a loss is computed.
     on_output: called with (step, outputs with labels) on the last stage, for every batch of an evaluation.
     slow: the ticks in which the stage takes longer; delay(seconds) lets that time pass.
     Between two windows `state()` holds everything.
@@ -50,7 +50,7 @@ class Engine:
         log: StageLog | None = None,
         progress: Progress | None = None,
         micro_batches: int = 1,
-        on_loss: Callable[[Step, float, Stage, int], None] | None = None,
+        on_loss: Callable[[Step, float, Stage, Message], None] | None = None,
         on_output: Callable[[Step, Message], None] | None = None,
         slow: Slowdown | None = None,
         delay: Callable[[float], None] = spin,
@@ -127,10 +127,10 @@ class Engine:
             self.send(k - 1, MessageName(MessageKind.ERROR, op.batch, op.loss), done.error)
         if step.sends_norms:
             self.network_norm.pass_down(stage.version, stage.gradient_norms(), self)
-        if step.last:
+        if step.last and done.message.values is not None:  # an empty part has no gradient that could be old
             self.log.count_staleness(stage.version - done.version, step.tick - done.tick)
         if done.loss is not None:
-            self.check_loss(step, op, done.loss, done.samples)
+            self.check_loss(step, op, done.loss, done.message)
 
     def _update(self, step: Step, op: Update) -> None:
         norm = self.network_norm.pass_up(op.number, self) if op.over == "network" else None
@@ -138,7 +138,7 @@ class Engine:
         self.stage.update(op, norm)
         self._straggle(step, began)
 
-    def check_loss(self, step: Step, op: Backward, loss: Tensor, samples: int) -> None:
+    def check_loss(self, step: Step, op: Backward, loss: Tensor, message: Message) -> None:
         """Reports a loss that this stage has computed. Raises NonFinite for one that is no number."""
         value = loss.item()
         if not math.isfinite(value):
@@ -149,7 +149,7 @@ class Engine:
                 "lower the learning rate, warm it up, or shrink the gradients (beta)"
             )
         if self.on_loss:
-            self.on_loss(step, value, self.stage, samples)
+            self.on_loss(step, value, self.stage, message)
 
     def receive(self, source: int, name: MessageName) -> Message:
         """Receives a message; the wait for it and its decoding count as time of the op under way."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
+from delock.data.iterable import Batches
 from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.links.message import Message
@@ -16,11 +18,14 @@ from delock.tensors import Tree, map_tensors, rows, split_bounds, tree_tensors
 class Feed:
     """Answers stage 0's Forwards, which ask for batches in order: 0, 1, 2, ... running on across epochs.
 
-    A batch is split as `Tensor.tensor_split` does; a micro-batch without samples is a message without values.
+    A batch is split as `Tensor.tensor_split` does; a micro-batch without samples is a message without values. A micro-batch weighs its
+    share of what the batch counts: samples, or what the training loader's `Batches` say. So do evaluations, unless their own say otherwise.
     """
 
     def __init__(self, train: Loader, test: Loader | None, micro_batches: int, device: torch.device) -> None:
         self.train, self.test, self.micro_batches, self.device = train, test, micro_batches, device
+        self.weights = train if isinstance(train, Batches) else None
+        self.test_weights = test if isinstance(test, Batches) else self.weights
         self.per_epoch = len(train)
         self.per_evaluation = len(test) if test is not None else 0
         self.batches: tuple[int, Iterator[tuple[Tree, Tree]]] | None = None  # (number of the next, iterator)
@@ -33,7 +38,7 @@ class Feed:
             return self._evaluation(op.batch)
         batch, place = divmod(op.batch, self.micro_batches)
         if place == 0 or not self.split:
-            self.split = self._split(*self._batch(batch))
+            self.split = self._split(batch, *self._batch(batch))
         return self.split[place]
 
     def _batch(self, number: int) -> tuple[Tree, Tree]:
@@ -45,7 +50,7 @@ class Feed:
             self.batches = number, iterator
         iterator = self.batches[1]
         self.batches = number + 1, iterator
-        return self._moved(next(iterator))
+        return next(iterator)
 
     def _evaluation(self, index: int) -> Message:
         assert self.test is not None
@@ -53,20 +58,42 @@ class Feed:
             self.evaluation = iter(self.test.epoch(0))
             for _ in range(index % self.per_evaluation):
                 next(self.evaluation)
-        inputs, targets = self._moved(next(self.evaluation))
-        return Message(inputs, targets, samples=samples(inputs))
+        inputs, targets = next(self.evaluation)
+        count = self.test_weights.count(targets) if self.test_weights else samples(inputs)
+        return Message(*self._moved((inputs, targets)), samples=samples(inputs), count=count)
 
     def _moved(self, batch: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
         inputs, targets = map_tensors(lambda leaf: leaf.to(self.device, non_blocking=True), batch)
         return tuple(inputs) if isinstance(inputs, list) else inputs, targets
 
-    def _split(self, inputs: Tree, targets: Tree) -> list[Message]:
+    def _split(self, number: int, inputs: Tree, targets: Tree) -> list[Message]:
+        """Splits a batch. What it counts is asked of the targets where the loader has them: on a GPU the answer would be waited for."""
         n = samples(inputs)
+        if not n:
+            raise UsageError(f"batch {number} has no samples, so it has no mean: leave empty batches out of the data")
+        whole = self.weights.count(targets) if self.weights else n
+        moved = self._moved((inputs, targets))
         if self.micro_batches == 1:
-            return [Message(inputs, targets, samples=n)]
-        pieces = [rows((inputs, targets), begin, end, n) for begin, end in split_bounds(n, self.micro_batches)]
-        counts = [samples(x) for x, _ in pieces]
-        return [Message(x if count else None, y, count / n, count) for (x, y), count in zip(pieces, counts, strict=True)]
+            return [Message(*moved, 1.0 if whole else 0.0, n, whole)]
+        bounds = split_bounds(n, self.micro_batches)
+        sizes = [end - begin for begin, end in bounds]
+        counts = self._counts(number, targets, whole, n, bounds) if self.weights else sizes
+        pieces = [rows(moved, begin, end, n) for begin, end in bounds]
+        return [
+            Message(x if size else None, y, count / whole if whole else 0.0, size, count)
+            for (x, y), size, count in zip(pieces, sizes, counts, strict=True)
+        ]
+
+    def _counts(self, number: int, targets: Tree, whole: float, n: int, bounds: list[tuple[int, int]]) -> list[float]:
+        """Returns what each part of a batch counts. Raises UsageError unless that adds up to what the batch counts."""
+        assert self.weights is not None
+        counts = [self.weights.count(rows(targets, begin, end, n)) if end > begin else 0.0 for begin, end in bounds]
+        if not math.isclose(sum(counts), whole, rel_tol=1e-4):
+            raise UsageError(
+                f"weight(targets) of the parts of batch {number} adds up to {sum(counts):g}, but that of the whole batch is {whole:g}: it "
+                "must be a sum over the samples, as the number of tokens that are not ignored, and not a mean"
+            )
+        return counts
 
 
 def samples(inputs: Tree) -> int:

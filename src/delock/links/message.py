@@ -34,13 +34,16 @@ class MessageName(NamedTuple):
 class Message:
     """Tensors (or an error: a tuple with one tensor per floating input) and, on the way up, labels, weight of the loss, sample count.
 
-    `values` is None for a part of a batch that has no samples.
+    weight: the share of its batch that a part is, by `count`; 0 where nothing in it counts, so that it gives no gradient.
+    count: the number that means over batches are weighted by: the samples, or the result of `weight(targets)` of a loader's `Batches`.
+    `values` is None for a part of a batch that has no samples; its weight is 0.
     """
 
     values: Tree
     targets: Tree = None
     weight: float = 1.0
     samples: int = 0
+    count: float = 0.0
 
 
 def expect(got: MessageName, wanted: MessageName, source: int) -> None:

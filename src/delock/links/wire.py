@@ -21,7 +21,7 @@ from torch import Tensor
 from delock.links.message import Message, MessageKind, MessageName
 from delock.tensors import Tree, flatten, map_tensors, unflatten
 
-PREFIX = struct.Struct("<qBqiidqq")  # bytes of all; kind, batch, loss, version; weight, samples; bytes of the JSON text
+PREFIX = struct.Struct("<qBqiidqdq")  # bytes of all; kind, batch, loss, version; weight, samples, count; bytes of the JSON text
 KINDS = tuple(MessageKind)
 ALIGN = 64  # bytes: a cache line, and what vector loads like
 Meta: TypeAlias = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], bool]
@@ -76,7 +76,8 @@ def pack(
     """
     layout, leaves = _layout_of(message, apart)
     packed, tensors = into(layout)
-    head = PREFIX.pack(layout.length, name.kind, name.batch, name.loss, name.version, message.weight, message.samples, len(layout.text))
+    numbers = message.weight, message.samples, message.count
+    head = PREFIX.pack(layout.length, name.kind, name.batch, name.loss, name.version, *numbers, len(layout.text))
     ctypes.memmove(packed.data_ptr(), head + layout.text, len(head) + len(layout.text))
     others = []
     inside = iter(tensors)
@@ -100,7 +101,7 @@ def length_of(start: Tensor) -> int:
 
 def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]], None] | None = None) -> tuple[MessageName, Message]:
     """Returns name and message on that device; on the CPU the tensors are views of `packed`. `fetch` fills tensors that travelled apart."""
-    name, layout, weight, samples = _read_header(packed.numpy().data)
+    name, layout, numbers = _read_header(packed.numpy().data)
     if device.type != "cpu" and not all(place.apart for place in layout.places):
         packed = packed.to(device)
     leaves = [
@@ -110,21 +111,21 @@ def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]],
     if fetch:
         fetch([_flat(leaf) for leaf, place in zip(leaves, layout.places, strict=True) if place.apart])
     values, targets = unflatten(layout.tree, leaves)
-    return name, Message(values, targets, weight, samples)
+    return name, Message(values, targets, *numbers)
 
 
 def unpack_borrowed(memory: memoryview) -> tuple[MessageName, Message]:
     """Returns name and message that lie in memory of another owner: every tensor in it holds on to `memory`, and nothing else does."""
-    name, layout, weight, samples = _read_header(memory)
+    name, layout, numbers = _read_header(memory)
     values, targets = unflatten(layout.tree, [_borrowed_view(memory, place) for place in layout.places])
-    return name, Message(values, targets, weight, samples)
+    return name, Message(values, targets, *numbers)
 
 
-def _read_header(memory: memoryview) -> tuple[MessageName, MessageLayout, float, int]:
-    """Returns what a message begins with: its name, its layout, weight and samples."""
-    _, kind, batch, loss, version, weight, samples, chars = PREFIX.unpack_from(memory)
+def _read_header(memory: memoryview) -> tuple[MessageName, MessageLayout, tuple[float, int, float]]:
+    """Returns what a message begins with: its name, its layout; weight, samples and count."""
+    _, kind, batch, loss, version, weight, samples, count, chars = PREFIX.unpack_from(memory)
     layout = _read_layout(bytes(memory[PREFIX.size : PREFIX.size + chars]))
-    return MessageName(KINDS[kind], batch, loss, version), layout, weight, samples
+    return MessageName(KINDS[kind], batch, loss, version), layout, (weight, samples, count)
 
 
 def _borrowed_view(memory: memoryview, place: Place) -> Tensor:

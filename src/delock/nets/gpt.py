@@ -13,6 +13,7 @@ from delock.errors import UsageError
 from delock.keys import key
 
 STD = 0.02  # of all initial weights (Radford et al., "Language models are unsupervised multitask learners", 2019)
+IGNORED = -100  # the target that torch's cross-entropy leaves out
 
 
 class Embed(nn.Module):
@@ -97,8 +98,16 @@ def gpt(
 
 
 def nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the loss of a GPT, the mean cross-entropy over all tokens, a scalar: logits (B, T, vocabulary), targets (B, T) int64."""
+    """Returns the loss of a GPT, the mean cross-entropy over all tokens, a scalar: logits (B, T, vocabulary), targets (B, T) int64.
+
+    A target of -100 does not count.
+    """
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def tokens(targets: Tensor) -> int:
+    """Returns how many targets count in `nats` and `bits`: all but those that are -100. The weight of batches in which some are."""
+    return int((targets != IGNORED).sum())
 
 
 def bits(logits: Tensor, targets: Tensor) -> float:

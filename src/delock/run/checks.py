@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from delock.data.iterable import Batches
 from delock.errors import UsageError
 from delock.links.connect import refuse_link
 from delock.methods import Method
@@ -58,6 +59,8 @@ def refuse_uncapturable(request: Request) -> None:
     for name, given in beside.items():
         if given:
             raise UsageError(f"captured does not go with {name}: leave one of them out")
+    if isinstance(request.train, Batches):
+        raise UsageError("captured ticks take every batch to weigh the same, but the data has weights: leave Batches or captured out")
     if len(sizes := sorted(set(request.train.sizes() or []), reverse=True)) > 1:
         raise UsageError(
             f"captured ticks have memory for batches of one size, but here they have {' and '.join(map(str, sizes))} samples: "

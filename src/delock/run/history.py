@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -23,12 +24,13 @@ class History:
     def __init__(self, job: StageJob, log: StageLog, emit: Callable[[Event], None], device: torch.device) -> None:
         self.job, self.emit, self.device, self.logs = job, emit, device, [log]  # logs: those of all stages that take turns in this process
         self.losses: list[float] = []
+        self.counts: list[float] = []  # what each batch weighs in a mean
         self.evaluations: list[EvaluationRecord] = []
         self.samples = 0
-        self.batch_loss = 0.0
+        self.batch_loss = self.batch_count = 0.0
         self.since = 0  # losses already averaged into a record
         self.sums: dict[str, float] = {}
-        self.judged = 0
+        self.judged = 0.0
         self.paused = 0.0  # seconds of training when the evaluation in progress began
 
     def seconds(self, until: float | None = None) -> float:
@@ -42,43 +44,53 @@ class History:
         """Returns the end of the latest op, on the clock of the logs."""
         return max(log.last for log in self.logs)
 
-    def loss(self, step: Step, value: float, stage: Stage, samples: int) -> None:
-        """Takes the loss of a (micro-)batch; a batch is complete with its last micro-batch."""
+    def loss(self, step: Step, value: float, stage: Stage, message: Message) -> None:
+        """Takes the loss of a (micro-)batch; a batch is complete with its last micro-batch. One in which nothing counts has none: NaN."""
         op = step.op
         assert isinstance(op, Backward)
         self.batch_loss += value
-        self.samples += samples
+        self.batch_count += message.count
+        self.samples += message.samples
         if (op.batch + 1) % self.job.method.micro_batches:
             return
-        self.losses.append(self.batch_loss)
-        self.batch_loss = 0.0
+        self.losses.append(self.batch_loss if self.batch_count else math.nan)
+        self.counts.append(self.batch_count)
+        self.batch_loss = self.batch_count = 0.0
         done = len(self.losses)
         if done % self.job.report.log_every == 0 or done == self.job.length.batches:
             self.emit(StepRecord(done, done / self.job.per_epoch, self.losses[-1], stage.lr, self.samples, self.seconds()))
         if not self.job.length.every and (done % self.job.per_epoch == 0 or done == self.job.length.batches):
-            self._record(float("nan"), {}, self.seconds())
+            self._record(math.nan, {}, self.seconds())
 
     def output(self, step: Step, result: Message) -> None:
         """Takes the outputs of an evaluation batch."""
         op = step.op
         assert isinstance(op, Evaluate)
-        if not self.judged:
+        if op.batch % self.job.length.evaluation == 0:
             self.paused = self.seconds(until=self.last)
         measures = {"": self.job.loss, **self.job.metrics}
-        with precision(self.job.execution, self.device):
-            found = {name: float(measure(result.values, result.targets)) for name, measure in measures.items()}
-        self.sums = {name: self.sums.get(name, 0.0) + value * result.samples for name, value in found.items()}
-        self.judged += result.samples
+        if result.count:  # else it has no mean
+            with precision(self.job.execution, self.device):
+                found = {name: float(measure(result.values, result.targets)) for name, measure in measures.items()}
+            self.sums = {name: self.sums.get(name, 0.0) + value * result.count for name, value in found.items()}
+            self.judged += result.count
         if (op.batch + 1) % self.job.length.evaluation == 0:
-            means = {name: total / self.judged for name, total in self.sums.items()}
+            means = {name: self.sums[name] / self.judged if self.judged else math.nan for name in measures}
             self._record(means.pop(""), means, self.paused)
-            self.sums, self.judged = {}, 0
+            self.sums, self.judged = {}, 0.0
 
     def _record(self, test_loss: float, metrics: dict[str, float], seconds: float) -> None:
-        new = self.losses[self.since :]
+        train_loss = self._mean_since()
         self.since = done = len(self.losses)
-        before = self.evaluations[-1].train_loss if self.evaluations else float("nan")
-        train_loss = sum(new) / len(new) if new else before
         record = EvaluationRecord(done, done / self.job.per_epoch, train_loss, test_loss, metrics, seconds, self.samples)
         self.evaluations.append(record)
         self.emit(record)
+
+    def _mean_since(self) -> float:
+        """Returns the mean loss of the batches since the last record, weighted where the loader weighs them; without any, that record's."""
+        new, counts = self.losses[self.since :], self.counts[self.since :]
+        if not any(counts):
+            return self.evaluations[-1].train_loss if self.evaluations else math.nan
+        if not self.job.weighed:
+            return sum(new) / len(new)
+        return sum(loss * count for loss, count in zip(new, counts, strict=True) if count) / sum(counts)

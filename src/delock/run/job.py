@@ -47,6 +47,7 @@ class StageJob:
     simulation: Simulation = field(default_factory=Simulation)
     report: Report = field(default_factory=Report)
     example: Tree = None  # on the meta device: a batch as it enters the stage, where that is compiled
+    weighed: bool = False  # the loader says what its batches weigh in means
     window: int = 256
 
 

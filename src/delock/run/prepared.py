@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from delock.codecs import Codec
+from delock.data.iterable import Batches
 from delock.engine.feed import samples
 from delock.links.connect import shares
 from delock.memory.optimizer import learned, optimizer_bytes
@@ -99,6 +100,7 @@ class PreparedRun:
                 method=request.method,
                 length=self.length,
                 per_epoch=len(request.train),
+                weighed=isinstance(request.train, Batches),
                 optimizer=request.optimizer,
                 schedule=request.schedule,
                 loss=request.loss,

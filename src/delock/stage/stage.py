@@ -33,9 +33,9 @@ class BackwardResult(NamedTuple):
     batch: InFlight
 
     @property
-    def samples(self) -> int:
-        """Samples in the batch."""
-        return self.batch.message.samples
+    def message(self) -> Message:
+        """The batch as it came in."""
+        return self.batch.message
 
     @property
     def version(self) -> int:
@@ -196,8 +196,8 @@ class Stage:
         held = self.in_flight[op.batch]
         if step.last:
             del self.in_flight[op.batch]
-        if held.message.values is None:
-            return BackwardResult(Message(None) if step.down else None, torch.zeros(()) if op.loss == self.k else None, held)
+        if held.message.weight == 0:  # nothing in it counts: no gradient, and no loss, which might be NaN
+            return BackwardResult(_no_error(held) if step.down else None, torch.zeros(()) if op.loss == self.k else None, held)
         if op.part == "weights":
             later, passed_on = held.deferred.pop(op.loss)
             self._learn(op, later(not step.last), passed_on)
@@ -280,6 +280,12 @@ class Stage:
 def _error(held: InFlight, passed_on: Gradients) -> Message:
     """Returns the message to stage k - 1: one tensor per floating input, zeros where the outputs do not depend on it."""
     return Message(tuple(torch.zeros_like(h) if d is None else d for d, h in zip(passed_on, held.leaves, strict=True)))
+
+
+def _no_error(held: InFlight) -> Message:
+    """Returns the message to stage k - 1 of a part without weight: zeros, or nothing where it has no samples."""
+    values = held.message.values
+    return Message(values if values is None else tuple(torch.zeros_like(h) for h in floating(values)))
 
 
 def _refuse_loss(loss: Any, outputs: Any) -> None:

@@ -104,7 +104,8 @@ class Ticks:
         losses, self.losses = self.losses, []
         for engine, step, loss in losses:
             assert isinstance(step.op, Backward)
-            engine.check_loss(step, step.op, loss, self.stages[engine.stage.k].inputs.samples)
+            samples = self.stages[engine.stage.k].inputs.samples
+            engine.check_loss(step, step.op, loss, Message(None, samples=samples, count=samples))
 
     # ---- recording -----------------------------------------------------------------------------------------------------------------
 
