@@ -125,7 +125,8 @@ def test_synchronous_methods_are_never_stale(method: Method, K: int) -> None:
     for spans, engine in zip(chain.spans, chain.engines, strict=True):
         parts = BATCHES * method.micro_batches
         assert gradient_staleness(spans) == layer_staleness(spans) == dict.fromkeys(range(parts), 0)
-        assert engine.log.staleness == engine.log.layer_staleness == Counter({0: parts})
+        filled = BATCHES * min(2, method.micro_batches)  # of two samples: an empty part is in no histogram
+        assert engine.log.staleness == engine.log.layer_staleness == Counter({0: filled})
 
 
 def test_adl_in_the_published_example() -> None:

@@ -23,6 +23,7 @@ from delock.run.checks import refuse_replay, refuse_uncapturable, refuse_wrong_l
 from delock.run.collect import collect
 from delock.run.inline import run_inline
 from delock.run.job import StageResult
+from delock.run.nonfinite import explained
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.ranks import run_rank
@@ -146,7 +147,8 @@ def fit(
         report=report,
     )
     _check(request)
-    started, results = _run(request, on_event or (lambda event: None))
+    with explained(request):
+        started, results = _run(request, on_event or (lambda event: None))
     return collect(request, started, results)
 
 

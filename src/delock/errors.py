@@ -14,7 +14,14 @@ class StageFailed(DelockError):
 
 
 class NonFinite(UsageError):
-    """Raised if a loss becomes infinite or NaN: the message names the batch and the stage."""
+    """Raised if a loss becomes infinite or NaN: the message names the batch and the stage.
+
+    batch, part: of the loss, where they are known; updates: those that the stage had made.
+    """
+
+    def __init__(self, message: str, *, batch: int | None = None, part: int = 0, updates: int = 0) -> None:
+        super().__init__(message)
+        self.batch, self.part, self.updates = batch, part, updates
 
 
 class PlanError(DelockError):

@@ -142,12 +142,10 @@ class Engine:
         """Reports a loss that this stage has computed. Raises NonFinite for one that is no number."""
         value = loss.item()
         if not math.isfinite(value):
-            updates = f"{self.stage.version} update{'s' if self.stage.version != 1 else ''}"
-            which = f"batch {op.batch // self.micro_batches}" + (f" (micro-batch {op.batch})" if self.micro_batches > 1 else "")
-            raise NonFinite(
-                f"the loss of {which} became {value} at stage {self.stage.k}, after {updates}; "
-                "lower the learning rate, warm it up, or shrink the gradients (beta)"
-            )
+            version, (batch, part) = self.stage.version, divmod(op.batch, self.micro_batches)
+            which = f"batch {batch}" + (f" (micro-batch {op.batch})" if self.micro_batches > 1 else "")
+            what = f"the loss of {which} became {value} at stage {self.stage.k}, after {version} update{'s' if version != 1 else ''}"
+            raise NonFinite(what, batch=batch, part=part, updates=version)
         if self.on_loss:
             self.on_loss(step, value, self.stage, message)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from delock.errors import StageFailed, UsageError
 from delock.launch.progress import Position
@@ -21,7 +21,7 @@ class Failure:
     """Holds the failure of one rank; it can be pickled.
 
     `echo`: it looks like a consequence of another rank's failure. `usage`: the class of an error of bad input, which is reported without a
-    traceback.
+    traceback, and `facts`: the attributes of that error.
     """
 
     rank: int
@@ -30,6 +30,7 @@ class Failure:
     details: str = ""
     usage: type[UsageError] | None = None
     severity: int = _RAISED
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def echo(self) -> bool:
@@ -38,7 +39,9 @@ class Failure:
     def error(self) -> StageFailed | UsageError:
         """Returns the exception to raise in the user's process."""
         if self.usage:
-            return self.usage(self.what)
+            error = self.usage(self.what)
+            vars(error).update(self.facts)
+            return error
         return StageFailed(str(self))
 
     def __str__(self) -> str:
@@ -56,7 +59,8 @@ def raised(rank: int, error: BaseException, at: Position) -> Failure:
     chain = _chain(error)
     lost = any(isinstance(one, RuntimeError | OSError) and (at.waits_for is not None or _LOST_PEER.search(str(one))) for one in chain)
     trace = "".join(traceback.format_exception(error))
-    return Failure(rank, str(at), str(error) if usage else what, trace, usage, _ECHO if lost and not usage else _RAISED)
+    severity = _ECHO if lost and not usage else _RAISED
+    return Failure(rank, str(at), str(error) if usage else what, trace, usage, severity, vars(error) if usage else {})
 
 
 def died(rank: int, exit_code: int, at: Position, stack: str) -> Failure:

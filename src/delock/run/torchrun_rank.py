@@ -11,6 +11,7 @@ from delock.errors import UsageError
 from delock.launch.rank import Rank
 from delock.records import Started
 from delock.run.job import StageResult
+from delock.run.nonfinite import explained
 from delock.run.prepare import prepare
 from delock.run.ranks import run_rank
 from delock.run.request import Request
@@ -28,7 +29,8 @@ def run_torchrun_rank(rank: Rank, request: Request) -> tuple[Started, StageResul
     started: Started = said[0]
     prepared = prepared or prepare(replace(request, cuts=started.cuts))
     rank.be_patient(prepared.patience())
-    return started, run_rank(rank, prepared.jobs()[rank.rank])
+    with explained(request):
+        return started, run_rank(rank, prepared.jobs()[rank.rank])
 
 
 def _stages(rank: Rank, request: Request) -> int:
