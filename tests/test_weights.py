@@ -20,14 +20,17 @@ from delock import recipes
 from delock.data import Batches, as_loader
 from delock.engine.feed import Feed
 from delock.errors import UsageError
+from delock.links.message import Message
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Interlocking, Method, OneFOneB
 from delock.nets import bits, gpt, nats, tokens
 from delock.ops import Evaluate, Forward
+from delock.plan import unroll
 from delock.records import Result
 from delock.run.job import StageJob, StageResult
+from delock.stage import Stage
 
 from harness import CPU, assert_equal, in_the_same_processes, inline, jobs, whole_and_resumed
-from workloads import Samples, sgd
+from workloads import Samples, conv_net, sgd
 
 VOCABULARY, CONTEXT = 11, 6
 Pairs = list[tuple[Tensor, Tensor]]
@@ -113,7 +116,9 @@ def test_adl_takes_the_mean_over_batches_that_count() -> None:
     assert same(a, b)
 
 
-@pytest.mark.parametrize("make", [recipes.scadamw(), recipes.scsgd(0.1), recipes.muon(), recipes.error_feedback(partial(torch.optim.SGD, lr=0.1))])
+@pytest.mark.parametrize(
+    "make", [recipes.scadamw(), recipes.scsgd(0.1), recipes.muon(), recipes.error_feedback(partial(torch.optim.SGD, lr=0.1))]
+)
 def test_optimizers_leave_weights_without_gradient_alone(make: Any) -> None:
     data = texts([2, 3, 6], [5, 5, 5], *[[0, 0, 0]] * 4)
     (a, _), (b, result) = (trained(Batches(some, weight=tokens), DDG(), optimizer=make) for some in (data[:2], data))
@@ -135,7 +140,7 @@ class Unlabelled(Samples):
 
 def unlabelled(method: Method, K: int = 3, **options: Any) -> list[StageJob]:
     made = jobs("conv", K, method, **options)
-    data = Batches(Unlabelled("image", 34, 8, torch.float32), weight=tokens)
+    data = Batches(Unlabelled("image", 35, 8, torch.float32), weight=tokens)
     length = replace(made[0].length, batches=2 * len(data), every=len(data))
     made = [replace(job, loss=cross_entropy, length=length, per_epoch=len(data), weighed=True) for job in made]
     made[0] = replace(made[0], train=data)
@@ -169,7 +174,8 @@ def test_processes_equal_one_process(method: Method, there: Any) -> None:
         assert one.report.updates == -(-10 // method.batches_per_update)
         tracked = [x for name, x in one.state.items() if name.endswith("num_batches_tracked")]
         assert all(x == 10 * method.micro_batches for x in tracked), "batch norm must see what does not count"
-    assert [math.isnan(loss) for loss in here[-1].losses] == [b % 5 == 2 for b in range(10)]
+    data = Unlabelled("image", 35, 8, torch.float32)
+    assert [math.isnan(loss) for loss in here[-1].losses] == [tokens(y) == 0 for e in range(2) for _, y in data.epoch(e)]
 
 
 @pytest.mark.usefixtures("own_random")
@@ -177,18 +183,17 @@ def test_processes_equal_one_process(method: Method, there: Any) -> None:
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, stop: int) -> None:
     whole, second, losses = whole_and_resumed(lambda: unlabelled(method), stop)
-    assert all(same([*a.stage.body.weights.values()], [*b.stage.body.weights.values()]) for a, b in zip(whole.engines, second.engines, strict=True))
+    assert all(
+        same([*a.stage.body.weights.values()], [*b.stage.body.weights.values()]) for a, b in zip(whole.engines, second.engines, strict=True)
+    )
     assert [str(loss) for loss in losses] == [str(loss) for loss in whole.losses]
 
 
+@pytest.mark.usefixtures("own_random")
 def test_the_error_of_a_part_without_weight_is_zero() -> None:
     """It is sent as any other, so that the stage below need not know."""
-    made = unlabelled(DDG(), 2)
-    stages = [delock.stage.Stage(job.module, k, 2, optimizer=sgd, loss=cross_entropy) for k, job in enumerate(made)]  # type: ignore[attr-defined]
-    from delock.links.message import Message
-    from delock.plan import unroll
-
-    steps = [column for column in unroll(BP(), 2, 1).columns]
+    stages = [Stage(module, k, 2, optimizer=sgd, loss=cross_entropy) for k, module in enumerate(conv_net(2, torch.float32))]
+    steps = unroll(BP(), 2, 1).columns
     x, y = next(iter(Samples("image", 8, 8, torch.float32).epoch(0)))
     sent = stages[0].forward(steps[0][0], Message(x, torch.full_like(y, -100), weight=0.0, samples=8))
     assert sent.weight == 0
@@ -205,7 +210,7 @@ def test_the_error_of_a_part_without_weight_is_zero() -> None:
 
 def by_hand(model: nn.Module, data: Pairs, measure: Callable[[Tensor, Tensor], Any]) -> float:
     """The mean over all tokens that count."""
-    total = sum(float(measure(model(x), y)) * tokens(y) for x, y in data if tokens(y))
+    total = sum(float(measure(model(x).detach(), y)) * tokens(y) for x, y in data if tokens(y))
     return total / sum(tokens(y) for _, y in data)
 
 
@@ -268,11 +273,11 @@ def test_weights_of_parts() -> None:
     [
         (lambda y: -1, "returned -1, but it must return one number, 0 or more"),
         (lambda y: float("nan"), "returned nan"),
-        (lambda y: torch.tensor(math.inf), "returned tensor(inf)"),
+        (lambda y: torch.tensor(math.inf), "returned inf"),
         (lambda y: (y != -100).sum(1), r"returned a tensor of shape (3,)"),
         (lambda y: None, "returned None"),
         (lambda y: "6", "returned '6'"),
-        (lambda y: (y != -100).double().mean(), "of the parts of batch 0 adds up to 1.27778, but that of the whole batch is 0.611111"),
+        (lambda y: (y != -100).double().mean(), "of the parts of batch 0 adds up to 1.41667, but that of the whole batch is 0.611111"),
     ],
 )
 def test_a_weight_that_is_none(weight: Any, says: str) -> None:

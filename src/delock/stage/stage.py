@@ -197,7 +197,8 @@ class Stage:
         if step.last:
             del self.in_flight[op.batch]
         if held.message.weight == 0:  # nothing in it counts: no gradient, and no loss, which might be NaN
-            return BackwardResult(_no_error(held) if step.down else None, torch.zeros(()) if op.loss == self.k else None, held)
+            own = op.loss == self.k and op.part != "weights"
+            return BackwardResult(_no_error(held) if step.down else None, torch.zeros(()) if own else None, held)
         if op.part == "weights":
             later, passed_on = held.deferred.pop(op.loss)
             self._learn(op, later(not step.last), passed_on)
