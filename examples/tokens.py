@@ -4,8 +4,8 @@
     python examples/tokens.py --method dsp --workers inline
 
 The model is not an nn.Sequential that the library cuts but a list of modules, one per stage. Inputs are int64. Messages are (h, tokens,
-real), of which only h is floating, so only h has an error sent back. Some positions of the targets do not count (ignore_index). Parameter
-groups are made by name. The length of the run is given in batches, with evaluations in between.
+real), of which only h is floating, so only h has an error sent back. Some positions of the targets do not count (ignore_index), so batches
+weigh as many as do. Parameter groups are made by name. The length of the run is given in batches, with evaluations in between.
 
 The text is the few lines below, a sequence per line. Shorter lines are padded; `real` marks the positions that are not padding.
 """
@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.data import DataLoader
 
 import delock
+from delock.data import Batches
 from delock.records import Result
 
 TEXT = """
@@ -119,6 +120,11 @@ def accuracy(logits: Tensor, targets: Tensor) -> float:
     return float((logits.argmax(-1) == targets)[counts].double().mean())
 
 
+def counted(targets: Tensor) -> Tensor:
+    """Returns the letters that count, the weight of a batch or of a part of one."""
+    return (targets != IGNORED).sum()
+
+
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Returns True if weight decay acts on a parameter: on matrices, not on biases, norms and tables of tokens."""
     return parameter.dim() == 2 and not any(table in name for table in ("token", "place", "pairs"))
@@ -144,7 +150,7 @@ def main(words: Sequence[str] | None = None) -> Result:
 
     result = delock.fit(
         stages(),
-        DataLoader(TEXT.split("\n")[1:-1], batch_size=4, shuffle=True, collate_fn=collate),
+        Batches(DataLoader(TEXT.split("\n")[1:-1], batch_size=4, shuffle=True, collate_fn=collate), weight=counted),
         DataLoader([HELD_OUT.strip()], collate_fn=collate),
         loss=loss,
         metrics={"accuracy": accuracy},

@@ -80,7 +80,7 @@ def test_uneven_tokens_in_parts_equal_the_undivided_batch(method: Method, clip: 
 
 
 def test_samples_do_not_equal_it() -> None:
-    """What the weights are for, and a proof that the test above can fail."""
+    """So weights are needed, and the test above can fail."""
     whole, parts = (trained(UNEVEN[:2], method)[0] for method in (BP(), OneFOneB(2)))
     assert gap(whole, parts) > 1e-3
 
