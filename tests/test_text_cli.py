@@ -355,16 +355,20 @@ def made_run(path: Path) -> None:
 PAGE = (Path(__file__).parent.parent / "docs" / "text.md").read_text(encoding="utf-8")
 
 
-def test_the_program_on_the_page_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """As it is written, but in one process and for a few batches of a short test."""
+def test_the_programs_on_the_page_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As they are written, but in one process and for a few batches of a short test."""
     fit = delock.fit
 
-    def short(model: Any, train: Any, test: Any, **options: Any) -> Any:
-        return fit(model, train, [next(test.epoch(0))], **options | {"batches": 2, "workers": "inline"})
+    def short(model: Any, train: Any, test: Any = None, **options: Any) -> Any:
+        few = [next(test.epoch(0))] if test else None
+        return fit(model, train, few, **options | {"batches": 2, "epochs": None, "workers": "inline"})
 
     monkeypatch.setattr(delock, "fit", short, raising=False)
-    [program] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(compile(program, "text.md", "exec", dont_inherit=True), {"__name__": "__main__"})
+    programs = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(programs) == 2
+    names = {"__name__": "__main__"}
+    for program in programs:
+        exec(compile(program, "text.md", "exec", dont_inherit=True), names)
     out = capsys.readouterr().out
     assert " bits per character\nThe " in out
     assert len(out) > 200
