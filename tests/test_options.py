@@ -19,6 +19,7 @@ from delock.cli.config import TrainConfig, build, flat, resolve, toml
 from delock.codecs import BF16, VQ
 from delock.errors import UsageError
 from delock.execution import apply
+from delock.methods import METHODS, options
 from delock.options import Compression, Execution, Placement, Report, Simulation
 from delock.timeline import Emulation, Slowdown
 
@@ -71,6 +72,21 @@ def test_help_is_that_of_the_groups(capsys: pytest.CaptureFixture[str]) -> None:
     for group in GROUPS:
         for text in re.findall(r'^    """(.*)"""$', inspect.getsource(group), re.MULTILINE)[1:]:
             assert ("Python" in text or "VisitsRecords" in text) or text in shown
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_help_of_an_option_names_the_methods_that_have_it(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--help"], "train", "")
+    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert re.search(rf"--method STR [^(]*\b{method}\b", shown)
+    for option in options(METHODS[method]):
+        assert re.search(rf"--{option.replace('_', '-')} [^(]*\b{method}\b", shown), option
+
+
+def test_a_config_has_the_name_of_the_method_itself() -> None:
+    for name, method in METHODS.items():
+        assert resolve(build(TrainConfig, {"method": name}, "test")).algorithm.method == method.name
 
 
 @pytest.mark.parametrize(

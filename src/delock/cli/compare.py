@@ -28,7 +28,8 @@ examples:
   delock compare --methods bp,fdg:beta=0.5,adl:accumulate=2:lr=0.2 --epochs 5
   delock compare --methods bp dsp:p=2+1+3:q=1+1+1 --stages 4 --no-plain
   delock compare --data folder --data-dir DIR --model resnet20 --warmup 390
-  delock compare --data text --methods bp,fdg,adl --batches 500"""
+  delock compare --data text --methods bp,fdg,adl --batches 500
+  delock compare --methods ddg,ddg:optimizer=muon,ddg:correct=spike+feedback"""
 
 
 def run(words: Sequence[str]) -> int:

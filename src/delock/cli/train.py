@@ -21,6 +21,7 @@ examples:
   delock train --method adl --accumulate 4 --stages 4 --epochs 10
   delock train --data folder --data-dir DIR --model resnet20 --batch-size 128
   delock train --data text --text book.txt --stages 4
+  delock train --method ddg --micro-batches 4 --optimizer adamw --correct spike
   delock train --config runs/RUN/config.toml --seed 1
   torchrun --nproc-per-node 2 -m delock train"""
 
