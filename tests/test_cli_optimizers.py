@@ -215,6 +215,23 @@ def test_ahead_is_an_option_of_the_method(method: str) -> None:
             config(method=method, correct=["ahead"])
 
 
+# -- plans
+
+
+def test_a_plan_has_the_optimizer_resolved() -> None:
+    update = find(build(PlanConfig, {"optimizer": "adamw", "correct": ["spike"]}, "test")).config.update
+    assert optimizer_factory(update) == scadamw(weight_decay=5e-4)
+
+
+def test_the_memory_of_a_plan_is_with_the_optimizer() -> None:
+    """AdamW keeps two numbers of four bytes for every weight, SGD without momentum none."""
+    asked = {"profile": "mlp", "data": "synthetic", "image_size": 8, "batch_size": 8, "method": "ddg", "weight_decay": 0.0}
+    adamw, sgd = (find(build(PlanConfig, asked | more, "test")).profile for more in ({"optimizer": "adamw"}, {"momentum": 0.0}))
+    assert adamw
+    assert sgd
+    assert sum(map(int, adamw.memory)) > sum(map(int, sgd.memory)) + 7 * sum(sgd.parameters)  # type: ignore[arg-type]
+
+
 # -- rows of a comparison
 
 
