@@ -110,10 +110,13 @@ def test_a_batch_without_tokens_is_an_update_without_gradient(method: Method) ->
     assert b.evaluations[0].train_loss == pytest.approx((a.losses[0] * 11 + a.losses[1] * 7) / 18, rel=1e-14)
 
 
-def test_adl_takes_the_mean_over_batches_that_count() -> None:
+@pytest.mark.parametrize("K", [1, 3])
+def test_adl_takes_the_mean_over_all_batches(K: int) -> None:
+    """One without a token is one of the group, with a gradient of zero."""
     one, empty, two = texts([2, 3, 6], [0, 0, 0], [5, 1, 1])
-    (a, _), (b, _) = (trained(Batches(data, weight=tokens), ADL(len(data)), K=1) for data in ([one, two], [one, empty, two]))
-    assert same(a, b)
+    a, _ = trained(Batches([one, two], weight=tokens), ADL(2), K=K, rate=0.2)
+    b, _ = trained(Batches([one, empty, two], weight=tokens), ADL(3), K=K, rate=0.3)
+    assert gap(a, b) < 1e-14
 
 
 @pytest.mark.parametrize(

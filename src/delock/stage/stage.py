@@ -197,6 +197,7 @@ class Stage:
         if step.last:
             del self.in_flight[op.batch]
         if held.message.weight == 0:  # nothing in it counts: no gradient, and no loss, which might be NaN
+            self.learner.count += op.part != "input"
             own = op.loss == self.k and op.part != "weights"
             return BackwardResult(_no_error(held) if step.down else None, torch.zeros(()) if own else None, held)
         if op.part == "weights":
