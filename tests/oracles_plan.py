@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from delock.methods import Method
-from delock.ops import Backward, Evaluate, Forward, Op, Update
+from delock.ops import NEWEST, Backward, Evaluate, Forward, Op, Update
 from delock.plan import RunLength, Step
 
 
@@ -17,6 +17,7 @@ def drawn(method: Method, k: int, K: int, length: RunLength) -> Iterator[Step]:
     pending = version = evaluations = 0
     for t in range(ticks + 1):
         ops: list[Op] = list(method.tick(t, k, K)) if t < ticks else []
+        slot = slots(ops, method.micro_batches)
         for op in [op for op in ops if isinstance(op, Update) or 0 <= op.batch < end]:
             if isinstance(op, Update):
                 if pending:
@@ -26,10 +27,20 @@ def drawn(method: Method, k: int, K: int, length: RunLength) -> Iterator[Step]:
             if isinstance(op, Forward) and every and op.batch and op.batch % every == 0:
                 yield from evaluation(t, version, evaluations, length)
                 evaluations += 1
-            yield Step(op, t, version)
+            yield Step(op, t, version, slot=slot(op, t))
             pending += isinstance(op, Backward) and op.part != "input"
     if every:
         yield from evaluation(ticks, version, evaluations, length)
+
+
+def slots(ops: Sequence[Op], micro_batches: int) -> Callable[[Op, int], int]:
+    """The place of an op among those of its kind in its tick, counted in micro-batches; halves of a Backward count by themselves."""
+
+    def slot(op: Op, t: int) -> int:
+        alike = [one.batch for one in ops if type(one) is type(op) and getattr(one, "part", "") == getattr(op, "part", "")]  # type: ignore[union-attr]
+        return t * micro_batches + list(dict.fromkeys(alike)).index(op.batch)  # type: ignore[union-attr]
+
+    return slot
 
 
 def clipped(op: Update, method: Method, length: RunLength, version: int) -> Update:
@@ -57,9 +68,10 @@ def told(columns: Sequence[Sequence[Step]], k: int, i: int) -> Step:
             return replace(step, up=k + 1 < len(columns))
         case Forward(b):
             later = [other for other in behind if isinstance(other.op, Backward) and other.op.batch == b]
-            at = {other.op.at for other in later if isinstance(other.op, Backward) and other.version > step.version}
+            elsewhere = step.op.weights != NEWEST
+            at = {other.op.at for other in later if isinstance(other.op, Backward) and (elsewhere or other.version > step.version)}
             keep = "nothing" if not later else "input" if at == {"replay"} else "graph"
-            up = k + 1 < len(columns) and any(other.op == step.op for other in columns[k + 1])
+            up = k + 1 < len(columns) and any(isinstance(other.op, Forward) and other.op.batch == b for other in columns[k + 1])
             return replace(step, keep=keep, snapshot="stash" in at, up=up)  # type: ignore[arg-type]
         case Backward(b, loss, _, part):
             again = [other.op for other in behind if isinstance(other.op, Backward) and other.op.batch == b]
@@ -72,4 +84,5 @@ def told(columns: Sequence[Sequence[Step]], k: int, i: int) -> Step:
                 sends_norms=bool(behind) and isinstance(behind[0].op, Update) and behind[0].op.over == "network",
             )
         case _:
-            return step
+            older = [one.op.weights for one in columns[k] if isinstance(one.op, Forward)]
+            return replace(step, banks=max(w.behind + bool(w.ahead) for w in older))

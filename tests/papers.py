@@ -2,6 +2,7 @@
 
 Link j lies between stage j and stage j + 1. An activation goes up it p_j ticks late and an error comes down it q_j ticks late, so that
 stage k sees a batch again D_k = sum over j >= k of (p_j + q_j) ticks, and so batches, after its Forward. All else follows from D_k.
+Where a batch comes in parts, b counts parts, and so do lags and delays.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from delock.methods.base import Order
 
 from oracles import delays_of
 
-LAGS = {"ddg": (0, 1), "fr": (0, 1), "fdg": (1, 1), "adl": (1, 1)}  # (p, q) of every link; DSP is given its own; all others wait: (0, 0)
-DERIVATIVE = {"ddg": "stash", "fr": "replay", "dsp": "replay"}  # FDG and ADL have a choice of stash and mixed
+LAGS = {"ddg": (0, 1), "fr": (0, 1), "2bw": (0, 1), "paci": (0, 1), "fdg": (1, 1), "adl": (1, 1)}  # (p, q) of every link; DSP is given its own; all others wait: (0, 0)
+DERIVATIVE = {"ddg": "stash", "fr": "replay", "dsp": "replay", "paci": "mixed"}  # FDG and ADL have a choice of stash and mixed
 UNEVEN = ((2, 1, 3, 1), (1, 2, 1, 1))  # lags p, q of DSP that no sum or place confuses, for up to five stages
 ORDERS: tuple[Order, ...] = ("forward-first", "backward-first")
 
@@ -50,8 +51,16 @@ def early(method: Method, k: int, K: int) -> int:
 
 def versions(method: Method, b: int, k: int, K: int) -> tuple[int, int]:
     """The version of the weights that stage k's Forward of batch b uses, and the one to which its gradient is applied."""
-    M, D = int(getattr(method, "accumulate", 1)) if method.name == "adl" else 1, delays(method, K)[k]
-    return max(0, b - D + early(method, k, K)) // M, b // M
+    if method.name in ("2bw", "bp"):  # by batches, on all stages alike
+        behind = 1 if method.name == "2bw" else int(getattr(method, "behind", 0))
+        return max(0, b // method.micro_batches - behind), b // method.micro_batches
+    N, D = parts_of_update(method), delays(method, K)[k]
+    return max(0, b - D + early(method, k, K)) // N, b // N
+
+
+def parts_of_update(method: Method) -> int:
+    """The parts of all batches of an update."""
+    return method.micro_batches * (int(getattr(method, "accumulate", 1)) if method.name == "adl" else 1)
 
 
 def staleness(method: Method, b: int, k: int, K: int) -> int:

@@ -160,7 +160,7 @@ def test_what_is_predicted_is_what_stages_hold(method: Method) -> None:
             stage, seen = workers[k].stage, holding[k]
             assert seen.batches.keys() == stage.in_flight.keys()
             assert seen.graphs == sum(held.outputs is not None for held in stage.in_flight.values())
-            copies = [stage.snapshot, *(held.weights for held in stage.in_flight.values())]
+            copies = [*stage.banks.kept.values(), *stage.banks.drawn.values(), *(held.weights for held in stage.in_flight.values())]
             assert seen.versions == len({id(copy) for copy in copies if copy is not None})
             assert bool(seen.grads) == any(g is not None for g in stage.learner.grads[: len(stage.body.weights)])
 

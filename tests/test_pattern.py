@@ -43,7 +43,7 @@ class Mixed(Method):
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
         for b in (2 * t, 2 * t + 1):
             yield Forward(b)
-        for b in range(2 * (t - self.delay(k, K)), 2 * (t - self.delay(k, K) + 1)):
+        for b in range(2 * t - self.delay(k, K), 2 * (t + 1) - self.delay(k, K)):
             if b % 6 < 3:
                 yield Backward(b, K - 1, at="replay", part="input")
                 yield Backward(b, K - 1, at="stash" if b % 6 < 2 else "replay", part="weights")
@@ -53,7 +53,7 @@ class Mixed(Method):
             yield Update()
 
     def delay(self, k: int, K: int) -> int:
-        return 2 * (K - 1 - k)
+        return 4 * (K - 1 - k)
 
 
 @pytest.mark.parametrize("K", [1, 2, 4])

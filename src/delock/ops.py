@@ -43,10 +43,38 @@ DERIVATIVES: Mapping[tuple[At, bool], Derivative] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Forward:
-    """h_{k+1} = f_k(h_k; w_k): compute and pass on the activation of one (micro-)batch.
+class Weights:
+    """The weights that a Forward uses: w[v - behind] + ahead (w[v - behind] - w[v - behind - 1]).
 
-    Pairing: on stage k > 0 it consumes the message that Forward(batch) on stage k - 1 produced.
+    w[v] are the stage's newest weights, after v Updates. behind: a whole number of Updates; before there were as many, the first weights.
+    ahead: Updates by which the last one is drawn out, a real number. Before the second Update nothing is drawn out.
+    """
+
+    behind: int = 0
+    ahead: float = 0.0
+
+    def used(self, version: int) -> int:
+        """Returns the version that is used where `version` is the newest."""
+        return max(0, version - self.behind)
+
+    def draws_out(self, version: int) -> bool:
+        """Returns True if the last Update before the version that is used is drawn out; the first Update never is."""
+        return self.ahead > 0 and self.used(version) > 1
+
+    @property
+    def banks(self) -> int:
+        """Returns the number of older versions that the stage must keep."""
+        return self.behind + (self.ahead > 0)
+
+
+NEWEST = Weights()
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """h_{k+1} = f_k(h_k; w): compute and pass on the activation of one (micro-)batch. `weights` says which weights w are.
+
+    Pairing: on stage k > 0 it consumes the message that the Forward of the same batch on stage k - 1 produced.
 
     With a replay buffer (asynchronous DGL) `batch` is the stage's own ordinal, and `source` that of the Forward on stage k - 1 (on stage
     0: of the data) whose activation it reads, perhaps not for the first time. train=False then says that the stage has made all its
@@ -56,6 +84,7 @@ class Forward:
     batch: int
     train: bool = True
     source: int | None = None
+    weights: Weights = NEWEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +120,9 @@ class Backward:
 class Update:
     """w_k <- step(w_k, min(1, clip / |g|) g_k), g_k <- 0. The only op that makes a version.
 
-    reduce="mean" divides g_k by the number of batches accumulated since the stage's last Update. clip: the largest norm |g| that the
-    gradient may keep, over this stage's weights or over the whole network's; None: any. `number` tells the Updates over the network
-    apart: number n needs every stage's gradient, and takes place on stage k after it did on stage k - 1, which sends |g| up.
+    reduce="mean" divides g_k by the number of batches (not of their parts) accumulated since the stage's last Update. clip: the largest
+    norm |g| that the gradient may keep, over this stage's weights or over the whole network's; None: any. `number` tells the Updates over
+    the network apart: number n needs every stage's gradient, and takes place on stage k after it did on stage k - 1, which sends |g| up.
     An Update of a stage that has accumulated nothing does not happen (00-common, warm-up): a plan leaves it out.
     """
 

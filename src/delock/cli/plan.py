@@ -131,9 +131,9 @@ def run(words: Sequence[str]) -> int:
 
 def find(config: PlanConfig) -> Answer:
     """Unroll, measure if asked to, and time on both clocks. Raises UsageError for what does not fit."""
-    workload = chosen(_workload(config))
+    workload, K = chosen(_workload(config)), config.plan.stages
     config = replace(config, algorithm=workload.algorithm, update=workload.update)
-    method, K = make_method(config.algorithm), config.plan.stages
+    method = make_method(config.algorithm).fitted(K)
     _check(config, method)
     slots = config.plan.slots if config.plan.slots is not None else max(8, (get_terminal_size((180, 24)).columns - 12) // CELL)
     picture = chart(unroll(method, K, -(-slots // method.micro_batches)), slots)  # a slot for every forward: later batches are out of sight
@@ -209,7 +209,7 @@ def show(answer: Answer, files: Sequence[Path]) -> None:
     from delock.cli.terminal import Terminal
 
     screen, K, speed, costs = Terminal(), answer.costs.K, answer.dataflow, answer.config.costs
-    name = spelled(make_method(answer.config.algorithm))
+    name = spelled(answer.method)
     halves = HALVES if " b" in answer.chart else ""
     screen.line(f"{name}, K = {K}; a cell is op, batch . version of the weights; F forward, B backward{halves}\n")
     screen.line(f"{answer.chart}\n")

@@ -128,14 +128,14 @@ class Engine:
         if step.sends_norms:
             self.network_norm.pass_down(stage.version, stage.gradient_norms(), self)
         if step.last and done.message.values is not None:  # an empty part has no gradient that could be old
-            self.log.count_staleness(stage.version - done.version, step.tick - done.tick)
+            self.log.count_staleness(stage.version - done.version, step.slot - done.slot)
         if done.loss is not None:
             self.check_loss(step, op, done.loss, done.message)
 
     def _update(self, step: Step, op: Update) -> None:
         norm = self.network_norm.pass_up(op.number, self) if op.over == "network" else None
         began = perf_counter()
-        self.stage.update(op, norm)
+        self.stage.update(op, norm, step.banks)
         self._straggle(step, began)
 
     def check_loss(self, step: Step, op: Backward, loss: Tensor, message: Message) -> None:

@@ -42,10 +42,10 @@ class StageLog:
         self.seconds[kind] += end - start - (0.0 if kind == "evaluation" else waited)
         self.seconds["waiting"] += 0.0 if kind == "evaluation" else waited
         if self.spans is not None:
-            self.spans.append(Span(k, step.op, start + waited, end, version, step.tick, waited, spent.full, spent.copied))
+            self.spans.append(Span(k, step.op, start + waited, end, version, step.tick, waited, spent.full, spent.copied, step.slot))
 
     def count_staleness(self, updates: int, batches: int) -> None:
-        """Counts a batch whose last Backward is done: its gradient is `updates` old, its Forward was `batches` ago."""
+        """Counts a (micro-)batch whose last Backward is done: its gradient is `updates` old, its Forward was `batches` ago."""
         self.staleness[updates] += 1
         self.layer_staleness[batches] += 1
 

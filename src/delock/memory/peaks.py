@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from delock.methods import Method
 from delock.ops import Backward, Forward, Update
 from delock.plan import Step, unroll
+from delock.timeline.copies import Copies
 
 DEEP = 1 << 30  # more messages than any link keeps
 
@@ -96,6 +97,7 @@ class PeakBytes:
 def peaks(method: Method, stages: Sequence[StageBytes], batches: int) -> list[PeakBytes]:
     """Returns the prediction for every stage of a run of `batches`, from its first batches, because a plan soon repeats itself."""
     K = len(stages)
+    method = method.fitted(K)
     plan = unroll(method, K, min(batches, repeating(method, K)))
     return [peak(column, k, sizes) for k, (column, sizes) in enumerate(zip(plan.columns, stages, strict=True))]
 
@@ -119,7 +121,6 @@ class HeldBatch:
     """Describes a batch between its Forward and its last Backward."""
 
     graph: bool
-    version: int | None  # of the weights, if the graph has a copy of them
 
 
 class StageMemory:
@@ -130,7 +131,7 @@ class StageMemory:
         self.most = self.most_passing = self.most_learned = 0
         self.batches: dict[int, HeldBatch] = {}
         self.newest: int | None = None  # the batch that the feed has read last, and holds
-        self.snapshot: int | None = None  # version of the current weights, once they have been copied
+        self.copies = Copies()
         self.grads = self.head_grads = self.state = self.caught = 0
         self.backwards = 0  # since the last Update
         self.sent: Counter[str] = Counter()
@@ -144,7 +145,7 @@ class StageMemory:
     @property
     def versions(self) -> int:
         """Returns the number of copies of the weights."""
-        return len({self.snapshot, *(held.version for held in self.batches.values())} - {None})
+        return len(self.copies.alive)
 
     @property
     def now(self) -> int:
@@ -179,19 +180,21 @@ class StageMemory:
             case Backward() as op:
                 self._backward(step, op)
             case Update() as op:
+                self.copies.update(step)
                 self._update(op)
 
     def _forward(self, step: Step, op: Forward) -> None:
         s = self.sizes
         own = self._read(op)
-        if step.snapshot:
-            self.snapshot = step.version
+        self.copies.forward(step)
+        swapped = s.weights if op.weights.draws_out(step.version) and step.keep == "graph" and not step.snapshot else 0  # at="mixed"
+        self.rise(swapped, learned=swapped)
         self.rise(own + (s.forward if step.keep == "graph" else s.forward_no_grad))
         if step.keep == "graph":
-            self.batches[op.batch] = HeldBatch(True, step.version if step.snapshot else None)
+            self.batches[op.batch] = HeldBatch(True)
             own = 0
         elif step.keep == "input":
-            self.batches[op.batch] = HeldBatch(False, None)
+            self.batches[op.batch] = HeldBatch(False)
             own = s.output
         else:
             own += s.output
@@ -236,6 +239,7 @@ class StageMemory:
             self._send("down_out", above + s.delta)
         if step.last:
             del self.batches[op.batch]
+            self.copies.drop(op.batch)
 
     def _error(self, op: Backward) -> int:
         """Takes the error of the outputs, from the stage above or the own head; the last stage's loss is part of its backward."""
@@ -264,7 +268,7 @@ class StageMemory:
         mean = grads if op.reduce == "mean" and self.backwards > 1 else 0
         more = mean + s.optimizer_step + s.state - self.state
         self.rise(more, learned=more)
-        self.state, self.grads, self.head_grads, self.backwards, self.snapshot = s.state, 0, 0, 0, None
+        self.state, self.grads, self.head_grads, self.backwards = s.state, 0, 0, 0
 
     def _send(self, way: str, above: int) -> None:
         """Packs a message, with `above` bytes alive besides; then the oldest sent message is freed if there are too many."""

@@ -17,11 +17,14 @@ from delock.methods.dgl_async import AsyncDGL
 from delock.methods.dsp import DSP
 from delock.methods.fdg import FDG
 from delock.methods.interlocking import Interlocking
+from delock.methods.paci import PACI
+from delock.methods.pipedream_2bw import PipeDream2BW
 from delock.methods.synchronous import BP, GPipe, OneFOneB
+from delock.methods.zero_bubble import ZB1P
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {method.name: method for method in (BP, GPipe, OneFOneB, DDG, FR, FDG, ADL, DSP, DGL, AsyncDGL, Interlocking)}
-)
+_ALL = (BP, GPipe, OneFOneB, ZB1P, DDG, FR, FDG, ADL, DSP, PipeDream2BW, PACI, DGL, AsyncDGL, Interlocking)
+METHODS: Mapping[str, type[Method]] = MappingProxyType({**{method.name: method for method in _ALL}, "pipedream": DDG})
+"""Methods by name. pipedream, 1F1B without a flush, is another name of ddg (Narayanan et al., SOSP 2019); records and files say ddg."""
 
 
 def options(method: type[Method]) -> list[str]:
@@ -63,11 +66,14 @@ __all__ = [
     "FDG",
     "FR",
     "METHODS",
+    "PACI",
+    "ZB1P",
     "AsyncDGL",
     "GPipe",
     "Interlocking",
     "Method",
     "OneFOneB",
+    "PipeDream2BW",
     "make",
     "options",
     "spelled",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from delock.methods.base import Method, Order, at_least, fraction, in_order, one_of
-from delock.ops import Backward, Forward, Op, Reduce, Update
+from delock.methods.base import Order, at_least, fraction, one_of
+from delock.methods.delay_line import Ahead, DelayLine
+from delock.ops import Reduce
 
 
 @dataclass(frozen=True)
-class ADL(Method):
+class ADL(DelayLine):
     """Accumulates gradients: each stage updates after M of its own backwards (accumulated decoupled learning).
 
         stage 0 |F0.0 F1.0 F2.0 F3.0 F4.0 B0.0 F5.0 B1.0 F6.1 B2.1     K = 3, M = 2; cell = op, batch . version
@@ -38,8 +38,11 @@ class ADL(Method):
     reduce: Reduce = "mean"
     at: Literal["stash", "mixed"] = "stash"
     order: Order = "forward-first"
+    micro_batches: int = 1
+    ahead: Ahead | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("accumulate", self.accumulate, 1)
         fraction("beta", self.beta)
         one_of("reduce", self.reduce, ("mean", "sum"))
@@ -49,17 +52,6 @@ class ADL(Method):
     @property
     def batches_per_update(self) -> int:
         return self.accumulate
-
-    @property
-    def mixed(self) -> bool:
-        return self.at == "mixed"
-
-    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
-        b = t - 2 * (K - 1) + k
-        backward: list[Op] = [Backward(b, loss=K - 1, at=self.at, shrink=self.beta)]
-        if (b + 1) % self.accumulate == 0:
-            backward.append(Update(self.reduce))
-        yield from in_order(self.order, k == K - 1, Forward(t - k), backward)
 
     def delay(self, k: int, K: int) -> int:
         return 2 * (K - 1 - k)

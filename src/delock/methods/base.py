@@ -72,10 +72,10 @@ class Method(ABC):
 
     @abstractmethod
     def delay(self, k: int, K: int) -> int:
-        """Returns D_k: ticks, and so batches, between a batch's Forward and its last Backward on stage k."""
+        """Returns D_k: micro-batches between a micro-batch's Forward and its last Backward on stage k."""
 
     def offset(self, k: int, K: int) -> int:
-        """Returns off_k: ticks between a batch's Forward on stage 0 and on stage k."""
+        """Returns off_k: micro-batches between a micro-batch's Forward on stage 0 and on stage k."""
         return 0
 
     def slowdown(self, k: int) -> float:
@@ -88,11 +88,16 @@ class Method(ABC):
 
     def span(self, K: int) -> int:
         """Returns the ticks between a batch's first Forward on any stage and the Update that applies the last of its gradients."""
-        return max(self.offset(k, K) + self.delay(k, K) for k in range(K)) + self.batches_per_update - 1
+        latest = max(self.offset(k, K) + self.delay(k, K) for k in range(K))
+        return -(-latest // self.micro_batches) + self.batches_per_update - 1
 
     def capacity(self, k: int, K: int) -> int:
         """Returns the number of messages that the link between stages k and k + 1 must hold per direction: at least 1 + lag."""
         return 1 + max(self.offset(k + 1, K) - self.offset(k, K), self.delay(k, K) - self.delay(k + 1, K), self.micro_batches)
+
+    def fitted(self, K: int) -> Method:
+        """Returns the method with the options that depend on K, and were left open, filled in."""
+        return self
 
     def fits(self, K: int) -> None:  # noqa: B027 - most methods fit any K
         """Raises UsageError if the options do not fit K stages."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from delock.methods.base import Method
-from delock.ops import Backward, Forward, Op, Update
+from delock.methods.delay_line import Ahead, DelayLine
 
 
 @dataclass(frozen=True)
-class DDG(Method):
+class DDG(DelayLine):
     """Delays errors: the error of a batch arrives K-1-k ticks late at stage k (decoupled parallel backpropagation, delayed gradients).
 
         stage 0 |F0 F1 .. F2 .. B0.0 F3 .. B1.1         K = 3; cell = op, batch . version
@@ -28,18 +26,15 @@ class DDG(Method):
     """
 
     name: ClassVar[str] = "ddg"
-
-    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
-        yield Forward(t)
-        yield Backward(t - self.delay(k, K), loss=K - 1, at="stash")
-        yield Update()
+    micro_batches: int = 1
+    ahead: Ahead | None = None
 
     def delay(self, k: int, K: int) -> int:
         return K - 1 - k
 
 
 @dataclass(frozen=True)
-class FR(Method):
+class FR(DelayLine):
     """Replays features: DDG's schedule, but a stage keeps only its inputs and recomputes its forward at the current weights.
 
     Source: Huo, Gu, Huang, NeurIPS 2018. Update: g_k = [df_k(h_k^{t-d}; w_k^t)/dw_k]^T delta_{k+1}, d = K-1-k.
@@ -52,11 +47,9 @@ class FR(Method):
     """
 
     name: ClassVar[str] = "fr"
-
-    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
-        yield Forward(t)
-        yield Backward(t - self.delay(k, K), loss=K - 1, at="replay")
-        yield Update()
+    micro_batches: int = 1
+    ahead: Ahead | None = None
+    at = "replay"
 
     def delay(self, k: int, K: int) -> int:
         return K - 1 - k

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from delock.errors import UsageError
-from delock.methods.base import Method
-from delock.ops import Backward, Forward, Op, Update
+from delock.methods.delay_line import Ahead, DelayLine
 
 Lags = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class DSP(Method):
+class DSP(DelayLine):
     """Delays activations by p_k ticks and errors by q_k ticks on the link between stages k and k + 1 (diversely stale parameters).
 
     Source: Xu, Huo, Huang, CVPR 2020, arXiv 1909.02625. Update: w_k <- step(w_k, g), g = [df_k(h_k; w_k now)/dw_k]^T delta_{k+1},
@@ -35,8 +33,12 @@ class DSP(Method):
     name: ClassVar[str] = "dsp"
     p: Lags = 1
     q: Lags = 1
+    micro_batches: int = 1
+    ahead: Ahead | None = None
+    at = "replay"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for what, lags in (("p", self.p), ("q", self.q)):
             if min(lags if isinstance(lags, tuple) else (lags,), default=1) < 1:
                 raise UsageError(f"dsp's lag {what} is {lags}, but every lag must be at least 1: a message takes a tick; lag 0 is fr")
@@ -58,12 +60,6 @@ class DSP(Method):
                     f"dsp got {len(lags)} lags {what} = {lags} for {K} stages: "
                     + (f"there are {K - 1} links, so give {K - 1}, or one for all" if K > 2 else f"there is {K - 1 or 'no'} link")
                 )
-
-    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
-        b = t - self.offset(k, K)
-        yield Forward(b)
-        yield Backward(b - self.delay(k, K), loss=K - 1, at="replay")
-        yield Update()
 
     def delay(self, k: int, K: int) -> int:
         return sum(_lag(self.p, j) + _lag(self.q, j) for j in range(k, K - 1))

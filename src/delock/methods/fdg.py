@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from delock.methods.base import Method, Order, fraction, in_order, one_of
-from delock.ops import Backward, Forward, Op, Update
+from delock.methods.base import Order, fraction, one_of
+from delock.methods.delay_line import Ahead, DelayLine
 
 
 @dataclass(frozen=True)
-class FDG(Method):
+class FDG(DelayLine):
     """Delays activations and errors by one tick per link, so that all stages work at once (fully decoupled delayed gradients).
 
         stage 0 |F0.0 F1.0 F2.0 F3.0 F4.0 B0.0 F5.1 B1.1      K = 3; cell = op, batch . version
@@ -35,19 +34,14 @@ class FDG(Method):
     beta: float = 1.0
     at: Literal["stash", "mixed"] = "stash"
     order: Order = "forward-first"
+    micro_batches: int = 1
+    ahead: Ahead | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fraction("beta", self.beta)
         one_of("at", self.at, ("stash", "mixed"))
         one_of("order", self.order, ("forward-first", "backward-first"))
-
-    @property
-    def mixed(self) -> bool:
-        return self.at == "mixed"
-
-    def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
-        backward = Backward(t - 2 * (K - 1) + k, loss=K - 1, at=self.at, shrink=self.beta)
-        yield from in_order(self.order, k == K - 1, Forward(t - k), (backward, Update()))
 
     def delay(self, k: int, K: int) -> int:
         return 2 * (K - 1 - k)

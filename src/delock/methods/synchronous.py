@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from delock.methods.base import Method, at_least
-from delock.ops import Backward, Forward, Op, Update
+from delock.ops import Backward, Forward, Op, Update, Weights
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,21 @@ class BP(Method):
     symbol in the paper | here
     M (accumulation)    | accumulate
 
-    Deviations: none. Staleness of the gradient: 0. Layer-wise staleness: 0. Memory of stage k: one graph of one micro-batch.
+    behind = n, for measurements, takes the gradient at the weights of n updates ago on all stages: w <- step(w, grad L(x; w[v - n])). Then
+    K = 1 is plain training with a delay of n.
+
+    Deviations: none. Staleness of the gradient: 0; with behind = n it is min(n, updates made). Layer-wise staleness: 0.
+    Memory of stage k: one graph of one micro-batch, and `behind` older versions of the weights.
     """
 
     name: ClassVar[str] = "bp"
     synchronous: ClassVar[bool] = True
     accumulate: int = 1
+    behind: int = 0
 
     def __post_init__(self) -> None:
         at_least("accumulate", self.accumulate, 1)
+        at_least("behind", self.behind, 0)
 
     @property
     def micro_batches(self) -> int:
@@ -36,7 +42,7 @@ class BP(Method):
 
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
         for b in range(t * self.micro_batches, (t + 1) * self.micro_batches):
-            yield Forward(b)
+            yield Forward(b, weights=Weights(self.behind))
             yield Backward(b, loss=K - 1)
         yield Update()
 

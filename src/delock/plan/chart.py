@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from delock.ops import Update, label
+from delock.ops import Forward, Update, label
 from delock.plan.needs import Product, gives, needs
-from delock.plan.steps import Plan
+from delock.plan.steps import Plan, Step
 
 
 def chart(plan: Plan, slots: int = 24) -> str:
     """Draws the first `slots` time slots of a plan, a line per stage: op and batch `.` version, every op one slot long, as early as it can.
 
     stage 0 |F0.0 F1.0 F2.0 B0.0
+
+    The version is that of the weights which the op uses; + and a number behind it says how far they are ahead of it.
     """
     made = {name for k, column in enumerate(plan.columns) for step in column for name in gives(k, step.op)}
     place: dict[Product, int] = {}
@@ -29,7 +31,7 @@ def chart(plan: Plan, slots: int = 24) -> str:
                     break
                 if not isinstance(step.op, Update):
                     free[k] = max([free[k], *(place[name] for name in wanted)])
-                    cells[k][free[k]] = f"{label(step.op)}.{step.version}"
+                    cells[k][free[k]] = f"{label(step.op)}.{_version(step)}"
                     free[k] += 1
                 place.update(dict.fromkeys(gives(k, step.op), free[k]))
                 at[k] += 1
@@ -40,3 +42,11 @@ def chart(plan: Plan, slots: int = 24) -> str:
         more = "..." if at[k] < len(plan.columns[k]) else ""
         rows.append(f"stage {k} |{line}{more}".rstrip())
     return "\n".join(rows)
+
+
+def _version(step: Step) -> str:
+    if not isinstance(step.op, Forward):
+        return str(step.version)
+    weights = step.op.weights
+    used = weights.used(step.version)
+    return f"{used}+{weights.ahead:g}" if weights.draws_out(step.version) else str(used)

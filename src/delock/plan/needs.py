@@ -7,18 +7,20 @@ from typing import TypeAlias
 from delock.ops import Backward, Evaluate, Forward, Op, Update, label
 
 Product: TypeAlias = tuple[int, Op | tuple[int, int]]
-"""(stage, what it makes): an error as (batch, loss), whichever part of a Backward sends it; any other op's product as the op itself."""
+"""(stage, what it makes): an error as (batch, loss), whichever part of a Backward sends it; an activation as Forward(batch), whatever
+weights made it; any other op's product as the op itself."""
 
 
 def needs(k: int, op: Op) -> list[Product]:
     """Returns what op of stage k waits for.
 
-    A Forward waits for that of the stage below; a Backward for its own Forward and for an error from above, named (batch, loss) because any
-    part of a Backward may send it; a Backward of the weights alone for that of the input, which had the error.
+    A Forward waits for that of the stage below, and is named by its batch alone, because stages may use weights of different age; a Backward
+    for its own Forward and for an error from above, named (batch, loss) because any part of a Backward may send it; a Backward of the
+    weights alone for that of the input, which had the error.
     """
     match op:
-        case Forward(source=source) if k > 0:
-            return [(k - 1, op if source is None else Forward(source))]
+        case Forward(b, source=source) if k > 0:
+            return [(k - 1, Forward(b if source is None else source))]
         case Evaluate() if k > 0:
             return [(k - 1, op)]
         case Forward() | Evaluate():
@@ -47,8 +49,8 @@ def received(k: int, op: Op) -> list[Product]:
 def gives(k: int, op: Op) -> list[Product]:
     """Returns what op of stage k makes, as `needs` may ask for it."""
     match op:
-        case Forward(b, source=source):
-            return [(k, op if source is None else Forward(b))]
+        case Forward(b):
+            return [(k, Forward(b))]
         case Evaluate():
             return [(k, op)]
         case Backward(b, loss, _, part):

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from delock.errors import PlanError, UsageError
 from delock.methods.base import Method
-from delock.ops import DERIVATIVES, At, Backward, Forward, Op, Update
+from delock.ops import DERIVATIVES, NEWEST, At, Backward, Forward, Op, Update
 from delock.plan.needs import gives, needs
 from delock.plan.steps import Keep
 
@@ -36,6 +36,7 @@ class Recurring:
     op: Op  # for a batch of the first period
     of: Callable[[int], Op]  # makes it for any batch
     offset: int = 0  # batches from the first one of the period in which it comes to its own
+    slot: int = 0  # its place among the ops of its kind in a tick: that many micro-batches come before its own
     sent: bool = False  # a neighbour takes its product
     last: bool = False  # as in a Step, like the next
     weights_later: bool = False
@@ -56,16 +57,19 @@ class Pattern:
         own, self.method, self.k, self.K = periods[k], method, k, K
         self.M, self.n, self.span = method.batches_per_update, method.batches_per_update * method.micro_batches, method.span(K)
         self.updates = [place for place, op in own if isinstance(op, Update)]
+        self.banks = max(op.weights.banks for _, op in own if isinstance(op, Forward))
         begin = min(place for place, op in own if _learns(op))
         self.first_update = min((tick + self.M, i) for tick, i in (self._latest(place, begin) for place in self.updates))
         wanted = {name for j in (k - 1, k + 1) for _, op in periods.get(j, ()) for name in needs(j, op)}
         same: dict[int, Period] = defaultdict(list)  # batch -> its ops
         for place, op in own:
             same[_batch(op)].append((place, op))
+        slots: dict[tuple[int, type[Op], str], list[int]] = defaultdict(list)  # tick, kind -> batches
         self.ticks: list[list[Recurring]] = [[] for _ in range(self.M)]
         for i, (place, op) in enumerate(own):
             sent, closes = not wanted.isdisjoint(gives(k, op)), isinstance(own[(i + 1) % len(own)][1], Update)
-            self.ticks[place[0] % self.M].append(self._recurring(op, place, same[_batch(op)], sent, closes))
+            slot = _place(slots[place[0] % self.M, type(op), getattr(op, "part", "")], place[0] // self.M * -self.n + _batch(op))
+            self.ticks[place[0] % self.M].append(self._recurring(op, place, same[_batch(op)], slot, sent, closes))
 
     def occurrences(self, batches: int) -> Iterator[tuple[int, Recurring, int, int]]:
         """Yields all ops of a run in order: (tick, op, its (micro-)batch, Updates made before it)."""
@@ -90,17 +94,21 @@ class Pattern:
         ticks = batch // self.n * self.M
         return _keep([at for (tick, i), at in one.crossing if (tick + ticks, i) > self.first_update])
 
-    def _recurring(self, op: Op, place: Place, same: Period, sent: bool, closes: bool) -> Recurring:
+    def _recurring(self, op: Op, place: Place, same: Period, slot: int, sent: bool, closes: bool) -> Recurring:
         if isinstance(op, Update):
             return Recurring(op, lambda batch: op, sent=sent, closes=closes)
-        begin = next(at for at, other in same if isinstance(other, Forward))
+        begin, forward = next((at, other) for at, other in same if isinstance(other, Forward))
         backwards = sorted((at, other) for at, other in same if isinstance(other, Backward))
         crossing = [(at, other.at) for at, other in backwards if any(self._latest(update, at) > begin for update in self.updates)]
-        keep, snapshot = _keep([at for _, at in crossing]) if backwards else ("nothing", False)
+        if forward.weights != NEWEST:  # then no Backward finds the weights of its Forward in place, whether an Update lies between or not
+            keep, snapshot, crossing = *_keep([other.at for _, other in backwards]), []
+        else:
+            keep, snapshot = _keep([at for _, at in crossing]) if backwards else ("nothing", False)
         return Recurring(
             op,
             partial(type(op), **{field.name: getattr(op, field.name) for field in fields(op) if field.name != "batch"}),
             offset=op.batch - place[0] // self.M * self.n,
+            slot=slot,
             sent=sent,
             closes=closes,
             last=backwards[-1:] == [(place, op)],
@@ -123,6 +131,7 @@ def patterns(method: Method, K: int, stages: Sequence[int] | None = None) -> lis
     not repeat itself."""
     if K < 1:
         raise UsageError(f"a network cannot be cut into {K} stages; the least is 1")
+    method = method.fitted(K)
     method.fits(K)
     stages = range(K) if stages is None else stages
     periods = {k: _period(method, k, K) for k in {j for k in stages for j in (k - 1, k, k + 1)} if 0 <= k < K}
@@ -148,6 +157,13 @@ def _moved(op: Op, batches: int) -> Op:
 
 def _batch(op: Op) -> int:
     return -1 if isinstance(op, Update) else op.batch
+
+
+def _place(batches: list[int], batch: int) -> int:
+    """Returns the place of a batch among those of a tick, and adds it to them."""
+    if batch not in batches:
+        batches.append(batch)
+    return batches.index(batch)
 
 
 def _learns(op: Op) -> bool:

@@ -24,6 +24,8 @@ class Step:
     down: bool = False  # Backward: stage k - 1 is listening
     sends_norms: bool = False  # Backward: the Update behind it clips over the network, so the norms of this gradient go down with it
     weights_later: bool = False  # Backward of the input: one of the weights, for the same batch and loss, comes later
+    slot: int = 0  # Forward, Backward: its place among those of the stage, in micro-batches; between the two lies the layer-wise staleness
+    banks: int = 0  # Update: older versions of the weights that the stage must have after it
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ def windows(method: Method, K: int, length: RunLength, size: int = 256, stages: 
     """
     if length.batches < 1:
         raise UsageError(f"a run of {length.batches} batches has no plan; the least is 1")
-    stages = range(K) if stages is None else stages
+    method, stages = method.fitted(K), range(K) if stages is None else stages
     columns = [column(pattern, length) for pattern in patterns(method, K, stages)]
     ticks = length.batches + method.span(K)
     for window in zip(*(_cut(steps, ticks, size) for steps in columns), strict=True):
@@ -77,15 +77,17 @@ class _Column:
 
     def step(self, one: Recurring, batch: int, t: int, version: int) -> Step:
         op = one.of(batch)
+        slot = t * self.pattern.method.micro_batches + one.slot
         match op:
             case Forward():
-                return Step(op, t, version, *self.pattern.keeps(one, batch), up=one.sent)
-            case Update() if self.over_network:
-                return Step(replace(op, clip=self.length.clip, over="network", number=version), t, version)
-            case Update() if self.length.clip is not None:
-                return Step(replace(op, clip=self.length.clip), t, version)
+                return Step(op, t, version, *self.pattern.keeps(one, batch), up=one.sent, slot=slot)
             case Update():
-                return Step(op, t, version)
+                return Step(self.clipped(op, version), t, version, banks=self.pattern.banks)
             case _:
                 norms = self.over_network and one.closes
-                return Step(op, t, version, last=one.last, down=one.sent, sends_norms=norms, weights_later=one.weights_later)
+                return Step(op, t, version, last=one.last, down=one.sent, sends_norms=norms, weights_later=one.weights_later, slot=slot)
+
+    def clipped(self, op: Update, version: int) -> Update:
+        if self.over_network:
+            return replace(op, clip=self.length.clip, over="network", number=version)
+        return op if self.length.clip is None else replace(op, clip=self.length.clip)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -32,6 +33,7 @@ def prepare(request: Request) -> PreparedRun:
         raise UsageError("emulated stages compute nothing, so there is nothing to compile: leave compile or emulate out")
     network = layers(request.model)
     K = _number_of_stages(request, len(network))
+    request = replace(request, method=request.method.fitted(K))
     if request.simulation.slow and any(request.method.slowdown(k) > 1 for k in range(K)):
         raise UsageError("noise and slow both make stages slower: use one of them")
     _refuse_misfit(request.simulation, K, request.seed)

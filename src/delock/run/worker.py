@@ -45,6 +45,7 @@ class Worker:
             seed=job.seed,
             device=device,
             mixed=job.method.mixed,
+            micro_batches=job.method.micro_batches,
             execution=job.execution,
         )
         if job.execution.compile:

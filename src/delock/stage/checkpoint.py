@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from delock.errors import UsageError
 from delock.links.message import Message
@@ -27,6 +27,7 @@ def state(stage: Stage) -> dict[str, Any]:
         "head": stage.head.module.state_dict() if stage.head else None,
         "learner": stage.learner.state(),
         "clones_inputs": stage.body.clones_inputs,
+        "banks": {version: _detached(weights) for version, weights in stage.banks.kept.items()},
         "in_flight": {batch: _saved(stage, held) for batch, held in stage.in_flight.items()},
     }
 
@@ -38,26 +39,28 @@ def load(stage: Stage, saved: Mapping[str, Any]) -> None:
         stage.head.module.load_state_dict(saved["head"])
     stage.learner.load(saved["learner"])
     stage.body.clones_inputs = saved["clones_inputs"]
-    stage.snapshot = None
-    copies: dict[int, Weights] = {}  # version -> its weights, one copy for all graphs
+    stage.banks.kept = {version: _leaves(weights) for version, weights in saved["banks"].items()}
+    stage.banks.drawn = {}
+    copies: dict[tuple[int, float], Weights] = {}  # one copy for all graphs at the same weights
     stage.in_flight = {batch: _restored(stage, copies, *parts) for batch, parts in saved["in_flight"].items()}
 
 
 def _saved(stage: Stage, held: InFlight) -> tuple[Step, Message, int, Weights | None, bool]:
-    """Returns the Forward, its message, the version of the weights, those unless they are the current ones, and if there is a graph."""
-    current = held.weights is None or held.weights is stage.snapshot
-    weights = None if current else {name: w.detach() for name, w in (held.weights or {}).items()}
+    """Returns the Forward, its message, the version of the weights, those unless a bank has them, and if there is a graph."""
+    kept = held.weights is None or held.weights is stage.banks.kept.get(held.version)
+    weights = None if kept else _detached(held.weights or {})
     return held.step, held.message, held.version, weights, held.outputs is not None
 
 
 def _restored(
-    stage: Stage, copies: dict[int, Weights], step: Step, message: Message, version: int, weights: Weights | None, graph: bool
+    stage: Stage, copies: dict[tuple[int, float], Weights], step: Step, message: Message, version: int, weights: Weights | None, graph: bool
 ) -> InFlight:
     held = InFlight(step, message, version)
     if weights is not None:
-        held.weights = copies.setdefault(version, {name: w.clone().requires_grad_() for name, w in weights.items()})
+        ahead = step.op.weights.ahead  # type: ignore[union-attr]
+        held.weights = copies.setdefault((version, ahead), _leaves(weights))
     elif step.snapshot or (stage.mixed and graph):
-        held.weights = stage.current()
+        held.weights = stage.banks.of(version, stage.version)
     if graph and message.values is not None:
         _rebuild(stage, held)
     return held
@@ -67,13 +70,13 @@ def _rebuild(stage: Stage, held: InFlight) -> None:
     if not stage.mixed or held.weights is None:
         stage.build(held, held.weights, is_replay=True)
         return
-    now = {name: w.detach().clone() for name, w in stage.body.weights.items()}
-    _overwrite(stage, held.weights)
-    stage.build(held, None, is_replay=True)
-    _overwrite(stage, now)
+    with stage.banks.in_place(held.weights):
+        stage.build(held, None, is_replay=True)
 
 
-def _overwrite(stage: Stage, values: Mapping[str, Tensor]) -> None:
-    """Writes to the weights unseen by autograd, under the live graphs, as the optimizer does."""
-    for weight, value in zip(stage.learner.weights, values.values(), strict=True):
-        weight.data.copy_(value)
+def _detached(weights: Mapping[str, Tensor]) -> Weights:
+    return {name: w.detach() for name, w in weights.items()}
+
+
+def _leaves(weights: Mapping[str, Tensor]) -> Weights:
+    return {name: nn.Parameter(w.clone()) for name, w in weights.items()}

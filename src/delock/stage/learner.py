@@ -23,8 +23,14 @@ class Learner:
     """Weights that learn. behind_graphs: the optimizer writes to them unseen by autograd, under live graphs (at="mixed")."""
 
     def __init__(
-        self, named: Sequence[tuple[str, Tensor]], optimizer: OptimizerFactory, schedule: ScheduleFactory | None, behind_graphs: bool
+        self,
+        named: Sequence[tuple[str, Tensor]],
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory | None,
+        behind_graphs: bool,
+        micro_batches: int,
     ) -> None:
+        self.micro_batches = micro_batches
         # An alias made through .data shares the storage but not the version counter by which autograd would notice.
         self.weights: list[Any] = [nn.Parameter(w.data) if behind_graphs else w for _, w in named]
         names = [name for name, _ in named]
@@ -32,7 +38,7 @@ class Learner:
         self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
         _refuse_unfit(self.optimizer, self.schedule)
         self.grads: list[Tensor | None] = [None] * len(named)
-        self.count = 0  # Backwards accumulated since the last Update
+        self.count = 0  # Backwards accumulated since the last Update, those of parts without samples too
         self.version = 0  # Updates made
 
     def add(self, grads: Sequence[Tensor | None], first: int = 0, passed_on: Sequence[Tensor | None] = ()) -> None:
@@ -67,8 +73,9 @@ class Learner:
 
     def step(self, op: Update, norm: Tensor | None = None) -> None:
         """w <- step(w, g), g <- 0. norm: |g| over the whole network, a scalar, where the op clips over it."""
+        batches = self.count // self.micro_batches if op.reduce == "mean" else 1
         for w, g in zip(self.weights, self.grads, strict=True):
-            w.grad = g / self.count if g is not None and op.reduce == "mean" and self.count > 1 else g
+            w.grad = g / batches if g is not None and batches > 1 else g
         if op.clip is not None:
             own = [w.grad for w in self.weights if w.grad is not None]
             clip_grads_with_norm_(self.weights, op.clip, get_total_norm(own) if norm is None else norm)

@@ -16,6 +16,7 @@ from delock.links.message import Message
 from delock.ops import Backward, Forward, Update
 from delock.options import Execution
 from delock.plan.steps import Step
+from delock.stage.banks import Banks
 from delock.stage.in_flight import InFlight
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
 from delock.stage.module import ModuleFunction, Weights, copies, refuse_derived_weights
@@ -43,9 +44,9 @@ class BackwardResult(NamedTuple):
         return self.batch.version
 
     @property
-    def tick(self) -> int:
-        """Tick of the batch's Forward."""
-        return self.batch.step.tick
+    def slot(self) -> int:
+        """Slot of the batch's Forward."""
+        return self.batch.step.slot
 
 
 class Stage:
@@ -57,6 +58,7 @@ class Stage:
     seed: dropout is seeded with key(seed, k, batch) before every Forward and again before its replay, in the head with
     key(seed, k, "head", batch).
     mixed: derivatives are taken at="mixed", so the optimizer writes to weights under live graphs.
+    micro_batches: of a batch.
     resumable: with mixed, every graph keeps the weights of its Forward, so that it can be built again from a checkpoint.
     """
 
@@ -75,6 +77,7 @@ class Stage:
         device: torch.device | str = "cpu",
         mixed: bool = False,
         resumable: bool = False,
+        micro_batches: int = 1,
         execution: Execution = PLAIN,
     ) -> None:
         self.k, self.K, self.loss, self.mixed, self.resumable = k, K, loss, mixed, resumable
@@ -90,9 +93,9 @@ class Stage:
                 raise UsageError('at="mixed" does not go with compile: compiled graphs may keep tensors computed from the weights')
         named = [((names or {}).get(name, name), w) for name, w in self.body.weights.items()]
         named += [(f"heads.{k}.{name}", w) for name, w in self.head.weights.items()] if self.head else []
-        self.learner = Learner(named, optimizer, schedule, mixed)
+        self.learner = Learner(named, optimizer, schedule, mixed, micro_batches)
         self.in_flight: dict[int, InFlight] = {}  # batch ->
-        self.snapshot: Weights | None = None  # of the current version, shared by all graphs that need it
+        self.banks = Banks(self.body)
 
     @property
     def module(self) -> nn.Module:
@@ -136,7 +139,7 @@ class Stage:
             return message
         if not op.train:
             return self.evaluate(message)
-        held = InFlight(step, message, self.version)
+        held = InFlight(step, message, op.weights.used(self.version), self._wanted(step))
         outputs = self._with_graph(held) if step.keep == "graph" else self._without_graph(held, op.batch)
         if step.keep != "nothing":
             self.in_flight[op.batch] = held
@@ -158,22 +161,33 @@ class Stage:
 
     def current(self) -> Weights:
         """Returns a copy of the body's weights at the current version: the same one until the next Update, but captured a new one."""
-        if self.snapshot is None or self.execution.captured:
-            self.snapshot = copies(self.body.weights)
-        return self.snapshot
+        return copies(self.body.weights) if self.execution.captured else self.banks.of(self.version, self.version)
+
+    def _wanted(self, step: Step) -> Weights | None:
+        """Returns the weights that a Forward uses, or None for the current ones where they are."""
+        weights = step.op.weights  # type: ignore[union-attr]
+        if weights.draws_out(self.version):
+            return self.banks.drawn_out(weights.used(self.version), self.version, weights.ahead)
+        if weights.used(self.version) < self.version:
+            return self.banks.of(weights.used(self.version), self.version)
+        return self.current() if step.snapshot else None
 
     def _with_graph(self, held: InFlight) -> Tree:
-        held.weights = self.current() if held.step.snapshot else None
-        self.build(held, held.weights)
-        if self.mixed and self.resumable:
-            held.weights = self.current()
+        if self.mixed and held.weights is not None:
+            with self.banks.in_place(held.weights):
+                self.build(held, None)
+        else:
+            self.build(held, held.weights)
+        if self.mixed:
+            held.weights = (held.weights or self.current()) if self.resumable else None
         return held.outputs
 
     def _without_graph(self, held: InFlight, batch: int) -> Tree:
+        weights, held.weights = held.weights, None  # a replay takes those of its own time
         if not self.execution.compile:
             with torch.no_grad():
-                return self.body(batch, held.message.values)
-        self.build(held, None)  # by the code of the replay: code of its own could not be trusted to draw the same dropout masks
+                return self.body(batch, held.message.values, weights=weights)
+        self.build(held, weights)  # by the code of the replay: code of its own could not be trusted to draw the same dropout masks
         outputs, held.outputs, held.leaves = held.outputs, None, ()
         return outputs
 
@@ -271,10 +285,13 @@ class Stage:
 
     # ---- Update --------------------------------------------------------------------------------------------------------------------
 
-    def update(self, op: Update, norm: Tensor | None = None) -> None:
-        """w_k <- step(w_k, g_k), g_k <- 0; with a head, its weights are among w_k. `norm`: |g| where it is not the stage's alone."""
+    def update(self, op: Update, norm: Tensor | None = None, banks: int = 0) -> None:
+        """w_k <- step(w_k, g_k), g_k <- 0; with a head, its weights are among w_k.
+
+        norm: |g| where it is not the stage's alone. banks: older versions of the weights to have afterwards, this one included.
+        """
+        self.banks.before_update(self.version, banks)
         self.learner.step(op, norm)
-        self.snapshot = None
         if not self.execution.captured:  # else the host counts between replays
             self.learner.count_update()
 

@@ -16,6 +16,7 @@ def stage_facts(method: Method, K: int) -> list[StageFacts]:
     """
     if method.free_running:
         return [StageFacts(k, K, 0.0, 0) for k in range(K)]
+    method = method.fitted(K)
     group = method.batches_per_update * method.micro_batches
     steps = [repeated(pattern, enough(method, K)) for pattern in patterns(method, K)]
     ages = [gradient_staleness(column, from_forward=True) for column in steps]

@@ -22,7 +22,7 @@ class StageForecast:
     """Holds what the plan says about one stage."""
 
     staleness: float  # of the gradient: mean over a warm group of batches, in updates
-    layer_staleness: int  # D_k, in batches
+    layer_staleness: int  # D_k, in batches or, where the method splits batches, in parts
     idle: float  # share of the steady period
     held: HeldCounts
 
@@ -45,9 +45,10 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
     batches: the length of the run; the default is long enough for a steady state without slow-downs. With slow-downs give some thousand.
     Raises UsageError if the method or the costs do not fit K stages.
     """
+    method = method.fitted(K)
     batches = enough(method, K) if batches is None else batches
     stages = patterns(method, K)
-    columns = [_read(repeated(pattern, batches), pattern.M) for pattern in stages]
+    columns = [_read(repeated(pattern, batches), pattern.n) for pattern in stages]
     clock = clocked(stages, batches, _with_capacity(costs, method))
     rate = throughput(clock.times)
     forecasts = [StageForecast(stale, lag, share, held) for (stale, lag, held), share in zip(columns, idle(clock.times), strict=True)]
@@ -58,6 +59,7 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
 
 def speedup(method: Method, K: int, costs: Costs) -> float:
     """Returns only the `speedup` of a prediction."""
+    method = method.fitted(K)
     batches = enough(method, K)
     rate = throughput(clocked(patterns(method, K), batches, _with_capacity(costs, method)).times)
     return rate / method.micro_batches / _base(method, K, costs, batches)
@@ -78,8 +80,9 @@ def repeated(pattern: Pattern, batches: int) -> list[Step]:
     After D_k batches the stage is full, and after D_k more, no batch in flight is from before its first Update.
     """
     method, k, K = pattern.method, pattern.k, pattern.K
-    warm = 2 * method.delay(k, K) + 3 * pattern.M
-    stop = method.offset(k, K) + warm if warm < batches else sys.maxsize
+    parts = method.micro_batches
+    warm = -(-2 * method.delay(k, K) // parts) + 3 * pattern.M
+    stop = method.offset(k, K) // parts + 1 + warm if warm < batches else sys.maxsize
     return list(takewhile(lambda step: step.tick < stop, column(pattern, RunLength(batches))))
 
 

@@ -122,5 +122,5 @@ def _spans(k: int, column: Sequence[Step], clock: Clock) -> Iterator[Span]:
     free = 0.0
     for i, (step, (op, start, end)) in enumerate(zip(column, clock.times.column(k), strict=True)):
         waited = max(0.0, start - free)
-        yield Span(k, op, start, end, step.version, step.tick, waited, full=min(waited, clock.full[k].get(i, 0.0)))
+        yield Span(k, op, start, end, step.version, step.tick, waited, full=min(waited, clock.full[k].get(i, 0.0)), slot=step.slot)
         free = end

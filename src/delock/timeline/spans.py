@@ -25,6 +25,7 @@ class Span:
     waited: float  # seconds of waiting before start: for a message, for room in a link, at a barrier
     full: float = 0.0  # seconds of `waited` in which a link was full
     copied: float = 0.0  # seconds of end - start in which messages were laid out, encoded and decoded
+    slot: int = 0  # as in the Step
 
 
 @dataclass(frozen=True, slots=True)

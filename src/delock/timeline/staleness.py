@@ -9,23 +9,24 @@ from typing import Protocol
 
 from delock.ops import DERIVATIVES, Backward, Forward, Op, Update
 from delock.plan import Plan, Step
+from delock.timeline.copies import Copies
 
 
 class Placed(Protocol):
-    """An op with its version and tick: a Step of a plan, or a Span of a timeline."""
+    """An op with its version and slot: a Step of a plan, or a Span of a timeline."""
 
     @property
     def op(self) -> Op: ...
     @property
     def version(self) -> int: ...
     @property
-    def tick(self) -> int: ...
+    def slot(self) -> int: ...
 
 
 def gradient_staleness(column: Iterable[Placed], *, from_forward: bool = False) -> dict[int, int]:
     """Returns the gradient staleness of every batch in updates: the age of its gradient's weights when an Update applies the gradient.
 
-    Stash and mixed count from the Forward, replay from the Backward itself, which gives 0; layer-wise staleness says more there.
+    Stash and mixed count from the version that the Forward used (ahead: that it started from), replay from the Backward itself, which gives 0; layer-wise staleness says more there.
     from_forward: replay, too, counts from the Forward, whose weights made the activations that the error belongs to.
     Batches whose Forward or Update lies outside the column are left out.
     """
@@ -34,8 +35,8 @@ def gradient_staleness(column: Iterable[Placed], *, from_forward: bool = False) 
     found: dict[int, int] = {}
     for placed in column:
         match placed.op:
-            case Forward(b, True):
-                taken[b] = placed.version
+            case Forward(b, True, weights=weights):
+                taken[b] = weights.used(placed.version)
             case Backward(b, at=at, part=part):
                 if not from_forward and DERIVATIVES[at, taken.get(b) == placed.version].counts_from == "backward":
                     taken[b] = placed.version
@@ -48,15 +49,15 @@ def gradient_staleness(column: Iterable[Placed], *, from_forward: bool = False) 
 
 
 def layer_staleness(column: Iterable[Placed]) -> dict[int, int]:
-    """Returns D_k of every batch: ticks, and so batches, between its Forward and its last Backward. Batches without both are left out."""
+    """Returns D_k of every (micro-)batch: those between its Forward and its last Backward. Batches without both are left out."""
     forward: dict[int, int] = {}
     found: dict[int, int] = {}
     for placed in column:
         match placed.op:
             case Forward(b, True):
-                forward[b] = placed.tick
+                forward[b] = placed.slot
             case Backward(b) if b in forward:
-                found[b] = placed.tick - forward[b]
+                found[b] = placed.slot - forward[b]
     return found
 
 
@@ -72,7 +73,7 @@ class HeldCounts:
 
     graphs: int  # live graphs, the one of a recomputation included
     inputs: int  # inputs stored without a graph
-    versions: int  # versions of the stage's weights, the current one included
+    versions: int  # sets of the stage's weights: the current ones, older ones, and drawn out ones
 
 
 def in_flight(plan: Plan) -> tuple[HeldCounts, ...]:
@@ -83,26 +84,22 @@ def in_flight(plan: Plan) -> tuple[HeldCounts, ...]:
 def holds(column: Iterable[Step]) -> HeldCounts:
     """Returns the largest numbers that a stage holds in its column."""
     kept: dict[str, set[int]] = {"graph": set(), "input": set()}  # batches
-    snapshots: dict[int, int] = {}  # batch -> version
-    copies: Counter[int] = Counter()  # version -> batches
+    copies = Copies()
     most = [0, 0, 1]
     for step in column:
         op = step.op
         if isinstance(op, Update):
+            copies.update(step)
             continue  # nothing more is held than just before
         if step.keep != "nothing":
             kept[step.keep].add(op.batch)
-        if step.snapshot:
-            snapshots[op.batch] = step.version
-            copies[step.version] += 1
+        if isinstance(op, Forward):
+            copies.forward(step)
         recomputed = isinstance(op, Backward) and op.batch in kept["input"]
-        now = len(kept["graph"]) + recomputed, len(kept["input"]), len(copies) + (step.version not in copies)
-        most = [*map(max, most, now)]
+        versions = copies.alive | {(step.version, 0.0)}
+        most = [*map(max, most, (len(kept["graph"]) + recomputed, len(kept["input"]), len(versions)))]
         if step.last:
             kept["graph"].discard(op.batch)
             kept["input"].discard(op.batch)
-            if op.batch in snapshots:
-                copies[version := snapshots.pop(op.batch)] -= 1
-                if not copies[version]:
-                    del copies[version]
+            copies.drop(op.batch)
     return HeldCounts(*most)

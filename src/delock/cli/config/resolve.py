@@ -22,7 +22,8 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     Raises UsageError for contradictions and values out of range.
     """
     config = chosen(config)
-    method, network = make_method(config.algorithm), _network(config.network, ranks or 2)
+    network = _network(config.network, ranks or 2)
+    method = make_method(config.algorithm).fitted(network.stages or 1)
     method.fits(network.stages or 1)
     config.simulation.straggler(network.stages or 1, config.training.seed)  # raises UsageError for a stage that is not there
     if config.network.head is not None and not method.local_losses:

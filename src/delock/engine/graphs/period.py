@@ -8,7 +8,7 @@ from itertools import groupby
 
 from delock.errors import UsageError
 from delock.methods import Method, spelled
-from delock.ops import Backward, Forward, Op, Update
+from delock.ops import NEWEST, Backward, Forward, Op, Update
 from delock.plan import Plan, Product, RunLength, Step, gives, received, unroll, walk
 
 Phase = tuple["StaticOp", ...]
@@ -135,7 +135,7 @@ def _refuse(method: Method, K: int, clip: float | None) -> None:
     if not alike:
         raise UsageError(
             f"{spelled(method)} cannot run as captured ticks, in which every stage does one forward, then one backward of a whole batch: "
-            "use bp, ddg, fr, fdg or adl (forward-first), dsp or dgl, or leave captured out"
+            "at the newest weights: use bp, ddg, fr, fdg or adl (forward-first), dsp or dgl without parts, ahead and behind, or leave captured out"
         )
     if clip is not None and method.synchronous:
         raise UsageError(f"{method.name} clips over the whole network, which captured ticks do not: leave out clip, or captured")
@@ -143,6 +143,6 @@ def _refuse(method: Method, K: int, clip: float | None) -> None:
 
 def _plain(ops: Sequence[Op]) -> bool:
     match ops:
-        case [Forward(), Backward(part="both")] | [Forward(), Backward(part="both"), Update()]:
-            return True
+        case [Forward(weights=weights), Backward(part="both"), *rest]:
+            return weights == NEWEST and all(isinstance(op, Update) for op in rest)
     return False

@@ -91,7 +91,7 @@ class Ticks:
                 forward = self.ahead[k].pop(b)
                 derivative = DERIVATIVES[op.at, forward.version == step.version]
                 taken = (forward if derivative.counts_from == "forward" else step).version
-                engine.log.count_staleness(step.version - taken, step.tick - forward.tick)
+                engine.log.count_staleness(step.version - taken, step.slot - forward.slot)
             case Update():
                 stage.updated()
 
