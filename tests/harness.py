@@ -12,7 +12,7 @@ from delock.engine.engine import run_here
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links.mailbox import Mailbox
-from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Interlocking, Method, OneFOneB
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, PACI, ZB1P, GPipe, Interlocking, Method, OneFOneB, PipeDream2BW
 from delock.options import Placement, Report
 from delock.plan import RunLength, windows
 from delock.run.inline import run_inline
@@ -47,6 +47,12 @@ def every_method(K: int) -> list[Method]:
         ),
         DSP(),
         papers.uneven_dsp(K),
+        ZB1P(micro_batches=3),
+        *(BP(accumulate=2, behind=2), BP(behind=1, ahead="part")),
+        *(DDG(micro_batches=3), DDG(micro_batches=2, ahead="part"), FR(micro_batches=2, ahead="mean")),
+        *(FDG(micro_batches=2, ahead="mean"), FDG(at="mixed", ahead="part"), ADL(2, micro_batches=2, ahead="part")),
+        *(DSP(micro_batches=2, ahead="part"), PACI(micro_batches=3), PACI(micro_batches=2, ahead="mean")),
+        *(PipeDream2BW(micro_batches=3), PipeDream2BW(micro_batches=3, ahead="part")),
         DGL(),
         *(Interlocking(n_wise=n) for n in sorted({*range(1, min(K, 3) + 1), K})),
         Interlocking(n_wise=min(K, 2), combine="sum", send="late"),

@@ -158,14 +158,21 @@ def most(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def holds(s: Stage, replayed: int | None = None) -> tuple[int, int, int]:
-    """Live graphs, stored inputs, versions of the weights; versions are held once each, however many graphs refer to them."""
+    """Live graphs, stored inputs, sets of weights: current, of older versions, drawn out; each is held once, however many graphs need it."""
     kept = list(s.in_flight.items())
     graphs = [m for _, m in kept if m.outputs is not None]
-    copies = {m.weights["weight"].data_ptr(): m.version for m in graphs if m.weights}
+    copies = {m.weights["weight"].data_ptr(): (m.version, drawn_out(m.step)) for m in graphs if m.weights}
+    copies |= {weights["weight"].data_ptr(): (version, 0.0) for version, weights in s.banks.kept.items()}
+    copies |= {weights["weight"].data_ptr(): key for key, weights in s.banks.drawn.items()}
     assert len(set(copies.values())) == len(copies), "a version was copied twice"
     assert all(m.weights is None for b, m in kept if m.outputs is None)
     inputs = [b for b, m in kept if m.step.keep == "input" and (m.outputs is None or b == replayed)]
-    return len(graphs), len(inputs), len({s.version, *copies.values()})
+    return len(graphs), len(inputs), len({(s.version, 0.0), *copies.values()})
+
+
+def drawn_out(step: Step) -> float:
+    assert isinstance(step.op, Forward)
+    return step.op.weights.ahead if step.op.weights.draws_out(step.version) else 0.0
 
 
 @pytest.mark.parametrize("method", every_method(3), ids=str)

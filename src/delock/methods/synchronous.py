@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from delock.errors import UsageError
 from delock.methods.base import Method, at_least
 from delock.ops import Backward, Forward, Op, Update, Weights
 
@@ -21,7 +22,7 @@ class BP(Method):
     M (accumulation)    | accumulate
 
     behind = n, for measurements, takes the gradient at the weights of n updates ago on all stages: w <- step(w, grad L(x; w[v - n])). Then
-    K = 1 is plain training with a delay of n.
+    K = 1 is plain training with a delay of n. With ahead, "part" or "mean", it is taken at w[v - n] + n (w[v - n] - w[v - n - 1]).
 
     Deviations: none. Staleness of the gradient: 0; with behind = n it is min(n, updates made). Layer-wise staleness: 0.
     Memory of stage k: one graph of one micro-batch, and `behind` older versions of the weights.
@@ -31,18 +32,22 @@ class BP(Method):
     synchronous: ClassVar[bool] = True
     accumulate: int = 1
     behind: int = 0
+    ahead: Literal["part", "mean"] | None = None
 
     def __post_init__(self) -> None:
         at_least("accumulate", self.accumulate, 1)
         at_least("behind", self.behind, 0)
+        if self.ahead and not self.behind:
+            raise UsageError("bp is not late, so nothing can be ahead: leave ahead out, or set behind")
 
     @property
     def micro_batches(self) -> int:
         return self.accumulate
 
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
+        weights = Weights(self.behind, float(self.behind) if self.ahead else 0.0)
         for b in range(t * self.micro_batches, (t + 1) * self.micro_batches):
-            yield Forward(b, weights=Weights(self.behind))
+            yield Forward(b, weights=weights)
             yield Backward(b, loss=K - 1)
         yield Update()
 
