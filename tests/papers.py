@@ -15,7 +15,9 @@ from delock.methods.base import Order
 
 from oracles import delays_of
 
-LAGS = {"ddg": (0, 1), "fr": (0, 1), "2bw": (0, 1), "paci": (0, 1), "fdg": (1, 1), "adl": (1, 1)}  # (p, q) of every link; DSP is given its own; all others wait: (0, 0)
+EARLY, BOTH = (0, 1), (1, 1)
+LAGS = {"ddg": EARLY, "fr": EARLY, "2bw": EARLY, "paci": EARLY, "fdg": BOTH, "adl": BOTH}
+# (p, q) of every link; DSP is given its own; all others wait: (0, 0)
 DERIVATIVE = {"ddg": "stash", "fr": "replay", "dsp": "replay", "paci": "mixed"}  # FDG and ADL have a choice of stash and mixed
 UNEVEN = ((2, 1, 3, 1), (1, 2, 1, 1))  # lags p, q of DSP that no sum or place confuses, for up to five stages
 ORDERS: tuple[Order, ...] = ("forward-first", "backward-first")

@@ -14,12 +14,13 @@ import delock.api
 from delock.cli import main
 from delock.cli.arguments import parse
 from delock.cli.config import CompareConfig, TrainConfig, build, flat, make_method, override, resolve, toml
+from delock.cli.config.resolve import can_be_ahead
 from delock.cli.config.update import BETAS, BETAS_WITH_SPIKE, RATES
 from delock.cli.plan import PlanConfig, find
 from delock.cli.rows import rows
 from delock.cli.workload import optimizer_factory
 from delock.errors import UsageError
-from delock.methods import METHODS, options
+from delock.methods import METHODS
 from delock.optim.feedback import ErrorFeedback
 from delock.optim.muon import SplitMuon
 from delock.optim.several import Several
@@ -186,9 +187,9 @@ def test_a_config_is_a_factory(values: dict[str, object], factory: object) -> No
         ("--correct spike --momentum 1", "momentum is 1: give one below 1"),
         ("--correct spike --nesterov", "leave out --nesterov, or leave spike out of --correct"),
         ("--correct spice", "--correct is 'spice', but it must be a list, each entry one of 'spike', 'feedback', 'ahead'"),
-        ("--method bp --correct ahead", "bp has no option 'ahead', which --correct ahead sets: leave ahead out of --correct"),
-        ("--method dgl --correct feedback ahead", "dgl has no option 'ahead', which --correct ahead sets"),
-        ("--method bp --ahead mean", "bp has no option 'ahead'"),
+        ("--method bp --correct ahead", "bp is not late, so there is nothing to be ahead of: leave ahead out of --correct"),
+        ("--method dgl --correct feedback ahead", "dgl is not late, so there is nothing to be ahead of"),
+        ("--method bp --ahead mean", "bp is not late, so nothing can be ahead: leave ahead out, or set behind"),
         ("--method fgd --correct ahead", "no method is called 'fgd'; did you mean 'fdg'?"),
     ],
 )
@@ -204,14 +205,14 @@ def test_a_correction_that_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ahead_is_an_option_of_the_method(method: str) -> None:
-    if "ahead" in options(METHODS[method]):
+    if can_be_ahead(method):
         found = config(method=method, correct=["ahead", "feedback"])
-        assert make_method(found.algorithm) == METHODS[method](ahead="part")  # type: ignore[call-arg]
+        assert make_method(found.algorithm) == METHODS[method](ahead="part").fitted(2)  # type: ignore[call-arg]
         assert (found.algorithm.ahead, found.update.correct) == ("part", ("feedback",))
         assert config(method=method, correct=["ahead"], ahead="mean").algorithm.ahead == "mean"
-        assert find(build(PlanConfig, {"method": method, "correct": ["ahead"], "stages": 3}, "test")).method == make_method(found.algorithm)
+        assert find(build(PlanConfig, {"method": method, "correct": ["ahead"], "stages": 2}, "test")).method == make_method(found.algorithm)
     else:
-        with pytest.raises(UsageError, match=f"{method} has no option 'ahead', which --correct ahead sets"):
+        with pytest.raises(UsageError, match=f"{method} is not late"):
             config(method=method, correct=["ahead"])
 
 
@@ -260,7 +261,7 @@ def test_a_row_takes_the_corrections_of_all_or_its_own() -> None:
 def test_ahead_is_said_of_the_rows_that_have_it() -> None:
     found = rows(build(CompareConfig, {"methods": ["bp,dgl"], "correct": ["ahead", "feedback"]}, "test"))
     assert [row.config.update.correct for row in found] == [("feedback",)] * 3
-    with pytest.raises(UsageError, match="dgl has no option 'ahead'"):
+    with pytest.raises(UsageError, match="dgl is not late"):
         rows(build(CompareConfig, {"methods": ["dgl:correct=ahead"]}, "test"))
 
 

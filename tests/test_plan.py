@@ -177,7 +177,8 @@ def test_evaluation_is_a_position_in_the_program(K: int) -> None:
             assert [column[i].op.batch for i in tests] == list(range(6))  # type: ignore[union-attr]
             for first, epoch in ((tests[0], 1), (tests[2], 2)):
                 behind = column[first + 2]
-                assert isinstance(behind.op, Forward) and behind.op.batch == 4 * epoch * method.micro_batches
+                assert isinstance(behind.op, Forward)
+                assert behind.op.batch == 4 * epoch * method.micro_batches
                 assert column[first].version == column[first + 1].version == behind.version
             assert tests[4:] == [len(column) - 2, len(column) - 1]
             trained = [step for step in column if not isinstance(step.op, Evaluate)]

@@ -158,7 +158,7 @@ def most(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def holds(s: Stage, replayed: int | None = None) -> tuple[int, int, int]:
-    """Live graphs, stored inputs, sets of weights: current, of older versions, drawn out; each is held once, however many graphs need it."""
+    """Live graphs, stored inputs, sets of weights: current, older, drawn out; each is held once, however many graphs need it."""
     kept = list(s.in_flight.items())
     graphs = [m for _, m in kept if m.outputs is not None]
     copies = {m.weights["weight"].data_ptr(): (m.version, drawn_out(m.step)) for m in graphs if m.weights}

@@ -11,9 +11,10 @@ from typing import Any, get_args, get_origin
 from delock.cli.config import CompareConfig, TrainConfig, build, flat, override, resolve, table
 from delock.cli.config.flat import hint
 from delock.cli.config.options import ComparisonOptions
+from delock.cli.config.resolve import can_be_ahead
 from delock.codecs import CODECS, settings
 from delock.errors import UsageError
-from delock.methods import METHODS, options
+from delock.methods import METHODS
 
 PLAIN = "plain"
 CODEC = tuple(name for codec in CODECS.values() for name in settings(codec))
@@ -74,7 +75,7 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
     given: dict[str, Any] = {"method": name}
     if name in METHODS and not METHODS[name].local_losses:
         given["head"] = None  # said of the rows with local losses
-    if name in METHODS and "ahead" not in options(METHODS[name]):
+    if name in METHODS and not can_be_ahead(name):
         given["correct"] = _not_ahead(common)  # said of the rows that have it
     for setting in settings:
         key, equals, value = setting.partition("=")

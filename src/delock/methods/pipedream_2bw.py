@@ -44,8 +44,8 @@ class PipeDream2BW(DelayLine):
     def fits(self, K: int) -> None:
         if self.micro_batches < max(1, K - 1):
             raise UsageError(
-                f"2bw in {K} stages needs batches of at least {max(1, K - 1)} parts, so that a version of the weights is complete before the "
-                f"batch that uses it begins: set micro_batches to {max(1, K - 1)} or more, not {self.micro_batches}"
+                f"2bw in {K} stages needs batches of at least {max(1, K - 1)} parts, so that a version of the weights is complete before "
+                f"the batch that uses it begins: set micro_batches to {max(1, K - 1)} or more, not {self.micro_batches}"
             )
 
     def weights(self, b: int, delay: int, last: bool) -> Weights:

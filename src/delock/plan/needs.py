@@ -14,9 +14,9 @@ weights made it; any other op's product as the op itself."""
 def needs(k: int, op: Op) -> list[Product]:
     """Returns what op of stage k waits for.
 
-    A Forward waits for that of the stage below, and is named by its batch alone, because stages may use weights of different age; a Backward
-    for its own Forward and for an error from above, named (batch, loss) because any part of a Backward may send it; a Backward of the
-    weights alone for that of the input, which had the error.
+    A Forward waits for that of the stage below, named by its batch alone, because stages may use weights of different age; a Backward for
+    its own Forward and for an error from above, named (batch, loss) because any part of a Backward may send it; a Backward of the weights
+    alone for that of the input, which had the error.
     """
     match op:
         case Forward(b, source=source) if k > 0:

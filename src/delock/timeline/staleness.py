@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,8 +25,9 @@ class Placed(Protocol):
 def gradient_staleness(column: Iterable[Placed], *, from_forward: bool = False) -> dict[int, int]:
     """Returns the gradient staleness of every batch in updates: the age of its gradient's weights when an Update applies the gradient.
 
-    Stash and mixed count from the version that the Forward used (ahead: that it started from), replay from the Backward itself, which gives 0; layer-wise staleness says more there.
-    from_forward: replay, too, counts from the Forward, whose weights made the activations that the error belongs to.
+    Stash and mixed count from the version that the Forward used (ahead: that it started from), replay from the Backward itself, which gives
+    0; layer-wise staleness says more there. from_forward: replay, too, counts from the Forward, whose weights made the activations that the
+    error belongs to.
     Batches whose Forward or Update lies outside the column are left out.
     """
     taken: dict[int, int] = {}

@@ -135,7 +135,8 @@ def _refuse(method: Method, K: int, clip: float | None) -> None:
     if not alike:
         raise UsageError(
             f"{spelled(method)} cannot run as captured ticks, in which every stage does one forward, then one backward of a whole batch: "
-            "at the newest weights: use bp, ddg, fr, fdg or adl (forward-first), dsp or dgl without parts, ahead and behind, or leave captured out"
+            "at the newest weights: use bp, ddg, fr, fdg or adl (forward-first), dsp or dgl, without parts, ahead and behind, "
+            "or leave captured out"
         )
     if clip is not None and method.synchronous:
         raise UsageError(f"{method.name} clips over the whole network, which captured ticks do not: leave out clip, or captured")
