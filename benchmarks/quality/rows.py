@@ -16,6 +16,7 @@ from delock.recipes import SGD, AdamW, error_feedback, muon, scadamw, scsgd, soa
 OPTIMIZERS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = MappingProxyType(
     {
         "adamw": (AdamW, {"betas": (0.9, 0.95), "weight_decay": 0.01}),
+        "nanogpt": (AdamW, {"betas": (0.9, 0.99), "weight_decay": 0.1}),
         "scadamw": (scadamw, {"betas": (0.95, 0.99), "weight_decay": 0.01, "r": 2.0}),  # without staleness AdamW with these betas
         "muon": (muon, {"momentum": 0.95, "weight_decay": 0.0, "adjust_lr_fn": "original", "rest": 0.1, "betas": (0.9, 0.95)}),
         "soap": (soap, {"betas": (0.95, 0.95), "weight_decay": 0.01, "precondition_frequency": 10}),
@@ -63,7 +64,7 @@ class Row:
 
     def make_method(self) -> Method:
         """Returns the method. Raises UsageError if there is none of that name with these options for K stages."""
-        method = make(self.method, **dict(self.options))
+        method = make("bp" if self.method == "plain" else self.method, **dict(self.options))
         method.fits(self.K)
         return method
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from anchor import Anchor
 from rows import Row
 from tasks import Images, Text
 from todo import Set
@@ -18,6 +19,7 @@ RESNET20 = ((1, ()), (4, (5, 7, 9)))
 
 SCREEN = Text(1_000, 100, 0.1, 16, 4, SIX_BLOCKS)
 QUOTE = Text(1_500, 100, 0.1, 16, 3, EIGHT_BLOCKS, depth=8, context=64)
+NANOGPT = Anchor(2_000, 100, 0.1, 12, 4, ((1, ()), (4, ("block1", "block2", "block3"))))
 CIFAR = Images(3 * 391, 390, 0.0, 128, 1, RESNET20)
 TOY = Text(5, 2, 0.1, 2, 2, ((1, ()), (2, ("block1",))), depth=2, width=8, context=8, windows=8, text=None)
 
@@ -85,10 +87,25 @@ def quoted() -> tuple[Row, ...]:
         *rows(few, "ddg", 4, MAIN, micro_batches=4),
         *rows(few, "ddg", 8, MAIN, micro_batches=8),
         *rows(few, "ddg", 2, ("muon", "scadamw"), micro_batches=2),
+        *rows(few, "ddg", 8, ("muon", "scadamw"), micro_batches=4),
         *rows(few, "2bw", 4, MAIN, micro_batches=4),
         *rows(few, "fdg", 4, MAIN, micro_batches=4),
         *rows(few, "dgl", 4, MAIN),
         *rows(late, "fdg", 4, MAIN),
+    )
+
+
+def longer() -> tuple[Row, ...]:
+    """Returns the rows that may train longer than backpropagation: those whose time to an equal loss is asked for."""
+    few = {name: rates[:3] for name, rates in SHORT.items()}
+    return tuple(row for K, M in ((8, 8), (8, 4), (4, 4), (2, 2)) for row in rows(few, "ddg", K, ("muon", "scadamw"), micro_batches=M))
+
+
+def anchor() -> tuple[Row, ...]:
+    """Returns the rows of the anchor."""
+    rates = {"nanogpt": (0.0005, 0.001, 0.002)}
+    return tuple(
+        rows(rates, "plain", 1, ("nanogpt",)) + rows(rates, "bp", 1, ("nanogpt",)) + rows(rates, "ddg", 4, ("nanogpt",), micro_batches=4)
     )
 
 
@@ -115,6 +132,9 @@ SETS: Mapping[str, Set] = MappingProxyType(
     {
         "screening": Set("Six blocks of width 64, context 32, 1,000 updates of 16 windows.", SCREEN, screening()),
         "quoted": Set("Eight blocks of width 64, context 64, 1,500 updates of 16 windows.", QUOTE, quoted(), seeds=3),
+        "anchor": Set("nanoGPT's recipe for CPUs: 2,000 updates of 12 windows.", NANOGPT, anchor(), seeds=3),
+        "longer115": Set("The set quoted, 1.15 times as long.", replace(QUOTE, updates=1_725), longer(), seeds=3),
+        "longer130": Set("The set quoted, 1.3 times as long.", replace(QUOTE, updates=1_950), longer(), seeds=3),
         "staleness": Set("The screening's task; every weight is `behind` updates old.", SCREEN, staleness()),
         "images": Set("ResNet-20 with batch norm, three epochs of CIFAR-10 as JPEG, batch 128.", CIFAR, images(4, 1), seeds=3),
         "groupnorm": Set("The same with group norm in the place of batch norm.", replace(CIFAR, norm="group"), images(1)),

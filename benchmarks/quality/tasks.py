@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter, process_time
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rows import Run
@@ -69,6 +69,7 @@ class Task:
 
     unit = "bits per character"
     score = "bits"  # the metric; less is better
+    clip: ClassVar[float | None] = None  # the largest norm of a gradient
 
     def settings(self, run: Run) -> dict[str, Any]:
         """Returns all that decides the numbers of a run, as plain values."""
@@ -89,6 +90,7 @@ class Task:
             schedule=Cosine(self.updates, self.warmup, self.floor),
             cuts=dict(self.cuts)[run.row.K],
             batches=length,
+            clip=self.clip,
             eval_every=-(-self.updates // self.evaluations),
             seed=run.seed,
             workers="inline",
