@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 
@@ -27,7 +28,7 @@ from delock.timeline import (
     simulate,
     speedup,
     throughput,
-    warm_mean,
+    warm_group,
 )
 from delock.timeline.measures import at_once
 from test_pattern import Counted, Mixed
@@ -130,7 +131,7 @@ def test_a_prediction_is_what_the_whole_plan_says(method: Method, K: int) -> Non
     assert told.period == method.micro_batches / throughput(timeline)
     assert told.messages == tuple(messages(timeline))
     for stage, column, share, held in zip(told.stages, plan.columns, idle(timeline), in_flight(plan), strict=True):
-        staleness = warm_mean(gradient_staleness(column), method.batches_per_update * method.micro_batches)
+        staleness = fmean(warm_group(gradient_staleness(column), method.batches_per_update * method.micro_batches))
         assert (stage.staleness, stage.layer_staleness) == (staleness, max(layer_staleness(column).values()))
         assert (stage.idle, stage.held) == (share, held)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import product
 from random import Random
+from statistics import fmean
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -16,7 +17,7 @@ from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, AsyncDGL, GPipe,
 from delock.methods.delay_line import Ahead
 from delock.ops import NEWEST, Backward, Evaluate, Forward, Update, label
 from delock.plan import Plan, RunLength, Step, chart, check, needs, unroll, walk, windows
-from delock.timeline import gradient_staleness, layer_staleness, warm_mean
+from delock.timeline import gradient_staleness, layer_staleness, warm_group
 
 import papers
 
@@ -126,7 +127,7 @@ def test_warm_groups(K: int) -> None:
             staleness = gradient_staleness(column)
             last = 12 * K // M * M - M
             assert [staleness[last + j] for j in range(M)] == [max(0, -((j - D + e) // M)) for j in range(M)]
-            assert warm_mean(staleness, M) == pytest.approx((D - e) / M)
+            assert fmean(warm_group(staleness, M)) == pytest.approx((D - e) / M)
         every = [max(gradient_staleness(c).values()) for c in unroll(ADL(max(1, 2 * (K - 1)), order=order), K, 6 * K).columns]  # type: ignore[arg-type]
         assert max(every) <= 1
 

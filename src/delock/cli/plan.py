@@ -23,6 +23,7 @@ from delock.cli.config import (
     resolve,
     shown,
 )
+from delock.cli.forecast import Forecast, forecast, sentences, written
 from delock.cli.profile import Profile, measure_model
 from delock.cli.run_folder import dumps
 from delock.cli.tables import IDLE, LAYERWISE, STALENESS, Cells, memory, milliseconds, per_second, percent
@@ -38,6 +39,7 @@ examples:
   delock plan --method adl --accumulate 2 --stages 4
   delock plan --method dsp --p 2 1 --q 1 3 --stages 3 --link-delay 0.5
   delock plan --method ddg --stages 4 --picture ddg.svg
+  delock plan --method ddg --micro-batches 4 --stages 4 --optimizer adamw --correct spike
   delock plan --method fdg --profile resnet20 --data synthetic
   delock plan --method fdg --profile gpt --data text --depth 8"""
 
@@ -70,6 +72,8 @@ class CostOptions:
     """A backward of a batch on one stage."""
     replay: float = 1.0
     """A recomputation of a batch on one stage."""
+    update: float = 0.0
+    """An update on one stage; with --profile in seconds."""
     link_delay: float = 0.0
     """A message on its way to the next stage; with --profile in seconds."""
 
@@ -115,6 +119,7 @@ class Answer:
     chart: str
     dataflow: Prediction
     lockstep: float  # speedup
+    forecast: Forecast
 
 
 def run(words: Sequence[str]) -> int:
@@ -140,7 +145,8 @@ def find(config: PlanConfig) -> Answer:
     measured = measure_model(resolve(workload), method, K, threads=config.profile.threads) if config.profile.profile else None
     costs = cost_model(config.costs, method, K, measured)
     lockstep = speedup(method, K, replace(costs, barrier=True))
-    return Answer(config, method, costs, measured, picture, predict(method, K, costs), lockstep)
+    speed = predict(method, K, costs)
+    return Answer(config, method, costs, measured, picture, speed, lockstep, forecast(method, config.update, costs, speed))
 
 
 def _workload(config: PlanConfig) -> TrainConfig:
@@ -168,6 +174,7 @@ def cost_model(options: CostOptions, method: Method, K: int, measured: Profile |
         forward=tuple(share * cost for cost in forward),
         backward=tuple(share * cost for cost in backward),
         replay=tuple(share * cost for cost in replay),
+        update=(options.update,) * K,
         up=(options.link_delay,) * (K - 1),
         down=(options.link_delay,) * (K - 1),
     )
@@ -199,6 +206,7 @@ def as_values(answer: Answer) -> dict[str, Any]:
         "messages": [{"activations": up, "errors": down} for up, down in speed.messages],
         "seconds_per_batch" if answer.profile else "time_per_batch": speed.period,
         "speedup_over_bp": {"dataflow": speed.speedup, "lockstep": answer.lockstep},
+        **asdict(answer.forecast),
         "samples_per_second": answer.profile.samples / speed.period if answer.profile else None,
         "profile": asdict(answer.profile) if answer.profile else None,
     }
@@ -213,23 +221,32 @@ def show(answer: Answer, files: Sequence[Path]) -> None:
     halves = HALVES if " b" in answer.chart else ""
     screen.line(f"{name}, K = {K}; a cell is op, batch . version of the weights; F forward, B backward{halves}\n")
     screen.line(f"{answer.chart}\n")
-    screen.table(*stage_rows(speed))
+    screen.table(*stage_rows(speed, answer.method))
+    for sentence in sentences(answer.forecast, answer.method, answer.config.update, measured=answer.profile is not None):
+        screen.line(f"\n{sentence}")
     if measured := answer.profile:
         screen.line(f"\n{measured.model}, cuts {' '.join(map(str, measured.cuts)) or 'none'}, a batch of {measured.samples}:")
         screen.table(*profile_rows(measured))
         screen.line(f"\npredicted: {milliseconds(speed.period)} per batch, {per_second(measured.samples / speed.period, measured.tokens)}")
     unit = "costs as measured" if answer.profile else f"forward {costs.forward:g}, backward {costs.backward:g}, replay {costs.replay:g}"
+    unit += f", update {costs.update:g}" if costs.update else ""
     screen.line(f"\nthroughput over bp in {K} stages, {unit}, link delay {costs.link_delay:g}:")
     screen.line(f"  {speed.speedup:.2f} with dataflow (an op starts as soon as it can), {answer.lockstep:.2f} in lock-step")
     if files:
         screen.line(f"picture: {' '.join(map(str, files))}")
 
 
-def stage_rows(speed: Prediction) -> tuple[Cells, list[Cells]]:
-    """Head and rows of what every stage has to live with, and to hold."""
-    head = ["stage", STALENESS, LAYERWISE, "graphs", "stored\ninputs", "weight\nversions", IDLE]
-    return head, [
-        [f"{k}", f"{s.staleness:.2f}", *map(str, (s.layer_staleness, s.held.graphs, s.held.inputs, s.held.versions)), percent(s.idle)]
+def stage_rows(speed: Prediction, method: Method) -> tuple[Cells, list[Cells]]:
+    """Head and rows of what every stage has to live with, and to hold; staleness is the mean, with that of every part where they differ."""
+    unit = "part" if method.micro_batches > 1 else "batch"
+    parted = any(len(set(s.staleness_per_part)) > 1 for s in speed.stages)
+    head = ["stage", STALENESS, *([f"of each\n{unit}"] * parted), LAYERWISE.replace("batches", "parts") if unit == "part" else LAYERWISE]
+    return [*head, "graphs", "stored\ninputs", "weight\nversions", IDLE], [
+        [
+            *(f"{k}", f"{s.staleness:.2f}", *([written(s.staleness_per_part)] * parted)),
+            *map(str, (s.layer_staleness, s.held.graphs, s.held.inputs, s.held.versions)),
+            percent(s.idle),
+        ]
         for k, s in enumerate(speed.stages)
     ]
 

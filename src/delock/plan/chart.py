@@ -40,7 +40,7 @@ def chart(plan: Plan, slots: int = 24) -> str:
     for k, row in enumerate(cells):
         line = "".join(row.get(slot, "").ljust(width) for slot in range(min(slots, max(row, default=-1) + 1)))
         more = "..." if at[k] < len(plan.columns[k]) else ""
-        rows.append(f"stage {k} |{line}{more}".rstrip())
+        rows.append(f"stage {k:>{len(str(plan.K - 1))}} |{line}{more}".rstrip())
     return "\n".join(rows)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import fmean
+
 from delock.methods import Method
 from delock.optim.stage_facts import StageFacts
 from delock.plan.pattern import patterns
 from delock.timeline.predict import enough, repeated
-from delock.timeline.staleness import gradient_staleness, warm_mean
+from delock.timeline.staleness import gradient_staleness, warm_group
 
 
 def stage_facts(method: Method, K: int) -> list[StageFacts]:
@@ -16,8 +19,15 @@ def stage_facts(method: Method, K: int) -> list[StageFacts]:
     """
     if method.free_running:
         return [StageFacts(k, K, 0.0, 0) for k in range(K)]
+    return [StageFacts(k, K, fmean(ages), max(ages)) for k, ages in enumerate(warm_ages(method, K))]
+
+
+def warm_ages(method: Method, K: int, stages: Sequence[int] | None = None) -> list[tuple[int, ...]]:
+    """Returns, for these stages, the ages of the Forwards' weights when an Update applies the gradients, for every part of a warm group.
+
+    By default for all stages.
+    """
     method = method.fitted(K)
     group = method.batches_per_update * method.micro_batches
-    steps = [repeated(pattern, enough(method, K)) for pattern in patterns(method, K)]
-    ages = [gradient_staleness(column, from_forward=True) for column in steps]
-    return [StageFacts(k, K, warm_mean(age, group), max(age.values(), default=0)) for k, age in enumerate(ages)]
+    columns = (repeated(pattern, enough(method, K)) for pattern in patterns(method, K, stages))
+    return [warm_group(gradient_staleness(column, from_forward=True), group) for column in columns]

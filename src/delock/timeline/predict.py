@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from statistics import fmean
 
 from delock.methods import BP, Method
 from delock.plan import RunLength, Step
@@ -14,7 +15,7 @@ from delock.plan.unroll import column
 from delock.timeline.costs import Costs
 from delock.timeline.measures import at_once, idle, throughput
 from delock.timeline.simulate import clocked
-from delock.timeline.staleness import HeldCounts, gradient_staleness, holds, layer_staleness, warm_mean
+from delock.timeline.staleness import HeldCounts, gradient_staleness, holds, layer_staleness, warm_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class StageForecast:
     """Holds what the plan says about one stage."""
 
     staleness: float  # of the gradient: mean over a warm group of batches, in updates
+    staleness_per_part: tuple[int, ...]  # of every (micro-)batch of that group, which one Update applies
     layer_staleness: int  # D_k, in batches or, where the method splits batches, in parts
     idle: float  # share of the steady period
     held: HeldCounts
@@ -51,7 +53,7 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
     columns = [_read(repeated(pattern, batches), pattern.n) for pattern in stages]
     clock = clocked(stages, batches, _with_capacity(costs, method))
     rate = throughput(clock.times)
-    forecasts = [StageForecast(stale, lag, share, held) for (stale, lag, held), share in zip(columns, idle(clock.times), strict=True)]
+    forecasts = [StageForecast(fmean(stale), stale, lag, share, held) for (stale, lag, held), share in zip(columns, idle(clock.times), strict=True)]
     links = [(at_once(clock.under_way(k, "up")), at_once(clock.under_way(k + 1, "down"))) for k in range(K - 1)]
     gain = rate / method.micro_batches / _base(method, K, costs, batches)
     return Prediction(method.micro_batches / rate, gain, tuple(forecasts), tuple(links))
@@ -86,8 +88,8 @@ def repeated(pattern: Pattern, batches: int) -> list[Step]:
     return list(takewhile(lambda step: step.tick < stop, column(pattern, RunLength(batches))))
 
 
-def _read(steps: Sequence[Step], group: int) -> tuple[float, int, HeldCounts]:
-    return warm_mean(gradient_staleness(steps), group), max(layer_staleness(steps).values(), default=0), holds(steps)
+def _read(steps: Sequence[Step], group: int) -> tuple[tuple[int, ...], int, HeldCounts]:
+    return warm_group(gradient_staleness(steps), group), max(layer_staleness(steps).values(), default=0), holds(steps)
 
 
 def capacities(method: Method, K: int) -> tuple[int, ...]:

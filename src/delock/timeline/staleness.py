@@ -61,10 +61,10 @@ def layer_staleness(column: Iterable[Placed]) -> dict[int, int]:
     return found
 
 
-def warm_mean(staleness: dict[int, int], group: int) -> float:
-    """Returns the mean staleness of the last complete group of `group` batches, those of one Update; 0 if there is none."""
+def warm_group(staleness: dict[int, int], group: int) -> tuple[int, ...]:
+    """Returns the staleness of the last complete group of `group` batches, those of one Update; zeros if there is none."""
     last = len(staleness) // group * group
-    return sum(staleness[b] for b in range(last - group, last)) / group if last else 0.0
+    return tuple(staleness[b] for b in range(last - group, last)) if last else (0,) * group
 
 
 @dataclass(frozen=True, slots=True)

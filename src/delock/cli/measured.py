@@ -1,0 +1,54 @@
+"""Lists what staleness has cost in our own runs: one figure for a method, a number of stages and an optimizer, with the record behind it.
+
+The records are in benchmarks/quality/runs, and a test compares every figure with them. A row is added when its best rate lies inside its
+grid; a combination without a row has no figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+GPT, RESNET = "bits per character", "points of test error"
+UNITS: Mapping[str, str] = MappingProxyType({"screening": GPT, "quoted": GPT, "images": RESNET, "groupnorm": RESNET})
+"""Sets of runs in benchmarks/quality, and the unit of their scores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Holds by how much a delayed run ends above backpropagation, each at its best rate, as the mean of all seeds there are."""
+
+    method: str  # with its options, as `spelled` writes it
+    K: int
+    optimizer: str
+    lost: float
+    of: str  # the set of runs
+    record: str  # without the seed
+    beside: str  # backpropagation's
+    correct: tuple[str, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """Returns the unit of what is lost."""
+        return UNITS[self.of]
+
+    @property
+    def path(self) -> str:
+        """Returns where the record is, with seed 0."""
+        return f"benchmarks/quality/runs/{self.of}/{self.record}-seed0.json"
+
+
+SPIKE = ("spike",)
+FIGURES = (
+    Figure("ddg", 4, "muon", 0.116, "screening", "ddg-k4-muon-lr0.02", "bp-k1-muon-lr0.02"),
+    Figure("ddg", 4, "adamw", 0.509, "screening", "ddg-k4-adamw-lr0.0005", "bp-k1-adamw-lr0.008"),
+    Figure("ddg", 4, "adamw", 0.314, "screening", "ddg-k4-scadamw-lr0.002", "bp-k1-adamw-lr0.008", SPIKE),
+    Figure("fdg", 4, "muon", 0.253, "screening", "fdg-k4-muon-lr0.01", "bp-k1-muon-lr0.02"),
+)
+
+
+def figure(method: str, K: int, optimizer: str, correct: tuple[str, ...]) -> Figure | None:
+    """Returns the figure of exactly this method, number of stages, optimizer and corrections; None if there is none."""
+    wanted = method, K, optimizer, tuple(sorted(correct))
+    return next((one for one in FIGURES if (one.method, one.K, one.optimizer, tuple(sorted(one.correct))) == wanted), None)
