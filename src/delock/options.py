@@ -139,7 +139,8 @@ class Simulation:
     slow: Slowdown | str | None = None
     """Make a stage slower: 1:0.5, stage 1 takes half as long again; random:0.5, every stage does in one of K ticks."""
     emulate: Emulation | str | None = None
-    """Wait F and B milliseconds (F:B or F:B:JITTER) per batch and stage instead of computing; real messages. Nothing is learned."""
+    """Wait F and B milliseconds (F:B, F:B:JITTER, F:B:JITTER:UPDATE) per batch and stage, and UPDATE per update, instead of computing;
+    real messages. Nothing is learned."""
     replay: Sequence[Sequence[Visit]] | None = field(default=None, metadata=PYTHON_ONLY)
     """The visits of every stage in an earlier free-running run, from its VisitsRecords: with workers inline they are done again."""
 

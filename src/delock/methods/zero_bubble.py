@@ -15,7 +15,7 @@ class ZB1P(Method):
     """Sends an error down as soon as it is computed, and puts the gradients of weights off into the bubble of 1F1B.
 
         stage 0 |F0 F1 F2 .. .. B0 F3 B1 .. B2 .. B3 U      K = 3, M = 4; b: the error passed on, w: the weight gradient;
-        stage 1 |   F0 F1 .. b0 F2 b1 w0 F3 b2 w1 b3 w2 w3 U      stage 0 passes nothing on: its B is a weight gradient alone
+        stage 1 |   F0 F1 .. b0 F2 b1 w0 F3 b2 w1 b3 w2 w3 U      stage 0 passes nothing on, so its B is never split
         stage 2 |      F0 b0 F1 b1 F2 b2 w0 F3 b3 w1 w2 w3 U
 
     Source: Qi, Wan, Huang, Lin, "Zero Bubble Pipeline Parallelism", ICLR 2024: the schedule ZB-H1. Update: that of BP with accumulate = M,

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from delock.keys import key
+from delock.optim.stage_facts import ALONE, StageFacts, for_stage
 
 
 class Emulated(nn.Module):
     """Waits `forward` seconds per forward and `backward` seconds per backward in training, and maps (B, ...) to zeros (B, *shape).
 
-    In eval mode it does not wait. If input and weight gradient are computed apart, each waits half of `backward`.
+    In eval mode it does not wait. If input and weight gradient are computed apart, each waits half of `backward`. On stage 0, whose input
+    has no gradient, the weight's waits all of it (see `timeline.Costs`).
     jitter: the largest share by which a wait is longer or shorter; the share is a function of (seed, number of the forward).
     """
 
@@ -78,3 +83,19 @@ class _Zeros(torch.autograd.Function):
         done.half = done.error is not None and done.error.data_ptr() == d.data_ptr()
         done.error = d
         return torch.zeros_like(ctx.like), d.new_zeros(()), None, None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingStep:
+    """Makes a factory's optimizers wait after each step, as long as the step of the real weights would take."""
+
+    optimizer: Callable[..., Optimizer]
+    seconds: float
+
+    def __call__(self, params: Any, *, stage: StageFacts = ALONE) -> Optimizer:
+        made = for_stage(self.optimizer, stage)(params)
+        made.register_step_post_hook(self._wait)
+        return made
+
+    def _wait(self, *_: Any) -> None:
+        time.sleep(self.seconds)

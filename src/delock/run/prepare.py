@@ -10,7 +10,7 @@ from torch import nn
 from delock.engine.feed import samples
 from delock.errors import UsageError
 from delock.keys import key
-from delock.nets.emulated import Emulated
+from delock.nets.emulated import Emulated, WaitingStep
 from delock.options import Simulation
 from delock.partition.balance import balance
 from delock.partition.layers import has_batch_norm, layers, resolve_cuts
@@ -54,6 +54,7 @@ def prepare(request: Request) -> PreparedRun:
     }
     batch = Batch.of(inputs, targets)
     if waits:
+        request = replace(request, optimizer=WaitingStep(request.optimizer, waits.update)) if waits.update else request
         return PreparedRun(request, network, found, costs, batch, execution, *_emulated(request, waits, [*found, len(network)], costs))
     modules = stages(network, found)
     shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)

@@ -127,10 +127,10 @@ class PreparedRun:
         costs = self.ops()
         forward, backward, head = costs.forward, costs.backward, costs.head
         forecast = predict(request.method, self.K, costs, SLOW_BATCHES if costs.slow else None)
-        own_pace = max(request.method.slowdown(k) * (forward[k] + backward[k] + head[k]) for k in range(self.K))
-        period = (
-            max(forecast.period, own_pace) if request.workers != "inline" else sum(forward + backward + head) * request.method.micro_batches
-        )
+        update = costs.update or (0.0,) * self.K
+        own_pace = max(request.method.slowdown(k) * (forward[k] + backward[k] + head[k] + update[k]) for k in range(self.K))
+        work = sum(forward + backward + head) * request.method.micro_batches + sum(update) / request.method.batches_per_update
+        period = max(forecast.period, own_pace) if request.workers != "inline" else work
         predictions = tuple(
             StagePrediction(
                 stage=k,
@@ -171,7 +171,8 @@ class PreparedRun:
         forward = tuple(share * (waits.forward if waits else sum(cost.forward_s for cost in layers)) for layers in own)
         backward = tuple(share * (waits.backward if waits else sum(cost.backward_s for cost in layers)) for layers in own)
         head = tuple(share * (self.head_costs[k].total_s if k in self.head_costs else 0.0) for k in range(self.K))
-        return Costs(forward, backward, head=head, slow=self.request.simulation.straggler(self.K, self.request.seed))
+        update = (waits.update,) * self.K if waits and waits.update else ()
+        return Costs(forward, backward, update=update, head=head, slow=self.request.simulation.straggler(self.K, self.request.seed))
 
     def slots(self) -> list[tuple[int, int]] | None:
         """Returns the slots of activations and of errors that each link of shared memory will have; None for links of another kind."""

@@ -40,6 +40,10 @@ class Costs:
 
     An empty tuple stands for a default: `replay` as `forward`, `capacity` unlimited, the others 0. With `barrier` every stage waits for all
     others after each tick (lock-step; for plans without evaluation). Raises UsageError if the numbers do not fit each other.
+
+    backward: of all that the stage's Backward does, in one piece or in two halves. Stage 0 passes no error on, so it has no half of its own
+    for its input and is never split, by no method: its number is that of its weights alone. So it is measured (the first layer's input
+    needs no gradient), and so an emulated stage 0 waits. It is no less than that of other stages, because cuts even out the seconds.
     """
 
     forward: tuple[float, ...]
@@ -102,19 +106,24 @@ NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 
 @dataclass(frozen=True, slots=True)
 class Emulation:
-    """Makes every stage wait instead of computing: seconds per batch, each longer or shorter by a share of at most `jitter`."""
+    """Makes every stage wait instead of computing: seconds per batch, each longer or shorter by a share of at most `jitter`.
+
+    update: seconds that an Update waits beside the optimizer's step, which has one number to learn: those of the real weights.
+    """
 
     forward: float
     backward: float
     jitter: float = 0.0
+    update: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> Emulation:
-        """Parses 320:640 or 320:640:0.1, in milliseconds. Raises UsageError for anything else."""
-        match = re.fullmatch(rf"{NUMBER}:{NUMBER}(?::{NUMBER})?", text)
+        """Parses 320:640, 320:640:0.1 or 320:640:0.1:25, in milliseconds. Raises UsageError for anything else."""
+        match = re.fullmatch(rf"{NUMBER}:{NUMBER}(?::{NUMBER}(?::{NUMBER})?)?", text)
         if not match or float(match[3] or 0) >= 1 or float(match[1]) + float(match[2]) <= 0:
-            raise UsageError(f"emulate is {text!r}, but it must be F:B or F:B:JITTER, milliseconds and a share below 1: 320:640:0.1")
-        return cls(float(match[1]) / 1e3, float(match[2]) / 1e3, float(match[3] or 0))
+            forms = "F:B, F:B:JITTER or F:B:JITTER:UPDATE, milliseconds and a share below 1: 320:640:0.1"
+            raise UsageError(f"emulate is {text!r}, but it must be {forms}")
+        return cls(float(match[1]) / 1e3, float(match[2]) / 1e3, float(match[3] or 0), float(match[4] or 0) / 1e3)
 
 
 def straggler(text: str, K: int, seed: int) -> Slowdown:
