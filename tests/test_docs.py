@@ -20,7 +20,7 @@ from delock.cli import main
 from delock.methods import ADL, METHODS, options
 from delock.plan import unroll
 from delock.records import Result
-from delock.timeline import in_flight
+from delock.timeline import in_flight, longest_step
 
 pytestmark = pytest.mark.usefixtures("own_random")
 
@@ -93,6 +93,23 @@ def test_times_and_speeds(capsys: pytest.CaptureFixture[str]) -> None:
         assert isinstance(speedup, dict)
         found = (near["time_per_batch"], far["time_per_batch"], speedup["dataflow"], speedup["lockstep"])
         assert told == [f"{value:.2f}" for value in found], words
+
+
+@pytest.mark.usefixtures("own_random")
+def test_parts_in_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, *told in table(METHODS_PAGE, "`delock plan --stages 4 --micro-batches 4 --method`"):
+        stages = plan(f"--stages 4 --micro-batches 4 --method {name}", capsys)["stages"]
+        assert isinstance(stages, list)
+        late = [" ".join(map(str, stage["staleness_per_part"])) for stage in stages]
+        assert told == [*late, ", ".join(str(stage["versions"]) for stage in stages)], name
+
+
+def test_longest_steps() -> None:
+    for words, *told in table(METHODS_PAGE, "updates late"):
+        share, by = re.fullmatch(r"(\d of 4 parts|all) by (\d)", words).groups()  # type: ignore[union-attr]
+        late, lag = (1.0 if share == "all" else int(share[0]) / 4), int(by)
+        shares = {0: 1 - late, lag: late}
+        assert told == [f"{longest_step(shares, 0.9, horizon):.2f}" for horizon in (0.0, 2 * late * lag)], words
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -87,7 +87,8 @@ def test_emulated_stages_wait_for_what_the_simulator_charges(waits: list[float],
     plan = unroll(method, 3, 4)
     charged = [sum(costs.work(k, step.op, replayed=False)) for k, column in enumerate(plan.columns) for step in column]
     assert sum(waits) == pytest.approx(sum(charged))
-    assert result.started.samples_per_second == pytest.approx(8 / (3 * (3.0 + 0.25 / method.batches_per_update)))  # inline, one after another
+    inline = 3 * (3.0 + 0.25 / method.batches_per_update)  # one after another
+    assert result.started.samples_per_second == pytest.approx(8 / inline)
 
 
 class Asked(torch.autograd.Function):

@@ -209,6 +209,12 @@ def test_the_versions_of_fdg() -> None:
     assert chart(unroll(FDG(), 3, 20), slots=8).splitlines()[0] == "stage 0 |F0.0 F1.0 F2.0 F3.0 F4.0 B0.0 F5.1 B1.1 ..."
 
 
+def test_charts_of_many_stages_are_aligned() -> None:
+    rows = chart(unroll(FDG(), 11, 20), slots=4).splitlines()
+    assert [row.index("|") for row in rows] == [9] * 11
+    assert rows[9].startswith("stage  9 |")
+
+
 def test_what_a_forward_keeps() -> None:
     def keeps(method: Method, k: int) -> set[tuple[str, bool]]:
         column = unroll(method, 3, 30).columns[k]

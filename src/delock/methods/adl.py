@@ -29,7 +29,8 @@ class ADL(DelayLine):
     is the mean, every update applies M batches, and when the run ends, an incomplete last group of r batches is applied as one update over
     r. Staleness of the gradient, of the j-th batch of a group: max(0, ceil((D_k - e - j) / M)), with e = 1 if backward-first and k < K-1,
     else 0; its mean is (D_k - e) / M, and with M >= 2(K-1) none is above 1. Layer-wise staleness: D_k = 2(K-1-k) batches. Memory of stage
-    k: D_k + 1 graphs (backward-first: D_k), one gradient, and with stash ceil((D_k - e) / M) + 1 versions of the weights.
+    k: D_k + 1 graphs (backward-first: D_k), one gradient, and with stash ceil((D_k - e) / M) + 1 versions of the weights. In parts
+    (micro_batches), D_k counts these and M is the parts of an update; ahead as in DelayLine.
     """
 
     name: ClassVar[str] = "adl"

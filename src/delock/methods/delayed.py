@@ -23,6 +23,9 @@ class DDG(DelayLine):
 
     Deviations: none. Staleness of the gradient: K-1-k updates. Layer-wise staleness: K-1-k batches.
     Memory of stage k: K-k graphs and K-k versions of the weights.
+
+    In M parts (micro_batches) this is PipeDream, 1F1B without a flush (Narayanan et al., SOSP 2019): part j is max(0, ceil((K-1-k-j) / M))
+    updates old, D_k counts parts, and there are ceil((K-1-k) / M) + 1 versions of the weights. ahead: see DelayLine.
     """
 
     name: ClassVar[str] = "ddg"
@@ -43,7 +46,8 @@ class FR(DelayLine):
     d                   | K-1-k = D_k
 
     Deviations: none. Staleness of the gradient: 0. Layer-wise staleness: K-1-k batches.
-    Memory of stage k: K-k inputs and one graph, no copy of the weights.
+    Memory of stage k: K-k inputs and one graph, no copy of the weights. In parts (micro_batches), D_k counts parts, and one that no Update
+    comes between keeps its graph. ahead, see DelayLine, acts on the Forward alone.
     """
 
     name: ClassVar[str] = "fr"

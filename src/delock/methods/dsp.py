@@ -27,7 +27,8 @@ class DSP(DelayLine):
     `DSP.from_paper(p, m)` takes the paper's DSP(p_0 .. p_{K-1}; m_0 .. m_{K-1}). Deviations: none.
     Staleness of the gradient: 0. Layer-wise staleness: D_k batches.
     Memory of stage k: one graph, no copy of the weights, and (1 + D_k) |h_k| + (2 + p_k + q_k) |h_{k+1}| in the sizes of its input and
-    output: D_k + 1 inputs, and the messages under way.
+    output: D_k + 1 inputs, and the messages under way. In parts (micro_batches), lags count parts; ahead, see DelayLine, acts on the
+    Forward alone.
     """
 
     name: ClassVar[str] = "dsp"

@@ -25,7 +25,8 @@ class FDG(DelayLine):
     K-1-k (module lag)  | half of D_k
 
     Options: at = "stash" (default, as in the paper's equations) or "mixed" (as the released code computed); order = "forward-first"
-    (default, as in the paper's figures) or "backward-first" (as in the released code). Deviations: none.
+    (default, as in the paper's figures) or "backward-first" (as in the released code); micro_batches and ahead as in DelayLine.
+    Deviations: none.
     Staleness of the gradient: D_k = 2(K-1-k) updates; backward-first D_k - 1 for k < K-1, and 0 for the last stage.
     Layer-wise staleness: D_k batches. Memory of stage k: D_k + 1 graphs (backward-first: D_k), with stash as many versions of the weights.
     """

@@ -53,7 +53,8 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
     columns = [_read(repeated(pattern, batches), pattern.n) for pattern in stages]
     clock = clocked(stages, batches, _with_capacity(costs, method))
     rate = throughput(clock.times)
-    forecasts = [StageForecast(fmean(stale), stale, lag, share, held) for (stale, lag, held), share in zip(columns, idle(clock.times), strict=True)]
+    shares = idle(clock.times)
+    forecasts = [StageForecast(fmean(ages), ages, lag, share, held) for (ages, lag, held), share in zip(columns, shares, strict=True)]
     links = [(at_once(clock.under_way(k, "up")), at_once(clock.under_way(k + 1, "down"))) for k in range(K - 1)]
     gain = rate / method.micro_batches / _base(method, K, costs, batches)
     return Prediction(method.micro_batches / rate, gain, tuple(forecasts), tuple(links))

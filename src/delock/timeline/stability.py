@@ -29,7 +29,7 @@ def longest_step(shares: Mapping[int, float], momentum: float, horizon: float = 
         return (z - 1) * (z - momentum)
 
     def pulled(z: complex) -> complex:
-        late = sum(share * z**-lag for lag, share in shares.items())
+        late: complex = sum((share * z**-lag for lag, share in shares.items()), 0j)
         return (kept * (1 - momentum) * z + (1 - kept) * (z - momentum)) * late
 
     def askew(theta: float) -> float:
