@@ -1,4 +1,4 @@
-"""What `delock plan` says of training: staleness of every part, latency of links, stable steps, and figures of our own runs."""
+"""The forecast of `delock plan`: staleness of every part, latency of links, stable steps, and figures of our own runs."""
 
 from __future__ import annotations
 

@@ -23,13 +23,13 @@ def longest_step(shares: Mapping[int, float], momentum: float, horizon: float = 
     For a small a the root near 1 lies inside. A root leaves the disc on its edge, where z = e^(i theta) solves the equation with a real a;
     the least such a is the answer. Coefficients are real, so half of the edge is enough.
     """
-    kept = momentum**horizon
+    kept: float = momentum**horizon
 
     def moved(z: complex) -> complex:
         return (z - 1) * (z - momentum)
 
     def pulled(z: complex) -> complex:
-        late: complex = sum((share * z**-lag for lag, share in shares.items()), 0j)
+        late = sum(share * z**-lag for lag, share in shares.items())
         return (kept * (1 - momentum) * z + (1 - kept) * (z - momentum)) * late
 
     def askew(theta: float) -> float:
