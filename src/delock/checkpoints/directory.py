@@ -1,0 +1,181 @@
+"""Writes checkpoints into a folder and finds them there. Each is a folder of files that appears whole, by a rename, or not at all.
+
+    checkpoints/
+        batch-00000500/     weights-0.safetensors  optimizer-0.safetensors  in-flight-0.safetensors  ...  manifest.json
+        .batch-00001000/    being written: a stage adds its files and then done-k.json; who finds all of those writes the manifest
+
+Stages share nothing but the folder. It may be that of many hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from delock.checkpoints.encoding import decode, encode
+from delock.checkpoints.manifest import Manifest
+from delock.errors import UsageError
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"batch-(\d{8,})")
+CHUNK = 1 << 22
+
+
+def name_of(batches: int) -> str:
+    """Returns the name of the checkpoint after that many batches."""
+    return f"batch-{batches:08d}"
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes the part of one stage of a checkpoint. begin, add, add, done: in this order."""
+
+    def __init__(self, folder: Path, batches: int, k: int, K: int) -> None:
+        self.folder, self.k, self.K = folder, k, K
+        self.final, self.place = folder / name_of(batches), folder / f".{name_of(batches)}"
+        self.files: dict[str, tuple[int, int]] = {}
+
+    def begin(self) -> None:
+        """Makes the folder that is being written."""
+        self.place.mkdir(parents=True, exist_ok=True)
+
+    def add(self, kind: str, tree: Any, *, private: bool = False) -> None:
+        """Writes a tree as KIND-k.safetensors. private: for its owner's eyes only, as training data may be in it."""
+        structure, tensors = encode(tree, f"stage {self.k}: {kind}")
+        self.add_tensors(kind, tensors, {"structure": json.dumps(structure, allow_nan=False)}, private=private)
+
+    def add_tensors(
+        self, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, private: bool = False
+    ) -> None:
+        """Writes tensors by name."""
+        path = self.place / f"{kind}-{self.k}.safetensors"
+        if private:
+            path.touch(mode=0o600)
+        dense = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(dense, path, dict(metadata or {}))
+        self.files[path.name] = _measure(path)
+
+    def done(self, updates: int, rest: Mapping[str, Any]) -> Path | None:
+        """Says that this stage's files are written. The last stage to say so completes the checkpoint, and gets its path.
+
+        rest: the entries of the manifest that all stages know: tick, batches, made_with, options.
+        """
+        _write(self.place / f"done-{self.k}.json", json.dumps({"updates": updates, "files": self.files}))
+        said = [self.place / f"done-{k}.json" for k in range(self.K)]
+        if not all(path.exists() for path in said):
+            return None
+        try:
+            found = [json.loads(path.read_text()) for path in said]
+            files = {name: tuple(measure) for one in found for name, measure in one["files"].items()}
+            manifest = Manifest(updates=tuple(one["updates"] for one in found), files=files, **rest)
+            _write(self.place / MANIFEST, manifest.dumps())
+            for path in said:
+                path.unlink(missing_ok=True)
+            _sync(self.place)
+            os.rename(self.place, self.final)
+            _sync(self.folder)
+        except FileNotFoundError:  # another stage saw all of them at the same moment, and was faster
+            return None
+        return self.final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and whatever older ones were left half written."""
+    whole = newest_first(folder)
+    for path in whole[max(1, keep) :]:
+        _remove(path)
+    if whole:
+        for path in folder.glob(".batch-*"):
+            if path.name[1:] < whole[0].name:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint; its manifest first, so that what is left of it is none."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}")
+    with fresh.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def _measure(path: Path) -> tuple[int, int]:
+    """Brings a file to the disk, and returns its bytes and CRC32."""
+    crc = size = 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(CHUNK):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return size, crc
+
+
+def _sync(folder: Path) -> None:
+    with suppress(OSError):  # some file systems have no such thing
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------------------------
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Returns the checkpoints in a folder that have a manifest, the newest first."""
+    found = [path for path in folder.glob("batch-*") if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: int(path.name[6:]), reverse=True)
+
+
+def verified(path: Path) -> Manifest:
+    """Returns the manifest of a checkpoint whose files are as they were written. Raises UsageError that names what is damaged."""
+    try:
+        manifest = Manifest.loads((path / MANIFEST).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no checkpoint: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    for name, expected in manifest.files.items():
+        if not (path / name).is_file():
+            raise UsageError(f"{path} is damaged: {name} is missing")
+        if _measure(path / name) != expected:
+            raise UsageError(f"{path} is damaged: {name} is not as it was written")
+    return manifest
+
+
+def read(path: Path, kind: str, k: int) -> Any:
+    """Returns the tree of KIND-k.safetensors. Raises UsageError for a file that is not one."""
+    file = path / f"{kind}-{k}.safetensors"
+    tensors, metadata = read_tensors(file)
+    try:
+        return decode(json.loads(metadata["structure"]), tensors)
+    except (KeyError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file} has no structure that can be read: {error}") from error
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors of a file by name, and its metadata. Raises UsageError for a file that is not one."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error

@@ -1,0 +1,197 @@
+"""Checkpoints on disk: what is kept, what is refused, what is damaged, and that a checkpoint is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from delock.checkpoints.directory import MANIFEST, Writer, newest_first, prune, read, read_tensors, verified
+from delock.checkpoints.encoding import decode, encode
+from delock.errors import UsageError
+
+REST: dict[str, Any] = {"tick": 7, "batches": 5, "made_with": {"torch": "2", "threads": 1}, "options": {"method": "fdg", "cuts": [2]}}
+
+
+def tree() -> dict[Any, Any]:
+    """One of every kind, with two references to one tensor."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    shared = draw(3, 4)
+    odd = {"nan": math.nan, "inf": -math.inf, "small": 5e-324, "third": 1 / 3}
+    tensors = {
+        **{str(dtype): torch.ones(2, 3).to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool)},
+        "channels last": draw(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        "transposed": draw(3, 5).T,
+        "expanded": draw(1, 3).expand(4, 3),
+        "empty": torch.empty(0, 3),
+        "number": torch.tensor(2.5),
+    }
+    return {"a": [1, True, None, "text", 2.0, (3, (4,))], 1: odd, (0, "x"): {True: shared, False: shared}, "tensors": tensors, "big": 2**70}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and list(map(type, a)) == list(map(type, b)) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and (a == b or (a != a and b != b))
+
+
+def written(folder: Path, batches: int = 5, K: int = 2) -> Path:
+    """A checkpoint of K stages."""
+    path = None
+    for k in range(K):
+        writer = Writer(folder, batches, k, K)
+        writer.begin()
+        writer.add("optimizer", {"k": k, **tree()})
+        writer.add("in-flight", [torch.arange(k + 3)], private=True)
+        writer.add_tensors("weights", {"layer.weight": torch.full((2, 2), float(k))})
+        path = writer.done(10 + k, {**REST, "batches": batches})
+    assert path is not None
+    return path
+
+
+def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    for k in (0, 1):
+        found = read(path, "optimizer", k)
+        assert same(found, {"k": k, **tree()})
+        assert found[0, "x"][True] is found[0, "x"][False]
+    assert read_tensors(path / "weights-1.safetensors")[0]["layer.weight"].eq(1).all()
+    assert json.loads(json.dumps(encode(tree())[0], allow_nan=False)) == encode(tree())[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"lr_lambdas": [abs]}, r"state\['lr_lambdas'\]\[0\] is a builtin_function_or_method, which a checkpoint cannot keep"),
+        ({1.5: 0}, "a float as a key"),
+        ([{1, 2}], r"state\[0\] is a set"),
+        (torch.eye(2).to_sparse(), "layout torch.sparse_coo"),
+        (b"bytes", "state is a bytes"),
+    ],
+)
+def test_what_cannot_be_kept_is_named(value: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        encode(value)
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        {"dict": [[1.5, 2]]},
+        {"dict": [[1, 2, 3]]},
+        {"dict": {}},
+        {"tuple": 3},
+        {"tensor": "1", "strides": [1]},
+        {"tensor": "0", "strides": [1, 2]},
+        {"tensor": "0", "strides": [2**50]},
+        {"tensor": "0", "strides": [-1]},
+        {"tensor": "0", "strides": [10**6]},
+        {"float": "1.0"},
+        {"tensor": "0", "strides": [1], "code": "x"},
+        {},
+    ],
+    ids=str,
+)
+def test_other_structures_are_refused(structure: Any) -> None:
+    with pytest.raises(UsageError):
+        decode(structure, {"0": torch.zeros(3)})
+
+
+def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    first = Writer(tmp_path, 5, 0, 2)
+    first.begin()
+    first.add("weights", {"x": torch.ones(1)})
+    assert first.done(10, REST) is None
+    assert newest_first(tmp_path) == []
+    second = Writer(tmp_path, 5, 1, 2)
+    second.begin()
+    second.add("weights", {"x": torch.ones(1)})
+    assert second.done(11, REST) == tmp_path / "batch-00000005"
+    manifest = verified(tmp_path / "batch-00000005")
+    assert (manifest.updates, manifest.K, set(manifest.files)) == ((10, 11), 2, {"weights-0.safetensors", "weights-1.safetensors"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["batch-00000005"]
+
+
+def test_one_of_many_completes_it(tmp_path: Path) -> None:
+    """Eight stages that end at the same moment."""
+    writers = [Writer(tmp_path, 5, k, 8) for k in range(8)]
+    for writer in writers:
+        writer.begin()
+        writer.add("weights", {"x": torch.ones(1)})
+    found: list[Path | None] = []
+    threads = [Thread(target=lambda w=w: found.append(w.done(1, REST))) for w in writers]  # type: ignore[misc]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sum(path is not None for path in found) == 1
+    assert verified(tmp_path / "batch-00000005").K == 8
+
+
+def test_training_data_is_private(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    assert stat.S_IMODE(os.stat(path / "in-flight-0.safetensors").st_mode) == 0o600
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for batches in (5, 10, 100, 20):
+        written(tmp_path, batches)
+    (tmp_path / ".batch-00000050").mkdir()
+    (tmp_path / ".batch-00000150").mkdir()  # newer than all: perhaps being written
+    prune(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".batch-00000150", "batch-00000020", "batch-00000100"]
+    assert [path.name for path in newest_first(tmp_path)] == ["batch-00000100", "batch-00000020"]
+
+
+def damaged(path: Path, how: str) -> None:
+    file = path / "optimizer-0.safetensors"
+    match how:
+        case "missing":
+            file.unlink()
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-1])
+        case "flipped":
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data)
+        case "manifest":
+            (path / MANIFEST).write_text("{")
+        case "outside":
+            text = json.loads((path / MANIFEST).read_text())
+            text["files"]["../x"] = [1, 2]
+            (path / MANIFEST).write_text(json.dumps(text))
+        case "later":
+            text = json.loads((path / MANIFEST).read_text())
+            (path / MANIFEST).write_text(json.dumps({**text, "format": 99}))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "optimizer-0.safetensors is missing"),
+        ("cut", "optimizer-0.safetensors is not as it was written"),
+        ("flipped", "optimizer-0.safetensors is not as it was written"),
+        ("manifest", "the manifest is no JSON"),
+        ("outside", "names a file outside its folder"),
+        ("later", "format 99, and this Delock reads format 1"),
+    ],
+)
+def test_damage_is_found(tmp_path: Path, how: str, message: str) -> None:
+    path = written(tmp_path)
+    verified(path)
+    damaged(path, how)
+    with pytest.raises(UsageError, match=message):
+        verified(path)
