@@ -21,7 +21,7 @@ from torch import Tensor
 from delock.errors import UsageError
 
 Structure: TypeAlias = Any
-"""What JSON holds: None, bool, int, float, str, lists, and objects with text keys."""
+"""A value that JSON holds: None, bool, int, float, str, lists, and objects with text keys."""
 Key: TypeAlias = bool | int | str | tuple[Any, ...] | None
 
 
