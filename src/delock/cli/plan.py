@@ -240,7 +240,7 @@ def stage_rows(speed: Prediction, method: Method) -> tuple[Cells, list[Cells]]:
     """Head and rows of what every stage has to live with, and to hold; staleness is the mean, with that of every part where they differ."""
     unit = "part" if method.micro_batches > 1 else "batch"
     parted = any(len(set(s.staleness_per_part)) > 1 for s in speed.stages)
-    head = ["stage", STALENESS, *([f"of each\n{unit}"] * parted), LAYERWISE.replace("batches", "parts") if unit == "part" else LAYERWISE]
+    head = ["stage", STALENESS, *([f"of each\n{unit}"] * parted), LAYERWISE if unit == "part" else LAYERWISE.replace("parts", "batches")]
     return [*head, "graphs", "stored\ninputs", "weight\nversions", IDLE], [
         [
             *(f"{k}", f"{s.staleness:.2f}", *([written(s.staleness_per_part)] * parted)),

@@ -11,7 +11,7 @@ Cells = list[str]  # a head may be of two lines
 SHOWN = 5  # stages in a row of a comparison
 BUFFERS = ("read behind\n(visits)", "read behind\n(updates)", "batches read\n0/1/2/more")
 SENDS = ("sends up", "compression", "with\ncodebooks")
-STALENESS, LAYERWISE, IDLE = "staleness\n(updates)", "layer-wise\n(batches)", "idle"
+STALENESS, LAYERWISE, IDLE = "staleness\n(updates)", "layer-wise\n(parts)", "idle"  # without parts a batch is one
 
 
 def prediction_table(started: Started) -> tuple[Cells, list[Cells]]:
