@@ -80,8 +80,10 @@ def stage_sizes(
     graph = StageGraph(memories, [_bytes([one]) for one in below], links.share)
     up_in, down_in = LinkBytes() if k == 0 else links.up(k - 1), LinkBytes() if last else links.down(k)
     state, step = optimizer
+    weights = sum(one.weights for one in memories)
+    again = any(layer.recomputes for layer in layers)  # then the backward is not split: gradients wait, and not the errors for them
     return StageBytes(
-        weights=sum(one.weights for one in memories),
+        weights=weights,
         largest=max(one.largest for one in memories),
         state=state,
         optimizer_step=step,
@@ -97,8 +99,8 @@ def stage_sizes(
         backward_retained=graph.backward(frees=False),
         backward_activations=graph.backward_activations(frees=True),
         backward_activations_retained=graph.backward_activations(frees=False),
-        deferred_errors=graph.deferred_errors,
-        weight_layers_graph=graph.weight_layers_graph,
+        deferred_errors=weights if again else graph.deferred_errors,
+        weight_layers_graph=0 if again else graph.weight_layers_graph,
         head=_head_peak(head.memory) if head and head.memory else 0,
         head_weights=head.memory.weights if head and head.memory else 0,
         slots=sum(map(links.shared, range(max(0, k - 1), min(k + 1, links.K - 1)))),

@@ -30,6 +30,10 @@ class Layer:
     prefix: str
     module: nn.Module
 
+    def called(self, i: int) -> str:
+        """Returns what an error calls layer i of a model."""
+        return f"layer {i} ({self.prefix})" if self.prefix else f"layer {i}"
+
 
 def layers(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
     """Returns the layers of a model in the order of its forward; the modules are the model's own, not copies.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +19,15 @@ from delock.execution import PLAIN, lay_out_input, lay_out_weights
 from delock.options import Execution
 from delock.partition.layer_memory import LayerMemory, LayerTrial, observe, root
 from delock.partition.layers import Layer
+from delock.recomputation import Rereading
 from delock.tensors import Value, map_tensors, tensors
 
 MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # raised by a module when it is called with inputs that it does not take
+REENTRANT, UNTRAINED = "use_reentrant=True", "None of the inputs have requires_grad=True"  # in torch's error, and in its warning
+_IN_VAIN = (
+    "is checkpointed with use_reentrant=True, and that form of torch.utils.checkpoint takes no gradients of chosen tensors, as a stage does, "
+    "and none at all where its inputs need none: give it use_reentrant=False"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,7 @@ class LayerCost:
     shape: tuple[int, ...] = ()  # of the output for one sample, without the batch; () for a tuple of tensors
     outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()  # shape, with the batch, and dtype of every tensor of the output
     memory: LayerMemory | None = None  # None where it cannot be counted
+    recomputes: bool = False  # it computes again in a backward, as with torch.utils.checkpoint
 
     @property
     def total_s(self) -> float:
@@ -69,22 +78,16 @@ def measure(
             last = i == len(layers) - 1
             module = lay_out_weights(execution, copy.deepcopy(layer.module).to(device)).train()
             behind = (lambda h: loss(h, targets)) if last else None
-            memory = _observed(module, value, wants, behind, device, execution)
-            runs = []
-            for _ in range(repeats):
-                try:
-                    forward_s, backward_s, out = _run(module, value, wants, behind, device, execution)
-                except (torch.OutOfMemoryError, UsageError):
-                    raise
-                except MISFITS as error:
-                    raise UsageError(_complaint(i, layer, value, last, error)) from error
-                runs.append((forward_s, backward_s))
-            forwards, backwards = zip(*runs, strict=True)
+            with _explained(i, layer, value, last):
+                memory = _observed(module, value, wants, behind, device, execution)
+                runs = [_run(module, value, wants, behind, device, execution) for _ in range(repeats)]
+            forwards, backwards, outs, recomputes = zip(*runs, strict=True)
+            out = outs[-1]
             out_bytes = sum(x.numel() * x.element_size() for x in tensors(out))
             params = sum(p.numel() for p in module.parameters())
             shape = tuple(out.shape[1:]) if isinstance(out, Tensor) else ()
             outputs = tuple((tuple(x.shape), x.dtype) for x in tensors(out))
-            costs.append(LayerCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params, shape, outputs, memory))
+            costs.append(LayerCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params, shape, outputs, memory, recomputes[0]))
             wants = tuple(x.requires_grad for x in tensors(out))
             value = map_tensors(Tensor.detach, out)
     return costs
@@ -102,8 +105,8 @@ def _observed(
 
 def _run(
     module: nn.Module, value: Value, wants: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, execution: Execution
-) -> tuple[float, float, Value]:
-    """Returns the seconds of one forward and of one backward, and the output, its graph freed."""
+) -> tuple[float, float, Value, bool]:
+    """Returns the seconds of one forward and of one backward, the output, its graph freed, and if the backward computed something again."""
     trial = LayerTrial(module, value, wants, loss, device, execution)
     began = _now(device)
     out = trial.forward()
@@ -113,11 +116,13 @@ def _run(
     ends = trial.ends(out)
     forward_s = _now(device) - began
     if not ends:
-        return forward_s, 0.0, out
+        return forward_s, 0.0, out, False
     roots = ends if loss else [root(x, _always(torch.ones_like(x))) for x in ends]
-    began = _now(device)
-    trial.backward(roots)
-    return forward_s, _now(device) - began, out
+    with Rereading(module) as reading:
+        began = _now(device)
+        trial.backward(roots)
+        backward_s = _now(device) - began
+    return forward_s, backward_s, out, reading.seen
 
 
 def _always(error: Tensor) -> Callable[[Tensor], Tensor]:
@@ -130,7 +135,23 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+@contextmanager
+def _explained(i: int, layer: Layer, value: Value, last: bool) -> Iterator[None]:
+    """Turns what a layer raises in a trial into a UsageError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", UNTRAINED, UserWarning)
+            yield
+    except (torch.OutOfMemoryError, UsageError):
+        raise
+    except (*MISFITS, UserWarning) as error:
+        if REENTRANT in str(error) or UNTRAINED in str(error):
+            raise UsageError(f"{layer.called(i)} {_IN_VAIN}") from error
+        if isinstance(error, UserWarning):
+            raise
+        raise UsageError(_complaint(i, layer, value, last, error)) from error
+
+
 def _complaint(i: int, layer: Layer, value: Value, last: bool, error: Exception) -> str:
     shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors(value))
-    name = f"{i} ({layer.prefix})" if layer.prefix else f"{i}"
-    return f"layer {name}{', or the loss behind it,' if last else ''} does not take its input {shapes}: {error}"
+    return f"{layer.called(i)}{', or the loss behind it,' if last else ''} does not take its input {shapes}: {error}"

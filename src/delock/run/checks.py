@@ -11,10 +11,11 @@ from delock.data.iterable import Batches
 from delock.errors import UsageError
 from delock.links.connect import refuse_link
 from delock.methods import Method
-from delock.options import check_types
+from delock.options import Execution, check_types
 from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.plan import check, unroll
+from delock.recomputation import refuse_with_mixed
 from delock.run.request import Request
 
 PLAIN = ("stages", "epochs", "batches", "eval_every", "clip", "seed", "device")
@@ -77,6 +78,17 @@ def refuse_unfit(layers: list[Layer], K: int, cuts: Sequence[int | str] | None, 
     check(unroll(method, K, 2 * method.batches_per_update + 2))
     if sizes is not None and has_batch_norm(nn.ModuleList(layer.module for layer in layers)):
         refuse_single_samples(sizes, method.micro_batches)
+
+
+def refuse_recomputation(method: Method, execution: Execution, what: str) -> None:
+    """Raises UsageError if `what`, which computes again in a backward, does not go with the method or with captured ticks."""
+    if method.mixed:
+        refuse_with_mixed(what)
+    if execution.captured:
+        raise UsageError(
+            f"captured does not go with activation checkpointing, but {what} computes again in the backward (torch.utils.checkpoint): "
+            "leave one of them out"
+        )
 
 
 def refuse_single_samples(sizes: list[int], micro_batches: int) -> None:

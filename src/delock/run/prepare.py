@@ -16,7 +16,7 @@ from delock.partition.balance import balance
 from delock.partition.layers import has_batch_norm, layers, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.partition.stages import stages
-from delock.run.checks import refuse_single_samples, refuse_unfit, refuse_unfit_codecs
+from delock.run.checks import refuse_recomputation, refuse_single_samples, refuse_unfit, refuse_unfit_codecs
 from delock.run.heads import auxiliary, head_cost, head_shares
 from delock.run.layout_choice import choose_layout
 from delock.run.prepared import Batch, PreparedRun
@@ -40,6 +40,8 @@ def prepare(request: Request) -> PreparedRun:
     refuse_unfit(network, K, cuts, request.method, request.train.sizes())
     inputs, targets = next(iter(request.train.epoch(0)))
     execution, costs = choose_layout(request, network, inputs, targets)
+    for what in (layer.called(i) for i, layer in enumerate(network) if costs[i].recomputes):
+        refuse_recomputation(request.method, execution, what)
     if cuts is None:
         cuts = balance([cost.total_s for cost in costs], K, [cost.params for cost in costs])
     found = tuple(resolve_cuts(network, cuts))
@@ -52,6 +54,8 @@ def prepare(request: Request) -> PreparedRun:
     head_costs = {
         k: head_cost(request, execution, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]
     }
+    for what in (f"the head of stage {k}" for k, cost in head_costs.items() if cost.recomputes):
+        refuse_recomputation(request.method, execution, what)
     batch = Batch.of(inputs, targets)
     if waits:
         request = replace(request, optimizer=WaitingStep(request.optimizer, waits.update)) if waits.update else request

@@ -27,6 +27,7 @@ def state(stage: Stage) -> dict[str, Any]:
         "head": stage.head.module.state_dict() if stage.head else None,
         "learner": stage.learner.state(),
         "clones_inputs": stage.body.clones_inputs,
+        "recomputes": stage.body.recomputes,
         "banks": {version: _detached(weights) for version, weights in stage.banks.kept.items()},
         "in_flight": {batch: _saved(stage, held) for batch, held in stage.in_flight.items()},
     }
@@ -38,24 +39,31 @@ def load(stage: Stage, saved: Mapping[str, Any]) -> None:
     if stage.head:
         stage.head.module.load_state_dict(saved["head"])
     stage.learner.load(saved["learner"])
-    stage.body.clones_inputs = saved["clones_inputs"]
+    stage.body.clones_inputs, stage.body.recomputes = saved["clones_inputs"], saved["recomputes"]
     stage.banks.kept = {version: _leaves(weights) for version, weights in saved["banks"].items()}
     stage.banks.drawn = {}
     copies: dict[tuple[int, float], Weights] = {}  # one copy for all graphs at the same weights
     stage.in_flight = {batch: _restored(stage, copies, *parts) for batch, parts in saved["in_flight"].items()}
 
 
-def _saved(stage: Stage, held: InFlight) -> tuple[Step, Message, int, Weights | None, bool]:
-    """Returns the Forward, its message, the version of the weights, those unless a bank has them, and if there is a graph."""
+def _saved(stage: Stage, held: InFlight) -> tuple[Step, Message, int, Weights | None, Weights | None, bool]:
+    """Returns the Forward, its message, the version of the weights, those unless a bank has them, buffers, and if there is a graph."""
     kept = held.weights is None or held.weights is stage.banks.kept.get(held.version)
     weights = None if kept else _detached(held.weights or {})
-    return held.step, held.message, held.version, weights, held.outputs is not None
+    return held.step, held.message, held.version, weights, held.buffers, held.outputs is not None
 
 
 def _restored(
-    stage: Stage, copies: dict[tuple[int, float], Weights], step: Step, message: Message, version: int, weights: Weights | None, graph: bool
+    stage: Stage,
+    copies: dict[tuple[int, float], Weights],
+    step: Step,
+    message: Message,
+    version: int,
+    weights: Weights | None,
+    buffers: Weights | None,
+    graph: bool,
 ) -> InFlight:
-    held = InFlight(step, message, version)
+    held = InFlight(step, message, version, buffers=buffers)
     if weights is not None:
         ahead = step.op.weights.ahead  # type: ignore[union-attr]
         held.weights = copies.setdefault((version, ahead), _leaves(weights))

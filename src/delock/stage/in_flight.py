@@ -21,6 +21,7 @@ class InFlight:
     message: Message  # as it came in; its tensors are never written to
     version: int  # of the weights that the derivative is taken at
     weights: Weights | None = None  # those weights, where they are not the current ones' own storage
+    buffers: Weights | None = None  # as the graph's forward found them, where a backward may compute again
     leaves: tuple[Tensor, ...] = ()  # floating inputs as the graph knows them
     outputs: Tree = None  # a value, with the graph behind it; None while there is none
     deferred: dict[int, tuple[DeferredWeightGrads, Gradients]] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from delock.errors import UsageError
 from delock.execution import PLAIN, apply, lay_out_input, lay_out_weights, precision
 from delock.keys import key
 from delock.options import Execution
+from delock.recomputation import Lender, Rereading
 from delock.stage.compiled import Compiled, statistics
+from delock.stage.split_backward import Gradients
 from delock.tensors import Value, address, floating, like, tensors, with_leaves
 
 Weights = dict[str, Tensor]
@@ -34,17 +36,26 @@ class ModuleFunction:
         self.weights: Weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.own: frozenset[int] | None = None  # addresses of weights and buffers; None: not asked for yet
         self.clones_inputs: bool | None = None  # the module writes to its input; None: not seen yet
+        self.recomputes: bool | None = None  # the module computes again in a backward; None: no whole backward has been seen yet
+        self.lender = Lender(self.module)
 
     def __call__(
-        self, batch: int, values: Value, leaves: tuple[Tensor, ...] = (), weights: Weights | None = None, is_replay: bool = False
+        self,
+        batch: int,
+        values: Value,
+        leaves: tuple[Tensor, ...] = (),
+        weights: Weights | None = None,
+        is_replay: bool = False,
+        buffers: Weights | None = None,
     ) -> Value:
         """Returns f(values; weights), by default at the current weights, with `leaves` in place of the floating inputs.
 
-        is_replay: the batch has gone forward before, so BatchNorm's statistics and all other buffers stay as they are.
+        is_replay: the batch has gone forward before, so BatchNorm's statistics and all other buffers stay as they are, and the module sees
+        copies of `buffers`, by default of the current ones.
         """
         instead: dict[str, Tensor] = dict(weights or {})
         if is_replay:
-            instead |= {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+            instead |= _cloned(dict(self.module.named_buffers()) if buffers is None else buffers)
         elif self.compiled:
             instead |= statistics(self.module)
         self._seed(batch)
@@ -84,6 +95,32 @@ class ModuleFunction:
         finally:
             self.module.train()
 
+    def buffers(self) -> Weights | None:
+        """Returns copies of the buffers as they are now, or None where no backward will need them."""
+        return None if self.recomputes is False else _cloned(dict(self.module.named_buffers()))
+
+    def differentiate(self, take: Callable[[], Gradients], weights: Weights | None, buffers: Weights | None, whole: bool = True) -> Gradients:
+        """Returns take(), gradients through a graph of the module, which is lent what it had in that forward if it computes again.
+
+        weights: None if they are the current ones. whole: all weights' gradients are taken, so that one look is enough to know that nothing
+        is computed again.
+        """
+        if self.recomputes is False:
+            return take()
+        lent = {**(weights or {}), **_cloned(buffers or {})}  # a backward may write to buffers, and another one may follow
+        if self.recomputes:
+            return self.lender.lend(lent, take)
+        reading = Rereading(self.module)
+
+        def watched() -> Gradients:
+            with reading:
+                return take()
+
+        found = self.lender.lend(lent, watched)
+        if whole or reading.seen:
+            self.recomputes = reading.seen
+        return found
+
     def sent(self, outputs: Value) -> Value:
         """Returns outputs cut off from any graph. One that lies in a weight or buffer is copied: an Update would change it under way."""
         if self.own is None:
@@ -122,6 +159,10 @@ class ModuleFunction:
 def copies(weights: Mapping[str, Tensor]) -> Weights:
     """Returns copies of the weights as they are now, as leaves of graphs to come."""
     return {name: nn.Parameter(w.detach().clone()) for name, w in weights.items()}  # Parameters, as compiled code expects
+
+
+def _cloned(tensors: Mapping[str, Tensor]) -> Weights:
+    return {name: t.detach().clone() for name, t in tensors.items()}
 
 
 def refuse_derived_weights(module: nn.Module) -> None:

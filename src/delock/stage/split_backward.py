@@ -18,14 +18,15 @@ What we do. A node of the graph from which both the inputs and some weights are 
 The second half asks autograd for the gradient from a `GradientEdge` of the fork, that is from a node inside the graph, with a given error.
 The errors into the forks are held between the halves; the prediction of memory counts them as `deferred_errors`.
 
-Two cases have no such second half. A weight that hangs from two forks (it is used twice), or that no fork reaches, has its gradient from a
-second whole pass. A compiled stage is a single node of the graph: all gradients are computed at once, those of the weights kept for later.
+Three cases have no such second half. A weight that hangs from two forks (it is used twice), or that no fork reaches, has its gradient from a
+second whole pass. A compiled stage is a single node of the graph: all gradients are computed at once, those of the weights kept for later. So they are where
+the module computes activations again in a backward: every walk from a fork would do that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ from torch.autograd.graph import GradientEdge, Node
 Gradients: TypeAlias = tuple[Tensor | None, ...]
 DeferredWeightGrads: TypeAlias = Callable[[bool], Gradients]
 """Returns the gradients of the weights; its argument says whether the graph is needed once more."""
+
+
+class TakesGradients(Protocol):
+    """Takes gradients as `gradients` does."""
+
+    def __call__(
+        self, roots: Sequence[Tensor], inputs: Sequence[Tensor], seeds: Sequence[Tensor | None], /, *, retain: bool
+    ) -> Gradients: ...
 
 
 def split_backward(
@@ -64,10 +73,10 @@ def split_backward(
 
 
 def joint_backward(
-    roots: Sequence[Tensor], seeds: Sequence[Tensor | None], leaves: Sequence[Tensor], weights: Sequence[Tensor]
+    roots: Sequence[Tensor], seeds: Sequence[Tensor | None], leaves: Sequence[Tensor], weights: Sequence[Tensor], take: TakesGradients
 ) -> tuple[Gradients, DeferredWeightGrads]:
-    """Returns what `split_backward` does, for a graph that is a single node: all gradients at once, those of the weights kept."""
-    found = gradients(roots, [*leaves, *weights], seeds, retain=True)
+    """Returns what `split_backward` does, for a graph that cannot be split: `take` has all gradients, those of the weights are kept."""
+    found = take(roots, [*leaves, *weights], seeds, retain=True)
     return found[: len(leaves)], lambda retain: found[len(leaves) :]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from delock.links.message import Message
 from delock.ops import Backward, Forward, Update
 from delock.options import Execution
 from delock.plan.steps import Step
+from delock.recomputation import refuse_with_mixed
 from delock.stage.banks import Banks
 from delock.stage.in_flight import InFlight
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
@@ -156,8 +158,10 @@ class Stage:
         """
         values = held.message.values
         held.leaves = leaves_of(values, wanted=self.k > 0)
+        if held.buffers is None:
+            held.buffers = self.body.buffers()
         with torch.enable_grad():
-            held.outputs = self.body(held.step.op.batch, values, held.leaves, weights, is_replay)  # type: ignore[union-attr]
+            held.outputs = self.body(held.step.op.batch, values, held.leaves, weights, is_replay, held.buffers)  # type: ignore[union-attr]
 
     def current(self) -> Weights:
         """Returns a copy of the body's weights at the current version: the same one until the next Update, but captured a new one."""
@@ -188,7 +192,7 @@ class Stage:
             with torch.no_grad():
                 return self.body(batch, held.message.values, weights=weights)
         self.build(held, weights)  # by the code of the replay: code of its own could not be trusted to draw the same dropout masks
-        outputs, held.outputs, held.leaves = held.outputs, None, ()
+        outputs, held.outputs, held.leaves, held.buffers = held.outputs, None, (), None
         return outputs
 
     # ---- Backward ------------------------------------------------------------------------------------------------------------------
@@ -229,15 +233,30 @@ class Stage:
         leaves = list(held.leaves) if step.down else []
         weights = list((held.weights if held.weights and held.step.snapshot else self.body.weights).values())
         if op.part == "input" and step.weights_later:
-            split = joint_backward if self.execution.compile else split_backward
-            passed_on, later = split(roots, seeds, leaves, weights)
+            if self.execution.compile or self.body.recomputes is not False:  # else each part would compute again
+                passed_on, later = joint_backward(roots, seeds, leaves, weights, partial(self._gradients, held))
+            else:
+                passed_on, later = split_backward(roots, seeds, leaves, weights)
             held.deferred[op.loss] = later, passed_on
             return passed_on
         wanted = leaves + (weights if op.part == "both" else [])
-        grads = gradients(roots, wanted, seeds, retain=not step.last)
+        grads = self._gradients(held, roots, wanted, seeds, retain=not step.last)
         if op.part == "both":
             self._learn(op, grads[len(leaves) :], grads[: len(leaves)])
         return grads[: len(leaves)]
+
+    def _gradients(
+        self, held: InFlight, roots: Sequence[Tensor], wanted: Sequence[Tensor], seeds: Sequence[Tensor | None], *, retain: bool
+    ) -> Gradients:
+        """Returns gradients through the graph of a batch; what the module computes again meanwhile, it computes as in the Forward."""
+        take = partial(gradients, roots, wanted, seeds, retain=retain)
+        if self.body.recomputes is False or not (roots and wanted):
+            return take()
+        weights, whole = held.weights if held.step.snapshot else None, not self.body.weights or wanted[-1] not in set(held.leaves)
+        found = self.body.differentiate(take, weights, held.buffers, whole)
+        if self.mixed and self.body.recomputes:
+            refuse_with_mixed(f"stage {self.k}")
+        return found
 
     def _learn(self, op: Backward, grads: Gradients, passed_on: Gradients) -> None:
         if op.weight != 1:
@@ -262,11 +281,12 @@ class Stage:
 
     def _head_loss(self, head: ModuleFunction, batch: int, held: InFlight) -> tuple[Tensor, Gradients]:
         """L_k = loss(a_k(h_{k+1}; u_k), y): adds the head's own gradient, and returns the loss with its error at the stage's outputs."""
-        leaves = leaves_of(held.outputs, wanted=True)
+        leaves, buffers = leaves_of(held.outputs, wanted=True), head.buffers()
         with torch.enable_grad():
             logits = head(batch, like(held.outputs, with_leaves(held.outputs, leaves)))
         loss = self._loss(logits, held.message)
-        grads = torch.autograd.grad(loss, [*leaves, *head.weights.values()], allow_unused=True)
+        wanted = [*leaves, *head.weights.values()]
+        grads = head.differentiate(lambda: torch.autograd.grad(loss, wanted, allow_unused=True), None, buffers)
         errors = grads[: len(leaves)]
         self.learner.add(grads[len(leaves) :], first=len(self.body.weights), passed_on=errors)
         return loss.detach(), errors
