@@ -25,8 +25,8 @@ from delock.tensors import Value, map_tensors, tensors
 MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # raised by a module when it is called with inputs that it does not take
 REENTRANT, UNTRAINED = "use_reentrant=True", "None of the inputs have requires_grad=True"  # in torch's error, and in its warning
 _IN_VAIN = (
-    "is checkpointed with use_reentrant=True, and that form of torch.utils.checkpoint takes no gradients of chosen tensors, as a stage does, "
-    "and none at all where its inputs need none: give it use_reentrant=False"
+    "is checkpointed with use_reentrant=True, a form of torch.utils.checkpoint that has no gradients of chosen tensors, as a stage takes them, "
+    "and none at all where the inputs need none: give it use_reentrant=False"
 )
 
 
@@ -87,7 +87,8 @@ def measure(
             params = sum(p.numel() for p in module.parameters())
             shape = tuple(out.shape[1:]) if isinstance(out, Tensor) else ()
             outputs = tuple((tuple(x.shape), x.dtype) for x in tensors(out))
-            costs.append(LayerCost(statistics.median(forwards), statistics.median(backwards), out_bytes, params, shape, outputs, memory, recomputes[0]))
+            medians = statistics.median(forwards), statistics.median(backwards)
+            costs.append(LayerCost(*medians, out_bytes, params, shape, outputs, memory, recomputes[0]))
             wants = tuple(x.requires_grad for x in tensors(out))
             value = map_tensors(Tensor.detach, out)
     return costs

@@ -99,7 +99,9 @@ class ModuleFunction:
         """Returns copies of the buffers as they are now, or None where no backward will need them."""
         return None if self.recomputes is False else _cloned(dict(self.module.named_buffers()))
 
-    def differentiate(self, take: Callable[[], Gradients], weights: Weights | None, buffers: Weights | None, whole: bool = True) -> Gradients:
+    def differentiate(
+        self, take: Callable[[], Gradients], weights: Weights | None, buffers: Weights | None, whole: bool = True
+    ) -> Gradients:
         """Returns take(), gradients through a graph of the module, which is lent what it had in that forward if it computes again.
 
         weights: None if they are the current ones. whole: all weights' gradients are taken, so that one look is enough to know that nothing

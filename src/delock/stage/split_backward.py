@@ -18,9 +18,9 @@ What we do. A node of the graph from which both the inputs and some weights are 
 The second half asks autograd for the gradient from a `GradientEdge` of the fork, that is from a node inside the graph, with a given error.
 The errors into the forks are held between the halves; the prediction of memory counts them as `deferred_errors`.
 
-Three cases have no such second half. A weight that hangs from two forks (it is used twice), or that no fork reaches, has its gradient from a
-second whole pass. A compiled stage is a single node of the graph: all gradients are computed at once, those of the weights kept for later. So they are where
-the module computes activations again in a backward: every walk from a fork would do that.
+Three cases have no such second half. A weight that hangs from two forks (it is used twice), or that no fork reaches, has its gradient from
+a second whole pass. A compiled stage is a single node of the graph: all gradients are computed at once, those of the weights kept for
+later. The same is done where the module computes activations again in a backward, which every walk from a fork would do anew.
 """
 
 from __future__ import annotations
