@@ -1,4 +1,4 @@
-"""Activation checkpointing inside a stage: the same bits as without it wherever a delayed gradient keeps its weights, and refused elsewhere."""
+"""Activation checkpointing inside a stage: the same bits as without it where a gradient knows its weights, else refused."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from delock.run.job import StageJob
 from delock.run.prepare import prepare
 from delock.run.request import Request
 from delock.tensors import map_tensors
+from test_memory import allocated
 
 from chain import Chain, seeded, vectors
 from harness import inline, jobs, same_state, same_tree, whole_and_resumed
-from test_memory import allocated
 from workloads import sgd
 
 pytestmark = pytest.mark.usefixtures("own_random")
@@ -84,15 +84,15 @@ class Scaled(Fading):
         return checkpoint(self.part, x, use_reentrant=False) if self.dropped else self.part(x)  # type: ignore[no-any-return]
 
 
-def network(dropped: bool) -> list[nn.Module]:
-    """Three stages with batch norm, dropout, and state of their own; their weights are equal."""
+def network(dropped: bool, *, fading: bool = True) -> list[nn.Module]:
+    """Three stages with batch norm, dropout, and a buffer that counts; their weights are equal."""
     wrap: Callable[[nn.Module], nn.Module] = Checkpointed if dropped else nn.Sequential
-    return seeded(  # type: ignore[no-any-return]
-        lambda: [
-            nn.Sequential(wrap(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3))), Scaled(dropped), nn.Tanh())
-            for _ in range(3)
-        ]
-    )
+
+    def part() -> nn.Module:
+        normed = wrap(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3)))
+        return nn.Sequential(normed, Scaled(dropped), nn.Tanh()) if fading else nn.Sequential(normed)
+
+    return seeded(lambda: [part() for _ in range(3)])  # type: ignore[no-any-return]
 
 
 def fit(model: Any, method: Method, data: Any = None, **options: Any) -> tuple[dict[str, Tensor], list[float]]:
@@ -116,11 +116,9 @@ def test_the_same_bits_as_without(method: Method) -> None:
 
 @pytest.mark.parametrize("execution", [Execution(amp="bf16"), Execution(chunks=2)], ids=["amp", "chunks"])
 def test_the_same_bits_in_bf16_and_in_chunks(execution: Execution) -> None:
-    plain, dropped = (
-        seeded(lambda: [wrap(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.3))) for _ in range(3)])
-        for wrap in (nn.Sequential, Checkpointed)
+    assert_equal(
+        fit(network(True, fading=False), DDG(), execution=execution), fit(network(False, fading=False), DDG(), execution=execution)
     )
-    assert_equal(fit(dropped, DDG(), execution=execution), fit(plain, DDG(), execution=execution))
 
 
 # ---- ordinary networks ---------------------------------------------------------------------------------------------------------------
@@ -169,9 +167,9 @@ def test_processes_equal_one(net: Callable[[bool], tuple[list[nn.Module], Any, A
 def test_the_predicted_memory_is_that_of_a_checkpointed_network() -> None:
     parts = [layer.module for layer in layers(gpt(32, depth=4, width=64, heads=4, context=64))]
     data = [(x, x) for x in torch.randint(32, (9, 32, 64))]
-    measured, predicted = [], []
+    measured, predicted, plain_sgd = [], [], partial(torch.optim.SGD, lr=0.01)
     for model in (parts, [Checkpointed(part) if 0 < i < 5 else part for i, part in enumerate(parts)]):
-        request = Request(model, delock.data.as_loader(data), None, token_loss, FDG(), partial(torch.optim.SGD, lr=0.01), cuts=[3], epochs=1,
+        request = Request(model, delock.data.as_loader(data), None, token_loss, FDG(), plain_sgd, cuts=[3], epochs=1,
                           placement=Placement(link="gloo"))  # fmt: skip
         prepared = prepare(request)
         predicted.append([stage.live for stage in prepared.started().stages])
@@ -228,7 +226,7 @@ def test_mixed_is_refused_before_the_start(method: Method) -> None:
 
 
 def test_a_part_that_is_no_module_is_noticed_too() -> None:
-    with pytest.raises(delock.UsageError, match="layer 1 .* computes activations again"):
+    with pytest.raises(delock.UsageError, match=r"layer 1 .* computes activations again"):
         fit([nn.Linear(6, 6), Scaled(True), nn.Linear(6, 6)], FDG(at="mixed"))
 
 
@@ -247,10 +245,9 @@ def test_the_reentrant_form_is_refused_with_the_remedy(place: int) -> None:
 
 
 def test_a_head_that_computes_again() -> None:
-    heads = {wrap: seeded(lambda wrap=wrap: [wrap(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))) for _ in range(2)])
-             for wrap in (nn.Sequential, Checkpointed)}  # fmt: skip
-    for own in heads.values():
-        fit(network(False), DGL(), heads=own)
-    plain, dropped = (list(nn.ModuleList(own).state_dict().values()) for own in heads.values())
+    made = [network(dropped, fading=False)[:2] for dropped in (False, True)]
+    for heads in made:
+        fit(network(False), DGL(), heads=heads)
+    plain, dropped = (list(nn.ModuleList(heads).state_dict().values()) for heads in made)
     assert all(torch.equal(a, b) for a, b in zip(plain, dropped, strict=True))
     assert plain[-1] == 9  # batches that the norm has counted

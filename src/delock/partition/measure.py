@@ -25,8 +25,8 @@ from delock.tensors import Value, map_tensors, tensors
 MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # raised by a module when it is called with inputs that it does not take
 REENTRANT, UNTRAINED = "use_reentrant=True", "None of the inputs have requires_grad=True"  # in torch's error, and in its warning
 _IN_VAIN = (
-    "is checkpointed with use_reentrant=True, a form of torch.utils.checkpoint that has no gradients of chosen tensors, as a stage takes them, "
-    "and none at all where the inputs need none: give it use_reentrant=False"
+    "is checkpointed with use_reentrant=True, a form of torch.utils.checkpoint without gradients of chosen tensors, which a stage takes, "
+    "and without any where the inputs need none: give it use_reentrant=False"
 )
 
 
