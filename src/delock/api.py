@@ -13,6 +13,7 @@ from torch import nn
 
 from delock.data.iterable import as_loader
 from delock.errors import UsageError
+from delock.launch.ambient import refuse_modes
 from delock.launch.processes import OnEvent, run_processes
 from delock.launch.rank import backend_for
 from delock.launch.torchrun import run_torchrun, under_torchrun
@@ -147,7 +148,7 @@ def fit(
         report=report,
     )
     _check(request)
-    with explained(request):
+    with torch.enable_grad(), explained(request):
         started, results = _run(request, on_event or (lambda event: None))
     return collect(request, started, results)
 
@@ -156,6 +157,7 @@ def _check(request: Request) -> None:
     """Refuses what can be seen before anything is measured."""
     refuse_wrong_types(request)
     backend_for(request.device, None, 1)
+    refuse_modes(request.device)
     refuse_wrong_link(request.method, request.placement.link, request.device)
     if request.execution.captured:
         refuse_uncapturable(request)

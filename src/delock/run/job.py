@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from delock.data.loader import Loader
+from delock.launch.ambient import Ambient
 from delock.methods import Method
 from delock.options import Compression, Execution, Placement, Report, Simulation
 from delock.plan import RunLength
@@ -46,6 +47,7 @@ class StageJob:
     compression: Compression = field(default_factory=Compression)
     simulation: Simulation = field(default_factory=Simulation)
     report: Report = field(default_factory=Report)
+    ambient: Ambient = field(default_factory=Ambient.here)
     example: Tree = None  # on the meta device: a batch as it enters the stage, where that is compiled
     weighed: bool = False  # the loader says what its batches weigh in means
     window: int = 256

@@ -17,6 +17,7 @@ from delock.run.worker import Worker
 
 def run_rank(rank: Rank, job: StageJob) -> StageResult:
     """Trains stage job.k in this process; the other stages are the other ranks of the default process group."""
+    job.ambient.enter(rank.device)
     if job.method.free_running:
         return _run_free(rank, job)
     link = joined(rank, job)

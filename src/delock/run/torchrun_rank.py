@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from delock.errors import UsageError
+from delock.launch.ambient import Ambient
 from delock.launch.rank import Rank
 from delock.records import Started
 from delock.run.job import StageResult
@@ -22,11 +23,14 @@ def run_torchrun_rank(rank: Rank, request: Request) -> tuple[Started, StageResul
     request = replace(request, stages=_stages(rank, request))
     request.method.fits_workers(request.workers)
     prepared = prepare(request) if rank.rank == 0 else None
-    said: list[Any] = [prepared.started() if prepared else None]
+    said: list[Any] = [prepared.started() if prepared else None, Ambient.here()]
     if prepared:
         rank.emit(said[0])
     torch.distributed.broadcast_object_list(said, src=0)
     started: Started = said[0]
+    if said[1] != Ambient.here():
+        differ = Ambient.here().beside(said[1])
+        raise UsageError(f"torch has other settings on rank {rank.rank} than on rank 0: {differ}; make them alike in the program")
     prepared = prepared or prepare(replace(request, cuts=started.cuts))
     rank.be_patient(prepared.patience())
     with explained(request):
