@@ -93,7 +93,9 @@ def refuse_modes(device: str) -> None:
             )
     default, own = torch.get_default_device(), torch.device(device)
     if default.type != "cpu" and (default.type != kind or own.index not in (None, default.index)):
-        raise UsageError(f'torch\'s default device is "{default}", but the run\'s is "{device}": give fit device="{default}", or set neither')
+        raise UsageError(
+            f'torch\'s default device is "{default}", but the run\'s is "{device}": give fit device="{default}", or set neither'
+        )
 
 
 def _matmul() -> str:
