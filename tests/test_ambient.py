@@ -128,7 +128,7 @@ def test_every_setting_is_read_and_made(make: Callable[[], object]) -> None:
 REFUSED: list[tuple[Callable[[], AbstractContextManager[object]], str]] = [
     (lambda: torch.autocast("cpu", torch.bfloat16), r"within torch\.autocast.*Execution\(amp=\"bf16\"\)"),
     (torch.inference_mode, "within torch.inference_mode.*call it outside"),
-    (lambda: torch.device("meta"), 'default device is "meta", but the run\'s is "cpu"'),
+    (lambda: torch.device("meta"), 'default device of torch is "meta", but that of the run is "cpu"'),
 ]
 
 

@@ -20,6 +20,7 @@ from delock.nets import build
 from delock.nets.gpt import gpt
 from delock.options import Execution, Placement
 from delock.partition.layers import layers
+from delock.run.checks import refuse_recomputation
 from delock.run.job import StageJob
 from delock.run.prepare import prepare
 from delock.run.request import Request
@@ -242,6 +243,11 @@ def test_the_reentrant_form_is_refused_with_the_remedy(place: int) -> None:
     model[place] = Checkpointed(model[place], reentrant=True)
     with pytest.raises(delock.UsageError, match=rf"layer {place} .*give it use_reentrant=False"):
         fit(model, DDG())
+
+
+def test_captured_ticks_are_refused() -> None:
+    with pytest.raises(delock.UsageError, match="captured does not go with activation checkpointing, but layer 1"):
+        refuse_recomputation(DDG(), Execution(captured=True), "layer 1")
 
 
 def test_a_head_that_computes_again() -> None:

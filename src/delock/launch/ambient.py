@@ -25,6 +25,7 @@ FLAGS = (
     "backends.cudnn.deterministic",
     "backends.cudnn.benchmark",
 )
+ATTENTION = ("flash", "mem_efficient", "math", "cudnn")  # kernels of scaled dot-product attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Ambient:
     warn_only: bool  # ... or a warning
     matmul: str  # precision of products of float32; "" where it was set by library, as FLAGS have it
     flushes: bool  # denormal numbers count as 0
-    attention: tuple[bool, ...]  # kernels that scaled dot-product attention may use
+    attention: tuple[bool, ...]  # which of ATTENTION are allowed
     flags: tuple[Any, ...]  # the values of FLAGS
 
     @classmethod
@@ -50,7 +51,7 @@ class Ambient:
             torch.is_deterministic_algorithms_warn_only_enabled(),
             _matmul(),
             _flushes(),
-            (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+            tuple(getattr(cuda, f"{kernel}_sdp_enabled")() for kernel in ATTENTION),
             tuple(map(_flag, FLAGS)),
         )
 
@@ -71,9 +72,8 @@ class Ambient:
         torch.set_flush_denormal(self.flushes)
         if self.matmul and self.matmul != was.matmul:
             torch.set_float32_matmul_precision(self.matmul)
-        ways = (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_math_sdp, cuda.enable_cudnn_sdp)
-        for allow, allowed in zip(ways, self.attention, strict=True):
-            allow(allowed)
+        for kernel, allowed in zip(ATTENTION, self.attention, strict=True):
+            getattr(cuda, f"enable_{kernel}_sdp")(allowed)
         for name, value in zip(FLAGS, self.flags, strict=True):
             if _flag(name) != value:
                 place, _, last = name.rpartition(".")
@@ -93,9 +93,8 @@ def refuse_modes(device: str) -> None:
             )
     default, own = torch.get_default_device(), torch.device(device)
     if default.type != "cpu" and (default.type != kind or own.index not in (None, default.index)):
-        raise UsageError(
-            f'torch\'s default device is "{default}", but the run\'s is "{device}": give fit device="{default}", or set neither'
-        )
+        remedy = f'give fit device="{default}", or set no default'
+        raise UsageError(f'the default device of torch is "{default}", but that of the run is "{device}": {remedy}')
 
 
 def _matmul() -> str:
