@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim import AdamW, Optimizer
 
-from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, PACI, AsyncDGL, GPipe, Interlocking, Method, OneFOneB, PipeDream2BW
 from delock.optim.feedback import ErrorFeedback
 from delock.optim.spike import SCAdamW
 from delock.optim.stage_facts import StageFacts
@@ -18,6 +18,7 @@ from delock.recipes import SGD, PipeMare, Schedule, error_feedback, muon, scadam
 from delock.timeline import stage_facts
 
 import oracles
+import oracles_parts
 import papers
 from harness import assert_equal, in_processes, inline, jobs, same_tree, whole_and_resumed
 from oracles import MakeOptimizer
@@ -29,12 +30,15 @@ SLOW_START = PipeMare(5, Schedule("cosine", 20))
 @pytest.mark.parametrize("K", range(1, 6))
 def test_staleness_is_the_age_of_the_forwards_weights(K: int) -> None:
     """(D_k - e) / M updates, also with replay; e = 1 for backward-first below the last stage."""
-    for method in (DDG(), FR(), FDG(), FDG(at="mixed"), FDG(order="backward-first"), ADL(4), ADL(3, order="backward-first"), DSP(2, 1)):
-        paper = papers.oracle_options(method, K)
-        late = [d - (paper.get("backward_first", False) and d > 0) for d in paper["delays"]]
-        M = method.batches_per_update
-        wanted = [StageFacts(k, K, pytest.approx(d / M), -(-d // M)) for k, d in enumerate(late)]
+    whole = (DDG(), FR(), FDG(), FDG(at="mixed"), FDG(order="backward-first"), ADL(4), ADL(3, order="backward-first"), DSP(2, 1))
+    parts = (DDG(4), FR(3), FDG(order="backward-first", micro_batches=4), ADL(2, micro_batches=3), DSP(2, 1, 4), PACI(4), DDG(4, "mean"))
+    for method in (*whole, *parts):
+        late = [d - papers.early(method, k, K) for k, d in enumerate(papers.delays(method, K))]
+        N = papers.parts_of_update(method)
+        wanted = [StageFacts(k, K, pytest.approx(d / N), -(-d // N)) for k, d in enumerate(late)]
         assert stage_facts(method, K) == wanted, method
+    for uniform, n in ((PipeDream2BW(5), 1), (PipeDream2BW(4, "part"), 1), (BP(2, behind=3), 3), (BP(behind=1, ahead="mean"), 1)):
+        assert stage_facts(uniform, K) == [StageFacts(k, K, float(n), n) for k in range(K)]
     for fresh in (BP(3), GPipe(3), OneFOneB(2), DGL(), Interlocking(1), AsyncDGL()):
         assert stage_facts(fresh, K) == [StageFacts(k, K, 0.0, 0) for k in range(K)]
 
@@ -54,21 +58,33 @@ def one_by_one(taus: list[float], make: Callable[[Any, float], Optimizer]) -> Ma
     return lambda weights: make(weights, next(left))
 
 
-BY_HAND = [
-    (spiked, lambda weights, tau: SCAdamW(weights, 0.01, tau=tau)),
-    (fed_back, lambda weights, tau: ErrorFeedback(AdamW(weights, 0.01), tau=tau) if tau else AdamW(weights, 0.01)),
+BY_HAND = [(spiked, oracles_parts.SpikedAdam), (fed_back, oracles_parts.FedBackAdam)]
+RUNS = [
+    *(DDG(), FR(), ADL(4), FDG(at="mixed")),
+    *(DDG(4, ahead) for ahead in (None, "part", "mean")),  # type: ignore[arg-type]
+    *(FDG(order="backward-first", micro_batches=3), FDG(micro_batches=3, ahead="mean"), FR(2), PACI(4), ADL(2, micro_batches=3)),
 ]
 
 
 @pytest.mark.parametrize(("factory", "make"), BY_HAND, ids=["spike", "feedback"])
-@pytest.mark.parametrize("method", [DDG(), FR(), ADL(4), FDG(at="mixed")], ids=str)
+@pytest.mark.parametrize("method", RUNS, ids=str)
 def test_a_run_is_its_oracle_with_the_optimizer_of_every_stage(method: Method, factory: Any, make: Any) -> None:
-    got = inline(jobs("conv", 4, method, samples=13, batch=5, epochs=4, dtype=torch.float64, evaluate=False, optimizer=factory))
+    """tau_k = (D_k - e) / N, with N the parts of an update: at K = 3 from 0.25 to 4."""
+    got = inline(jobs("conv", 3, method, samples=13, batch=5, epochs=4, dtype=torch.float64, evaluate=False, optimizer=factory))
     net, kind, loss = WORK["conv"]
-    paper = papers.oracle_options(method, 4)
-    optimizers = one_by_one([d / method.batches_per_update for d in paper["delays"]], make)
-    data = batches(13, 5, 4, kind, torch.float64)
-    want = oracles.delayed(net(4, torch.float64), data, loss=loss, make_optimizer=optimizers, make_schedule=warm_up, seed=7, **paper)
+    N, late = papers.parts_of_update(method), [d - papers.early(method, k, 3) for k, d in enumerate(papers.delays(method, 3))]
+    optimizers = one_by_one([d / N for d in late], lambda weights, tau: make(weights, 0.01, tau))
+    paper = papers.oracle_options(method, 3)
+    paper |= {"A": paper.pop("M"), "M": method.micro_batches, "ahead": method.ahead}  # type: ignore[attr-defined]
+    want = oracles_parts.delayed_in_parts(
+        net(3, torch.float64),
+        batches(13, 5, 4, kind, torch.float64),
+        loss=loss,
+        make_optimizer=optimizers,
+        make_schedule=lambda made: warm_up(made.rate),
+        seed=7,
+        **paper,
+    )
     assert oracles.gap([stage.state for stage in got], want.states) <= 1e-10
 
 

@@ -1,0 +1,140 @@
+"""Batches in parts, older weights and weights ahead against their oracles: the engine computes what the equations say."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from delock.methods import ADL, BP, DDG, DSP, FDG, FR, PACI, ZB1P, GPipe, Method, PipeDream2BW
+from delock.run.job import StageResult
+
+import oracles
+import oracles_parts
+import papers
+from harness import assert_equal, inline, jobs, same_state
+from oracles import MakeOptimizer, OracleRun
+from workloads import WORK, batches, sgd, warm_up
+
+SAMPLES, BATCH, EPOCHS = 12, 5, 5  # batches of 5, 5 and 2 samples: three or four parts of 2 samples leave some empty
+
+
+def adamw(weights: Sequence[Tensor]) -> torch.optim.AdamW:
+    """A rate and a decay that show."""
+    return torch.optim.AdamW(weights, lr=5e-3, weight_decay=0.1)
+
+
+OPTIMIZERS: tuple[MakeOptimizer, ...] = (sgd, adamw)
+
+
+def run(method: Method, K: int, work: str, optimizer: Any = sgd, dtype: torch.dtype = torch.float64) -> list[StageResult]:
+    made = jobs(work, K, method, samples=SAMPLES, batch=BATCH, epochs=EPOCHS, dtype=dtype, evaluate=False, optimizer=optimizer)
+    return inline(made)
+
+
+def oracle(method: Method, K: int, work: str, optimizer: MakeOptimizer = sgd) -> OracleRun:
+    net, kind, loss = WORK[work]
+    options: dict[str, Any] = {"M": method.micro_batches, "ahead": getattr(method, "ahead", None)}
+    compute: Callable[..., OracleRun] = oracles_parts.delayed_in_parts
+    if isinstance(method, PipeDream2BW):
+        compute = oracles_parts.two_versions
+    elif isinstance(method, BP):
+        compute = partial(oracles_parts.uniformly_behind, behind=method.behind)
+    else:
+        paper = papers.oracle_options(method, K)
+        options |= {"A": paper.pop("M")} | paper
+    data = batches(SAMPLES, BATCH, EPOCHS, kind)
+    return compute(net(K), data, loss=loss, make_optimizer=optimizer, make_schedule=warm_up, seed=7, **options)
+
+
+def assert_close(got: list[StageResult], want: OracleRun) -> None:
+    """To 1e-10 of each tensor's largest entry."""
+    assert oracles.gap([stage.state for stage in got], want.states) <= 1e-10
+    mine, theirs = ([of["state"] for of in states if of] for states in ([stage.optimizer for stage in got], want.optimizer_states))
+    assert oracles.gap(mine, theirs) <= 1e-10
+    assert oracles.gap(torch.tensor(got[-1].losses, dtype=torch.float64), torch.stack(want.losses)) <= 1e-10
+
+
+Row = Callable[[int, int], Method]  # of K and M
+
+ROWS: list[Row] = [
+    *(lambda K, M, ahead=ahead: DDG(M, ahead) for ahead in (None, "part", "mean")),
+    *(lambda K, M, ahead=ahead: FR(M, ahead) for ahead in (None, "part", "mean")),
+    lambda K, M: FDG(micro_batches=M),
+    lambda K, M: FDG(0.5, micro_batches=M, ahead="mean"),
+    lambda K, M: FDG(order="backward-first", micro_batches=M, ahead="part"),
+    lambda K, M: FDG(0.5, "mixed", micro_batches=M),
+    lambda K, M: FDG(at="mixed", micro_batches=M, ahead="part"),
+    lambda K, M: FDG(at="mixed", order="backward-first", micro_batches=M, ahead="mean"),
+    lambda K, M: ADL(2, micro_batches=M),
+    lambda K, M: ADL(2, order="backward-first", micro_batches=M, ahead="part"),
+    lambda K, M: ADL(4, reduce="sum", at="mixed", micro_batches=M),
+    lambda K, M: ADL(2, at="mixed", micro_batches=M, ahead="mean"),
+    *(lambda K, M, ahead=ahead: replace(papers.uneven_dsp(K), micro_batches=M, ahead=ahead) for ahead in (None, "part", "mean")),
+    *(lambda K, M, ahead=ahead: PACI(M, ahead) for ahead in (None, "part", "mean")),
+    *(lambda K, M, ahead=ahead: PipeDream2BW(min(K, 4), ahead) for ahead in (None, "part", "mean")),
+    *(lambda K, M, n=n, ahead=ahead: BP(M, n, ahead) for n, ahead in ((1, None), (2, "part"), (3, None), (1, "mean"))),
+]
+
+CASES = [
+    (row(K, M := (K + i) % 4 + 1), K, ("conv", "tuple")[(i // 2 + K // 2) % 2], OPTIMIZERS[(i + K + (M > 2)) % 2])
+    for i, row in enumerate(ROWS)
+    for K in range(1, 6)
+]
+
+
+def test_all_pairs_occur() -> None:
+    """A row of the table, K, M, the workload and the optimizer take turns."""
+    found = [(i // 5, K, method.micro_batches, work, made.__name__) for i, (method, K, work, made) in enumerate(CASES)]
+    for a, b in itertools.combinations(zip(*found, strict=True), 2):
+        assert set(zip(a, b, strict=True)) == set(itertools.product(a, b))
+
+
+@pytest.mark.parametrize(("method", "K", "work", "optimizer"), CASES, ids=str)
+def test_parts(method: Method, K: int, work: str, optimizer: MakeOptimizer) -> None:
+    assert_close(run(method, K, work, optimizer), oracle(method, K, work, optimizer))
+
+
+# -- equal to the last bit ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["stash", "replay", "mixed"])
+@pytest.mark.parametrize(("A", "backward_first", "reduce"), [(1, False, "mean"), (1, True, "sum"), (2, False, "sum"), (3, True, "mean")])
+def test_undivided_batches_are_the_oracle_of_before(at: Any, A: int, backward_first: bool, reduce: Any) -> None:
+    net, kind, loss = WORK["tuple"]
+    options: dict[str, Any] = {"loss": loss, "make_optimizer": sgd, "make_schedule": warm_up, "delays": [4, 2, 0], "at": at}
+    options |= {"backward_first": backward_first, "reduce": reduce, "shrink": 0.5}
+    data = batches(SAMPLES, BATCH, EPOCHS, kind)
+    old, new = oracles.delayed(net(3), data, M=A, **options), oracles_parts.delayed_in_parts(net(3), data, A=A, **options)
+    assert oracles.gap(vars(new), vars(old)) == 0
+
+
+@pytest.mark.parametrize("M", range(1, 6))
+@pytest.mark.parametrize("K", range(1, 5))
+def test_zb1p_is_gpipe(K: int, M: int) -> None:
+    """With batch norm, dropout, empty parts, on both workloads and in both precisions by turns."""
+    for work, dtype in ((("conv", "tuple")[(K + M) % 2], torch.float32), (("tuple", "conv")[(K + M) % 2], torch.float64)):
+        assert_equal(run(ZB1P(M), K, work, dtype=dtype), run(GPipe(M), K, work, dtype=dtype))
+
+
+@pytest.mark.parametrize("M", range(1, 5))
+def test_one_stage_is_plain_training_in_parts(M: int) -> None:
+    """Nothing is late, so that nothing is ahead either."""
+    want = run(GPipe(M), 1, "conv", dtype=torch.float32)
+    late = [method(micro_batches=M, ahead=ahead) for method in (DDG, FR, FDG, DSP, PACI) for ahead in (None, "part", "mean")]
+    for method in (*late, ADL(1, micro_batches=M, ahead="mean"), FDG(at="mixed", order="backward-first", micro_batches=M, ahead="part")):
+        assert_equal(run(method, 1, "conv", dtype=torch.float32), want)
+
+
+@pytest.mark.parametrize("ahead", [None, "mean"])
+@pytest.mark.parametrize("K", range(1, 5))
+def test_2bw_is_backpropagation_one_update_behind(K: int, ahead: Any) -> None:
+    got, want = (run(method, K, "conv", dtype=torch.float32) for method in (PipeDream2BW(3, ahead), BP(3, 1, ahead)))
+    assert all(same_state(a.state, b.state) for a, b in zip(got, want, strict=True))
+    assert got[-1].losses == want[-1].losses
