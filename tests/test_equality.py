@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, Interlocking, Method, OneFOneB
-from delock.run.job import StageResult
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, PACI, ZB1P, Interlocking, Method, OneFOneB, PipeDream2BW
+from delock.recipes import SGD, error_feedback
+from delock.run.job import StageJob, StageResult
 
 from harness import assert_equal, every_method, in_processes, in_the_same_processes, inline, jobs, same_tree, whole_and_resumed
 
@@ -57,8 +58,31 @@ def test_windows_in_processes() -> None:
 )
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_resumed_run_equals_an_uninterrupted_one(work: str, method: Method, stop: int) -> None:
-    """Stop after `stop` windows of two ticks, carry the pickled state to new stages, go on: graphs, links and optimizers are as before."""
-    whole, second, losses = whole_and_resumed(lambda: jobs(work, 3, method), stop)
+    """Stop after `stop` windows of two ticks, carry the saved state to new stages, go on: graphs, links and optimizers are as before."""
+    assert_goes_on(lambda: jobs(work, 3, method), stop)
+
+
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(DDG(3, ahead) for ahead in (None, "part", "mean")),  # type: ignore[arg-type]
+        *(FR(3, "part"), DSP(p=2, micro_batches=3, ahead="mean"), FDG(micro_batches=2, ahead="mean"), ADL(2, micro_batches=2, ahead="part")),
+        *(PACI(3), PACI(3, "mean"), FDG(0.5, "mixed", "backward-first", 2, "part"), ZB1P(3), BP(3, 2), BP(1, 2, "part")),
+        *(PipeDream2BW(3), PipeDream2BW(4, "part")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stop", [1, 3])
+def test_short_delays_resumed(work: str, method: Method, stop: int) -> None:
+    """Parts, of which every third batch leaves some empty, banks of weights, those ahead; fed back changes of up to 2 updates ago."""
+    assert_goes_on(lambda: jobs(work, 3, method, samples=18, epochs=3, optimizer=error_feedback(SGD(0.02, 0.9, 5e-3))), stop)
+
+
+def assert_goes_on(make: Callable[[], list[StageJob]], stop: int) -> None:
+    """A resumed run is the uninterrupted one, bit for bit."""
+    whole, second, losses = whole_and_resumed(make, stop)
     for a, b in zip(second.engines, whole.engines, strict=True):
         same_tree(a.stage.module.state_dict(), b.stage.module.state_dict())
         assert (a.stage.head is None) == (b.stage.head is None)

@@ -99,7 +99,7 @@ def test_a_run_is_its_oracle_with_the_optimizer_of_every_stage(method: Method, f
     ],
     ids=["muon", "soap", "scadamw", "feedback, sgd", "feedback, muon"],
 )
-@pytest.mark.parametrize("method", [DDG(), ADL(4)], ids=str)
+@pytest.mark.parametrize("method", [DDG(3, "part"), ADL(4)], ids=str)
 def test_processes_equal_one_process(method: Method, optimizer: Any, schedule: Any) -> None:
     made = partial(jobs, "tuple", 3, method, optimizer=optimizer, schedule=schedule)
     assert_equal(in_processes(made()), inline(made()))
@@ -107,7 +107,7 @@ def test_processes_equal_one_process(method: Method, optimizer: Any, schedule: A
 
 @pytest.mark.usefixtures("own_random")
 @pytest.mark.parametrize("optimizer", [muon(), soap(), scadamw(0.01), error_feedback(SGD(0.01)), error_feedback(muon())], ids=str)
-@pytest.mark.parametrize("method", [FDG(), ADL(4)], ids=str)
+@pytest.mark.parametrize("method", [FDG(micro_batches=3, ahead="part"), ADL(4)], ids=str)
 @pytest.mark.parametrize("stop", [2, 5])
 def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, optimizer: Any, stop: int) -> None:
     whole, second, losses = whole_and_resumed(lambda: jobs("tuple", 3, method, optimizer=optimizer, schedule=SLOW_START, window=2), stop)

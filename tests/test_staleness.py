@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -11,38 +12,39 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method, OneFOneB
+from delock.methods import ADL, BP, DDG, DSP, FDG, FR, PACI, ZB1P, GPipe, Method, OneFOneB, PipeDream2BW
 from delock.ops import Update
 from delock.plan import Step
-from delock.timeline import gradient_staleness, layer_staleness
+from delock.timeline import gradient_staleness, in_flight, layer_staleness
 
 import papers
 from chain import Chain
 from harness import in_processes, inline, jobs
 
 BATCHES, LAYERS = 25, 8  # the last group of M = 2, 3, 4 is incomplete
+GROUPS = range(BATCHES)
 
 
 class Clock(nn.Module):
-    """A linear layer whose bias counts the updates it has had (see Ticking), and that notes, for the batch in its first entry, the count
-    that its forwards saw and the count that autograd used.
+    """A layer whose weight counts the updates it has had (see Ticking), and that notes, for the part in its first entry, the count that
+    its forwards saw and the count that autograd used. Weights that are s updates ahead count s more.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.updates = nn.Parameter(torch.zeros(1))
-        self.forwards: dict[int, list[int]] = {}
-        self.jacobians: dict[int, int] = {}
+        self.forwards: dict[int, list[float]] = {}
+        self.jacobians: dict[int, float] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        self.forwards.setdefault(int(x[0, 0]), []).append(int(self.updates))
+        self.forwards.setdefault(int(x[0, 0]), []).append(float(self.updates.detach()))
         y: Tensor = _Look.apply(x, self.updates, self.jacobians)
         return y
 
 
 class _Look(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, updates: Tensor, found: dict[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, updates: Tensor, found: dict[int, float]) -> Tensor:
         ctx.save_for_backward(x, updates)
         ctx.found = found
         return x.clone()
@@ -50,7 +52,7 @@ class _Look(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, updates = ctx.saved_tensors
-        ctx.found[int(x[0, 0])] = int(updates)
+        ctx.found[int(x[0, 0])] = float(updates)
         return grads[0], torch.ones(1), None
 
 
@@ -69,11 +71,23 @@ class Ticking(torch.optim.Optimizer):
 
 
 def ticking(method: Method, K: int) -> Chain:
-    """A run of eight tiny layers in K stages."""
+    """A run of eight tiny layers in K stages; every fifth batch has fewer samples than some methods have parts."""
     bounds = [-(-LAYERS * k // K) for k in range(K + 1)]
     modules = [nn.Sequential(*(Clock() for _ in range(z - a))) for a, z in itertools.pairwise(bounds)]
-    data = [(torch.full((2, 1), float(b)), torch.zeros(2)) for b in range(BATCHES)]
-    return Chain(modules, method, data, loss=lambda out, y: out.sum(), optimizer=Ticking)
+    M = method.micro_batches
+    numbers = [torch.cat([torch.full((len(part), 1), float(g * M + j)) for j, part in enumerate(rows(g).tensor_split(M))]) for g in GROUPS]
+    return Chain(modules, method, [(x, torch.zeros(len(x))) for x in numbers], loss=lambda out, y: out.sum(), optimizer=Ticking)
+
+
+def rows(g: int) -> Tensor:
+    """As many as batch g has samples."""
+    return torch.zeros(2 if g % 5 == 4 else 5)
+
+
+def filled(method: Method) -> list[int]:
+    """The parts that have samples."""
+    M = method.micro_batches
+    return [g * M + j for g in GROUPS for j, part in enumerate(rows(g).tensor_split(M)) if len(part)]
 
 
 DELAYED: list[Method] = [
@@ -85,12 +99,42 @@ DELAYED: list[Method] = [
     *(ADL(accumulate=M, order=order) for M in (1, 2, 3, 4) for order in papers.ORDERS),
     ADL(accumulate=3, at="mixed", order="backward-first"),
 ]
+PARTS: list[Method] = [
+    *(DDG(M, ahead) for M, ahead in ((2, None), (4, None), (1, "part"), (3, "part"), (4, "mean"))),
+    *(FR(M, ahead) for M, ahead in ((3, None), (2, "part"), (4, "mean"))),
+    *(FDG(micro_batches=M) for M in (3, 4)),
+    *(FDG(at=at, order="backward-first", micro_batches=M, ahead=a) for at, M, a in (("stash", 3, "part"), ("mixed", 2, "mean"))),
+    *(FDG(at="mixed", micro_batches=M, ahead="part") for M in (1, 4)),
+    *(ADL(2, micro_batches=3), ADL(3, order="backward-first", micro_batches=2, ahead="part"), ADL(2, micro_batches=1, ahead="mean")),
+    *(DSP(p=2, q=3, micro_batches=4), DSP(p=2, q=1, micro_batches=3, ahead="part"), DSP(ahead="mean")),
+    *(PACI(M, ahead) for M, ahead in ((1, None), (4, None), (2, "part"), (3, "mean"))),
+    *(BP(M, n, ahead) for M, n, ahead in ((1, 1, None), (3, 2, None), (2, 3, "part"), (4, 1, "mean"))),
+]
 
 
-@pytest.mark.parametrize("K", range(1, 9))
-@pytest.mark.parametrize("method", DELAYED, ids=str)
+def two_banks(K: int) -> list[Method]:
+    """2BW, with as few parts as there can be, and more."""
+    return [PipeDream2BW(M, ahead) for M, ahead in ((max(1, K - 1), None), (4, "part"), (5, "mean")) if M >= K - 1]
+
+
+def reach(method: Method, b: int, k: int, K: int) -> float:
+    """The updates by which the Forward of part b is ahead of the version that it uses."""
+    ahead, used = getattr(method, "ahead", None), papers.versions(method, b, k, K)[0]
+    if ahead is None or used < 2:
+        return 0
+    if isinstance(method, BP | PipeDream2BW):
+        return method.behind if isinstance(method, BP) else 1
+    N, late = papers.parts_of_update(method), papers.delays(method, K)[k] - papers.early(method, k, K)
+    return late / N if ahead == "mean" else max(0, math.ceil((late - b % N) / N))
+
+
+@pytest.mark.parametrize(
+    ("method", "K"),
+    [*((m, K) for K in range(1, 9) for m in DELAYED), *((m, K) for K in range(2, 6) for m in (*PARTS, *two_banks(K)))],
+    ids=str,
+)
 def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> None:
-    """In the weights themselves, in what the stage says, in the spans, and in the histograms; warm-up and drain included."""
+    """In the weights themselves, in what the stage says, in plan and spans, and in the histograms; warm-up and drain included."""
     chain = ticking(method, K)
     said: list[dict[int, int]] = [{} for _ in range(K)]
     for k, s in enumerate(chain.stages):
@@ -101,32 +145,51 @@ def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> No
 
         s.prepare = look
     chain.run()
-    derivative = papers.derivative(method)
-    for k, stage in enumerate(chain.stages):
-        used, applied = zip(*(papers.versions(method, b, k, K) for b in range(BATCHES)), strict=True)
+    derivative, parts, real = papers.derivative(method), range(BATCHES * method.micro_batches), filled(method)
+    for k, (stage, column) in enumerate(zip(chain.stages, chain.plan().columns, strict=True)):
+        used, applied = zip(*(papers.versions(method, b, k, K) for b in parts), strict=True)
         D = papers.delays(method, K)[k]
-        count_staleness = [0 if derivative == "replay" else a - u for u, a in zip(used, applied, strict=True)]
-        assert list(said[k].values()) == count_staleness
-        assert gradient_staleness(chain.spans[k]) == dict(enumerate(count_staleness))
-        assert layer_staleness(chain.spans[k]) == dict.fromkeys(range(BATCHES), D)
+        staleness = [papers.staleness(method, b, k, K) for b in parts]
+        assert [said[k][b] for b in real] == [staleness[b] for b in real]
+        assert gradient_staleness(chain.spans[k]) == gradient_staleness(column) == dict(enumerate(staleness))
+        assert layer_staleness(chain.spans[k]) == layer_staleness(column) == dict.fromkeys(parts, D)
         log = chain.engines[k].log
-        assert (log.staleness, log.layer_staleness) == (Counter(count_staleness), Counter({D: BATCHES}))
+        assert (log.staleness, log.layer_staleness) == (Counter(staleness[b] for b in real), Counter({D: len(real)}))
+        there = pytest.approx([used[b] + reach(method, b, k, K) for b in real], rel=1e-6)
         for layer in stage.module:
-            assert [layer.forwards[b][0] for b in range(BATCHES)] == list(used)
-            at = used if derivative == "stash" else applied
-            assert [layer.jacobians[b] for b in range(BATCHES)] == list(at)
+            assert [layer.forwards[b][0] for b in real] == there
+            assert [layer.jacobians[b] for b in real] == (there if derivative == "stash" else [applied[b] for b in real])
         assert [span.version for span in chain.spans[k] if isinstance(span.op, Update)] == list(range(applied[-1] + 1))
 
 
+TABLE = {
+    FDG(micro_batches=4): ([[2, 2, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], 3),
+    DDG(micro_batches=4): ([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], 2),
+}
+
+
+@pytest.mark.parametrize("method", TABLE, ids=str)
+def test_four_stages_and_four_parts(method: Method) -> None:
+    """Staleness of every part once warm, and the weight versions of stage 0, in the plan and on the stage itself."""
+    want, versions = TABLE[method]
+    chain, held = ticking(method, 4), set()
+    for k, _ in chain.steps():
+        stage = chain.stages[k]
+        held.add(len({stage.version, *(one.version for one in stage.in_flight.values())}) if k == 0 else 0)
+    for spans, column, of_parts in zip(chain.spans, chain.plan().columns, want, strict=True):
+        for measured in (gradient_staleness(spans), gradient_staleness(column)):
+            assert [[measured[4 * g + j] for j in range(4)] for g in GROUPS[2:]] == [of_parts] * (BATCHES - 2)
+    assert max(held) == in_flight(chain.plan())[0].versions == versions
+
+
 @pytest.mark.parametrize("K", range(1, 9))
-@pytest.mark.parametrize("method", [BP(), BP(3), GPipe(2), OneFOneB(4)], ids=str)
+@pytest.mark.parametrize("method", [BP(), BP(3), GPipe(2), OneFOneB(4), ZB1P(3)], ids=str)
 def test_synchronous_methods_are_never_stale(method: Method, K: int) -> None:
     chain = ticking(method, K).run()
     for spans, engine in zip(chain.spans, chain.engines, strict=True):
         parts = BATCHES * method.micro_batches
         assert gradient_staleness(spans) == layer_staleness(spans) == dict.fromkeys(range(parts), 0)
-        filled = BATCHES * min(2, method.micro_batches)  # of two samples: an empty part is in no histogram
-        assert engine.log.staleness == engine.log.layer_staleness == Counter({0: filled})
+        assert engine.log.staleness == engine.log.layer_staleness == Counter({0: len(filled(method))})  # an empty part is in no histogram
 
 
 def test_adl_in_the_published_example() -> None:
