@@ -52,7 +52,7 @@ def every_method(K: int) -> list[Method]:
         ZB1P(micro_batches=3),
         *(BP(accumulate=2, behind=2), BP(behind=1, ahead="part")),
         *(DDG(micro_batches=3), DDG(micro_batches=2, ahead="part"), FR(micro_batches=2, ahead="mean")),
-        *(FDG(micro_batches=2, ahead="mean"), FDG(at="mixed", ahead="part"), ADL(2, micro_batches=2, ahead="part")),
+        *(FDG(micro_batches=2, ahead="mean"), FDG(0.5, "mixed", "backward-first", 2, "part"), ADL(2, micro_batches=2, ahead="part")),
         *(DSP(micro_batches=2, ahead="part"), PACI(micro_batches=3), PACI(micro_batches=2, ahead="mean")),
         *(PipeDream2BW(micro_batches=3), PipeDream2BW(micro_batches=3, ahead="part")),
         DGL(),

@@ -22,7 +22,8 @@ from chain import Chain
 from harness import in_processes, inline, jobs
 
 BATCHES, LAYERS = 25, 8  # the last group of M = 2, 3, 4 is incomplete
-GROUPS = range(BATCHES)
+GROUPS, EVERY = range(BATCHES), 10
+TEST = [(torch.full((2, 1), -1.0), torch.zeros(2))]
 
 
 class Clock(nn.Module):
@@ -76,7 +77,8 @@ def ticking(method: Method, K: int) -> Chain:
     modules = [nn.Sequential(*(Clock() for _ in range(z - a))) for a, z in itertools.pairwise(bounds)]
     M = method.micro_batches
     numbers = [torch.cat([torch.full((len(part), 1), float(g * M + j)) for j, part in enumerate(rows(g).tensor_split(M))]) for g in GROUPS]
-    return Chain(modules, method, [(x, torch.zeros(len(x))) for x in numbers], loss=lambda out, y: out.sum(), optimizer=Ticking)
+    data = [(x, torch.zeros(len(x))) for x in numbers]
+    return Chain(modules, method, data, loss=lambda out, y: out.sum(), optimizer=Ticking, test=TEST, every=EVERY)
 
 
 def rows(g: int) -> Tensor:
@@ -134,7 +136,10 @@ def reach(method: Method, b: int, k: int, K: int) -> float:
     ids=str,
 )
 def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> None:
-    """In the weights themselves, in what the stage says, in plan and spans, and in the histograms; warm-up and drain included."""
+    """In the weights themselves, in what the stage says, in plan and spans, and in the histograms; warm-up and drain included.
+
+    Evaluations, before a Forward and after the drain, are at the newest weights.
+    """
     chain = ticking(method, K)
     said: list[dict[int, int]] = [{} for _ in range(K)]
     for k, s in enumerate(chain.stages):
@@ -159,7 +164,14 @@ def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> No
         for layer in stage.module:
             assert [layer.forwards[b][0] for b in real] == there
             assert [layer.jacobians[b] for b in real] == (there if derivative == "stash" else [applied[b] for b in real])
+            assert layer.forwards[-1] == [newest(method, g * method.micro_batches, k, K) for g in range(EVERY, BATCHES, EVERY)] + [stage.version]
         assert [span.version for span in chain.spans[k] if isinstance(span.op, Update)] == list(range(applied[-1] + 1))
+
+
+def newest(method: Method, b: int, k: int, K: int) -> int:
+    """The updates that stage k has made when it comes to part b: at these weights it evaluates."""
+    late = papers.delays(method, K)[k] - papers.early(method, k, K)
+    return max(0, b - late) // papers.parts_of_update(method)
 
 
 TABLE = {
