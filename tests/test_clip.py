@@ -64,12 +64,14 @@ def test_over_the_network_it_is_that_of_torch(method: Method, K: int) -> None:
     same_tree([result.state for result in got], loop("conv", K, method.micro_batches))
 
 
-@pytest.mark.parametrize("method", [BP(), OneFOneB(3), ZB1P(3), BP(2, 1), FDG(), DDG(3, "part"), PipeDream2BW(3), PACI(2), Interlocking(2)], ids=str)
+@pytest.mark.parametrize("method", [BP(), OneFOneB(3), ZB1P(3), BP(2, 1), FDG(), DDG(3, "part"), PipeDream2BW(3), Interlocking(2)], ids=str)
 def test_processes_equal_one_process(method: Method) -> None:
     assert_equal(inline(clipped("tuple", 3, method, window=2)), in_processes(clipped("tuple", 3, method)))
 
 
-@pytest.mark.parametrize("method", [FDG(), ADL(2), DDG(3, "part"), FR(3, "mean"), PACI(3), PipeDream2BW(3, "part"), DGL(), Interlocking(2)], ids=str)
+@pytest.mark.parametrize(
+    "method", [FDG(), ADL(2), DDG(3, "part"), FR(3, "mean"), PACI(3), PipeDream2BW(3), DGL(), Interlocking(2)], ids=str
+)
 def test_other_methods_clip_each_stage(method: Method) -> None:
     class Clipping(torch.optim.SGD):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -68,7 +68,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(work: str, method: Method, st
     "method",
     [
         *(DDG(3, ahead) for ahead in (None, "part", "mean")),  # type: ignore[arg-type]
-        *(FR(3, "part"), DSP(p=2, micro_batches=3, ahead="mean"), FDG(micro_batches=2, ahead="mean"), ADL(2, micro_batches=2, ahead="part")),
+        *(FR(3, "part"), DSP(2, micro_batches=3, ahead="mean"), FDG(micro_batches=2, ahead="mean"), ADL(2, micro_batches=2, ahead="part")),
         *(PACI(3), PACI(3, "mean"), FDG(0.5, "mixed", "backward-first", 2, "part"), ZB1P(3), BP(3, 2), BP(1, 2, "part")),
         *(PipeDream2BW(3), PipeDream2BW(4, "part"), ADL(3, at="mixed", micro_batches=2, ahead="part")),
     ],

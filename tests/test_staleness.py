@@ -164,7 +164,8 @@ def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> No
         for layer in stage.module:
             assert [layer.forwards[b][0] for b in real] == there
             assert [layer.jacobians[b] for b in real] == (there if derivative == "stash" else [applied[b] for b in real])
-            assert layer.forwards[-1] == [newest(method, g * method.micro_batches, k, K) for g in range(EVERY, BATCHES, EVERY)] + [stage.version]
+            evaluated = [newest(method, g * method.micro_batches, k, K) for g in range(EVERY, BATCHES, EVERY)]
+            assert layer.forwards[-1] == [*evaluated, stage.version]
         assert [span.version for span in chain.spans[k] if isinstance(span.op, Update)] == list(range(applied[-1] + 1))
 
 
