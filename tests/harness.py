@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
+import json
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
+from delock.checkpoints.encoding import decode, encode
 from delock.engine.engine import run_here
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
-from delock.links import Message, MessageKind, MessageName
 from delock.links.mailbox import Mailbox
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, PACI, ZB1P, GPipe, Interlocking, Method, OneFOneB, PipeDream2BW
-from delock.ops import Forward, Weights
 from delock.options import Placement, Report
-from delock.plan import RunLength, Step, windows
+from delock.plan import RunLength, windows
 from delock.run.inline import run_inline
 from delock.run.job import StageJob, StageResult
 from delock.run.ranks import run_rank
@@ -196,13 +195,12 @@ class Held:
         return self.workers[-1].tracker.losses
 
 
-def saved_and_loaded(states: Any) -> Any:
-    """Through a file of torch's own, in which there is nothing but tensors, plain values, and steps and messages of ours."""
-    file = io.BytesIO()
-    torch.save(states, file)
-    file.seek(0)
-    with torch.serialization.safe_globals([Step, Forward, Weights, Message, MessageName, MessageKind]):
-        return torch.load(file, weights_only=True)
+def saved_and_loaded(states: list[Any]) -> list[Any]:
+    """As a checkpoint keeps them: plain values as JSON, and tensors."""
+    encoded = [encode(state) for state in states]
+    texts = [json.dumps(structure, allow_nan=False) for structure, _ in encoded]
+    copies = [{name: tensor.clone() for name, tensor in tensors.items()} for _, tensors in encoded]
+    return [decode(json.loads(text), tensors) for text, tensors in zip(texts, copies, strict=True)]
 
 
 def whole_and_resumed(make: Callable[[], list[StageJob]], stop: int) -> tuple[Held, Held, list[float]]:

@@ -9,16 +9,20 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from delock.engine.agreement import Agreement
 from delock.engine.clipping import NetworkNorm
 from delock.engine.log import OpTime, StageLog, kind_of
 from delock.errors import DelockError, NonFinite, StageFailed
 from delock.launch.progress import Progress
 from delock.links import Link, Message, MessageKind, MessageName, resumable
+from delock.links.message import as_values
 from delock.ops import Backward, Evaluate, Forward, Update, label
 from delock.plan import Plan, Step, needs_error, walk
 from delock.stage import Stage, checkpoint
+from delock.tensors import map_tensors
 from delock.timeline import Slowdown
 
 
@@ -62,15 +66,20 @@ class Engine:
         self.spent = OpTime()
         self.network_norm = NetworkNorm(stage.k, stage.K)
         self.in_flight: Counter[int] = Counter()  # by neighbour: messages sent in the windows so far, and not yet received
+        self.window: Plan | None = None  # that is being executed
+        self.agreement: Agreement | None = None
 
     def run(self, plan: Plan) -> None:
         """Executes this stage's column of a plan, or of a window of one."""
+        self.window = plan
         for step in plan.columns[self.stage.k]:
             self.execute(step)
         self.count_in_flight(plan)
 
     def execute(self, step: Step) -> None:
         """Executes one step: waits for what it needs, computes, sends what it gives."""
+        if self.agreement:
+            self.agreement.reached(step)
         if self.progress:
             self.progress.at(label(step.op), describe(step, self.micro_batches))
         version, start, self.spent = self.stage.version, perf_counter(), OpTime()
@@ -87,6 +96,8 @@ class Engine:
 
     def _forward(self, step: Step, op: Forward) -> None:
         message = self._input(op, MessageKind.ACTIVATION, op.batch if op.source is None else op.source)
+        if self.agreement:
+            message = self.agreement.heard(step, message)
         began = perf_counter()
         outputs = self.stage.forward(step, message)
         self._straggle(step, began)
@@ -175,16 +186,38 @@ class Engine:
 
     def count_in_flight(self, plan: Plan) -> None:
         """Counts the messages that the neighbours send in a window that has been executed; those received were counted as they came."""
+        self.window = None
+        self.in_flight.update(self.sent_before(plan, math.inf))
+
+    def sent_before(self, plan: Plan, tick: float) -> dict[int, int]:
+        """Returns, by neighbour, the messages that it sends to this stage in a window before a tick."""
         k = self.stage.k
-        for source in (k - 1, k + 1):
-            if 0 <= source < plan.K:
-                self.in_flight[source] += sum(step.up if source < k else step.down for step in plan.columns[source])
+        near = {source: plan.columns[source] for source in (k - 1, k + 1) if 0 <= source < plan.K}
+        return {source: sum(step.up if source < k else step.down for step in column if step.tick < tick) for source, column in near.items()}
 
     def state(self) -> dict[str, Any]:
-        """Returns the stage and the messages in flight to it, between two windows; all stages of a run must be asked at the same tick."""
+        """Returns the stage and the messages in flight to it, as plain values and tensors, between two windows.
+
+        All stages of a run must be asked at the same tick.
+        """
         link = resumable(self.link)
-        in_flight = {source: link.pull(source, count) for source, count in self.in_flight.items()}
+        in_flight = {source: list(map(_values, link.pull(source, count))) for source, count in self.in_flight.items()}
         return {"stage": checkpoint.state(self.stage), "in_flight": in_flight, "link": link.state()}
+
+    def record(self, tick: int) -> Callable[[], dict[str, Any] | None]:
+        """Copies the stage as it is, before its first step at this tick or behind it; messages under way are recorded as they come.
+
+        Returns a function that returns the same as `state` once the last of them has come, and None until then.
+        """
+        link = resumable(self.link)
+        more = self.sent_before(self.window, tick) if self.window else {}
+        found = link.recorder.start({source: self.in_flight[source] + more.get(source, 0) for source in {*self.in_flight, *more}})
+        copy = map_tensors(torch.clone, {"stage": checkpoint.state(self.stage), "link": link.state()})
+
+        def recorded() -> dict[str, Any] | None:
+            return {**copy, "in_flight": {k: list(map(_values, own)) for k, own in found.items()}} if link.recorder.complete else None
+
+        return recorded
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state()`, before the first window."""
@@ -193,7 +226,12 @@ class Engine:
         link.load(state["link"])
         for source, messages in state["in_flight"].items():
             self.in_flight[source] = len(messages)
-            link.push(source, messages)
+            link.push(source, [(MessageName(MessageKind(kind), *rest), Message(**values)) for (kind, *rest), values in messages])
+
+
+def _values(named: tuple[MessageName, Message]) -> tuple[list[int], dict[str, Any]]:
+    """Returns a message and its name as plain values and tensors."""
+    return [int(one) for one in named[0]], as_values(named[1])
 
 
 def describe(step: Step, micro_batches: int) -> str:
@@ -210,6 +248,8 @@ def describe(step: Step, micro_batches: int) -> str:
 
 def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
     """Executes a plan, or a window of one, over all stages in this process. Raises StageFailed when a stage raises."""
+    for engine in engines:
+        engine.window = plan
     for k, step in walk(plan):
         try:
             engines[k].execute(step)

@@ -7,6 +7,7 @@ from typing import Any
 
 from delock.errors import UsageError
 from delock.links.message import Message, MessageKind, MessageName
+from delock.links.recorder import Recorder
 from delock.links.traffic import SentBytes
 
 
@@ -32,7 +33,10 @@ class Link(ABC):
 
 
 class Resumable(Link):
-    """A link whose messages under way can be saved in a checkpoint."""
+    """A link whose messages under way can be saved in a checkpoint, either by waiting for them (`pull`) or as they come (`recorder`)."""
+
+    recorder: Recorder
+    """It is shown every message that is received, encoded if the link carries it so."""
 
     @abstractmethod
     def pull(self, source: int, count: int) -> list[tuple[MessageName, Message]]:

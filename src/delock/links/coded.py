@@ -26,6 +26,7 @@ from delock.errors import DelockError
 from delock.keys import key
 from delock.links import Link, Resumable, resumable
 from delock.links.message import Message, MessageKind, MessageName
+from delock.links.recorder import Recorder
 from delock.tensors import Tree
 
 
@@ -98,6 +99,11 @@ class CodedLink(Resumable):
 
     def _decoded(self, source: int, place: int, payload: Payload) -> Tensor:
         return decode(self.codebooks.complete(source, place, payload))
+
+    @property
+    def recorder(self) -> Recorder:  # type: ignore[override]
+        """Returns that of the other link: what it records is encoded."""
+        return resumable(self.link).recorder
 
     def pull(self, source: int, count: int) -> list[tuple[MessageName, Message]]:
         """Returns messages under way, encoded; the codebooks that they need are in them or in `state()`."""

@@ -8,6 +8,7 @@ from itertools import islice
 
 from delock.links import Resumable
 from delock.links.message import Message, MessageName, expect
+from delock.links.recorder import Recorder
 from delock.links.traffic import SentBytes
 from delock.links.wire import make_dense, packed_length
 
@@ -32,7 +33,7 @@ class MailboxEnd(Resumable):
 
     def __init__(self, box: Mailbox, k: int) -> None:
         self.box, self.k = box, k
-        self.sent = SentBytes()
+        self.sent, self.recorder = SentBytes(), Recorder()
 
     def send(self, to: int, name: MessageName, message: Message) -> float:
         """Puts the message into the neighbour's queue, as dense as a wire would make it; there is always room."""
@@ -45,6 +46,7 @@ class MailboxEnd(Resumable):
         """Takes the oldest message, which is there: the plan of one process says so."""
         got, message = self.box.queue(source, self.k).popleft()
         expect(got, name, source)
+        self.recorder.note(source, got, message)
         return message
 
     def pull(self, source: int, count: int) -> list[tuple[MessageName, Message]]:

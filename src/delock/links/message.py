@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from delock.errors import LinkError
 from delock.tensors import Tree
@@ -37,6 +37,7 @@ class Message:
     weight: the share of its batch that a part is, by `count`; 0 where nothing in it counts, so that it gives no gradient.
     count: the number that means over batches are weighted by: the samples, or the result of `weight(targets)` of a loader's `Batches`.
     `values` is None for a part of a batch that has no samples; its weight is 0.
+    agreed: on the way up, a tick that no stage has reached, at which all do the same thing; -1: none.
     """
 
     values: Tree
@@ -44,6 +45,12 @@ class Message:
     weight: float = 1.0
     samples: int = 0
     count: float = 0.0
+    agreed: int = -1
+
+
+def as_values(message: Message) -> dict[str, Any]:
+    """Returns a message as plain values and tensors, for a checkpoint."""
+    return {name: getattr(message, name) for name in Message.__dataclass_fields__}
 
 
 def expect(got: MessageName, wanted: MessageName, source: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from delock.launch.progress import Progress
 from delock.links import Resumable
 from delock.links.message import Message, MessageName, expect
+from delock.links.recorder import Recorder
 from delock.links.traffic import SentBytes
 
 
@@ -34,7 +35,7 @@ class RankLink(Resumable):
     def __init__(self, channels: Mapping[int, Channel], progress: Progress) -> None:
         self.channels, self.progress = channels, progress
         self.ahead: dict[int, deque[tuple[MessageName, Message]]] = {peer: deque() for peer in channels}
-        self.sent = SentBytes()
+        self.sent, self.recorder = SentBytes(), Recorder()
 
     def send(self, to: int, name: MessageName, message: Message) -> float:
         """Packs the message, and posts it as soon as there is room."""
@@ -49,6 +50,7 @@ class RankLink(Resumable):
         """Returns a message that was pulled or pushed before, if there is one, else the next that comes."""
         got, message = self.ahead[source].popleft() if self.ahead[source] else self._next(source)
         expect(got, name, source)
+        self.recorder.note(source, got, message)
         return message
 
     def pull(self, source: int, count: int) -> list[tuple[MessageName, Message]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from delock.links.message import Message, MessageKind, MessageName
 from delock.tensors import Tree, flatten, map_tensors, unflatten
 
-PREFIX = struct.Struct("<qBqiidqdq")  # bytes of all; kind, batch, loss, version; weight, samples, count; bytes of the JSON text
+PREFIX = struct.Struct("<qBqiidqdqq")  # bytes of all; kind, batch, loss, version; weight, samples, count, agreed; bytes of the text
 KINDS = tuple(MessageKind)
 ALIGN = 64  # bytes: a cache line, and what vector loads like
 Meta: TypeAlias = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], bool]
@@ -76,7 +76,7 @@ def pack(
     """
     layout, leaves = _layout_of(message, apart)
     packed, tensors = into(layout)
-    numbers = message.weight, message.samples, message.count
+    numbers = message.weight, message.samples, message.count, message.agreed
     head = PREFIX.pack(layout.length, name.kind, name.batch, name.loss, name.version, *numbers, len(layout.text))
     ctypes.memmove(packed.data_ptr(), head + layout.text, len(head) + len(layout.text))
     others = []
@@ -121,11 +121,11 @@ def unpack_borrowed(memory: memoryview) -> tuple[MessageName, Message]:
     return name, Message(values, targets, *numbers)
 
 
-def _read_header(memory: memoryview) -> tuple[MessageName, MessageLayout, tuple[float, int, float]]:
-    """Returns what a message begins with: its name, its layout; weight, samples and count."""
-    _, kind, batch, loss, version, weight, samples, count, chars = PREFIX.unpack_from(memory)
+def _read_header(memory: memoryview) -> tuple[MessageName, MessageLayout, tuple[float, int, float, int]]:
+    """Returns what a message begins with: its name, its layout; weight, samples, count and agreed tick."""
+    _, kind, batch, loss, version, weight, samples, count, agreed, chars = PREFIX.unpack_from(memory)
     layout = _read_layout(bytes(memory[PREFIX.size : PREFIX.size + chars]))
-    return MessageName(KINDS[kind], batch, loss, version), layout, (weight, samples, count)
+    return MessageName(KINDS[kind], batch, loss, version), layout, (weight, samples, count, agreed)
 
 
 def _borrowed_view(memory: memoryview, place: Place) -> Tensor:

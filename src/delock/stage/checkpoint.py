@@ -8,15 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from delock.errors import UsageError
-from delock.links.message import Message
+from delock.links.message import Message, as_values
+from delock.ops import Forward, Weights
 from delock.plan.steps import Step
 from delock.stage.in_flight import InFlight
-from delock.stage.module import Weights
+from delock.stage.module import Weights as Tensors
 from delock.stage.stage import Stage
 
+FORWARD = ("batch", "train", "source", "behind", "ahead")
 
 def state(stage: Stage) -> dict[str, Any]:
-    """Returns everything that the stage needs to go on elsewhere; save or copy it before the stage goes on.
+    """Returns everything that the stage needs to go on elsewhere, as plain values and tensors; save or copy it before the stage goes on.
 
     Raises UsageError for at="mixed" without resumable=True: the weights that its graphs were built with are gone.
     """
@@ -42,36 +44,48 @@ def load(stage: Stage, saved: Mapping[str, Any]) -> None:
     stage.body.clones_inputs, stage.body.recomputes = saved["clones_inputs"], saved["recomputes"]
     stage.banks.kept = {version: _leaves(weights) for version, weights in saved["banks"].items()}
     stage.banks.drawn = {}
-    copies: dict[tuple[int, float], Weights] = {}  # one copy for all graphs at the same weights
-    stage.in_flight = {batch: _restored(stage, copies, *parts) for batch, parts in saved["in_flight"].items()}
+    copies: dict[tuple[int, float], Tensors] = {}  # one copy for all graphs at the same weights
+    stage.in_flight = {batch: _restored(stage, copies, one) for batch, one in saved["in_flight"].items()}
 
 
-def _saved(stage: Stage, held: InFlight) -> tuple[Step, Message, int, Weights | None, Weights | None, bool]:
+def _saved(stage: Stage, held: InFlight) -> dict[str, Any]:
     """Returns the Forward, its message, the version of the weights, those unless a bank has them, buffers, and if there is a graph."""
     kept = held.weights is None or held.weights is stage.banks.kept.get(held.version)
-    weights = None if kept else _detached(held.weights or {})
-    return held.step, held.message, held.version, weights, held.buffers, held.outputs is not None
+    return {
+        "forward": _forward_values(held.step),
+        "message": as_values(held.message),
+        "version": held.version,
+        "weights": None if kept else _detached(held.weights or {}),
+        "buffers": held.buffers,
+        "graph": held.outputs is not None,
+    }
 
 
-def _restored(
-    stage: Stage,
-    copies: dict[tuple[int, float], Weights],
-    step: Step,
-    message: Message,
-    version: int,
-    weights: Weights | None,
-    buffers: Weights | None,
-    graph: bool,
-) -> InFlight:
-    held = InFlight(step, message, version, buffers=buffers)
-    if weights is not None:
+def _restored(stage: Stage, copies: dict[tuple[int, float], Tensors], one: Mapping[str, Any]) -> InFlight:
+    step = _forward_step(one["forward"])
+    held = InFlight(step, Message(**one["message"]), one["version"], buffers=one["buffers"])
+    if one["weights"] is not None:
         ahead = step.op.weights.ahead  # type: ignore[union-attr]
-        held.weights = copies.setdefault((version, ahead), _leaves(weights))
-    elif step.snapshot or (stage.mixed and graph):
-        held.weights = stage.banks.of(version, stage.version)
-    if graph and message.values is not None:
+        held.weights = copies.setdefault((held.version, ahead), _leaves(one["weights"]))
+    elif step.snapshot or (stage.mixed and one["graph"]):
+        held.weights = stage.banks.of(held.version, stage.version)
+    if one["graph"] and held.message.values is not None:
         _rebuild(stage, held)
     return held
+
+
+def _forward_values(step: Step) -> dict[str, Any]:
+    """Returns a Forward in its place in the plan as plain values."""
+    op = step.op
+    assert isinstance(op, Forward)
+    rest = {name: getattr(step, name) for name in Step.__dataclass_fields__ if name != "op"}
+    return {**rest, "batch": op.batch, "train": op.train, "source": op.source, "behind": op.weights.behind, "ahead": op.weights.ahead}
+
+
+def _forward_step(values: Mapping[str, Any]) -> Step:
+    batch, train, source, behind, ahead = (values[name] for name in FORWARD)
+    rest = {name: value for name, value in values.items() if name not in FORWARD}
+    return Step(Forward(batch, train, source, Weights(behind, ahead)), **rest)
 
 
 def _rebuild(stage: Stage, held: InFlight) -> None:
@@ -82,9 +96,9 @@ def _rebuild(stage: Stage, held: InFlight) -> None:
         stage.build(held, None, is_replay=True)
 
 
-def _detached(weights: Mapping[str, Tensor]) -> Weights:
+def _detached(weights: Mapping[str, Tensor]) -> Tensors:
     return {name: w.detach() for name, w in weights.items()}
 
 
-def _leaves(weights: Mapping[str, Tensor]) -> Weights:
+def _leaves(weights: Mapping[str, Tensor]) -> Tensors:
     return {name: nn.Parameter(w.clone()) for name, w in weights.items()}
