@@ -40,6 +40,12 @@ def decode(structure: Structure, tensors: Mapping[str, Tensor]) -> Any:
     return _Decoder(tensors).decode(structure)
 
 
+def copied(tree: Any, what: str = "state") -> Any:
+    """Returns the tree with a copy of every tensor, one for all its places. Raises UsageError as `encode` does."""
+    structure, tensors = encode(tree, what)
+    return decode(structure, {name: tensor.clone() for name, tensor in tensors.items()})
+
+
 class _Encoder:
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from delock.checkpoints.encoding import copied
 from delock.engine.agreement import Agreement
 from delock.engine.clipping import NetworkNorm
 from delock.engine.log import OpTime, StageLog, kind_of
@@ -22,7 +22,6 @@ from delock.links.message import as_values
 from delock.ops import Backward, Evaluate, Forward, Update, label
 from delock.plan import Plan, Step, needs_error, walk
 from delock.stage import Stage, checkpoint
-from delock.tensors import map_tensors
 from delock.timeline import Slowdown
 
 
@@ -212,7 +211,7 @@ class Engine:
         link = resumable(self.link)
         more = self.sent_before(self.window, tick) if self.window else {}
         found = link.recorder.start({source: self.in_flight[source] + more.get(source, 0) for source in {*self.in_flight, *more}})
-        copy = map_tensors(torch.clone, {"stage": checkpoint.state(self.stage), "link": link.state()})
+        copy = copied({"stage": checkpoint.state(self.stage), "link": link.state()}, f"stage {self.stage.k}")
 
         def recorded() -> dict[str, Any] | None:
             return {**copy, "in_flight": {k: list(map(_values, own)) for k, own in found.items()}} if link.recorder.complete else None
