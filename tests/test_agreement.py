@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 
-from delock.codecs import parse
 from delock.engine.agreement import Agreement
 from delock.engine.engine import Engine, run_here
-from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, PACI, GPipe, Interlocking, Method, PipeDream2BW
-from delock.options import Compression
-from delock.plan import RunLength, unroll, windows
+from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Interlocking, Method, PipeDream2BW
+from delock.plan import unroll, windows
 from delock.run.job import StageJob
 
 import papers
