@@ -55,8 +55,10 @@ def test_the_clock_equals_a_recursion_over_the_rule(method: Method, K: int) -> N
         up=tuple(0.5 + k for k in range(K - 1)),
         down=tuple(2.0 - 0.5 * k for k in range(K - 1)),
     )
-    place = {(k, step.op): i for k, column in enumerate(plan.columns) for i, step in enumerate(column) if step.op != Update()}
-    kept = {(k, step.op): step.keep for k, column in enumerate(plan.columns) for step in column if step.op != Update()}
+    steps = [(k, i, step) for k, column in enumerate(plan.columns) for i, step in enumerate(column)]
+    upward = [(k, i, step) for k, i, step in steps if isinstance(step.op, Forward | Evaluate)]
+    place = {(k, type(step.op), step.op.batch): i for k, i, step in upward}  # type: ignore[union-attr]
+    kept = {(k, step.op.batch): step.keep for k, _, step in upward if isinstance(step.op, Forward)}
 
     @lru_cache(None)
     def end(k: int, i: int) -> float:
@@ -64,11 +66,11 @@ def test_the_clock_equals_a_recursion_over_the_rule(method: Method, K: int) -> N
             return 0.0
         op, ready = plan.columns[k][i].op, end(k, i - 1)
         if isinstance(op, Forward | Evaluate):
-            arrival = end(k - 1, place[k - 1, op]) + seconds.up[k - 1] if k else 0.0
+            arrival = end(k - 1, place[k - 1, type(op), op.batch]) + seconds.up[k - 1] if k else 0.0
             return max(ready, arrival) + seconds.forward[k]
         if isinstance(op, Update):
             return ready + seconds.update[k]
-        if op.at == "replay" and kept[k, Forward(op.batch)] == "input":
+        if op.at == "replay" and kept[k, op.batch] == "input":
             ready += seconds.replay[k]
         arrival, work = 0.0, seconds.backward[k] if op.part == "both" else seconds.backward[k] / 2
         if op.part != "weights":
