@@ -22,19 +22,19 @@ from delock.timeline import gradient_staleness, layer_staleness, warm_group
 import papers
 
 COURSE = RunLength(batches=11, every=4, evaluation=2)  # the last stretch is shorter, and 11 leaves incomplete groups for M = 2, 3, 4
-STAGES = pytest.mark.parametrize("K", range(1, 9))
+STAGES = pytest.mark.parametrize("K", (1, 2, 3, 5, 8))
 
 
 def cases(K: int) -> Iterator[Method]:
-    """Every method that fits K stages, with every combination of its options (numbers: a few), or 48 of them drawn from all."""
-    for method in METHODS.values():
+    """Every method that fits K stages, with combinations of its options (numbers: a few): all, or 16 drawn from all."""
+    for method in dict.fromkeys(METHODS.values()):  # without aliases
         if method is AsyncDGL:  # its plan here is that of DGL, whatever the options
             yield AsyncDGL()
             continue
         hints = get_type_hints(method)
         names = [field.name for field in fields(method)]  # type: ignore[arg-type]
         every = list(product(*(values(hints[name], K) for name in names)))
-        for given in Random(K).sample(every, min(48, len(every))):
+        for given in Random(K).sample(every, min(16, len(every))):
             options = dict(zip(names, given, strict=True))
             if options.get("n_wise", 1) <= K and (method is not PipeDream2BW or options["micro_batches"] >= K - 1):
                 yield method(**options)

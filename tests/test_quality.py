@@ -47,6 +47,7 @@ def told(out: Path) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("[")]
 
 
+@pytest.mark.slow
 def test_a_killed_runner_goes_on_and_makes_nothing_twice(tmp_path: Path) -> None:
     runs = tmp_path / "runs" / "toy"
     with start(tmp_path) as program:

@@ -132,7 +132,7 @@ def reach(method: Method, b: int, k: int, K: int) -> float:
 
 @pytest.mark.parametrize(
     ("method", "K"),
-    [*((m, K) for K in range(1, 9) for m in DELAYED), *((m, K) for K in range(2, 6) for m in (*PARTS, *two_banks(K)))],
+    [*((m, K) for K in (1, 2, 3, 5, 8) for m in DELAYED), *((m, K) for K in (2, 3, 5) for m in (*PARTS, *two_banks(K)))],
     ids=str,
 )
 def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> None:
@@ -195,7 +195,7 @@ def test_four_stages_and_four_parts(method: Method) -> None:
     assert max(held) == in_flight(chain.plan())[0].versions == versions
 
 
-@pytest.mark.parametrize("K", range(1, 9))
+@pytest.mark.parametrize("K", (1, 2, 5))
 @pytest.mark.parametrize("method", [BP(), BP(3), GPipe(2), OneFOneB(4), ZB1P(3)], ids=str)
 def test_synchronous_methods_are_never_stale(method: Method, K: int) -> None:
     chain = ticking(method, K).run()
