@@ -195,7 +195,7 @@ def test_four_stages_and_four_parts(method: Method) -> None:
     assert max(held) == in_flight(chain.plan())[0].versions == versions
 
 
-@pytest.mark.parametrize("K", (1, 2, 5))
+@pytest.mark.parametrize("K", [1, 2, 5])
 @pytest.mark.parametrize("method", [BP(), BP(3), GPipe(2), OneFOneB(4), ZB1P(3)], ids=str)
 def test_synchronous_methods_are_never_stale(method: Method, K: int) -> None:
     chain = ticking(method, K).run()
