@@ -57,7 +57,7 @@ def drawn(method: Method, K: int, barrier: bool) -> Iterator[Costs]:
 
 
 @pytest.mark.parametrize("barrier", [False, True])
-@pytest.mark.parametrize("K", [1, 3, 5])
+@pytest.mark.parametrize("K", [1, 4])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_timeline_equals_that_of_the_plain_clock(method: Method, K: int, barrier: bool) -> None:
     method = chosen(method, K)
@@ -69,7 +69,7 @@ def test_a_timeline_equals_that_of_the_plain_clock(method: Method, K: int, barri
 
 
 @pytest.mark.parametrize("barrier", [False, True])
-@pytest.mark.parametrize("K", [2, 5])
+@pytest.mark.parametrize("K", [5])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_patterns_have_the_times_of_their_plan(method: Method, K: int, barrier: bool) -> None:
     method = chosen(method, K)
@@ -86,7 +86,7 @@ def whole(draw: random.Random, K: int, most: int) -> tuple[float, ...]:
 
 
 @pytest.mark.parametrize("barrier", [False, True])
-@pytest.mark.parametrize("K", [2, 5])
+@pytest.mark.parametrize("K", [5])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_run_that_is_drawn_out_equals_one_that_is_followed(method: Method, K: int, barrier: bool) -> None:
     method = chosen(method, K)
@@ -120,7 +120,7 @@ def test_what_is_known_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert followed.count(1000) == 3 * 4
 
 
-@pytest.mark.parametrize("K", [2, 4, 7])
+@pytest.mark.parametrize("K", [2, 5])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_prediction_is_what_the_whole_plan_says(method: Method, K: int) -> None:
     method = chosen(method, K)

@@ -30,7 +30,11 @@ def there() -> Callable[[int], dict[tuple[str, Method], list[StageResult]]]:
 
 
 @pytest.mark.parametrize("work", WORKS)
-@pytest.mark.parametrize(("K", "method"), [(K, m) for K in (2, 4) for m in every_method(K)], ids=str)
+@pytest.mark.parametrize(
+    ("K", "method"),
+    [pytest.param(K, m, marks=[pytest.mark.slow] if K != 3 else []) for K in (1, 2, 3, 4) for m in every_method(K)],
+    ids=str,
+)
 def test_processes_equal_one_process(work: str, K: int, method: Method, there: Any) -> None:
     assert_equal(there(K)[work, method], inline(jobs(work, K, method, samples=SAMPLES)))
 

@@ -97,7 +97,11 @@ def test_all_pairs_occur() -> None:
         assert set(zip(a, b, strict=True)) == set(itertools.product(a, b))
 
 
-@pytest.mark.parametrize(("method", "K", "work", "optimizer"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("method", "K", "work", "optimizer"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[1] in (1, 4) else []) for case in CASES],
+    ids=str,
+)
 def test_parts(method: Method, K: int, work: str, optimizer: str) -> None:
     made = OPTIMIZERS[optimizer]
     assert_close(run(method, K, work, made), oracle(method, K, work, made))
