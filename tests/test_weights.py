@@ -37,7 +37,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 def texts(*counted: Sequence[int], seed: int = 0) -> Pairs:
-    """Batches of made-up tokens; of every sample the first so many targets count, one list of numbers per batch."""
+    """Batches of made-up tokens. A list per batch says, for every sample, how many of its first targets count."""
     g = torch.Generator().manual_seed(seed)
     made = []
     for numbers in counted:
