@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from delock.methods.base import Method, at_least
+from delock.methods.synchronous import OneFOneB
 from delock.ops import Backward, Forward, Op, Update
 
 
 @dataclass(frozen=True)
-class ZB1P(Method):
+class ZB1P(OneFOneB):
     """Sends an error down as soon as it is computed, and puts the gradients of weights off into the bubble of 1F1B.
 
         stage 0 |F0 F1 F2 .. .. B0 F3 B1 .. B2 .. B3 U      K = 3, M = 4; b: the error passed on, w: the weight gradient;
@@ -30,11 +30,6 @@ class ZB1P(Method):
     """
 
     name: ClassVar[str] = "zb1p"
-    synchronous: ClassVar[bool] = True
-    micro_batches: int = 4
-
-    def __post_init__(self) -> None:
-        at_least("micro_batches", self.micro_batches, 1)
 
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
         first, M = t * self.micro_batches, self.micro_batches
@@ -48,6 +43,3 @@ class ZB1P(Method):
             if k and j >= k:
                 yield Backward(first + j - k, loss=K - 1, part="weights")
         yield Update()
-
-    def delay(self, k: int, K: int) -> int:
-        return 0
