@@ -37,7 +37,8 @@ def test_staleness_is_the_age_of_the_forwards_weights(K: int) -> None:
         N = papers.parts_of_update(method)
         wanted = [StageFacts(k, K, pytest.approx(d / N), -(-d // N)) for k, d in enumerate(late)]
         assert stage_facts(method, K) == wanted, method
-    for uniform, n in ((PipeDream2BW(5), 1), (PipeDream2BW(4, "part"), 1), (BP(2, behind=3), 3), (BP(behind=1, ahead="mean"), 1)):
+    late_alike = ((PipeDream2BW(5), 1), (PipeDream2BW(4, "part"), 1), (BP(2, behind=3), 3), (BP(behind=1, ahead="mean"), 1))
+    for uniform, n in (*late_alike, (BP(2, behind=25), 25)):
         assert stage_facts(uniform, K) == [StageFacts(k, K, float(n), n) for k in range(K)]
     for fresh in (BP(3), GPipe(3), OneFOneB(2), DGL(), Interlocking(1), AsyncDGL()):
         assert stage_facts(fresh, K) == [StageFacts(k, K, 0.0, 0) for k in range(K)]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from delock.errors import UsageError
+from delock.memory.peaks import repeating
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, GPipe, Method, OneFOneB
 from delock.plan import unroll
 from delock.timeline import (
@@ -64,6 +65,13 @@ def calls(method: Method, K: int) -> int:
     finally:
         sys.setprofile(None)
     return counted["call"]
+
+
+@pytest.mark.parametrize("behind", [1, 4, 20])
+def test_weights_that_are_far_behind_are_counted(behind: int) -> None:
+    for stage in predict(BP(behind=behind), 2, Costs.unit(2)).stages:
+        assert (stage.staleness, stage.held.versions) == (behind, behind + 1)
+    assert repeating(BP(behind=behind), 2) > behind
 
 
 @pytest.mark.parametrize("method", EVERY, ids=str)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from delock.methods import Method
 from delock.ops import Backward, Forward, Update
 from delock.plan import Step, unroll
+from delock.plan.pattern import patterns
 from delock.timeline.copies import Copies
 
 DEEP = 1 << 30  # more messages than any link keeps
@@ -105,7 +106,8 @@ def peaks(method: Method, stages: Sequence[StageBytes], batches: int) -> list[Pe
 def repeating(method: Method, K: int) -> int:
     """Returns a number of batches after which no stage, and no link, holds more than before."""
     deepest = max((method.capacity(k, K) for k in range(K - 1)), default=0)  # messages: a batch brings one per micro-batch
-    return 2 * method.span(K) + 3 * method.batches_per_update + -(-deepest // method.micro_batches)
+    groups = 3 + max(pattern.banks for pattern in patterns(method, K))  # older versions of the weights come one by one
+    return 2 * method.span(K) + groups * method.batches_per_update + -(-deepest // method.micro_batches)
 
 
 def peak(column: Iterable[Step], k: int, sizes: StageBytes) -> PeakBytes:

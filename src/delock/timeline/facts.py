@@ -29,5 +29,6 @@ def warm_ages(method: Method, K: int, stages: Sequence[int] | None = None) -> li
     """
     method = method.fitted(K)
     group = method.batches_per_update * method.micro_batches
-    columns = (repeated(pattern, enough(method, K)) for pattern in patterns(method, K, stages))
+    asked = patterns(method, K, stages)
+    columns = (repeated(pattern, enough(asked)) for pattern in asked)
     return [warm_group(gradient_staleness(column, from_forward=True), group) for column in columns]

@@ -48,8 +48,8 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
     Raises UsageError if the method or the costs do not fit K stages.
     """
     method = method.fitted(K)
-    batches = enough(method, K) if batches is None else batches
     stages = patterns(method, K)
+    batches = enough(stages) if batches is None else batches
     columns = [_read(repeated(pattern, batches), pattern.n) for pattern in stages]
     clock = clocked(stages, batches, _with_capacity(costs, method))
     rate = throughput(clock.times)
@@ -63,8 +63,9 @@ def predict(method: Method, K: int, costs: Costs, batches: int | None = None) ->
 def speedup(method: Method, K: int, costs: Costs) -> float:
     """Returns only the `speedup` of a prediction."""
     method = method.fitted(K)
-    batches = enough(method, K)
-    rate = throughput(clocked(patterns(method, K), batches, _with_capacity(costs, method)).times)
+    stages = patterns(method, K)
+    batches = enough(stages)
+    rate = throughput(clocked(stages, batches, _with_capacity(costs, method)).times)
     return rate / method.micro_batches / _base(method, K, costs, batches)
 
 
@@ -80,11 +81,12 @@ def _base(method: Method, K: int, costs: Costs, batches: int) -> float:
 def repeated(pattern: Pattern, batches: int) -> list[Step]:
     """Returns the first steps of one stage in a run of `batches`, enough to show all its staleness and its peak of held batches.
 
-    After D_k batches the stage is full, and after D_k more, no batch in flight is from before its first Update.
+    After D_k batches the stage is full, and after D_k more, no batch in flight is from before its first Update. Older weights are there
+    after as many Updates.
     """
     method, k, K = pattern.method, pattern.k, pattern.K
     parts = method.micro_batches
-    warm = -(-2 * method.delay(k, K) // parts) + 3 * pattern.M
+    warm = -(-2 * method.delay(k, K) // parts) + (3 + pattern.banks) * pattern.M
     stop = method.offset(k, K) // parts + 1 + warm if warm < batches else sys.maxsize
     return list(takewhile(lambda step: step.tick < stop, column(pattern, RunLength(batches))))
 
@@ -104,6 +106,7 @@ def _whole(costs: Costs, micro_batches: int) -> Costs:
     return replace(costs, forward=forward, backward=backward, replay=replay, head=())  # BP has none
 
 
-def enough(method: Method, K: int) -> int:
+def enough(stages: Sequence[Pattern]) -> int:
     """Returns a number of batches with a long steady stretch, which includes the last complete group of batches of one Update."""
-    return 2 * method.span(K) + max(6, 36 // method.micro_batches) + 2 * method.batches_per_update
+    method, groups = stages[0].method, 2 + max(pattern.banks for pattern in stages)
+    return 2 * stages[0].span + max(6, 36 // method.micro_batches) + groups * method.batches_per_update
