@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 import delock
 from delock.data import Batches
 from delock.errors import NonFinite, UsageError
-from delock.methods import ADL, DGL, DSP, FDG, FR, GPipe, Method
+from delock.methods import ADL, DGL, DSP, FDG, FR, GPipe, Method, PipeDream2BW
 from delock.run import nonfinite
 
 from chain import seeded, vectors
@@ -59,6 +59,7 @@ def test_only_the_part_that_has_the_loss_is_looked_at() -> None:
     """The fault named is the first's, not the one of a part to come."""
     data = spoilt(1, 0, math.nan)
     data[1][0][4] = math.inf
+    assert "batch 1 (micro-batch 4) became nan at stage 1, after 1 update; its inputs hold 2 numbers" in told(data, PipeDream2BW())
     assert "batch 1 (micro-batch 3) became nan at stage 1, after 1 update; its inputs hold 2 numbers" in told(data, GPipe(3))
 
 

@@ -16,12 +16,12 @@ class StageFailed(DelockError):
 class NonFinite(UsageError):
     """Raised if a loss becomes infinite or NaN: the message names the batch and the stage.
 
-    batch, part: of the loss, where they are known; updates: those that the stage had made.
+    batch, part: of the loss, where they are known; parts: those of a batch; updates: those that the stage had made.
     """
 
-    def __init__(self, message: str, *, batch: int | None = None, part: int = 0, updates: int = 0) -> None:
+    def __init__(self, message: str, *, batch: int | None = None, part: int = 0, parts: int = 1, updates: int = 0) -> None:
         super().__init__(message)
-        self.batch, self.part, self.updates = batch, part, updates
+        self.batch, self.part, self.parts, self.updates = batch, part, parts, updates
 
 
 class PlanError(DelockError):

@@ -155,7 +155,7 @@ class Engine:
             version, (batch, part) = self.stage.version, divmod(op.batch, self.micro_batches)
             which = f"batch {batch}" + (f" (micro-batch {op.batch})" if self.micro_batches > 1 else "")
             what = f"the loss of {which} became {value} at stage {self.stage.k}, after {version} update{'s' if version != 1 else ''}"
-            raise NonFinite(what, batch=batch, part=part, updates=version)
+            raise NonFinite(what, batch=batch, part=part, parts=self.micro_batches, updates=version)
         if self.on_loss:
             self.on_loss(step, value, self.stage, message)
 

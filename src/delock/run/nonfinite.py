@@ -32,7 +32,8 @@ def explained(request: Request) -> Iterator[None]:
     try:
         yield
     except NonFinite as error:
-        raise NonFinite(f"{error}; {_remedy(request, error)}", batch=error.batch, part=error.part, updates=error.updates) from None
+        facts = {"batch": error.batch, "part": error.part, "parts": error.parts, "updates": error.updates}
+        raise NonFinite(f"{error}; {_remedy(request, error)}", **facts) from None  # type: ignore[arg-type]
 
 
 def _remedy(request: Request, error: NonFinite) -> str:
@@ -77,7 +78,7 @@ def _again(request: Request, error: NonFinite) -> tuple[Any, Any] | None:
         for b, (inputs, targets) in enumerate(request.train.epoch(epoch)):
             if b == place:
                 n = samples(inputs)
-                begin, end = split_bounds(n, request.method.micro_batches)[error.part]
+                begin, end = split_bounds(n, error.parts)[error.part]
                 inputs, targets = rows((inputs, targets), begin, end, n)
                 return inputs, targets
             if time.monotonic() > until:
