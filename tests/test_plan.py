@@ -312,6 +312,10 @@ def test_dsp_as_the_paper_writes_it() -> None:
         ("adl", {"accumulate": 0}, "accumulate is 0, but it must be at least 1"),
         ("gpipe", {"micro_batches": 0}, "micro_batches is 0"),
         ("1f1b", {"micro_batches": -1}, "micro_batches is -1"),
+        ("2bw", {"micro_batches": "4"}, "micro_batches is '4', but it must be a whole number"),
+        ("ddg", {"micro_batches": 2.0}, "micro_batches is 2.0, but it must be a whole number"),
+        ("bp", {"behind": 1.5}, "behind is 1.5, but it must be a whole number"),
+        ("adl", {"accumulate": True}, "accumulate is True, but it must be a whole number"),
     ],
 )
 def test_make_says_what_was_wrong(name: str, given: dict[str, Any], message: str) -> None:

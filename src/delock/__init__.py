@@ -8,7 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from delock import methods, records
 from delock.errors import DelockError, StageFailed, UsageError
-from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, METHODS, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
+from delock.methods import (
+    ADL,
+    BP,
+    DDG,
+    DGL,
+    DSP,
+    FDG,
+    FR,
+    METHODS,
+    PACI,
+    ZB1P,
+    AsyncDGL,
+    GPipe,
+    Interlocking,
+    Method,
+    OneFOneB,
+    PipeDream2BW,
+)
 from delock.records import Result
 
 if TYPE_CHECKING:
@@ -31,7 +48,9 @@ __all__ = [
     "FR",
     "INT8",
     "METHODS",
+    "PACI",
     "VQ",
+    "ZB1P",
     "AsyncDGL",
     "Compression",
     "DelockError",
@@ -41,6 +60,7 @@ __all__ = [
     "Interlocking",
     "Method",
     "OneFOneB",
+    "PipeDream2BW",
     "Placement",
     "Report",
     "Result",

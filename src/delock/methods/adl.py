@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from delock.methods.base import Order, at_least, fraction, one_of
+from delock.methods.base import Order, fraction, one_of, whole
 from delock.methods.delay_line import Ahead, DelayLine
 from delock.ops import Reduce
 
@@ -44,7 +44,7 @@ class ADL(DelayLine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("accumulate", self.accumulate, 1)
+        whole("accumulate", self.accumulate, 1)
         fraction("beta", self.beta)
         one_of("reduce", self.reduce, ("mean", "sum"))
         one_of("at", self.at, ("stash", "mixed"))

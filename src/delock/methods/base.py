@@ -123,6 +123,13 @@ def at_least(what: str, value: float, least: float) -> None:
         raise UsageError(f"{what} is {shown}, but it must be at least {least}")
 
 
+def whole(what: str, value: int, least: int) -> None:
+    """Raises UsageError for an option that is no whole number, or below its least value."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{what} is {value!r}, but it must be a whole number, at least {least}")
+    at_least(what, value, least)
+
+
 def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises UsageError for an option that is not one of its choices."""
     if value not in choices:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from delock.errors import UsageError
-from delock.methods.base import Method, Order, at_least, in_order
+from delock.methods.base import Method, Order, in_order, whole
 from delock.ops import NEWEST, At, Backward, Forward, Op, Reduce, Update, Weights
 
 Ahead = Literal["part", "mean"]
@@ -32,7 +32,7 @@ class DelayLine(Method):
     ahead: Ahead | None = None
 
     def __post_init__(self) -> None:
-        at_least("micro_batches", self.micro_batches, 1)
+        whole("micro_batches", self.micro_batches, 1)
         if self.ahead not in (None, "part", "mean"):
             raise UsageError(f"ahead is {self.ahead!r}, but it must be one of part, mean, or None")
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from delock.errors import UsageError
-from delock.methods.base import at_least, one_of
+from delock.methods.base import at_least, one_of, whole
 from delock.methods.dgl import DGL
 
 
@@ -46,8 +46,8 @@ class AsyncDGL(DGL):
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least("buffer", self.buffer, 1)
-        at_least("max_reuse", self.max_reuse, 0)
+        whole("buffer", self.buffer, 1)
+        whole("max_reuse", self.max_reuse, 0)
         at_least("slow_stage", self.slow_stage, 0)
         one_of("order", self.order, ("free", "sampled", "round-robin"))
         if not 0 <= self.noise < 1:

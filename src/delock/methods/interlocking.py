@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from delock.errors import UsageError
-from delock.methods.base import Method, at_least, one_of
+from delock.methods.base import Method, one_of, whole
 from delock.ops import Backward, Forward, Op, Update
 
 
@@ -40,7 +40,7 @@ class Interlocking(Method):
     send: Literal["early", "late"] = "early"
 
     def __post_init__(self) -> None:
-        at_least("n_wise", self.n_wise, 1)
+        whole("n_wise", self.n_wise, 1)
         one_of("combine", self.combine, ("furthest", "sum", "mean"))
         one_of("send", self.send, ("early", "late"))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from delock.errors import UsageError
-from delock.methods.base import Method, at_least
+from delock.methods.base import Method, whole
 from delock.ops import Backward, Forward, Op, Update, Weights
 
 
@@ -35,8 +35,8 @@ class BP(Method):
     ahead: Literal["part", "mean"] | None = None
 
     def __post_init__(self) -> None:
-        at_least("accumulate", self.accumulate, 1)
-        at_least("behind", self.behind, 0)
+        whole("accumulate", self.accumulate, 1)
+        whole("behind", self.behind, 0)
         if self.ahead and not self.behind:
             raise UsageError("bp is not late, so nothing can be ahead: leave ahead out, or set behind")
 
@@ -74,7 +74,7 @@ class GPipe(Method):
     micro_batches: int = 4
 
     def __post_init__(self) -> None:
-        at_least("micro_batches", self.micro_batches, 1)
+        whole("micro_batches", self.micro_batches, 1)
 
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
         batches = range(t * self.micro_batches, (t + 1) * self.micro_batches)
@@ -108,7 +108,7 @@ class OneFOneB(Method):
     micro_batches: int = 4
 
     def __post_init__(self) -> None:
-        at_least("micro_batches", self.micro_batches, 1)
+        whole("micro_batches", self.micro_batches, 1)
 
     def tick(self, t: int, k: int, K: int) -> Iterator[Op]:
         first, M = t * self.micro_batches, self.micro_batches

@@ -130,7 +130,7 @@ class TrainingOptions:
     eval_every: Annotated[int | None, shown("once an epoch")] = None
     """Batches between two evaluations."""
     clip: Annotated[float | None, shown("none")] = None
-    """Largest norm of a gradient: of the whole network's for bp, gpipe and 1f1b, of each stage's for the other methods."""
+    """Largest norm of a gradient: of the whole network's for bp, gpipe, 1f1b and zb1p, of each stage's for the other methods."""
     schedule: Literal["cosine", "constant", "steps"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup: Annotated[int | None, either("warmup")] = None
