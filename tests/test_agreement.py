@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
-from delock.engine.agreement import Agreement
+from delock.engine.agreement import Agreement, Wish, reach
 from delock.engine.engine import Engine, run_here
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, GPipe, Interlocking, Method, PipeDream2BW
 from delock.plan import unroll, windows
@@ -33,12 +34,14 @@ def agree(engines: list[Engine], method: Method, at: int) -> dict[int, tuple[int
     """Lets stage 0 decide in its tick `at`; returns by stage the agreed tick and what it recorded, which fills during the run."""
     found: dict[int, tuple[int, Any]] = {}
 
-    def act(k: int, tick: int) -> None:
+    def act(k: int, tick: int, wish: Wish) -> None:
+        assert wish is Wish.SAVE
         found[k] = (tick, engines[k].record(tick))
 
     for k, engine in enumerate(engines):
-        wanted = lambda step: step.tick == at  # noqa: E731
-        engine.agreement = Agreement(method, k, len(engines), wanted, lambda tick, k=k: act(k, tick))  # type: ignore[misc]
+        due = at + 1 + reach(method, len(engines))
+        wanted = lambda tick, due=due: Wish.SAVE if tick == due else Wish.NOTHING  # type: ignore[misc]  # noqa: E731
+        engine.agreement = Agreement(method, k, len(engines), wanted, partial(act, k))
     return found
 
 
@@ -59,7 +62,7 @@ def test_what_is_recorded_on_the_way_is_what_a_stop_would_leave(method: Method, 
     for plan in list(windows(method, 3, whole.workers[0].job.length, 1))[:tick]:
         run_here(plan, stopped.engines)
     for k, engine in enumerate(stopped.engines):
-        same_tree(_plain(found[k][1]()), _plain(engine.state()))
+        same_tree(_plain(found[k][1].state()), _plain(engine.state()))
 
 
 def _plain(state: Any) -> Any:

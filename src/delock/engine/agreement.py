@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from enum import IntEnum
 from math import inf
 
 from delock.links.message import Message
@@ -21,28 +22,43 @@ from delock.methods import Method
 from delock.plan.steps import Step
 
 
-class Agreement:
-    """Stage k's part in it. wanted(step): asked on stage 0 before every Forward; act(T): called once for every agreed tick.
+class Wish(IntEnum):
+    """What stage 0 wants of a tick."""
 
-    A tick that the run does not reach is not acted upon.
+    NOTHING = -1
+    SAVE = 0
+    STOP = 1  # to save, and end there
+
+
+class Agreement:
+    """Stage k's part in it. wanted(tick): asked on stage 0 before every Forward, of the tick that a decision made now would name.
+
+    act(T, wish): called once for every agreed tick. One that the run does not reach is not acted upon. What travels is 2 T + wish.
     """
 
-    def __init__(self, method: Method, k: int, K: int, wanted: Callable[[Step], bool], act: Callable[[int], None]) -> None:
+    def __init__(self, method: Method, k: int, K: int, wanted: Callable[[int], Wish], act: Callable[[int, Wish], None]) -> None:
         self.k, self.wanted, self.act = k, wanted, act
-        self.reach = max(-(-method.offset(stage, K) // method.micro_batches) for stage in range(K))
+        self.reach = reach(method, K)
         self.tick: float = inf  # agreed, and not reached yet
+        self.wish = Wish.NOTHING
 
     def reached(self, step: Step) -> None:
         """Acts if this is the first step at the agreed tick or behind it."""
         if step.tick >= self.tick:
             tick, self.tick = int(self.tick), inf
-            self.act(tick)
+            self.act(tick, self.wish)
 
     def heard(self, step: Step, message: Message) -> Message:
         """Returns the input of a Forward with the decision that goes on with it: one made here on stage 0, one that came on the others."""
-        if self.k == 0 and self.tick == inf and self.wanted(step):
-            self.tick = step.tick + 1 + self.reach
-            return replace(message, agreed=int(self.tick))
-        if self.k > 0 and message.agreed > step.tick:  # else it was acted upon before the run was resumed
-            self.tick = message.agreed
+        tick = step.tick + 1 + self.reach
+        if self.k == 0 and self.tick == inf and (wish := self.wanted(tick)) is not Wish.NOTHING:
+            self.tick, self.wish = tick, wish
+            return replace(message, agreed=2 * tick + wish)
+        if self.k > 0 and message.agreed // 2 > step.tick:  # else it was acted upon before the run was resumed
+            self.tick, self.wish = message.agreed // 2, Wish(message.agreed % 2)
         return message
+
+
+def reach(method: Method, K: int) -> int:
+    """Returns the ticks by which any stage can be ahead of stage 0."""
+    return max(-(-method.offset(stage, K) // method.micro_batches) for stage in range(K))

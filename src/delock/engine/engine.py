@@ -6,6 +6,7 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +20,7 @@ from delock.errors import DelockError, NonFinite, StageFailed
 from delock.launch.progress import Progress
 from delock.links import Link, Message, MessageKind, MessageName, resumable
 from delock.links.message import as_values
+from delock.links.recorder import Record
 from delock.ops import Backward, Evaluate, Forward, Update, label
 from delock.plan import Plan, Step, needs_error, walk
 from delock.stage import Stage, checkpoint
@@ -203,20 +205,22 @@ class Engine:
         in_flight = {source: list(map(_values, link.pull(source, count))) for source, count in self.in_flight.items()}
         return {"stage": checkpoint.state(self.stage), "in_flight": in_flight, "link": link.state()}
 
-    def record(self, tick: int) -> Callable[[], dict[str, Any] | None]:
-        """Copies the stage as it is, before its first step at this tick or behind it; messages under way are recorded as they come.
-
-        Returns a function that returns the same as `state` once the last of them has come, and None until then.
-        """
+    def record(self, tick: int) -> Recorded:
+        """Copies the stage as it is, before its first step at this tick or behind it; messages under way are recorded as they come."""
         link = resumable(self.link)
         more = self.sent_before(self.window, tick) if self.window else {}
-        found = link.recorder.start({source: self.in_flight[source] + more.get(source, 0) for source in {*self.in_flight, *more}})
+        late = link.recorder.start({source: self.in_flight[source] + more.get(source, 0) for source in {*self.in_flight, *more}})
         copy = copied({"stage": checkpoint.state(self.stage), "link": link.state()}, f"stage {self.stage.k}")
+        return Recorded(copy, late)
 
-        def recorded() -> dict[str, Any] | None:
-            return {**copy, "in_flight": {k: list(map(_values, own)) for k, own in found.items()}} if link.recorder.complete else None
+    def halt(self, tick: int) -> dict[str, Any]:
+        """Returns a copy of `state()` of a stage that ends before its first step at this tick, in the midst of a window.
 
-        return recorded
+        It waits for messages under way; all stages must end there.
+        """
+        assert self.window is not None
+        self.in_flight.update(self.sent_before(self.window, tick))
+        return copied(self.state(), f"stage {self.stage.k}")
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state()`, before the first window."""
@@ -226,6 +230,18 @@ class Engine:
         for source, messages in state["in_flight"].items():
             self.in_flight[source] = len(messages)
             link.push(source, [(MessageName(MessageKind(kind), *rest), Message(**values)) for (kind, *rest), values in messages])
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Holds what `Engine.record` has copied."""
+
+    copy: dict[str, Any]
+    late: Record
+
+    def state(self) -> dict[str, Any]:
+        """Returns the same as `Engine.state`, once the last message under way has come."""
+        return {**self.copy, "in_flight": {k: list(map(_values, own)) for k, own in self.late.found.items()}}
 
 
 def _values(named: tuple[MessageName, Message]) -> tuple[list[int], dict[str, Any]]:

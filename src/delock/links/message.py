@@ -37,7 +37,7 @@ class Message:
     weight: the share of its batch that a part is, by `count`; 0 where nothing in it counts, so that it gives no gradient.
     count: the number that means over batches are weighted by: the samples, or the result of `weight(targets)` of a loader's `Batches`.
     `values` is None for a part of a batch that has no samples; its weight is 0.
-    agreed: on the way up, a tick that no stage has reached, at which all do the same thing; -1: none.
+    agreed: on the way up, what all stages do at a tick that none of them has reached (see engine/agreement.py); -1: nothing.
     """
 
     values: Tree

@@ -20,18 +20,20 @@ def unroll(method: Method, K: int, length: RunLength | int) -> Plan:
     return next(windows(method, K, length, size=sys.maxsize))
 
 
-def windows(method: Method, K: int, length: RunLength, size: int = 256, stages: Sequence[int] | None = None) -> Iterator[Plan]:
+def windows(
+    method: Method, K: int, length: RunLength, size: int = 256, stages: Sequence[int] | None = None, *, start: int = 0
+) -> Iterator[Plan]:
     """Yields the run as consecutive plans of `size` ticks; any size gives the same steps.
 
-    stages: those whose columns are wanted, by default all; the other columns are empty. Raises UsageError if the method does not fit K
-    stages.
+    stages: those whose columns are wanted, by default all; the other columns are empty. start: the tick at which to begin. Raises
+    UsageError if the method does not fit K stages.
     """
     if length.batches < 1:
         raise UsageError(f"a run of {length.batches} batches has no plan; the least is 1")
     method, stages = method.fitted(K), range(K) if stages is None else stages
     columns = [column(pattern, length) for pattern in patterns(method, K, stages)]
     ticks = length.batches + method.span(K)
-    for window in zip(*(_cut(steps, ticks, size) for steps in columns), strict=True):
+    for window in zip(*(_cut(steps, start, ticks, size) for steps in columns), strict=True):
         drawn = dict(zip(stages, window, strict=True))
         yield Plan(tuple(drawn.get(k, ()) for k in range(K)))
 
@@ -41,10 +43,10 @@ def column(pattern: Pattern, length: RunLength) -> Iterator[Step]:
     return _Column(pattern, length).steps()
 
 
-def _cut(steps: Iterator[Step], ticks: int, size: int) -> Iterator[tuple[Step, ...]]:
-    """Yields the steps of every `size` ticks; an evaluation at the end has a tick of its own."""
-    waiting = next(steps, None)
-    for stop in chain(range(size, ticks, size), [ticks + 1]):
+def _cut(steps: Iterator[Step], start: int, ticks: int, size: int) -> Iterator[tuple[Step, ...]]:
+    """Yields the steps of every `size` ticks from `start` on; an evaluation at the end has a tick of its own."""
+    waiting = next((step for step in steps if step.tick >= start), None)
+    for stop in chain(range(start + size, ticks, size), [ticks + 1]):
         taken = []
         while waiting and waiting.tick < stop:
             taken.append(waiting)

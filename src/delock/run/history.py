@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -16,6 +18,10 @@ from delock.plan import Step
 from delock.records import EvaluationRecord, Event, StepRecord
 from delock.run.job import StageJob
 from delock.stage import Stage
+
+
+SERIES = ("losses", "counts")
+COUNTERS = ("samples", "batch_loss", "batch_count", "since", "sums", "judged")
 
 
 class History:
@@ -61,6 +67,19 @@ class History:
             self.emit(StepRecord(done, done / self.job.per_epoch, self.losses[-1], stage.lr, self.samples, self.seconds()))
         if not self.job.length.every and (done % self.job.per_epoch == 0 or done == self.job.length.batches):
             self._record(math.nan, {}, self.seconds())
+
+    def state(self) -> dict[str, Any]:
+        """Returns what the records to come depend on, and those of evaluations so far, as plain values and tensors."""
+        numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in SERIES}
+        return {**numbers, **{name: getattr(self, name) for name in COUNTERS}, "evaluations": [asdict(one) for one in self.evaluations]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state()`."""
+        for name in SERIES:
+            setattr(self, name, state[name].tolist())
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.evaluations = [EvaluationRecord(**one) for one in state["evaluations"]]
 
     def output(self, step: Step, result: Message) -> None:
         """Takes the outputs of an evaluation batch."""

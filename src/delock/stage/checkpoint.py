@@ -30,6 +30,7 @@ def state(stage: Stage) -> dict[str, Any]:
         "learner": stage.learner.state(),
         "clones_inputs": stage.body.clones_inputs,
         "recomputes": stage.body.recomputes,
+        "written": stage.body.written,
         "banks": {version: _detached(weights) for version, weights in stage.banks.kept.items()},
         "in_flight": {batch: _saved(stage, held) for batch, held in stage.in_flight.items()},
     }
@@ -41,7 +42,8 @@ def load(stage: Stage, saved: Mapping[str, Any]) -> None:
     if stage.head:
         stage.head.module.load_state_dict(saved["head"])
     stage.learner.load(saved["learner"])
-    stage.body.clones_inputs, stage.body.recomputes = saved["clones_inputs"], saved["recomputes"]
+    for name in ("clones_inputs", "recomputes", "written"):
+        setattr(stage.body, name, saved[name])
     stage.banks.kept = {version: _leaves(weights) for version, weights in saved["banks"].items()}
     stage.banks.drawn = {}
     copies: dict[tuple[int, float], Tensors] = {}  # one copy for all graphs at the same weights

@@ -37,6 +37,7 @@ class ModuleFunction:
         self.own: frozenset[int] | None = None  # addresses of weights and buffers; None: not asked for yet
         self.clones_inputs: bool | None = None  # the module writes to its input; None: not seen yet
         self.recomputes: bool | None = None  # the module computes again in a backward; None: no whole backward has been seen yet
+        self.written: tuple[str, ...] | None = None  # buffers that a forward writes to; None: not seen yet
         self.lender = Lender(self.module)
 
     def __call__(
@@ -51,11 +52,11 @@ class ModuleFunction:
         """Returns f(values; weights), by default at the current weights, with `leaves` in place of the floating inputs.
 
         is_replay: the batch has gone forward before, so BatchNorm's statistics and all other buffers stay as they are, and the module sees
-        copies of `buffers`, by default of the current ones.
+        copies of `buffers`, and of the current ones where these have none.
         """
         instead: dict[str, Tensor] = dict(weights or {})
         if is_replay:
-            instead |= _cloned(dict(self.module.named_buffers()) if buffers is None else buffers)
+            instead |= _cloned({**dict(self.module.named_buffers()), **(buffers or {})})
         elif self.compiled:
             instead |= statistics(self.module)
         self._seed(batch)
@@ -95,9 +96,21 @@ class ModuleFunction:
         finally:
             self.module.train()
 
-    def buffers(self) -> Weights | None:
-        """Returns copies of the buffers as they are now, or None where no backward will need them."""
-        return None if self.recomputes is False else _cloned(dict(self.module.named_buffers()))
+    def buffers(self, *, resumable: bool = False) -> Weights | None:
+        """Returns copies of the buffers as they are now, before a forward: all where a backward may compute again.
+
+        Else None, or if the graph must be `resumable` those that the forward writes to: built again, it is to find them as they were.
+        """
+        own = dict(self.module.named_buffers())
+        if self.recomputes is not False or (resumable and self.written is None):
+            return _cloned(own)
+        return _cloned({name: own[name] for name in self.written or ()}) if resumable else None
+
+    def note_written(self, before: Weights) -> None:
+        """Notes, once, which buffers a forward has written to; `before`: copies of all. Versions would not tell: batch norm hides its."""
+        if self.written is None:
+            own = dict(self.module.named_buffers())
+            self.written = tuple(name for name, was in before.items() if name in own and not _same(own[name], was))
 
     def differentiate(
         self, take: Callable[[], Gradients], weights: Weights | None, buffers: Weights | None, whole: bool = True
@@ -165,6 +178,10 @@ def copies(weights: Mapping[str, Tensor]) -> Weights:
 
 def _cloned(tensors: Mapping[str, Tensor]) -> Weights:
     return {name: t.detach().clone() for name, t in tensors.items()}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
 
 
 def refuse_derived_weights(module: nn.Module) -> None:

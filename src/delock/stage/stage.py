@@ -61,7 +61,7 @@ class Stage:
     key(seed, k, "head", batch).
     mixed: derivatives are taken at="mixed", so the optimizer writes to weights under live graphs.
     micro_batches: of a batch.
-    resumable: with mixed, every graph keeps the weights of its Forward, so that it can be built again from a checkpoint.
+    resumable: every graph can be built again from a checkpoint: it keeps the buffers that its Forward writes to, and with mixed the weights.
     """
 
     def __init__(
@@ -159,9 +159,11 @@ class Stage:
         values = held.message.values
         held.leaves = leaves_of(values, wanted=self.k > 0)
         if held.buffers is None:
-            held.buffers = self.body.buffers()
+            held.buffers = self.body.buffers(resumable=self.resumable)
         with torch.enable_grad():
             held.outputs = self.body(held.step.op.batch, values, held.leaves, weights, is_replay, held.buffers)  # type: ignore[union-attr]
+        if self.resumable and not is_replay and held.buffers:
+            self.body.note_written(held.buffers)
 
     def current(self) -> Weights:
         """Returns a copy of the body's weights at the current version: the same one until the next Update, but captured a new one."""
