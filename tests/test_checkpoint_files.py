@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from delock.checkpoints.directory import MANIFEST, Writer, newest_first, prune, read, read_tensors, verified
+from delock.checkpoints.directory import MANIFEST, Writer, name_of, newest_first, prune, read, read_tensors, verified
 from delock.checkpoints.encoding import decode, encode
+from delock.checkpoints.manifest import Manifest
 from delock.errors import UsageError
 
+KNOWN: dict[str, Any] = {"trained": 3, "measures": {"loss": 0.5}}
 REST: dict[str, Any] = {"tick": 7, "batches": 5, "made_with": {"torch": "2", "threads": 1}, "options": {"method": "fdg", "cuts": [2]}}
 
 
@@ -50,16 +52,16 @@ def same(a: Any, b: Any) -> bool:
 
 def written(folder: Path, batches: int = 5, K: int = 2) -> Path:
     """A checkpoint of K stages."""
-    path = None
+    done = None
     for k in range(K):
         writer = Writer(folder, batches, k, K)
         writer.begin()
         writer.add("optimizer", {"k": k, **tree()})
         writer.add("in-flight", [torch.arange(k + 3)], private=True)
         writer.add_tensors("weights", {"layer.weight": torch.full((2, 2), float(k))})
-        path = writer.done(10 + k, {**REST, "batches": batches})
-    assert path is not None
-    return path
+        done = writer.done(10 + k, {**REST, "batches": batches}, {"trained": 3, "measures": {"loss": 1 / batches}} if k else None)
+    assert done is not None
+    return folder / name_of(batches)
 
 
 def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     second = Writer(tmp_path, 5, 1, 2)
     second.begin()
     second.add("weights", {"x": torch.ones(1)})
-    assert second.done(11, REST) == tmp_path / "batch-00000005"
+    assert second.done(11, REST, KNOWN) is not None
     manifest = verified(tmp_path / "batch-00000005")
     assert (manifest.updates, manifest.K, set(manifest.files)) == ((10, 11), 2, {"weights-0.safetensors", "weights-1.safetensors"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batch-00000005"]
@@ -131,13 +133,13 @@ def test_one_of_many_completes_it(tmp_path: Path) -> None:
     for writer in writers:
         writer.begin()
         writer.add("weights", {"x": torch.ones(1)})
-    found: list[Path | None] = []
-    threads = [Thread(target=lambda w=w: found.append(w.done(1, REST))) for w in writers]  # type: ignore[misc]
+    found: list[Manifest | None] = []
+    threads = [Thread(target=lambda w=w: found.append(w.done(1, REST, KNOWN if w.k == 7 else None))) for w in writers]  # type: ignore[misc]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert sum(path is not None for path in found) == 1
+    assert sum(one is not None for one in found) == 1
     assert verified(tmp_path / "batch-00000005").K == 8
 
 

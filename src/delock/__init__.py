@@ -52,6 +52,7 @@ __all__ = [
     "VQ",
     "ZB1P",
     "AsyncDGL",
+    "Checkpoint",
     "Compression",
     "DelockError",
     "Emulation",
@@ -86,7 +87,7 @@ __all__ = [
 LATER = MappingProxyType(
     {
         **dict.fromkeys(("BF16", "INT8", "VQ"), "delock.codecs"),
-        **dict.fromkeys(("Compression", "Execution", "Placement", "Report", "Simulation"), "delock.options"),
+        **dict.fromkeys(("Checkpoint", "Compression", "Execution", "Placement", "Report", "Simulation"), "delock.options"),
         **dict.fromkeys(("Emulation", "Slowdown"), "delock.timeline"),
         "fit": "delock.api",
     }

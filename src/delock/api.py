@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -14,22 +14,16 @@ from torch import nn
 from delock.data.iterable import as_loader
 from delock.errors import UsageError
 from delock.launch.ambient import refuse_modes
-from delock.launch.processes import OnEvent, run_processes
 from delock.launch.rank import backend_for
-from delock.launch.torchrun import run_torchrun, under_torchrun
+from delock.launch.torchrun import under_torchrun
 from delock.methods import Method, make
-from delock.options import Compression, Execution, Placement, Report, Simulation
-from delock.records import Event, Result, Started
-from delock.run.checks import refuse_replay, refuse_uncapturable, refuse_wrong_link, refuse_wrong_types
+from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
+from delock.records import Event, Result
+from delock.run.carry_out import carry_out
+from delock.run.checks import refuse_replay, refuse_uncapturable, refuse_unsavable, refuse_wrong_link, refuse_wrong_types
 from delock.run.collect import collect
-from delock.run.inline import run_inline
-from delock.run.job import StageResult
 from delock.run.nonfinite import explained
-from delock.run.prepare import prepare
-from delock.run.prepared import PreparedRun
-from delock.run.ranks import run_rank
 from delock.run.request import Metric, Request, Workers
-from delock.run.torchrun_rank import run_torchrun_rank
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 
 P = ParamSpec("P")
@@ -87,6 +81,7 @@ def fit(
     compression: Compression = Compression(),
     simulation: Simulation = Simulation(),
     report: Report = Report(),
+    checkpoint: Checkpoint | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Result:
     """Trains `model` on several workers, one stage each, and leaves the trained weights in it.
@@ -115,6 +110,7 @@ def fit(
     compression codecs of activations and errors that travel (delock.Compression)
     simulation  stragglers, emulated stages, a run to be done again (delock.Simulation)
     report      how often losses are reported, and whether a timeline is kept (delock.Report)
+    checkpoint  where and when the run is saved, and what it goes on from (delock.Checkpoint); without it a signal ends the run at once
     on_event    called with Started, StepRecord (every `report.log_every` batches) and EvaluationRecord as they come; with a free-running
                 method also with VisitsRecord. Under torchrun on rank 0 alone
 
@@ -146,10 +142,11 @@ def fit(
         compression=compression,
         simulation=simulation,
         report=report,
+        checkpoint=checkpoint,
     )
     _check(request)
     with torch.enable_grad(), explained(request):
-        started, results = _run(request, on_event or (lambda event: None))
+        started, results = carry_out(request, on_event or (lambda event: None))
     return collect(request, started, results)
 
 
@@ -163,48 +160,5 @@ def _check(request: Request) -> None:
         refuse_uncapturable(request)
     if request.simulation.replay is not None:
         refuse_replay(request)
-
-
-def _run(request: Request, tell: Callable[[Event], None]) -> tuple[Started, list[StageResult]]:
-    """Runs all stages; returns the prediction that was made before, and the result of every stage."""
-    if request.workers == "torchrun":
-        return _run_torchrun(request, tell)
-    if request.simulation.replay is None:
-        request.method.fits_workers(request.workers)
-    prepared = prepare(request)
-    started = prepared.started()
-    tell(started)
-    if request.workers == "inline":
-        return started, run_inline(prepared.jobs(), torch.device(request.device), tell)
-    return started, _run_processes(prepared, tell)
-
-
-def _run_processes(prepared: PreparedRun, tell: Callable[[Event], None]) -> list[StageResult]:
-    placement = prepared.request.placement
-    return run_processes(
-        run_rank,
-        prepared.jobs(),
-        threads=placement.threads,
-        pin=placement.pin,
-        port=placement.port,
-        device=prepared.request.device,
-        patience=prepared.patience(),
-        on_event=_listener(tell),
-    )
-
-
-def _run_torchrun(request: Request, tell: Callable[[Event], None]) -> tuple[Started, list[StageResult]]:
-    results = run_torchrun(
-        run_torchrun_rank,
-        lambda rank: request,
-        device=request.device,
-        threads=request.placement.threads,
-        patience=request.placement.patience,
-        on_event=_listener(tell),
-    )
-    return results[0][0], [result for _, result in results]
-
-
-def _listener(tell: Callable[[Event], None]) -> OnEvent:
-    """Returns `tell` for events that come with the rank that emitted them."""
-    return lambda rank, event: tell(cast(Event, event))
+    if request.checkpoint is not None:
+        refuse_unsavable(request)

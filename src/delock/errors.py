@@ -24,6 +24,14 @@ class NonFinite(UsageError):
         self.batch, self.part, self.parts, self.updates = batch, part, parts, updates
 
 
+class Stopped(DelockError):
+    """Raised inside a stage that ends at an agreed tick, before the end of its run."""
+
+    def __init__(self, tick: int) -> None:
+        super().__init__(f"the run ends at tick {tick}")
+        self.tick = tick
+
+
 class PlanError(DelockError):
     """Raised for a plan that cannot be executed: the message shows its chart, and what waits for what."""
 

@@ -1,4 +1,4 @@
-"""The options of a run in five groups, which `fit`, a stage's job and the command line share. No torch.
+"""The options of a run in six groups, which `fit`, a stage's job and the command line share. No torch.
 
 A field is a keyword of its group in Python, an option of the same name on the command line (with hyphens) and a key of config.toml; the
 text below it is the option's help. A value that is an object may also be given as the text that the command line takes.
@@ -6,6 +6,8 @@ text below it is the option's help. A value that is an object may also be given 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -171,3 +173,62 @@ class Report:
     def __post_init__(self) -> None:
         check_types(self)
         at_least("log_every", self.log_every, 1)
+
+
+UNITS: Mapping[str, float] = MappingProxyType({"s": 1.0, "m": 60.0, "h": 3600.0})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and when the state of a run is kept, and what it goes on from."""
+
+    folder: str | Path
+    """Folder of the checkpoints; many hosts need a shared one."""
+    every: int | str | None = None
+    """Batches between two checkpoints, or a time: 30s, 10m, 2h. Without it they are made on signals alone."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    best: str | None = None
+    """min:NAME or max:NAME: also keep the checkpoint that follows the best evaluation by this metric, or by loss."""
+    resume: str | Path | None = None
+    """newest, or the folder of a checkpoint: go on from it. newest begins anew where there is none."""
+    grace: float = 30.0
+    """Seconds within which a signal's checkpoint must be written."""
+    restarts: int = 0
+    """How often a run is started again from its newest checkpoint after a stage has died, hung or failed."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _ = self.batches, self.seconds, self.judged  # raise UsageError
+        at_least("keep", self.keep, 1)
+        at_least("restarts", self.restarts, 0)
+        at_least("grace", self.grace, 0)
+
+    @property
+    def batches(self) -> int | None:
+        """Returns the batches between two checkpoints, if `every` says batches."""
+        if not isinstance(self.every, int):
+            return None
+        at_least("every", self.every, 1)
+        return self.every
+
+    @property
+    def seconds(self) -> float | None:
+        """Returns the seconds between two checkpoints, if `every` says a time."""
+        if not isinstance(self.every, str):
+            return None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", self.every)
+        seconds = float(found[1]) * UNITS[found[2]] if found else math.nan
+        if not 0 < seconds < math.inf:
+            raise UsageError(f"every is {self.every!r}, but it must be a number of batches, or a time such as 30s, 10m or 2h")
+        return seconds
+
+    @property
+    def judged(self) -> tuple[str, bool] | None:
+        """Returns the measure by which a checkpoint is the best, and whether more is better."""
+        if self.best is None:
+            return None
+        found = re.fullmatch(r"(min|max):(.+)", self.best)
+        if not found:
+            raise UsageError(f"best is {self.best!r}, but it must say which way is better: min:loss, max:accuracy")
+        return found[2], found[1] == "max"

@@ -164,6 +164,28 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """Tells of a checkpoint that was written, or of one that could not be."""
+
+    batches: int  # that stage 0 had begun
+    path: str
+    bytes: int = 0
+    seconds: float = 0.0  # from the instant to the last file
+    problem: str = ""  # why there is none; the run goes on
+    last: bool = False  # the run ends here, as a signal has asked
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Announces that the run goes on from a checkpoint: what was reported of later batches is void."""
+
+    batches: int  # that stage 0 had begun
+    trained: int  # batches whose losses were known
+    path: str  # "" where there is none, and the run begins anew
+    notes: tuple[str, ...] = ()  # what was passed over, what differs, what begins anew
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """Holds the result of `fit`. The trained weights are in the model that was passed in."""
 
@@ -177,7 +199,7 @@ class Result:
     spans: tuple[tuple[Span, ...], ...] = ()  # per stage, with Report(trace=True): every op on the clock of its host
 
 
-Event = Started | StepRecord | EvaluationRecord | VisitsRecord
+Event = Started | StepRecord | EvaluationRecord | VisitsRecord | CheckpointRecord | Resumed
 
 
 def mean(histogram: dict[int, int]) -> float:

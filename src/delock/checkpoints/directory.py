@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -68,39 +68,57 @@ class Writer:
         save_file(dense, path, dict(metadata or {}))
         self.files[path.name] = _measure(path)
 
-    def done(self, updates: int, rest: Mapping[str, Any]) -> Path | None:
-        """Says that this stage's files are written. The last stage to say so completes the checkpoint, and gets its path.
+    def done(self, updates: int, rest: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> Manifest | None:
+        """Says that this stage's files are written. The last stage to say so completes the checkpoint, and gets its manifest.
 
-        rest: the entries of the manifest that all stages know: tick, batches, made_with, options.
+        rest: the entries of the manifest that all stages know: tick, batches, made_with, options. known: those that this stage alone knows.
         """
-        _write(self.place / f"done-{self.k}.json", json.dumps({"updates": updates, "files": self.files}))
+        _write(self.place / f"done-{self.k}.json", json.dumps({"updates": updates, "files": self.files, "known": known or {}}))
         said = [self.place / f"done-{k}.json" for k in range(self.K)]
         if not all(path.exists() for path in said):
             return None
         try:
             found = [json.loads(path.read_text()) for path in said]
             files = {name: tuple(measure) for one in found for name, measure in one["files"].items()}
-            manifest = Manifest(updates=tuple(one["updates"] for one in found), files=files, **rest)
+            manifest = Manifest(updates=tuple(one["updates"] for one in found), files=files, **rest, **_joined(found))
             _write(self.place / MANIFEST, manifest.dumps())
             for path in said:
                 path.unlink(missing_ok=True)
             _sync(self.place)
+            if self.final.exists():  # damaged, and passed over: the run went on from an earlier one
+                _remove(self.final)
             os.rename(self.place, self.final)
             _sync(self.folder)
         except FileNotFoundError:  # another stage saw all of them at the same moment, and was faster
             return None
-        return self.final
+        return manifest
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and whatever older ones were left half written."""
+def prune(folder: Path, keep: int, judged: tuple[str, bool] | None = None) -> None:
+    """Removes all but the newest `keep` checkpoints, and whatever older ones were left half written.
+
+    judged: a measure, and whether more of it is better: the best by it stays, too.
+    """
     whole = newest_first(folder)
-    for path in whole[max(1, keep) :]:
-        _remove(path)
+    kept = {*whole[: max(1, keep)], *([_best(whole, *judged)] if judged else [])}
+    for path in whole:
+        if path not in kept:
+            _remove(path)
     if whole:
         for path in folder.glob(".batch-*"):
             if path.name[1:] < whole[0].name:
                 _remove(path)
+
+
+def _best(whole: Sequence[Path], name: str, most: bool) -> Path | None:
+    """Returns the checkpoint with the best measure, the oldest of equals; None if none has it."""
+    measures = {path: Manifest.loads((path / MANIFEST).read_text()).measures for path in reversed(whole)}
+    having = [path for path, found in measures.items() if name in found]
+    return (max if most else min)(having, key=lambda path: measures[path][name], default=None)
+
+
+def _joined(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for one in found for name, value in one["known"].items()}
 
 
 def _remove(path: Path) -> None:

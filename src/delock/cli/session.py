@@ -17,7 +17,7 @@ from delock.cli.terminal import Terminal
 from delock.cli.workload import build_model, goals
 from delock.cli.workload import load_data as read_data
 from delock.errors import UsageError
-from delock.records import EvaluationRecord, Event, Result, Started, StepRecord, Visit, VisitsRecord
+from delock.records import CheckpointRecord, EvaluationRecord, Event, Result, Resumed, Started, StepRecord, Visit, VisitsRecord
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +64,8 @@ class Session:
             case VisitsRecord():
                 self.open()
                 self.folder.add_visits(event)
+                return
+            case CheckpointRecord() | Resumed():
                 return
         self.open()
         self.folder.add(event)

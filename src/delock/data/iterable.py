@@ -51,6 +51,18 @@ class Plain:
         self.obj = obj
         self.seed = seed
         self.batches = batches
+        self.at = (0, 0)  # epoch and batch that come next, as far as it has been read
+        self.resumed: tuple[int, int] | None = None  # where an iteration begins that goes on from a place
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Returns the place of an iterable that has a `state_dict` and a `load_state_dict`, as torchdata's loader; None for others."""
+        inner = place(self.obj)
+        return None if inner is None else {"epoch": self.at[0], "batch": self.at[1], "loader": inner}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from that place with the next iteration."""
+        put(self.obj, state["loader"])
+        self.resumed = state["epoch"], state["batch"]
 
     def __len__(self) -> int:
         return self.batches
@@ -65,11 +77,14 @@ class Plain:
         _start_epoch(self.obj, e, start)
         with seeded(start):
             items = iter(self.obj)
-        for b in range(self.batches):
+        first = self.resumed[1] if self.resumed and self.resumed[0] == e else 0
+        self.resumed = None
+        for b in range(first, self.batches):
             with seeded(key(self.seed, "data", e, b)):
                 item = next(items, self)  # self: a mark that no data set can yield
             if item is self:
                 raise UsageError(f"epoch {e} of the data ended after {b} batches, where its length promised {self.batches}")
+            self.at = (e, b + 1)
             yield _pair(item, e, b)
 
 
@@ -111,6 +126,18 @@ class Batches:
             f"weight(targets) returned {shown}, but it must return one number, 0 or more: what the targets weigh in a mean, as the "
             "number of tokens that are not ignored"
         )
+
+
+def place(loader: Any) -> dict[str, Any] | None:
+    """Returns the place of a loader in its data, if it knows one (`state_dict`)."""
+    loader = loader.loader if isinstance(loader, Batches) else loader
+    known = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+    return loader.state_dict() if known else None
+
+
+def put(loader: Any, state: dict[str, Any]) -> None:
+    """Lets a loader go on from a place."""
+    (loader.loader if isinstance(loader, Batches) else loader).load_state_dict(state)
 
 
 @contextmanager

@@ -220,7 +220,8 @@ class Engine:
         """
         assert self.window is not None
         self.in_flight.update(self.sent_before(self.window, tick))
-        return copied(self.state(), f"stage {self.stage.k}")
+        found: dict[str, Any] = copied(self.state(), f"stage {self.stage.k}")
+        return found
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state()`, before the first window."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from delock.data.iterable import Batches
+from delock.checkpoints.encoding import encode
+from delock.data.iterable import Batches, place, put
 from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.links.message import Message
@@ -31,6 +33,17 @@ class Feed:
         self.batches: tuple[int, Iterator[tuple[Tree, Tree]]] | None = None  # (number of the next, iterator)
         self.evaluation: Iterator[tuple[Tree, Tree]] | None = None
         self.split: list[Message] = []
+        self.kept = False  # the loader's place must fit into a checkpoint; it is asked once it has given a batch
+        self.placed = False  # the loader has been put to its place, and need not be read up to it
+
+    def state(self) -> dict[str, Any] | None:
+        """Returns the loader's place, if it knows one: else its batches are a function of their number, and are read again."""
+        return place(self.train)
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from `state()`."""
+        put(self.train, state)
+        self.placed = True
 
     def __call__(self, op: Forward | Evaluate) -> Message:
         """Returns the message of one op: inputs, labels, and the micro-batch's share of its batch as weight."""
@@ -45,12 +58,17 @@ class Feed:
         if self.batches is None or self.batches[0] != number or number % self.per_epoch == 0:
             epoch, skip = divmod(number, self.per_epoch)
             iterator = iter(self.train.epoch(epoch))
-            for _ in range(skip):  # after a checkpoint: the loader is a function of the epoch, so the batches before are read again
+            for _ in range(0 if self.placed else skip):  # after a checkpoint: the batches before are read again
                 next(iterator)
+            self.placed = False
             self.batches = number, iterator
         iterator = self.batches[1]
         self.batches = number + 1, iterator
-        return next(iterator)
+        batch = next(iterator)
+        if self.kept:
+            self.kept = False
+            encode(self.state(), "the state of the data loader")
+        return batch
 
     def _evaluation(self, index: int) -> Message:
         assert self.test is not None

@@ -58,8 +58,12 @@ class ParentPipe:
         self.send("event", event)
 
 
-def main(config: RankConfig, memory: Any, down: Connection, up: Connection) -> None:
-    """Runs one target. memory: shared bytes of its Progress; down: brings the pickled target and payload, then the permission to end."""
+def main(config: RankConfig, memory: Any, stop: Any, down: Connection, up: Connection) -> None:
+    """Runs one target.
+
+    memory: shared bytes of its Progress; stop: a shared byte that says if the run is to end; down: brings the pickled target and payload,
+    then the permission to end.
+    """
     _prepare(config)
     report, progress = ParentPipe(up), Progress(memoryview(memory).cast("B"))
     progress.born()
@@ -68,7 +72,9 @@ def main(config: RankConfig, memory: Any, down: Connection, up: Connection) -> N
         settle(config.threads, config.cores)
         device = device_of(config.device, config.rank)
         _open_group(config)
-        report.send("result", target(Rank(config.rank, config.world, device, report.emit, progress), payload))
+        report.send(
+            "result", target(Rank(config.rank, config.world, device, report.emit, progress, asked=lambda: stop[0] != b"\0"), payload)
+        )
     except BaseException as error:
         _tell(report, raised(config.rank, error, progress.read()))
         threading.Event().wait()  # until the parent ends this process: leaving would raise an error in every peer

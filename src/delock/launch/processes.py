@@ -26,6 +26,7 @@ from delock.launch.failure import Failure, died, first
 from delock.launch.pickling import pack
 from delock.launch.progress import Progress
 from delock.launch.rank import TIMEOUT, Rank, backend_for
+from delock.launch.stopping import StopRequest
 from delock.launch.watchdog import POLL, Watchdog, own_frames, show_stack, stopped_by_signal
 
 P = TypeVar("P")
@@ -50,6 +51,7 @@ def run_processes(
     patience: float = 60.0,
     timeout: float = TIMEOUT,
     on_event: OnEvent | None = None,
+    stop: StopRequest | None = None,
 ) -> list[R]:
     """Runs target(rank, payloads[rank]) in one process per payload, joined by a process group, and returns the results in rank order.
 
@@ -60,6 +62,7 @@ def run_processes(
     device: "cuda" gives rank r GPU r.
     patience: seconds after which the run is ended if a rank is still at one op, or all ranks wait for each other; 0 means never.
     timeout: of the process group, in seconds.
+    stop: ends the run as signals do where nothing asks for it, when it is overdue; the targets see it in `Rank.asked`.
     on_event: called here as on_event(rank, event) for every event that a rank emits.
     No process is left when this returns or raises. Raises UsageError for a payload that cannot be pickled, a taken port or a missing
     device, and if the target raised one; StageFailed if a rank raised, died or hung. KeyboardInterrupt ends all ranks and propagates.
@@ -79,7 +82,7 @@ def run_processes(
             RankConfig(rank, world, bound, device, group, timeout, threads, cores[rank], f"{folder}/{rank}", dict(os.environ))
             for rank in range(world)
         ]
-        team = _Team(ranks, configs, patience)
+        team = _Team(ranks, configs, patience, stop)
         try:
             team.start(pickled)
             return team.follow(on_event)
@@ -108,10 +111,13 @@ def _store(port: int) -> Iterator[int]:
 class _Team:
     """Holds the processes of one run."""
 
-    def __init__(self, ranks: RankContext, configs: Sequence[RankConfig], patience: float) -> None:
+    def __init__(self, ranks: RankContext, configs: Sequence[RankConfig], patience: float, stop: StopRequest | None) -> None:
         self._ranks, self._configs = ranks, configs
         self._memory = [ranks.RawArray("c", Progress.SIZE) for _ in configs]
         self._records = [Progress(memoryview(memory).cast("B")) for memory in self._memory]
+        self._stop, self._stopping = stop, ranks.RawArray("c", 1)
+        if stop:
+            stop.share(memoryview(self._stopping).cast("B"))
         self._watch = Watchdog(self._records, patience, lambda rank: stopped_by_signal(self._pid(rank)))
         self._processes: list[BaseProcess] = []
         self._downs: list[Connection] = []
@@ -124,7 +130,9 @@ class _Team:
         for config, memory in zip(self._configs, self._memory, strict=True):
             theirs, down = self._ranks.Pipe(duplex=False)
             up, ours = self._ranks.Pipe(duplex=False)
-            process = self._ranks.Process(target=main, args=(config, memory, theirs, ours), name=f"delock-stage-{config.rank}")
+            process = self._ranks.Process(
+                target=main, args=(config, memory, self._stopping, theirs, ours), name=f"delock-stage-{config.rank}"
+            )
             self._processes.append(process)
             self._downs.append(down)
             self._ups[up] = config.rank
@@ -152,6 +160,8 @@ class _Team:
                 over = min(over, time.monotonic() + grace)
             else:
                 self._check()
+            if self._stop and self._stop.overdue:
+                self._stop.have_effect()
         if self._failures:
             raise first(self._failures).error()
         self._release()

@@ -17,6 +17,11 @@ def _known(seconds: float) -> None:
     """Ignores the patience, which the parent knew before the start."""
 
 
+def _never() -> bool:
+    """Says that the run is not to be stopped."""
+    return False
+
+
 @dataclass(frozen=True)
 class Rank:
     """Holds one worker. The default process group of torch.distributed is open while the target runs, and closed afterwards.
@@ -24,6 +29,7 @@ class Rank:
     `emit(event)`: sends a picklable value to the parent's on_event(rank, event); a rank's events arrive in order.
     `progress`: to be written at every op; failures and hangs are reported from it.
     `be_patient(seconds)`: sets the longest time of an op, if it is only known when the target runs. A parent that watches knows it already.
+    `asked()`: whether the run is to be saved and to end.
     """
 
     rank: int
@@ -32,6 +38,7 @@ class Rank:
     emit: Callable[[object], None]
     progress: Progress
     be_patient: Callable[[float], None] = _known
+    asked: Callable[[], bool] = _never
 
 
 def device_of(device: str, local_rank: int) -> torch.device:

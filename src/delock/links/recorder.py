@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from threading import Event
 
 import torch
 
@@ -18,6 +19,7 @@ class Record:
 
     due: Counter[int]  # by neighbour, how many have not
     found: dict[int, list[tuple[MessageName, Message]]]
+    done: Event = field(default_factory=Event)  # is set when the last has come
 
     @property
     def complete(self) -> bool:
@@ -34,8 +36,8 @@ class Recorder:
     def start(self, counts: Mapping[int, int]) -> Record:
         """Begins a record of these numbers of messages by neighbour; it fills as they come. Earlier ones go on."""
         record = Record(Counter(counts), {source: [] for source in counts})
-        if not record.complete:
-            self.open.append(record)
+        self.open.append(record)
+        self._close()
         return record
 
     def note(self, source: int, name: MessageName, message: Message) -> None:
@@ -47,4 +49,10 @@ class Recorder:
         for record in wanting:
             record.due[source] -= 1
             record.found[source].append((name, replace(message, values=values, targets=targets)))
+        self._close()
+
+    def _close(self) -> None:
+        for record in self.open:
+            if record.complete:
+                record.done.set()
         self.open = [record for record in self.open if not record.complete]

@@ -19,7 +19,7 @@ from delock.recomputation import refuse_with_mixed
 from delock.run.request import Request
 
 PLAIN = ("stages", "epochs", "batches", "eval_every", "clip", "seed", "device")
-GROUPS = ("execution", "placement", "compression", "simulation", "report")
+GROUPS = ("execution", "placement", "compression", "simulation", "report", "checkpoint")
 
 
 def refuse_wrong_types(request: Request) -> None:
@@ -46,6 +46,19 @@ def refuse_replay(request: Request) -> None:
     """Raises UsageError if recorded visits are to be done again in several processes."""
     if request.workers != "inline":
         raise UsageError('recorded visits are done again in one process: use workers="inline"')
+
+
+def refuse_unsavable(request: Request) -> None:
+    """Raises UsageError for a run that cannot be saved in checkpoints."""
+    for what, given in {
+        "captured": request.execution.captured,
+        "emulate": request.simulation.emulate,
+        "replay": request.simulation.replay is not None,
+    }.items():
+        if given:
+            raise UsageError(f"checkpoint does not go with {what}: leave one of them out")
+    if not request.method.planned:
+        raise UsageError(f"{request.method.name} has no fixed plan, and cannot be saved in checkpoints: leave checkpoint out")
 
 
 def refuse_uncapturable(request: Request) -> None:

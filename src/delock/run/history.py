@@ -19,7 +19,6 @@ from delock.records import EvaluationRecord, Event, StepRecord
 from delock.run.job import StageJob
 from delock.stage import Stage
 
-
 SERIES = ("losses", "counts")
 COUNTERS = ("samples", "batch_loss", "batch_count", "since", "sums", "judged")
 

@@ -17,6 +17,7 @@ from delock.engine.graphs.period import find_period
 from delock.engine.graphs.sgd import capturable
 from delock.engine.graphs.streams import make_streams
 from delock.engine.graphs.ticks import Ticks
+from delock.errors import Stopped
 from delock.links.coded import ReceivedCodebooks
 from delock.links.mailbox import Mailbox
 from delock.plan import Plan, windows
@@ -25,9 +26,12 @@ from delock.run.job import StageJob, StageResult
 from delock.run.worker import Worker
 
 
-def run_inline(jobs: Sequence[StageJob], device: torch.device, emit: Callable[[Event], None]) -> list[StageResult]:
+def run_inline(
+    jobs: Sequence[StageJob], device: torch.device, emit: Callable[[Event], None], asked: Callable[[], bool] = lambda: False
+) -> list[StageResult]:
     """Trains all stages in this process. torch's random state, its thread count and the modules' devices are as before afterwards.
 
+    asked: whether the run is to be saved and to end, where it keeps checkpoints.
     Captured ticks are CUDA graphs, their stages on streams; on a CPU the same static memory without graphs, for tests.
     Raises StageFailed, with stage, op and the original traceback, when a stage raises.
     """
@@ -35,19 +39,28 @@ def run_inline(jobs: Sequence[StageJob], device: torch.device, emit: Callable[[E
     captured = jobs[0].execution.captured
     if captured:
         jobs = [replace(job, optimizer=capturable(job.optimizer)) for job in jobs]
-    before = torch.get_num_threads()
+    before, workers = torch.get_num_threads(), list[Worker]()
     with _moved_back(jobs), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             torch.set_num_threads(jobs[0].placement.threads)
-            workers = [Worker(job, box.end(job.k), device, emit) for job in jobs]
+            for job in jobs:
+                workers.append(Worker(job, box.end(job.k), device, emit, asked=asked))
             for worker in workers:
                 worker.tracker.logs = [other.log for other in workers]
             engines = [worker.engine for worker in workers]
             execute = _ticks(jobs[0], engines, device).run if captured else partial(run_here, engines=engines)
-            for plan in plans:
-                execute(plan)
+            try:
+                for plan in plans:
+                    execute(plan)
+            except Stopped as stopped:  # every stage has done its steps before that tick
+                for worker in workers:
+                    worker.stop(stopped.tick)
+            for worker in workers:
+                worker.close()
             return [worker.result(alone=len(jobs) == 1, read=read[worker.job.k] if read else None) for worker in workers]
         finally:
+            for worker in workers:
+                worker.abandon()
             torch.set_num_threads(before)
 
 
@@ -79,4 +92,4 @@ def _way(
     if not job.method.planned:
         plan, read = drawn(job.method, K, job.length, job.seed)
         return Store(plan, ReceivedCodebooks().with_codebooks), [plan], read
-    return Mailbox(), windows(job.method, K, job.length, job.window), None
+    return Mailbox(), windows(job.method, K, job.length, job.window, start=job.start), None

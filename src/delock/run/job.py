@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from delock.data.loader import Loader
 from delock.launch.ambient import Ambient
 from delock.methods import Method
-from delock.options import Compression, Execution, Placement, Report, Simulation
+from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
 from delock.plan import RunLength
 from delock.records import EvaluationRecord, StageReport
 from delock.run.request import Metric
+from delock.run.resume import Begin
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 from delock.tensors import Tree
 from delock.timeline import Span
@@ -48,9 +49,17 @@ class StageJob:
     simulation: Simulation = field(default_factory=Simulation)
     report: Report = field(default_factory=Report)
     ambient: Ambient = field(default_factory=Ambient.here)
+    checkpoint: Checkpoint | None = None
+    begin: Begin | None = None  # the checkpoint to go on from
+    conditions: Mapping[str, Any] = field(default_factory=dict)  # what must be the same in a run that goes on
     example: Tree = None  # on the meta device: a batch as it enters the stage, where that is compiled
     weighed: bool = False  # the loader says what its batches weigh in means
     window: int = 256
+
+    @property
+    def start(self) -> int:
+        """Returns the tick at which the stage begins."""
+        return self.begin.tick if self.begin else 0
 
 
 @dataclass
@@ -66,3 +75,4 @@ class StageResult:
     seconds: float = 0.0
     spans: list[Span] = field(default_factory=list)
     optimizer: dict[str, Any] | None = None
+    stopped: int | None = None  # the tick before which it ended, as was asked

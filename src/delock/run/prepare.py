@@ -21,12 +21,24 @@ from delock.run.heads import auxiliary, head_cost, head_shares
 from delock.run.layout_choice import choose_layout
 from delock.run.prepared import Batch, PreparedRun
 from delock.run.request import Request
+from delock.run.resume import Begin, refuse_changed, settled
 from delock.tensors import map_tensors
 from delock.timeline import Emulation
 
 
-def prepare(request: Request) -> PreparedRun:
-    """Checks all that can be checked before the start, measures the network on a first batch, and cuts it. Raises UsageError."""
+def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
+    """Checks all that can be checked before the start, measures the network on a first batch, and cuts it. Raises UsageError.
+
+    begin: the checkpoint that the run goes on from.
+    """
+    prepared = _prepared(settled(request, begin))
+    if begin:
+        refuse_changed(prepared.conditions(), begin, prepared.length.batches)
+        prepared.begin = begin
+    return prepared
+
+
+def _prepared(request: Request) -> PreparedRun:
     waits, cuts = request.simulation.waits, request.cuts
     request.length()  # raises UsageError
     if request.execution.compile and waits:
@@ -63,7 +75,7 @@ def prepare(request: Request) -> PreparedRun:
     modules = stages(network, found)
     shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
     entering = map_tensors(lambda x: x.to("meta"), inputs) if execution.compile else None
-    return PreparedRun(request, network, found, costs, batch, execution, modules, heads, head_costs, shares, entering)
+    return PreparedRun(request, network, found, costs, batch, execution, modules, heads, head_costs, shares, inputs=entering)
 
 
 def _refuse_misfit(simulation: Simulation, K: int, seed: int) -> None:

@@ -29,6 +29,7 @@ from delock.plan import RunLength
 from delock.records import StagePrediction, Started
 from delock.run.job import StageJob
 from delock.run.request import Request
+from delock.run.resume import Begin, conditions
 from delock.tensors import Tree, tensors, tree_tensors
 from delock.timeline import Costs, predict, stage_facts
 
@@ -65,6 +66,7 @@ class PreparedRun:
     heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
     head_costs: dict[int, LayerCost] = field(default_factory=dict)  # stage -> its head, on a whole batch
     head_shares: dict[int, HeadShare] = field(default_factory=dict)  # stage -> what its head costs beside it
+    begin: Begin | None = None  # the checkpoint to go on from
     inputs: Tree = None  # on the meta device: a batch as it enters the network, for stages that are compiled
 
     @property
@@ -87,6 +89,10 @@ class PreparedRun:
         """Returns the first layer, and the one after the last, of each stage."""
         edges = [0, *self.cuts, len(self.layers)]
         return list(itertools.pairwise(edges))
+
+    def conditions(self) -> dict[str, Any]:
+        """Returns what must be the same when the run goes on from a checkpoint."""
+        return conditions(self.request, self.cuts, self.execution.layout)
 
     def jobs(self) -> list[StageJob]:
         """Returns a job per stage; only the first gets the data."""
@@ -114,6 +120,9 @@ class PreparedRun:
                 compression=request.compression,
                 simulation=request.simulation,
                 report=request.report,
+                checkpoint=request.checkpoint,
+                begin=self.begin,
+                conditions=self.conditions(),
                 example=self._entering(k) if self.execution.compile else None,
             )
             for k, module in enumerate(self.modules)

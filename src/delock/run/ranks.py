@@ -21,7 +21,7 @@ def run_rank(rank: Rank, job: StageJob) -> StageResult:
     if job.method.free_running:
         return _run_free(rank, job)
     link = joined(rank, job)
-    worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress, rank.asked)
     _begin_together(job)
     worker.run()
     result = worker.result(alone=True)

@@ -11,7 +11,7 @@ from torch import nn
 from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.methods import Method
-from delock.options import Compression, Execution, Placement, Report, Simulation
+from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
 from delock.plan import RunLength
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 
@@ -21,7 +21,7 @@ Workers: TypeAlias = Literal["processes", "inline"]
 
 @dataclass(frozen=True)
 class Request:
-    """Holds a network, the goal and the length of its training, and the five groups of options, as they were given to `fit`."""
+    """Holds a network, the goal and the length of its training, and the six groups of options, as they were given to `fit`."""
 
     model: nn.Module | Sequence[nn.Module]
     train: Loader
@@ -46,6 +46,7 @@ class Request:
     compression: Compression = field(default_factory=Compression)
     simulation: Simulation = field(default_factory=Simulation)
     report: Report = field(default_factory=Report)
+    checkpoint: Checkpoint | None = None
 
     def length(self) -> RunLength:
         """Returns the length of the run. Raises UsageError unless exactly one of epochs and batches says it."""

@@ -14,12 +14,14 @@ from delock.engine.asynchronous.buffer import ReuseStatistics
 from delock.engine.engine import Engine, spin
 from delock.engine.feed import Feed
 from delock.engine.log import StageLog
+from delock.errors import Stopped
 from delock.launch import allocator, peak_memory
 from delock.links import Link
 from delock.links.coded import CodedLink
 from delock.optim.stage_facts import for_stage
 from delock.plan import windows
 from delock.records import Event, StageReport, Traffic
+from delock.run.checkpointing import Saver
 from delock.run.history import History
 from delock.run.job import StageJob, StageResult
 from delock.stage import Stage
@@ -30,7 +32,15 @@ from delock.timeline import Slowdown, stage_facts
 class Worker:
     """Builds one stage of a run with its log and engine, ready to execute windows of its plan."""
 
-    def __init__(self, job: StageJob, link: Link, device: torch.device, emit: Callable[[Event], None], progress: Any = None) -> None:
+    def __init__(
+        self,
+        job: StageJob,
+        link: Link,
+        device: torch.device,
+        emit: Callable[[Event], None],
+        progress: Any = None,
+        asked: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.job, self.device = job, device
         last, facts = job.k == job.K - 1, stage_facts(job.method, job.K)[job.k]
         self.stage = Stage(
@@ -45,6 +55,7 @@ class Worker:
             seed=job.seed,
             device=device,
             mixed=job.method.mixed,
+            resumable=job.checkpoint is not None,
             micro_batches=job.method.micro_batches,
             execution=job.execution,
         )
@@ -54,11 +65,12 @@ class Worker:
         self.tracker = History(job, self.log, emit, device)
         self.sent = link.sent
         slow, delay = _pace(job)
+        feed = Feed(job.train, job.test, job.method.micro_batches, device) if job.train is not None else None
         codec, error_codec = job.compression.activations, job.compression.errors
         self.engine = Engine(
             self.stage,
             CodedLink(link, job.k, codec, error_codec, job.seed) if codec or error_codec else link,
-            feed=Feed(job.train, job.test, job.method.micro_batches, device) if job.train is not None else None,
+            feed=feed,
             log=self.log,
             progress=progress,
             micro_batches=job.method.micro_batches,
@@ -67,6 +79,11 @@ class Worker:
             slow=slow,
             delay=delay,
         )
+        self.saver = Saver(job, self.engine, feed, self.log, self.tracker, emit, asked) if job.checkpoint else None
+        self.stopped: int | None = None
+        if self.saver:
+            self.saver.begin()
+            self.engine.agreement = self.saver
         self.held = peak_memory.reset_peak(device) - peak_memory.programs(device)
 
     def rehearse(self) -> None:
@@ -78,8 +95,28 @@ class Worker:
         """Executes the whole plan, window by window, beside the other ranks; of the others' columns only the neighbours' are drawn."""
         job = self.job
         near = range(max(0, job.k - 1), min(job.K, job.k + 2))
-        for plan in windows(job.method, job.K, job.length, job.window, near):
-            self.engine.run(plan)
+        try:
+            for plan in windows(job.method, job.K, job.length, job.window, near, start=job.start):
+                self.engine.run(plan)
+        except Stopped as stopped:
+            self.stop(stopped.tick)
+        self.close()
+
+    def stop(self, tick: int) -> None:
+        """Saves the stage, which ends before its first step at this tick."""
+        assert self.saver is not None
+        self.stopped = tick
+        self.saver.finish(tick)
+
+    def abandon(self) -> None:
+        """Gives up checkpoints that cannot be completed any more, after a failure."""
+        if self.saver:
+            self.saver.abandon()
+
+    def close(self) -> None:
+        """Waits until all checkpoints are written."""
+        if self.saver:
+            self.saver.close()
 
     def result(self, *, alone: bool, read: ReuseStatistics | None = None) -> StageResult:
         """Returns the result of a finished run; `alone`: no other stage shares this process' memory; `read`: from a replay buffer."""
@@ -116,6 +153,7 @@ class Worker:
             seconds=seconds,
             spans=spans,
             optimizer=_home(optimizer),
+            stopped=self.stopped,
         )
 
 

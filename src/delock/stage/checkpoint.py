@@ -12,10 +12,12 @@ from delock.links.message import Message, as_values
 from delock.ops import Forward, Weights
 from delock.plan.steps import Step
 from delock.stage.in_flight import InFlight
+from delock.stage.module import ModuleFunction
 from delock.stage.module import Weights as Tensors
 from delock.stage.stage import Stage
 
 FORWARD = ("batch", "train", "source", "behind", "ahead")
+
 
 def state(stage: Stage) -> dict[str, Any]:
     """Returns everything that the stage needs to go on elsewhere, as plain values and tensors; save or copy it before the stage goes on.
@@ -27,6 +29,7 @@ def state(stage: Stage) -> dict[str, Any]:
     return {
         "module": stage.body.module.state_dict(),
         "head": stage.head.module.state_dict() if stage.head else None,
+        "volatile": {part: _volatile(body.module) for part, body in _bodies(stage).items()},
         "learner": stage.learner.state(),
         "clones_inputs": stage.body.clones_inputs,
         "recomputes": stage.body.recomputes,
@@ -41,6 +44,10 @@ def load(stage: Stage, saved: Mapping[str, Any]) -> None:
     stage.body.module.load_state_dict(saved["module"])
     if stage.head:
         stage.head.module.load_state_dict(saved["head"])
+    for part, body in _bodies(stage).items():
+        own = dict(body.module.named_buffers())
+        for name, value in saved["volatile"][part].items():
+            own[name].copy_(value)
     stage.learner.load(saved["learner"])
     for name in ("clones_inputs", "recomputes", "written"):
         setattr(stage.body, name, saved[name])
@@ -48,6 +55,16 @@ def load(stage: Stage, saved: Mapping[str, Any]) -> None:
     stage.banks.drawn = {}
     copies: dict[tuple[int, float], Tensors] = {}  # one copy for all graphs at the same weights
     stage.in_flight = {batch: _restored(stage, copies, one) for batch, one in saved["in_flight"].items()}
+
+
+def _bodies(stage: Stage) -> dict[str, ModuleFunction]:
+    return {"module": stage.body, **({"head": stage.head} if stage.head else {})}
+
+
+def _volatile(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers that are not in the module's state dict (persistent=False)."""
+    kept = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name not in kept}
 
 
 def _saved(stage: Stage, held: InFlight) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Stage:
     key(seed, k, "head", batch).
     mixed: derivatives are taken at="mixed", so the optimizer writes to weights under live graphs.
     micro_batches: of a batch.
-    resumable: every graph can be built again from a checkpoint: it keeps the buffers that its Forward writes to, and with mixed the weights.
+    resumable: every graph can be built again from a checkpoint: it keeps the buffers that its Forward writes to, with mixed its weights.
     """
 
     def __init__(

@@ -1,0 +1,74 @@
+"""Turns a signal into a request: the run is to be saved at an instant that its stages agree on, and to end there."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C, the end, and the one that batch systems send some time before it
+
+
+class StopRequest:
+    """A request to end, made by the first signal within `listening`. A second one has the effect that it has elsewhere.
+
+    grace: seconds that the run has from then on.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self.grace = grace
+        self.flag: bytearray | memoryview = bytearray(1)
+        self.number: int | None = None
+        self.since = 0.0
+        self.before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """True if the run is to end."""
+        return self.number is not None
+
+    @property
+    def overdue(self) -> bool:
+        """True if the run should have ended by now."""
+        return self.asked and time.monotonic() - self.since > self.grace
+
+    def share(self, flag: memoryview) -> None:
+        """Says it in a byte that processes share."""
+        flag[0] = self.flag[0]
+        self.flag = flag
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens within the block; Python's signals are the main thread's, so elsewhere it hears nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        ignored = [number for number in numbers if signal.getsignal(number) in (signal.SIG_IGN, None)]
+        self.before = {number: signal.signal(number, self._hear) for number in numbers if number not in ignored}
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def have_effect(self) -> None:
+        """Lets the signal that was heard have the effect that it has without a request: it raises, or ends the program."""
+        self._restore()
+        if self.number is not None:
+            signal.raise_signal(self.number)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            self.have_effect()
+            return
+        self.number, self.since = number, time.monotonic()
+        self.flag[0] = 1
+
+    def _restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}

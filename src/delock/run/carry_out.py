@@ -1,0 +1,138 @@
+"""Carries out a request: in this process, in processes of its own that may be started again, or as one of torchrun's ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import cast
+
+import torch
+
+from delock.errors import StageFailed
+from delock.launch.processes import OnEvent, run_processes
+from delock.launch.stopping import StopRequest
+from delock.launch.torchrun import run_torchrun
+from delock.options import Checkpoint
+from delock.records import CheckpointRecord, Event, Resumed, Started
+from delock.run.inline import run_inline
+from delock.run.job import StageResult
+from delock.run.made_with import made_with
+from delock.run.prepare import prepare
+from delock.run.prepared import PreparedRun
+from delock.run.ranks import run_rank
+from delock.run.request import Request
+from delock.run.resume import NEWEST, Begin, differences, find
+from delock.run.torchrun_rank import run_torchrun_rank
+
+Tell = Callable[[Event], None]
+
+
+def carry_out(request: Request, tell: Tell) -> tuple[Started, list[StageResult]]:
+    """Runs all stages; returns the prediction that was made before, and the result of every stage.
+
+    With checkpoints a signal saves the run first, and then has the effect that it has without.
+    """
+    if request.workers == "torchrun":
+        return _torchrun(request, tell)
+    if request.simulation.replay is None:
+        request.method.fits_workers(request.workers)
+    begin, notes = find(request.checkpoint) if request.checkpoint else (None, ())
+    prepared = prepare(request, begin)
+    started = prepared.started()
+    tell(started)
+    if begin or notes:
+        tell(resumed(begin, notes))
+    stop = StopRequest(request.checkpoint.grace) if request.checkpoint else None
+    saved: list[str] = []
+    try:
+        with stop.listening() if stop else nullcontext():
+            results = _stages(prepared, _noting(tell, saved), stop)
+        if stop and results[0].stopped is not None:
+            stop.have_effect()
+    except BaseException as error:
+        if stop and stop.asked:
+            error.add_note(_how_to_go_on(stop, saved))
+        raise
+    return started, results
+
+
+def resumed(begin: Begin | None, notes: tuple[str, ...]) -> Resumed:
+    """Returns the record of a run that goes on, or begins anew."""
+    if begin is None:
+        return Resumed(0, 0, "", notes)
+    manifest = begin.manifest
+    here = made_with(torch.device("cpu")) if manifest.made_with.get("device") == "cpu" else {"torch": torch.__version__}
+    here.pop("threads", None)  # of this process, and not of a stage's
+    return Resumed(manifest.batches, manifest.trained, begin.path, (*notes, *differences(begin, here)))
+
+
+def _stages(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> list[StageResult]:
+    request = prepared.request
+    if request.workers == "inline":
+        return run_inline(prepared.jobs(), torch.device(request.device), tell, (lambda: stop.asked) if stop else (lambda: False))
+    left = request.checkpoint.restarts if request.checkpoint else 0
+    while True:
+        try:
+            return _processes(prepared, tell, stop)
+        except StageFailed as error:
+            if not left or request.checkpoint is None or (stop and stop.asked):
+                raise
+            left -= 1
+            prepared = _again(prepared, request.checkpoint, error, tell)
+
+
+def _again(prepared: PreparedRun, options: Checkpoint, error: StageFailed, tell: Tell) -> PreparedRun:
+    """Returns the run that goes on from its newest checkpoint after a failure; without one it begins anew."""
+    begin, notes = find(replace(options, resume=NEWEST))
+    tell(resumed(begin, (f"started again, because {str(error).splitlines()[0]}", *notes)))
+    return replace(prepared, begin=begin)
+
+
+def _processes(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> list[StageResult]:
+    placement = prepared.request.placement
+    return run_processes(
+        run_rank,
+        prepared.jobs(),
+        threads=placement.threads,
+        pin=placement.pin,
+        port=placement.port,
+        device=prepared.request.device,
+        patience=prepared.patience(),
+        on_event=_listener(tell),
+        stop=stop,
+    )
+
+
+def _torchrun(request: Request, tell: Tell) -> tuple[Started, list[StageResult]]:
+    results = run_torchrun(
+        run_torchrun_rank,
+        lambda rank: request,
+        device=request.device,
+        threads=request.placement.threads,
+        patience=request.placement.patience,
+        on_event=_listener(tell),
+    )
+    return results[0][0], [result for _, result in results]
+
+
+def _listener(tell: Tell) -> OnEvent:
+    """Returns `tell` for events that come with the rank that emitted them."""
+    return lambda rank, event: tell(cast(Event, event))
+
+
+def _noting(tell: Tell, saved: list[str]) -> Tell:
+    """Returns `tell`, which also notes where the run was saved when it ended."""
+
+    def noting(event: Event) -> None:
+        if isinstance(event, CheckpointRecord) and event.last and not event.problem:
+            saved.append(event.path)
+        tell(event)
+
+    return noting
+
+
+def _how_to_go_on(stop: StopRequest, saved: list[str]) -> str:
+    if saved:
+        return f'the run is saved in {saved[-1]}: resume="newest" goes on from there'
+    return f"the run could not be saved within {stop.grace:g} s" if stop.overdue else "the run could not be saved"

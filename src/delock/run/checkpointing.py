@@ -1,0 +1,198 @@
+"""Saves a stage at the ticks that all stages agree on: it copies at once, a thread writes behind, and nobody waits for the others."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Event as Flag
+from threading import Thread
+from typing import Any
+
+from safetensors import SafetensorError
+
+from delock.checkpoints.directory import Writer, prune
+from delock.checkpoints.encoding import encode
+from delock.engine.agreement import Agreement, Wish
+from delock.engine.engine import Engine, Recorded
+from delock.engine.feed import Feed
+from delock.engine.log import StageLog
+from delock.errors import Stopped, UsageError
+from delock.links.traffic import ByteCounts, SentBytes
+from delock.options import Checkpoint
+from delock.plan import Step
+from delock.records import CheckpointRecord, Event
+from delock.run import parts
+from delock.run.history import History
+from delock.run.job import StageJob
+from delock.run.made_with import made_with
+from delock.stage import checkpoint
+
+PROBLEMS = (OSError, UsageError, SafetensorError)
+
+
+@dataclass
+class Part:
+    """Holds this stage's part of a checkpoint that is being written."""
+
+    come: Flag  # the last message that was under way has come
+    thread: Thread = field(default_factory=Thread)
+    given_up: bool = False
+
+
+class Saver(Agreement):
+    """The part of a stage in checkpoints. `asked()`: on stage 0, whether the run is to be saved and to end.
+
+    A stage whose last part is complete and not on disk yet waits for that, so that copies do not pile up.
+    """
+
+    def __init__(
+        self,
+        job: StageJob,
+        engine: Engine,
+        feed: Feed | None,
+        log: StageLog,
+        history: History,
+        emit: Callable[[Event], None],
+        asked: Callable[[], bool],
+    ) -> None:
+        super().__init__(job.method, job.k, job.K, self._wanted, self._save)
+        assert job.checkpoint is not None
+        self.job, self.engine, self.feed, self.log, self.history, self.emit = job, engine, feed, log, history, emit
+        self.options: Checkpoint = job.checkpoint
+        self.asked = asked
+        self.made = parts.made(engine.stage.optimizer)
+        self.made_with = made_with(engine.stage.device)
+        self.latest = job.begin.tick if job.begin else 0  # tick that was agreed
+        self.since = time.monotonic()
+        self.parts: list[Part] = []
+        self.news: deque[CheckpointRecord] = deque()  # of threads, to be told by the stage's own
+
+    def begin(self) -> None:
+        """Goes on from a checkpoint, if the run does. Raises UsageError for state that cannot be kept, and for another optimizer."""
+        job, stage = self.job, self.engine.stage
+        if job.begin:
+            state, rest = parts.load(Path(job.begin.path), job.k, job.names, stage.device)
+            parts.refuse_other(self.made, rest["made"], job.k)
+            self.engine.load(state)
+            self.log.load(rest["log"])
+            self.history.load(rest["history"])
+            _load_counts(self.engine.link.sent, rest["sent"])
+            if self.feed and rest["data"] is not None:
+                self.feed.load(rest["data"])
+        encode(checkpoint.state(stage)["learner"], f"the optimizer of stage {job.k}")  # now, and not when a checkpoint is due
+        if self.feed:
+            self.feed.kept = True
+
+    # ---- what is agreed --------------------------------------------------------------------------------------------------------------
+
+    def reached(self, step: Step) -> None:
+        """Tells what threads have done, and acts if the agreed tick has come."""
+        self.tell()
+        super().reached(step)
+
+    def tell(self) -> None:
+        """Emits the records of what was written."""
+        while self.news:
+            self.emit(self.news.popleft())
+
+    def _wanted(self, tick: int) -> Wish:
+        """Says what stage 0 wants of that tick. Only up to the last batch has every stage something to do at it or behind it."""
+        if tick >= self.job.length.batches:
+            return Wish.NOTHING
+        if self.asked():
+            return Wish.STOP
+        if not self._due(tick):
+            return Wish.NOTHING
+        self.latest, self.since = tick, time.monotonic()
+        return Wish.SAVE
+
+    def _due(self, tick: int) -> bool:
+        batches, seconds, every = self.options.batches, self.options.seconds, self.job.length.every
+        if batches and tick // batches > self.latest // batches:
+            return True
+        if seconds and time.monotonic() - self.since >= seconds:
+            return True
+        then, now = (at - 1 - self.reach for at in (self.latest, tick))  # behind an evaluation, as soon as the last stage has made it
+        return bool(self.options.best and every) and now // every > max(0, then // every)
+
+    # ---- saving ----------------------------------------------------------------------------------------------------------------------
+
+    def _save(self, tick: int, wish: Wish) -> None:
+        if wish is Wish.STOP:
+            raise Stopped(tick)
+        began = time.perf_counter()
+        self._wait(lambda part: part.come.is_set())
+        recorded, rest = self.engine.record(tick), self._rest()
+        part = Part(recorded.late.done)
+        part.thread = Thread(target=self._write_late, args=(part, tick, recorded, rest, began), daemon=True)
+        self.parts = [*(one for one in self.parts if one.thread.is_alive()), part]
+        part.thread.start()
+
+    def _write_late(self, part: Part, tick: int, recorded: Recorded, rest: Mapping[str, Any], began: float) -> None:
+        part.come.wait()
+        if not part.given_up:
+            self._write(tick, recorded.state(), rest, began)
+
+    def finish(self, tick: int) -> None:
+        """Saves a run that ends at an agreed tick; every stage is asked."""
+        began = time.perf_counter()
+        state, rest = self.engine.halt(tick), self._rest()
+        self._wait(lambda part: True)
+        self._write(tick, state, rest, began, last=True)
+        self.tell()
+
+    def close(self) -> None:
+        """Waits at the end of a run until everything is written."""
+        self._wait(lambda part: True)
+        self.tell()
+
+    def abandon(self) -> None:
+        """Gives up what cannot be completed any more, after a failure."""
+        for part in self.parts:
+            part.given_up = not part.come.is_set()
+            part.come.set()
+        self._wait(lambda part: True)
+
+    def _wait(self, wanted: Callable[[Part], bool]) -> None:
+        """Waits for the threads of some parts, which may take any time."""
+        with self.engine.progress.aside() if self.engine.progress else nullcontext():
+            for part in self.parts:
+                if wanted(part):
+                    part.thread.join()
+
+    def _write(self, tick: int, state: Mapping[str, Any], rest: Mapping[str, Any], began: float, *, last: bool = False) -> None:
+        folder, job = Path(self.options.folder), self.job
+        writer = Writer(folder, tick, job.k, job.K)
+        shared = {"tick": tick, "batches": tick, "made_with": self.made_with, "options": job.conditions}
+        try:
+            parts.write(writer, state, rest, job.names)
+            known = _known(rest["history"]) if job.k == job.K - 1 else {}
+            whole = writer.done(state["stage"]["learner"]["version"], shared, known)
+            if whole:
+                prune(folder, self.options.keep, self.options.judged)
+                self.news.append(CheckpointRecord(tick, str(writer.final), whole.size, time.perf_counter() - began, last=last))
+        except PROBLEMS as error:
+            self.news.append(CheckpointRecord(tick, str(writer.final), problem=f"stage {job.k}: {error}", last=last))
+
+    def _rest(self) -> dict[str, Any]:
+        """Returns what the run goes on from, beside its engine; nothing of it changes afterwards."""
+        sent = {peer: asdict(counts) for peer, counts in self.engine.link.sent.to.items()}
+        data = self.feed.state() if self.feed else None
+        return {"log": self.log.state(), "history": self.history.state(), "sent": sent, "data": data, "made": self.made}
+
+
+def _load_counts(sent: SentBytes, saved: Mapping[int, Mapping[str, int]]) -> None:
+    for peer, counts in saved.items():
+        sent.to[peer] = ByteCounts(**counts)
+
+
+def _known(history: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the last stage alone knows: batches whose losses it has seen, and the measures of the last evaluation."""
+    evaluations = history["evaluations"]
+    last = {"loss": evaluations[-1]["test_loss"], **evaluations[-1]["metrics"]} if evaluations else {}
+    return {"trained": len(history["losses"]), "measures": {name: value for name, value in last.items() if math.isfinite(value)}}

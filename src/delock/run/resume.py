@@ -1,0 +1,135 @@
+"""What a run goes on from: it finds the checkpoint, and refuses options that may not change on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from delock import codecs
+from delock.checkpoints.directory import newest_first, verified
+from delock.checkpoints.manifest import Manifest
+from delock.errors import UsageError
+from delock.methods import spelled
+from delock.options import Checkpoint
+from delock.run.request import Request
+
+NEWEST = "newest"
+FREE = ("cuts", "layout")  # conditions that may be others with another number of stages
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Says where a run begins: at a checkpoint."""
+
+    path: str
+    manifest: Manifest
+
+    @property
+    def tick(self) -> int:
+        """Returns the tick before which every stage was saved."""
+        return self.manifest.tick
+
+
+def find(options: Checkpoint) -> tuple[Begin | None, tuple[str, ...]]:
+    """Returns the checkpoint to go on from, if there is one, and what is to be said. Damaged ones are passed over.
+
+    Raises UsageError for a folder with an earlier run's checkpoints from which the run is not to go on, and where none is whole.
+    """
+    folder, resume = Path(options.folder), options.resume
+    there = newest_first(folder)
+    if resume is None and there:
+        raise UsageError(
+            f"{folder} holds checkpoints of an earlier run, such as {there[0].name}: go on from them with resume, or give another folder"
+        )
+    if resume is None:
+        return None, ()
+    if str(resume) == NEWEST:
+        return _newest(there, folder)
+    path = Path(resume) if Path(resume).exists() or Path(resume).is_absolute() else folder / resume
+    if inside := newest_first(path):
+        return _newest(inside, path)
+    begin = Begin(str(path), verified(path))
+    later = [one.name for one in there if one.parent.resolve() == path.parent.resolve() and one.name > path.name]
+    if later:
+        raise UsageError(f"{folder} also holds a later checkpoint, {later[0]}: go on from that one, or give the run another folder")
+    return begin, ()
+
+
+def _newest(there: Sequence[Path], folder: Path) -> tuple[Begin | None, tuple[str, ...]]:
+    notes: list[str] = []
+    for path in there:
+        try:
+            return Begin(str(path), verified(path)), tuple(notes)
+        except UsageError as error:
+            notes.append(f"passed over: {error}")
+    if notes:
+        raise UsageError(f"no checkpoint in {folder} is whole: {notes[0]}")
+    return None, (f"there is no checkpoint in {folder}: the run begins anew",)
+
+
+def settled(request: Request, begin: Begin | None) -> Request:
+    """Returns the request with the cuts and the layout of the checkpoint, where it leaves them open and has as many stages."""
+    if begin is None:
+        return request
+    saved, K = begin.manifest.options, begin.manifest.K
+    if (len(request.cuts) + 1 if request.cuts is not None else request.stages or K) != K:
+        return request
+    layout = saved["layout"] if request.execution.layout == "auto" else request.execution.layout
+    cuts = request.cuts if request.cuts is not None else saved["cuts"]
+    return replace(request, cuts=cuts, execution=replace(request.execution, layout=layout))
+
+
+def conditions(request: Request, cuts: Sequence[int], layout: str) -> dict[str, Any]:
+    """Returns what must be the same when the run goes on, by the names of options, as plain values."""
+    execution, compression, length = request.execution, request.compression, request.length()
+    return {
+        "method": spelled(request.method),
+        "cuts": list(cuts),
+        "layout": layout,
+        "seed": request.seed,
+        "clip": request.clip,
+        "amp": execution.amp,
+        "chunks": execution.chunks,
+        "compile": execution.compile,
+        "codec": codecs.spelled(compression.activations),
+        "error_codec": codecs.spelled(compression.errors),
+        "batches per epoch": len(request.train),
+        "eval_every": length.every,
+        "test batches": length.evaluation,
+        "loss": _named(request.loss),
+        "schedule": _named(request.schedule),
+    }
+
+
+def refuse_changed(now: Mapping[str, Any], begin: Begin, batches: int) -> None:
+    """Raises UsageError for a condition that has changed, and for a run that is over where it is to go on."""
+    then, where = begin.manifest.options, f"the checkpoint {begin.path}"
+    same = len(then["cuts"]) == len(now["cuts"])
+    for name in now:
+        if (same or name not in FREE) and now[name] != then.get(name, now[name]):
+            was = f"{name} was {_said(then[name])} when {where} was made, and is {_said(now[name])} now"
+            raise UsageError(f"{was}: use the same, or begin a new run")
+    if begin.manifest.batches >= batches:
+        raise UsageError(f"{where} is at batch {begin.manifest.batches}, but the run is to end at batch {batches}: let it be longer")
+
+
+def differences(begin: Begin, here: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns what is to be said of other circumstances, in which the last bits of a result may differ."""
+    then = begin.manifest.made_with
+    return tuple(
+        f"{name} was {then.get(name)} when the checkpoint was made, and is {here[name]} now: the last bits of results may differ"
+        for name in here
+        if then.get(name) != here[name]
+    )
+
+
+def _said(value: Any) -> str:
+    return str(value) if value is not None else "not given"
+
+
+def _named(function: Any) -> str | None:
+    """Returns the name of a function or of its class; of a partial, that of its function."""
+    function = getattr(function, "func", function)
+    return None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
