@@ -1,6 +1,6 @@
 """Draws docs/schedules.{png,svg}, the picture of the README: the same batches under three methods.
 
-python docs/schedules.py
+    python docs/schedules.py
 """
 
 from __future__ import annotations
