@@ -20,7 +20,7 @@ from delock.checkpoints.encoding import decode, encode
 from delock.checkpoints.manifest import Manifest
 from delock.errors import UsageError
 
-KNOWN: dict[str, Any] = {"trained": 3, "measures": {"loss": 0.5}}
+KNOWN: dict[str, Any] = {"trained": 3, "evaluations": 1, "measures": {"loss": 0.5}}
 REST: dict[str, Any] = {"tick": 7, "batches": 5, "made_with": {"torch": "2", "threads": 1}, "options": {"method": "fdg", "cuts": [2]}}
 
 
@@ -59,7 +59,8 @@ def written(folder: Path, batches: int = 5, K: int = 2) -> Path:
         writer.add("optimizer", {"k": k, **tree()})
         writer.add("in-flight", [torch.arange(k + 3)], private=True)
         writer.add_tensors("weights", {"layer.weight": torch.full((2, 2), float(k))})
-        done = writer.done(10 + k, {**REST, "batches": batches}, {"trained": 3, "measures": {"loss": 1 / batches}} if k else None)
+        known = {**KNOWN, "measures": {"loss": 1 / batches}} if k else None
+        done = writer.done(10 + k, {**REST, "batches": batches}, known)
     assert done is not None
     return folder / name_of(batches)
 

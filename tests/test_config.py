@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from delock.cli.config import CompareConfig, TrainConfig, build, flat, make_method, override, resolve, toml
+from delock.cli.config.options import CheckpointOptions
 from delock.cli.rows import rows
 from delock.cli.workload import recipe
 from delock.errors import UsageError
@@ -130,7 +131,7 @@ def test_an_option_puts_out_of_force_what_was_meant_for_another() -> None:
 def test_both_configs_have_the_same_options_but_for_the_method() -> None:
     train, compare = flat(TrainConfig()), flat(CompareConfig())
     assert set(compare) - set(train) == {"methods", "plain"}
-    assert set(train) - set(compare) == {"method"}
+    assert set(train) - set(compare) == {"method", *flat(TrainConfig()).keys() & CheckpointOptions.__dataclass_fields__.keys()}
 
 
 @pytest.mark.parametrize(("text", "word"), [("lr = ", "not a TOML file"), ("lr = 1\nlr = 2", "not a TOML file")])

@@ -180,7 +180,7 @@ UNITS: Mapping[str, float] = MappingProxyType({"s": 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where and when the state of a run is kept, and what it goes on from."""
+    """The checkpoints of a run: their folder, their times, and the one that it goes on from."""
 
     folder: str | Path
     """Folder of the checkpoints; many hosts need a shared one."""
@@ -195,7 +195,7 @@ class Checkpoint:
     grace: float = 30.0
     """Seconds within which a signal's checkpoint must be written."""
     restarts: int = 0
-    """How often a run is started again from its newest checkpoint after a stage has died, hung or failed."""
+    """Times that a run is started again from its newest checkpoint after a stage has died, hung or failed."""
 
     def __post_init__(self) -> None:
         check_types(self)

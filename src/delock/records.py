@@ -181,6 +181,7 @@ class Resumed:
 
     batches: int  # that stage 0 had begun
     trained: int  # batches whose losses were known
+    evaluations: int  # made
     path: str  # "" where there is none, and the run begins anew
     notes: tuple[str, ...] = ()  # what was passed over, what differs, what begins anew
 

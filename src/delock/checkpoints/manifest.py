@@ -16,14 +16,15 @@ FORMAT = 1
 class Manifest:
     """Describes a checkpoint. It is written last, so a folder without it is not one.
 
-    tick: the tick before which every stage was saved. batches: those that stage 0 had begun. trained: those whose losses were known.
-    measures: loss and metrics of the last evaluation, without those that are no number. updates: of every stage.
+    tick: the tick before which every stage was saved. batches: those that stage 0 had begun. updates: of every stage.
+    trained: batches whose losses were known. evaluations: made. measures: of the last one, without those that are no number.
     made_with: torch, threads, kind of processor. options: those of the run, flat, with the cuts that were used.
     """
 
     tick: int
     batches: int
     trained: int
+    evaluations: int
     measures: Mapping[str, float]
     updates: tuple[int, ...]
     made_with: Mapping[str, str | int]
@@ -64,11 +65,8 @@ class Manifest:
 def _refuse(given: Mapping[str, Any]) -> None:
     """Raises UsageError for an entry of another kind than `dumps` writes."""
     updates = given["updates"]
-    sound = (
-        isinstance(updates, list)
-        and len(updates) > 0
-        and all(map(_is_count, [given["tick"], given["batches"], given["trained"], *updates]))
-    )
+    counts = [given[name] for name in ("tick", "batches", "trained", "evaluations")]
+    sound = isinstance(updates, list) and len(updates) > 0 and all(map(_is_count, [*counts, *updates]))
     sound = sound and all(isinstance(given[name], dict) for name in ("measures", "made_with", "options", "files"))
     sound = sound and all(isinstance(one, int | float) for one in given["measures"].values())
     if not sound or not all(isinstance(one, list) and len(one) == 2 and all(map(_is_count, one)) for one in given["files"].values()):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, METRICS, SUMMARY, MODEL, BOARD = "config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "tensorboard"
+CHECKPOINTS = "checkpoints"
 ALPHABET = "alphabet.json"  # of a language model: what its tokens stand for
 TIMELINE, PICTURES = "timeline.json", ("timeline.png", "timeline.svg")  # with --trace
 TRACE = "trace.jsonl"  # of a free-running run: its plan as it happened

@@ -23,7 +23,7 @@ from delock.plan.steps import Step
 
 
 class Wish(IntEnum):
-    """What stage 0 wants of a tick."""
+    """Says what stage 0 wants of a tick."""
 
     NOTHING = -1
     SAVE = 0

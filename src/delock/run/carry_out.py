@@ -14,15 +14,14 @@ from delock.launch.processes import OnEvent, run_processes
 from delock.launch.stopping import StopRequest
 from delock.launch.torchrun import run_torchrun
 from delock.options import Checkpoint
-from delock.records import CheckpointRecord, Event, Resumed, Started
+from delock.records import CheckpointRecord, Event, Started
 from delock.run.inline import run_inline
 from delock.run.job import StageResult
-from delock.run.made_with import made_with
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.ranks import run_rank
 from delock.run.request import Request
-from delock.run.resume import NEWEST, Begin, differences, find
+from delock.run.resume import NEWEST, find, resumed
 from delock.run.torchrun_rank import run_torchrun_rank
 
 Tell = Callable[[Event], None]
@@ -55,16 +54,6 @@ def carry_out(request: Request, tell: Tell) -> tuple[Started, list[StageResult]]
             error.add_note(_how_to_go_on(stop, saved))
         raise
     return started, results
-
-
-def resumed(begin: Begin | None, notes: tuple[str, ...]) -> Resumed:
-    """Returns the record of a run that goes on, or begins anew."""
-    if begin is None:
-        return Resumed(0, 0, "", notes)
-    manifest = begin.manifest
-    here = made_with(torch.device("cpu")) if manifest.made_with.get("device") == "cpu" else {"torch": torch.__version__}
-    here.pop("threads", None)  # of this process, and not of a stage's
-    return Resumed(manifest.batches, manifest.trained, begin.path, (*notes, *differences(begin, here)))
 
 
 def _stages(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> list[StageResult]:

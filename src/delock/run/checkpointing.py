@@ -195,4 +195,5 @@ def _known(history: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what the last stage alone knows: batches whose losses it has seen, and the measures of the last evaluation."""
     evaluations = history["evaluations"]
     last = {"loss": evaluations[-1]["test_loss"], **evaluations[-1]["metrics"]} if evaluations else {}
-    return {"trained": len(history["losses"]), "measures": {name: value for name, value in last.items() if math.isfinite(value)}}
+    counts = {"trained": len(history["losses"]), "evaluations": len(evaluations)}
+    return {**counts, "measures": {name: value for name, value in last.items() if math.isfinite(value)}}

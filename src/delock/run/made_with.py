@@ -1,9 +1,8 @@
-"""What the last bits of a result may depend on beside a run's options: torch, threads, and the kind of processor."""
+"""Names what the last bits of a result may depend on beside a run's options: torch, threads, and the kind of processor."""
 
 from __future__ import annotations
 
 import platform
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ def made_with(device: torch.device) -> dict[str, str | int]:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device.type, "processor": kind}
 
 
-@cache
 def _processor() -> str:
     """Returns the processor's name, as the system tells it."""
     try:

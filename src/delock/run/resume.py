@@ -1,4 +1,4 @@
-"""What a run goes on from: it finds the checkpoint, and refuses options that may not change on the way."""
+"""Finds the checkpoint that a run goes on from, and refuses options that may not change on the way."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from delock import codecs
 from delock.checkpoints.directory import newest_first, verified
 from delock.checkpoints.manifest import Manifest
 from delock.errors import UsageError
 from delock.methods import spelled
 from delock.options import Checkpoint
+from delock.records import Resumed
+from delock.run.made_with import made_with
 from delock.run.request import Request
 
 NEWEST = "newest"
@@ -115,14 +119,20 @@ def refuse_changed(now: Mapping[str, Any], begin: Begin, batches: int) -> None:
         raise UsageError(f"{where} is at batch {begin.manifest.batches}, but the run is to end at batch {batches}: let it be longer")
 
 
-def differences(begin: Begin, here: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns what is to be said of other circumstances, in which the last bits of a result may differ."""
-    then = begin.manifest.made_with
-    return tuple(
-        f"{name} was {then.get(name)} when the checkpoint was made, and is {here[name]} now: the last bits of results may differ"
-        for name in here
-        if then.get(name) != here[name]
-    )
+def resumed(begin: Begin | None, notes: Sequence[str]) -> Resumed:
+    """Returns the record of a run that goes on, or begins anew; it says what differs from the circumstances of the checkpoint."""
+    if begin is None:
+        return Resumed(0, 0, 0, "", tuple(notes))
+    then = begin.manifest
+    here: dict[str, Any] = {"torch": torch.__version__}
+    if then.made_with.get("device") == "cpu":
+        here["processor"] = made_with(torch.device("cpu"))["processor"]
+    differ = [
+        f"{name} was {then.made_with.get(name)} when the checkpoint was made, and is {now} now: the last bits of results may differ"
+        for name, now in here.items()
+        if then.made_with.get(name) != now
+    ]
+    return Resumed(then.batches, then.trained, then.evaluations, begin.path, (*notes, *differ))
 
 
 def _said(value: Any) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,25 +19,57 @@ from delock.run.nonfinite import explained
 from delock.run.prepare import prepare
 from delock.run.ranks import run_rank
 from delock.run.request import Request
+from delock.run.resume import NEWEST, find, resumed
 
 
 def run_torchrun_rank(rank: Rank, request: Request) -> tuple[Started, StageResult]:
     """Trains this rank's stage; returns rank 0's prediction, which is that of the run, and the stage's result."""
-    request = replace(request, stages=_stages(rank, request))
+    request = replace(_again(request), stages=_stages(rank, request))
     request.method.fits_workers(request.workers)
-    prepared = prepare(request) if rank.rank == 0 else None
-    said: list[Any] = [prepared.started() if prepared else None, Ambient.here()]
+    begin, notes = find(request.checkpoint) if request.checkpoint and rank.rank == 0 else (None, ())
+    prepared = prepare(request, begin) if rank.rank == 0 else None
+    said: list[Any] = [prepared.started() if prepared else None, Ambient.here(), begin]
     if prepared:
         rank.emit(said[0])
+    if begin or notes:
+        rank.emit(resumed(begin, notes))
     torch.distributed.broadcast_object_list(said, src=0)
     started: Started = said[0]
     if said[1] != Ambient.here():
         differ = Ambient.here().beside(said[1])
         raise UsageError(f"torch has other settings on rank {rank.rank} than on rank 0: {differ}; make them alike in the program")
-    prepared = prepared or prepare(replace(request, cuts=started.cuts))
+    if request.checkpoint:
+        refuse_unshared(rank, Path(request.checkpoint.folder))
+    prepared = prepared or prepare(replace(request, cuts=started.cuts), said[2])
     rank.be_patient(prepared.patience())
     with explained(request):
         return started, run_rank(rank, prepared.jobs()[rank.rank])
+
+
+def _again(request: Request) -> Request:
+    """Returns the request; one that torchrun has started again goes on from its newest checkpoint."""
+    if request.checkpoint is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return request
+    return replace(request, checkpoint=replace(request.checkpoint, resume=NEWEST))
+
+
+def refuse_unshared(rank: Rank, folder: Path) -> None:
+    """Raises UsageError if not all ranks see the same folder of checkpoints; ranks call it together."""
+    token = folder / f".token-{os.getpid()}-{time.time_ns()}"
+    said: list[Any] = [token.name]
+    if rank.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    torch.distributed.broadcast_object_list(said, src=0)
+    seen: list[Any] = [None] * rank.world
+    try:
+        torch.distributed.all_gather_object(seen, (folder / said[0]).exists())
+    finally:
+        if rank.rank == 0:
+            token.unlink(missing_ok=True)
+    if blind := [k for k, there in enumerate(seen) if not there]:
+        which = ", ".join(map(str, blind))
+        raise UsageError(f"rank {which} does not see the folder of checkpoints {folder} of rank 0: give one that all hosts share")
 
 
 def _stages(rank: Rank, request: Request) -> int:

@@ -168,6 +168,26 @@ class OutputOptions:
 
 
 @dataclass(frozen=True)
+class CheckpointOptions:
+    """Checkpoints, in the run's folder: a run that was killed, stopped or cut off goes on from the newest as if nothing had happened."""
+
+    checkpoint: bool = True
+    """Keep checkpoints, and save the run when a signal ends it (Ctrl-C, SIGTERM, SIGUSR1)."""
+    checkpoint_every: str = "10m"
+    """Batches (500) or time (30s, 10m, 2h) between two of them."""
+    checkpoint_keep: int = 2
+    """Newest ones that are kept."""
+    checkpoint_best: Annotated[str | None, shown("none")] = None
+    """min:NAME or max:NAME: also keep the one that follows the best evaluation, by a metric or by loss."""
+    resume: Annotated[str | None, arg(help_behavior_hint="(default: a new run)", metavar="[RUN|CHECKPOINT]")] = None
+    """Go on with a run: the folder of the run or of one of its checkpoints. Without a value, with the newest checkpoint in --out."""
+    grace: float = 30.0
+    """Seconds in which a signal's checkpoint must be written."""
+    max_restarts: int = 0
+    """Times that a run may go on by itself after a stage has died, hung or failed; torchrun has an option of its own."""
+
+
+@dataclass(frozen=True)
 class Conditions:
     """Holds the groups of options that `delock train` and `delock compare` share: all but the methods."""
 
@@ -187,9 +207,10 @@ class Conditions:
 
 @dataclass(frozen=True)
 class OneMethod:
-    """Holds the group of options that `delock train` has beside the conditions."""
+    """Holds the groups of options that `delock train` has beside the conditions."""
 
     algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
+    survival: CheckpointOptions = field(default_factory=CheckpointOptions)
 
 
 @dataclass(frozen=True)

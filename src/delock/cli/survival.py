@@ -1,0 +1,97 @@
+"""Checkpoints on the command line: the words of --resume, and the group of `fit` that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from delock.cli.config import TrainConfig, make_method
+from delock.cli.config.options import CheckpointOptions
+from delock.cli.run_folder import CHECKPOINTS, CONFIG
+from delock.errors import UsageError
+
+if TYPE_CHECKING:
+    from delock.options import Checkpoint
+
+NEWEST = "newest"
+
+
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """Returns the words with what --resume leaves out: the checkpoint, and the folder and the options of the run that it belongs to.
+
+    Raises UsageError for a run or a checkpoint that does not exist, and for --resume without one.
+    """
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--resume=") else [word])]
+    if "--resume" not in words:
+        return words
+    at = words.index("--resume")
+    behind = words[at + 1 : at + 2]
+    given = behind[0] if behind and not behind[0].startswith("--") else None
+    rest = words[:at] + words[at + 1 + (given is not None) :]
+    out = _value(rest, "--out")
+    run, checkpoint = _found(given, out)
+    extra = ["--resume", checkpoint]
+    if out is None:
+        extra += ["--out", str(run)]
+    if _value(rest, "--config") is None and (run / CONFIG).is_file():
+        extra += ["--config", str(run / CONFIG)]
+    return [*rest, *extra]
+
+
+def _found(given: str | None, out: str | None) -> tuple[Path, str]:
+    """Returns the run's folder, and what its checkpoint is called: newest, or a path."""
+    if given is None or given == NEWEST:
+        if out is None:
+            raise UsageError("--resume goes on with a run, but which is not said: give its folder, as in --resume runs/RUN")
+        return Path(out), NEWEST
+    path = Path(given)
+    if not path.exists() and out is not None and (Path(out) / CHECKPOINTS / given).is_dir():
+        path = Path(out) / CHECKPOINTS / given
+    if not path.is_dir():
+        raise UsageError(f"--resume is {given}, but there is no such run or checkpoint")
+    if path.name.startswith("batch-"):
+        return path.parent.parent, str(path)
+    if path.name == CHECKPOINTS:
+        path = path.parent
+    if not (path / CONFIG).is_file():
+        raise UsageError(f"{path} is not the folder of a run: it has no {CONFIG}")
+    own = out is None or Path(out).resolve() == path.resolve()
+    return path, NEWEST if own else str(path / CHECKPOINTS)
+
+
+def checkpoint(config: TrainConfig, folder: Path) -> Checkpoint | None:
+    """Returns the checkpoints of a run into that folder; None where it keeps none.
+
+    Emulated, captured and undrawn runs cannot keep any, which is an error only where they are asked for.
+    """
+    from delock.options import Checkpoint
+
+    options = config.survival
+    unable = config.simulation.emulate or config.execution.captured or not make_method(config.algorithm).planned
+    if not options.checkpoint:
+        if options.resume:
+            raise UsageError("--resume goes on from a checkpoint, and --no-checkpoint says that there are none: leave one of them out")
+        return None
+    if unable and options == CheckpointOptions():
+        return None
+    every = int(options.checkpoint_every) if options.checkpoint_every.isdigit() else options.checkpoint_every
+    return Checkpoint(
+        folder / CHECKPOINTS,
+        every=every,
+        keep=options.checkpoint_keep,
+        best=options.checkpoint_best,
+        resume=options.resume,
+        grace=options.grace,
+        restarts=options.max_restarts,
+    )
+
+
+def _value(words: Sequence[str], option: str) -> str | None:
+    """Returns the value behind an option."""
+    for word, after in zip(words, [*words[1:], None], strict=True):
+        if word == option:
+            return after
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
