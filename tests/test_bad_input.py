@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -195,14 +194,3 @@ def test_a_loss_that_is_no_number(here: Path, capsys: pytest.CaptureFixture[str]
 def test_a_loss_that_is_no_number_in_processes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(["train", *SMALL, "--workers", "processes", "--lr", "1e30"], here, capsys)
     assert re.search(r"the loss of batch \d became nan at stage 1", error)
-
-
-@pytest.mark.usefixtures("own_random")
-def test_a_full_disk_is_one_line(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device", "a/metrics.jsonl")
-
-    monkeypatch.setattr("delock.cli.run_folder.RunFolder.add", full)
-    assert main(["train", *SMALL, "--workers", "processes", "--out", "a"]) == 1
-    error = capsys.readouterr().err
-    assert error == "error: [Errno 28] No space left on device: 'a/metrics.jsonl'; what was recorded is in a\n"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from delock.cli import main
-from delock.cli.run_folder import RunFolder, dumps, line
+from delock.cli.run_folder import dumps, line
 from delock.errors import StageFailed, UsageError
 from delock.nets import build as build_model
 from delock.records import EvaluationRecord, Started, StepRecord
@@ -259,15 +259,6 @@ def test_a_port_that_is_taken_costs_no_earlier_run(here: Path, capsys: pytest.Ca
     assert error.startswith("error: port")
     assert "\n" not in error
     assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
-
-
-def test_without_out_every_run_has_a_folder_of_its_own(here: Path) -> None:
-    folders = [RunFolder(None, "fdg-mlp") for _ in range(3)]
-    for folder in folders:
-        folder.path = Path("runs/now-fdg-mlp")
-        folder.open()
-    assert [folder.path.name for folder in folders] == ["now-fdg-mlp", "now-fdg-mlp-2", "now-fdg-mlp-3"]
-    assert RunFolder(None, "x").path.parts[0] == "runs"
 
 
 @pytest.mark.usefixtures("own_random")

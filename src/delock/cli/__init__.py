@@ -16,6 +16,7 @@ from delock import __version__
 from delock.cli.interrupts import interruptible
 from delock.cli.loading import start_server
 from delock.cli.ranks import is_rank_zero
+from delock.cli.rescue import advice
 from delock.errors import DelockError, UsageError
 
 COMMANDS = MappingProxyType(
@@ -80,7 +81,7 @@ def _run(words: Sequence[str], whole_program: bool) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
         except OSError as error:  # a full disk, a folder that may not be written
-            _say(f"error: {error}", error, "; ")
+            _say(f"error: {error}{advice(error)}", error, "; ")
             return FAILED
         except SystemExit as leave:  # the parser, after --help; a rank of torchrun, after its failure
             return leave.code if isinstance(leave.code, int) else int(leave.code is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from delock.cli.arguments import parse
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from delock.cli.terminal import Terminal
     from delock.data import Data, TextData
 
+FIGURES = ("compare.png", "compare.svg")
 ABOUT = """Train a network with several methods, and lay the results side by side.
 
 examples:
@@ -40,6 +42,11 @@ def run(words: Sequence[str]) -> int:
     todo = rows(config)
     model = str(todo[0].config.network.model).replace("/", "-")
     folder = RunFolder(config.output.out, f"compare-{model}", overwrite=config.output.overwrite)
+    with folder.held():
+        return _compare(config, todo, folder)
+
+
+def _compare(config: CompareConfig, todo: Sequence[Row], folder: RunFolder) -> int:
     from delock.cli.terminal import Terminal
 
     screen = Terminal()
@@ -48,40 +55,67 @@ def run(words: Sequence[str]) -> int:
         refuse(row.config, data)
     reports: dict[str, RunReport] = {}
     try:
-        _train(config, todo, data, folder, screen, reports)
+        whole = _train(config, todo, data, folder, screen, reports)
     except BaseException as error:
         if folder.opened:
             _keep(config, folder, reports)
-            error.add_note(f"what was recorded is in {folder.path}")
+            _finish(folder, reports)
+            error.add_note(folder.lost or f"what was recorded is in {folder.path}")
         screen.end()
         raise
     screen.line()
     screen.table(*_table(reports), spare=(IDLE, LAYERWISE))
     if folder.opened:
+        _finish(folder, reports)
         screen.line(f"run folder: {folder.path}")
-    return int(any(report.status != "finished" for report in reports.values()))
+    if folder.lost:
+        raise DelockError(folder.lost)
+    return int(not whole or any(report.status != "finished" for report in reports.values()))
 
 
 def _train(
     config: CompareConfig, todo: Sequence[Row], data: Data | TextData, folder: RunFolder, screen: Terminal, reports: dict[str, RunReport]
-) -> None:
-    """Trains every row into its own folder. A row that fails is reported, and the others go on; bad input with nothing kept ends all."""
+) -> bool:
+    """Trains every row into its own folder, and returns False if one of these could not be written.
+
+    A row that fails is reported, and the others go on; bad input with nothing kept ends all.
+    """
     cuts: tuple[int, ...] | None = None
+    whole = True
     for i, row in enumerate(todo):
         row = cut_alike(row, cuts) if cuts is not None else row
         report = reports[row.name] = RunReport(row.config)
         screen.line(f"\n{i + 1} of {len(todo)}: {row.name}")
+        own = folder.inner(row.folder)
         try:
-            train(report, data, folder.inner(row.folder), screen)
+            train(report, data, own, screen)
         except DelockError as error:
             if isinstance(error, UsageError) and not report.started and not folder.opened:
                 raise
-            print(f"error: {row.name}: {error}", file=sys.stderr)
+            _say(f"error: {row.name}: {error}")
+        if own.lost:
+            whole = False
+            _say(f"error: {row.name}: {own.lost}")
         if cuts is None and report.started and row.name != PLAIN:
             cuts = report.started.cuts  # measured once: the rows differ in the method alone
         if folder.opened:
             _keep(config, folder, reports)
-            _draw(folder, reports)
+            with suppress(OSError):  # a full disk, of which the files above have told
+                _draw(folder, reports)
+    return whole
+
+
+def _finish(folder: RunFolder, reports: dict[str, RunReport]) -> None:
+    """Brings what could not be written to another place, if need be, and draws the figures that are missing."""
+    folder.settle()
+    if any(report.steps for report in reports.values()) and not all((folder.path / name).exists() for name in FIGURES):
+        folder.attempt(FIGURES[0], _draw, folder, reports)
+        folder.settle()
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # it may go to a file on a full disk
+        print(text, file=sys.stderr)
 
 
 def _keep(config: CompareConfig, folder: RunFolder, reports: dict[str, RunReport]) -> None:
@@ -98,7 +132,12 @@ def _draw(folder: RunFolder, reports: dict[str, RunReport]) -> None:
 
     runs = [Run(name, report.evaluations, report.steps) for name, report in reports.items() if report.steps]
     if runs:
-        curves(runs, folder.path / "compare")
+        try:
+            curves(runs, folder.path / "compare")
+        except OSError:  # no half of a figure
+            for name in FIGURES:
+                (folder.path / name).unlink(missing_ok=True)
+            raise
 
 
 def _table(reports: dict[str, RunReport]) -> tuple[Cells, list[Cells]]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from delock.cli.growing_file import GrowingFile
+from delock.cli.held_folder import HeldFolder, clear
+from delock.cli.rescue import rescue, told, warning
 from delock.errors import UsageError
 from delock.records import EvaluationRecord, StepRecord, Visit, VisitsRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 CONFIG, METRICS, SUMMARY, MODEL, BOARD = "config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "tensorboard"
 CHECKPOINTS = "checkpoints"
@@ -46,89 +53,132 @@ def load_visits(folder: Path, K: int) -> list[list[Visit]]:
 
 
 class RunFolder:
-    """Writes a folder that does not exist before `open`. Without `out` it is runs/<date-time>-<name>, with a number if that is taken.
+    """Writes the files of a run. Without `out` the folder is runs/<date-time>-<name>, with a number if that is taken.
 
-    Raises UsageError if no folder can be made there, if `out` is a file, and if it is not empty and `overwrite` is not given.
+    A disk that is full, or a folder that is gone, costs no record and no weights: training goes on, and `settle` brings the run elsewhere.
     """
 
     def __init__(self, out: Path | None, name: str, *, overwrite: bool = False) -> None:
-        self.path = out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
-        self._chosen = out is not None
+        path = out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
+        self._held = HeldFolder(path, new=out is None, overwrite=overwrite)
+        self._name = Path(os.path.abspath(path)).name
         self._inside: RunFolder | None = None
+        self.path = path
         self.opened = False
-        self._metrics: IO[str] | None = None
-        self._trace: IO[str] | None = None
-        try:
-            _refuse(self.path)
-            if out is not None and out.exists() and any(out.iterdir()) and not overwrite:
-                raise UsageError(f"the run folder {out} exists: give another --out, or --overwrite to replace the run in it")
-        except OSError as error:
-            raise UsageError(f"cannot use the run folder {self.path}: {error.strerror}; give another --out") from None
+        self.lost: str | None = None  # what could not be written, and where it is instead
+        self._texts: dict[str, str] = {}
+        self._state: Mapping[str, Tensor] | None = None
+        self._metrics = GrowingFile[StepRecord | EvaluationRecord](METRICS, lambda record: dumps(line(record)) + "\n", whole=True)
+        self._trace = GrowingFile[VisitsRecord](TRACE, _visit_lines, whole=False)
+        self._unwritten: dict[str, OSError] = {}
+        self._warned = False
 
     def inner(self, name: str) -> RunFolder:
         """Returns the folder of one of several runs in this one; opening it opens this one first."""
         folder = RunFolder(self.path / name, name, overwrite=True)
-        folder._inside = self
+        folder._inside, folder._name, folder._held = self, f"{self._name}-{name}", self._held
         return folder
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder for the time of the block, and keeps other runs out; if it was not opened in it, it is as before afterwards.
+
+        Raises UsageError if no folder can be made there, if it is a file or in use, and if it is not empty and `overwrite` is not given.
+        """
+        self._held.take()
+        self.path = self._held.path
+        try:
+            yield
+        finally:
+            self._held.release(keep=self.opened)
+
     def open(self) -> None:
-        """Makes the folder, once; with `overwrite` it removes an earlier run's files, and no others."""
+        """Begins to write, once; with `overwrite` it removes an earlier run's files, and no others."""
         if self.opened:
             return
         if self._inside:
             self._inside.open()
             self.path = self._inside.path / self.path.name
-        try:
-            if self._chosen:
-                self.path.mkdir(parents=True, exist_ok=True)
-                _clear(self.path)
-            else:
-                self.path = _new(self.path)
-        except OSError as error:
-            raise UsageError(f"cannot make the run folder {self.path}: {error.strerror}; give another --out") from None
         self.opened = True
+        self.attempt(".", self._empty)
+
+    def _empty(self) -> None:
+        self.path.mkdir(exist_ok=True)
+        clear(self.path, OURS, (BOARD,), CONFIG)
 
     def write(self, name: str, text: str) -> None:
         """Writes one of the folder's text files."""
-        self._replace(name, text.encode())
+        self._texts[name] = text
+        self.attempt(name, _replace, self.path / name, text.encode())
 
     def add(self, record: StepRecord | EvaluationRecord) -> None:
         """Appends a line to metrics.jsonl, on disk at once, so that records outlive the run."""
-        if self._metrics is None:
-            self._metrics = (self.path / METRICS).open("a", encoding="utf-8")
-        self._metrics.write(dumps(line(record)) + "\n")
-        self._metrics.flush()
+        self._metrics.add(record)
+        self.attempt(METRICS, self._metrics.flush, self.path)
 
     def add_visits(self, record: VisitsRecord) -> None:
         """Appends lines to trace.jsonl, one per visit, for `delock replay`."""
-        if self._trace is None:
-            self._trace = (self.path / TRACE).open("a", encoding="utf-8")
-        for visit in record.visits:
-            values = {name: getattr(visit, name) for name in Visit.__dataclass_fields__}
-            self._trace.write(dumps({"stage": record.stage, **values}) + "\n")
-        self._trace.flush()
+        self._trace.add(record)
+        self.attempt(TRACE, self._trace.flush, self.path)
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Saves the weights under their names in the unsplit model."""
-        from safetensors.torch import save  # here: it loads torch
+        self._state = state
+        self.attempt(MODEL, _save, state, self.path)
 
-        whole = save({name: value.detach().cpu().contiguous() for name, value in state.items()})
-        self._replace(MODEL, whole)  # save_file would make a file that only its owner may read
-
-    def _replace(self, name: str, content: bytes) -> None:
-        """Writes a file so that it is never found incomplete."""
-        part = self.path / f".{name}.part"
+    def attempt(self, name: str, write: Callable[..., T], *given: Any) -> T | None:
+        """Returns write(*given), which writes a file of the folder; None, with a warning the first time, if that fails."""
         try:
-            part.write_bytes(content)
-            part.replace(self.path / name)
-        finally:
-            part.unlink(missing_ok=True)
+            if self.lost is None and not self._held.holds():
+                raise FileNotFoundError(errno.ENOENT, "the folder is gone")
+            result = write(*given)
+        except OSError as error:
+            self._unwritten[name] = error
+            if not self._warned:
+                self._warned = True
+                _warn(warning(self.path, name, error))
+            return None
+        self._unwritten.pop(name, None)
+        return result
 
-    def close(self) -> None:
-        """Closes metrics.jsonl and trace.jsonl."""
-        for file in (self._metrics, self._trace):
-            if file is not None:
-                file.close()
+    def settle(self) -> None:
+        """Tries a last time to write what could not be written; if it fails, all of the run goes to a new folder, and `lost` says so."""
+        if self._unwritten and not self._settle_here():
+            missing: list[str] = []
+            place, failed = rescue(self._name, lambda folder: missing.extend(self._fill(folder)))
+            self.lost = told(self.path, self._unwritten, place, failed, [*missing, *self._unknown()])
+            self.path = place or self.path
+        elif self._unwritten:
+            self.lost = self.lost or told(self.path, self._unwritten, self.path, [], [])
+        self._unwritten.clear()
+
+    def _settle_here(self) -> bool:
+        """Writes all that is known into the folder; returns False if it still cannot be written."""
+        if self.lost is None and not self._held.holds():
+            return False
+        try:
+            self.path.mkdir(exist_ok=True)
+            self._fill(self.path)
+        except OSError:
+            return False
+        self._unwritten = {name: self._unwritten[name] for name in self._unknown()}
+        return True
+
+    def _unknown(self) -> list[str]:
+        """Returns the files that could not be written, and that nobody here can write again, such as pictures."""
+        return [name for name in self._unwritten if name not in (".", METRICS, TRACE, MODEL, *self._texts)]
+
+    def _fill(self, folder: Path) -> list[str]:
+        """Writes all that is known of the run into a folder; returns the names of files of which a part is lost."""
+        for name, text in self._texts.items():
+            _replace(folder / name, text.encode())
+        if self._state is not None:
+            _save(self._state, folder)
+        if folder == self.path:
+            self._metrics.flush(folder)
+            self._trace.flush(folder)
+            return []
+        return [file.name for file in (self._metrics, self._trace) if not file.move(self.path, folder)]
 
 
 def line(record: StepRecord | EvaluationRecord) -> dict[str, Any]:
@@ -155,35 +205,32 @@ def _finite(value: Any) -> Any:
             return value
 
 
-def _refuse(path: Path) -> None:
-    """Raises UsageError if a folder cannot be made: before hours of work rather than after."""
-    place = next((place for place in (path, *path.parents) if place.exists()), None)
-    if place is not None and not place.is_dir():
-        where = "it" if place == path else place
-        raise UsageError(f"cannot use the run folder {path}: {where} is a file; give another --out")
-    if place is None or not os.access(place, os.W_OK):
-        raise UsageError(f"cannot use the run folder {path}: {place or 'the place'} may not be written to; give another --out")
+def _visit_lines(record: VisitsRecord) -> str:
+    visits = ({name: getattr(visit, name) for name in Visit.__dataclass_fields__} for visit in record.visits)
+    return "".join(dumps({"stage": record.stage, **values}) + "\n" for values in visits)
 
 
-def _new(path: Path) -> Path:
-    """Makes a folder that did not exist before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for number in range(1, 1000):
-        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
-        try:
-            candidate.mkdir()
-        except FileExistsError:
-            continue
-        return candidate
-    raise UsageError(f"there are too many run folders called {path}: give another --out")
+def _save(state: Mapping[str, Tensor], folder: Path) -> None:
+    from safetensors.torch import save  # here: it loads torch
+
+    whole = save({name: value.detach().cpu().contiguous() for name, value in state.items()})
+    _replace(folder / MODEL, whole)  # save_file would make a file that only its owner may read
 
 
-def _clear(path: Path) -> None:
-    """Removes the files of a run, and of the runs of a comparison in it, from a folder."""
-    for name in OURS:
-        (path / name).unlink(missing_ok=True)
-    shutil.rmtree(path / BOARD, ignore_errors=True)
-    for inner in [config.parent for config in path.glob(f"*/{CONFIG}")]:
-        _clear(inner)
-        if not any(inner.iterdir()):
-            inner.rmdir()
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file so that it is never found incomplete, and is on the disk."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):  # it may go to a file on the same disk
+        print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from delock.cli.config import TrainConfig, flat, make_method, other_kind_options, tokens, toml
 from delock.cli.loading import load_torch
 from delock.cli.ranks import ranks
-from delock.cli.run_folder import ALPHABET, CONFIG, SUMMARY, RunFolder, dumps
+from delock.cli.run_folder import ALPHABET, BOARD, CONFIG, SUMMARY, RunFolder, dumps
 from delock.cli.summary import RunReport, evaluated, opening, summary, trained
 from delock.cli.tables import per_second, prediction_table
 from delock.cli.tensorboard import TensorBoard
@@ -70,7 +70,7 @@ class Session:
         self.open()
         self.folder.add(event)
         if self.board:
-            self.board.add(event)
+            self.folder.attempt(BOARD, self.board.add, event)
 
     def open(self) -> None:
         """Makes the folder once there is something to keep: bad input leaves no folder, and an earlier run as it was."""
@@ -83,15 +83,16 @@ class Session:
             self.folder.write(CONFIG, toml.write(values, "delock train --config FILE repeats this run"))
             if isinstance(self.data, TextData):
                 self.folder.write(ALPHABET, dumps({"characters": self.data.alphabet.characters}) + "\n")
-            self.board = TensorBoard(self.folder.path) if config.output.tensorboard else None
+            if config.output.tensorboard:
+                self.board = self.folder.attempt(BOARD, TensorBoard, self.folder.path)
 
     def end(self) -> None:
         """Closes everything; a folder gets its summary. The screen comes last, because its terminal may have been closed."""
-        self.folder.close()
         if self.board:
-            self.board.close()
+            self.folder.attempt(BOARD, self.board.close)
         if self.folder.opened:
             self.folder.write(SUMMARY, dumps(summary(self.report), indent=2) + "\n")
+            self.folder.settle()
         self.screen.end()
 
 

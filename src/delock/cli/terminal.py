@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -28,7 +29,8 @@ class Terminal:
 
     def line(self, text: str = "") -> None:
         """Prints a line of text."""
-        self.console.print(text, soft_wrap=True)
+        with _on_a_full_disk():
+            self.console.print(text, soft_wrap=True)
         self._printed = time.monotonic()
 
     def table(self, head: Cells, rows: Sequence[Cells], spare: Sequence[str] = ()) -> None:
@@ -45,7 +47,8 @@ class Terminal:
             table.add_column(name, justify="right" if i else "left", vertical="bottom", no_wrap=i > 0, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        self.console.print(table)
+        with _on_a_full_disk():
+            self.console.print(table)
 
     def phase(self, what: str, total: int | None = None) -> None:
         """Begins a phase of `total` steps, or of an unknown number."""
@@ -71,6 +74,17 @@ class Terminal:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+@contextmanager
+def _on_a_full_disk() -> Iterator[None]:
+    """Goes on if the text goes to a file for which there is no room: a run is worth more than its log."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def _width(head: Cells, rows: Sequence[Cells]) -> int:

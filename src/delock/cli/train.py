@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, is_text, resolve
@@ -13,6 +14,7 @@ from delock.cli.summary import RunReport, closing
 from delock.cli.tables import stage_table
 from delock.cli.terminal import Terminal
 from delock.cli.trace import keep
+from delock.errors import DelockError
 
 ABOUT = """Train a network on several workers, one stage each.
 
@@ -30,15 +32,19 @@ def run(words: Sequence[str]) -> int:
     """Parses, trains, shows the results, and returns the exit code."""
     config = resolve(parse(TrainConfig, words, "train", ABOUT), ranks())
     name = f"{config.algorithm.method}-{config.network.model}".replace("/", "-")
-    # rank 0 alone looks at the folder: to the others it may be there already because rank 0 has made it
-    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite or not is_rank_zero())
+    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite)
+    with folder.held() if is_rank_zero() else nullcontext():
+        return _train(config, folder)
+
+
+def _train(config: TrainConfig, folder: RunFolder) -> int:
     screen = Terminal(quiet=not is_rank_zero())
     report = RunReport(config)
     try:
         train(report, load_data(config, screen), folder, screen)
     except BaseException as error:
         if folder.opened:
-            error.add_note(f"what was recorded is in {folder.path}")
+            error.add_note(folder.lost or f"what was recorded is in {folder.path}")
         screen.end()
         raise
     if folder.opened and report.result:
@@ -50,4 +56,6 @@ def run(words: Sequence[str]) -> int:
         screen.line(f"run folder: {folder.path}")
         if is_text(config):
             screen.line(f"delock sample {folder.path} prints text from it")
+        if folder.lost:
+            raise DelockError(folder.lost)
     return 0

@@ -1,0 +1,61 @@
+"""Writes a file of lines that grows during a run. A line that cannot be written now is written with a later one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class GrowingFile(Generic[T]):
+    """Appends the lines of items to a file, on disk at once. `whole`: all items are kept, so that they can be written elsewhere."""
+
+    def __init__(self, name: str, text: Callable[[T], str], *, whole: bool) -> None:
+        self.name, self.text, self.whole = name, text, whole
+        self._items: list[T] = []
+        self._written = 0  # of the items
+        self._begun = False
+
+    def add(self, item: T) -> None:
+        """Takes an item, whose lines `flush` will write."""
+        self._items.append(item)
+
+    def flush(self, folder: Path) -> None:
+        """Appends what is not yet written. An OSError leaves the file as it was before, with whole lines."""
+        if self._written == len(self._items):
+            return
+        data = "".join(map(self.text, self._items[self._written :])).encode()
+        with (folder / self.name).open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(file.fileno(), before)
+                raise
+        if not self.whole:
+            self._items.clear()
+        self._written, self._begun = len(self._items), True
+
+    def move(self, old: Path, new: Path) -> bool:
+        """Writes all lines into another folder. Returns False if earlier ones are neither kept here nor to be read in the old folder."""
+        if self._begun and not self.whole:
+            try:
+                earlier = (old / self.name).read_bytes()
+            except OSError:
+                return False
+            (new / self.name).write_bytes(earlier)
+        before = self._written
+        self._written = 0 if self.whole else before
+        try:
+            self.flush(new)
+        except OSError:
+            self._written = before
+            raise
+        return True
