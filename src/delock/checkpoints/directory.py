@@ -62,10 +62,11 @@ class Writer:
     ) -> None:
         """Writes tensors by name."""
         path = self.place / f"{kind}-{self.k}.safetensors"
-        if private:
-            path.touch(mode=0o600)
+        path.touch(mode=0o600 if private else 0o666)
+        mode = path.stat().st_mode
         dense = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(dense, path, dict(metadata or {}))
+        path.chmod(mode)  # of its own it would let nobody but the owner read any
         self.files[path.name] = _measure(path)
 
     def done(self, updates: int, rest: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> Manifest | None:

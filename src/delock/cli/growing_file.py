@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -19,6 +20,7 @@ class GrowingFile(Generic[T]):
         self._items: list[T] = []
         self._written = 0  # of the items
         self._begun = False
+        self._earlier = b""  # lines of before a cut
 
     def add(self, item: T) -> None:
         """Takes an item, whose lines `flush` will write."""
@@ -43,6 +45,17 @@ class GrowingFile(Generic[T]):
             self._items.clear()
         self._written, self._begun = len(self._items), True
 
+    def cut(self, wanted: Callable[[dict[str, Any]], bool], source: Path, target: Path) -> None:
+        """Keeps the lines of the file in one folder that are wanted, in another or the same one; the next lines come behind them."""
+        path = source / self.name
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and wanted(json.loads(line))]
+        self._earlier = b"".join(kept)
+        part = target / f".{self.name}.part"
+        part.write_bytes(self._earlier)
+        part.replace(target / self.name)
+        self._items, self._written, self._begun = [], 0, bool(kept)
+
     def move(self, old: Path, new: Path) -> bool:
         """Writes all lines into another folder. Returns False if earlier ones are neither kept here nor to be read in the old folder."""
         if self._begun and not self.whole:
@@ -51,6 +64,8 @@ class GrowingFile(Generic[T]):
             except OSError:
                 return False
             (new / self.name).write_bytes(earlier)
+        elif self._earlier:
+            (new / self.name).write_bytes(self._earlier)
         before = self._written
         self._written = 0 if self.whole else before
         try:

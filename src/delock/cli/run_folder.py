@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,12 +56,14 @@ def load_visits(folder: Path, K: int) -> list[list[Visit]]:
 class RunFolder:
     """Writes the files of a run. Without `out` the folder is runs/<date-time>-<name>, with a number if that is taken.
 
+    goes_on: the run in it goes on; its files stay.
     A disk that is full, or a folder that is gone, costs no record and no weights: training goes on, and `settle` brings the run elsewhere.
     """
 
-    def __init__(self, out: Path | None, name: str, *, overwrite: bool = False) -> None:
+    def __init__(self, out: Path | None, name: str, *, overwrite: bool = False, goes_on: bool = False) -> None:
         path = out or Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name}"
-        self._held = HeldFolder(path, new=out is None, overwrite=overwrite)
+        self._held = HeldFolder(path, new=out is None, overwrite=overwrite or goes_on)
+        self._goes_on = goes_on
         self._name = Path(os.path.abspath(path)).name
         self._inside: RunFolder | None = None
         self.path = path
@@ -104,7 +107,8 @@ class RunFolder:
 
     def _empty(self) -> None:
         self.path.mkdir(exist_ok=True)
-        clear(self.path, OURS, (BOARD,), CONFIG)
+        if not self._goes_on:
+            clear(self.path, OURS, (BOARD, CHECKPOINTS), CONFIG)
 
     def write(self, name: str, text: str) -> None:
         """Writes one of the folder's text files."""
@@ -115,6 +119,15 @@ class RunFolder:
         """Appends a line to metrics.jsonl, on disk at once, so that records outlive the run."""
         self._metrics.add(record)
         self.attempt(METRICS, self._metrics.flush, self.path)
+
+    def cut(self, batches: int, evaluations: int, source: Path) -> None:
+        """Keeps of a run's records those of so many batches and evaluations; source: the folder of the run that goes on."""
+        made = count(1)
+
+        def wanted(record: dict[str, Any]) -> bool:
+            return next(made) <= evaluations if record["event"] == "evaluation" else record["batches"] <= batches
+
+        self.attempt(METRICS, self._metrics.cut, wanted, source, self.path)
 
     def add_visits(self, record: VisitsRecord) -> None:
         """Appends lines to trace.jsonl, one per visit, for `delock replay`."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delock.cli.config import TrainConfig, flat, make_method, other_kind_options, tokens, toml
 from delock.cli.loading import load_torch
 from delock.cli.ranks import ranks
-from delock.cli.run_folder import ALPHABET, BOARD, CONFIG, SUMMARY, RunFolder, dumps
-from delock.cli.summary import RunReport, evaluated, opening, summary, trained
+from delock.cli.run_folder import ALPHABET, BOARD, CHECKPOINTS, CONFIG, SUMMARY, RunFolder, dumps
+from delock.cli.summary import RunReport, evaluated, gone_on, opening, summary, trained, written
+from delock.cli.survival import checkpoint
 from delock.cli.tables import per_second, prediction_table
 from delock.cli.tensorboard import TensorBoard
 from delock.cli.terminal import Terminal
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from delock.data import Data, TextData
+    from delock.options import Checkpoint
 
-NOT_REPEATED = ("out", "overwrite", "config")  # config.toml says how to repeat a run, not where an earlier one was kept
+NOT_REPEATED = ("out", "overwrite", "config", "resume")  # config.toml says how to repeat a run, not where an earlier one was kept
 
 
 def load_data(config: TrainConfig, screen: Terminal) -> Data | TextData:
@@ -56,6 +59,8 @@ class Session:
                 if event.compiled:
                     self.screen.line("compiling every stage, outside all measured times: often half a minute, less the second time")
                 self.screen.phase("training", event.batches)
+                if (self.folder.path / CHECKPOINTS).exists() and not config.survival.resume:
+                    self.open()  # with --overwrite: an earlier run's checkpoints go before those of this one come
                 return
             case StepRecord():
                 self.screen.progress(event.batches, self.report.batches, trained(config, event, self.report.batches))
@@ -65,12 +70,28 @@ class Session:
                 self.open()
                 self.folder.add_visits(event)
                 return
-            case CheckpointRecord() | Resumed():
+            case CheckpointRecord():
+                self.screen.line(written(event))
+                return
+            case Resumed():
+                self.go_on(event)
                 return
         self.open()
         self.folder.add(event)
         if self.board:
             self.folder.attempt(BOARD, self.board.add, event)
+
+    def go_on(self, event: Resumed) -> None:
+        """Drops the records of batches that are trained again."""
+        self.screen.line(gone_on(event))
+        for note in event.notes:
+            self.screen.line(note)
+        self.open()
+        source = Path(event.path).parent.parent if event.path else self.folder.path
+        self.folder.cut(event.trained, event.evaluations, source)
+        if self.board:
+            self.folder.attempt(BOARD, self.board.close)
+            self.board = self.folder.attempt(BOARD, TensorBoard, self.folder.path, event.trained)
 
     def open(self) -> None:
         """Makes the folder once there is something to keep: bad input leaves no folder, and an earlier run as it was."""
@@ -105,7 +126,8 @@ def train(report: RunReport, data: Data | TextData, folder: RunFolder, screen: T
     try:
         model = build_model(report.config, data)
         screen.phase("measuring the layers")
-        report.result = fit_config(report.config, data, model, session.hear)
+        kept = checkpoint(report.config, folder.path)
+        report.result = fit_config(report.config, data, model, session.hear, kept=kept)
         if folder.opened and not report.config.simulation.emulate:  # ranks above 0 have no folder
             folder.save_model(model.state_dict())
         report.status = "finished"
@@ -139,8 +161,9 @@ def fit_config(
     model: nn.Module,
     on_event: Callable[[Event], None],
     replay: Sequence[Sequence[Visit]] | None = None,
+    kept: Checkpoint | None = None,
 ) -> Result:
-    """Calls `fit` for a resolved config; `replay`: the visits of a free-running run, to repeat in this process."""
+    """Calls `fit` for a resolved config; `replay`: the visits of a free-running run, to repeat in this process; `kept`: checkpoints."""
     from delock.api import fit
     from delock.cli.workload import recipe
 
@@ -173,5 +196,6 @@ def fit_config(
         compression=config.compression,
         simulation=replace(config.simulation, replay=replay),
         report=config.report,
+        checkpoint=kept,
         on_event=on_event,
     )

@@ -12,7 +12,7 @@ from delock import __version__
 from delock.cli.config import TrainConfig, is_text, make_method, tokens
 from delock.cli.tables import metric_text, per_second
 from delock.methods import options
-from delock.records import EvaluationRecord, Event, Result, StageReport, Started, StepRecord, Traffic
+from delock.records import CheckpointRecord, EvaluationRecord, Event, Result, Resumed, StageReport, Started, StepRecord, Traffic
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -27,6 +27,8 @@ class RunReport:
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     result: Result | None = None
+    checkpoints: list[CheckpointRecord] = field(default_factory=list)
+    resumed: list[Resumed] = field(default_factory=list)
     error: str | None = None
 
     @property
@@ -44,6 +46,12 @@ class RunReport:
                 self.steps.append(event)
             case EvaluationRecord():
                 self.evaluations.append(event)
+            case CheckpointRecord():
+                self.checkpoints.append(event)
+            case Resumed():
+                self.resumed.append(event)
+                self.steps = [step for step in self.steps if step.batches <= event.trained]
+                self.evaluations = [one for one in self.evaluations if one.batches <= event.trained][: event.evaluations]
 
 
 def settled(config: TrainConfig, cuts: tuple[int, ...]) -> TrainConfig:
@@ -69,6 +77,18 @@ def evaluated(config: TrainConfig, record: EvaluationRecord) -> str:
     losses = [f"train loss {record.train_loss:.4f}{unit}", f"test loss {record.test_loss:.4f}{unit}"]
     metrics = [metric_text(name, value) for name, value in record.metrics.items()]
     return "  ".join([f"epoch {record.epoch:.4g}", *losses, *metrics, per_second(_rate(record), tokens(config))])
+
+
+def written(record: CheckpointRecord) -> str:
+    """Describes a checkpoint, or that there is none, in one line."""
+    if record.problem:
+        return f"warning: no checkpoint at batch {record.batches}: {record.problem}"
+    return f"checkpoint at batch {record.batches}: {record.bytes / 1e6:,.1f} MB in {record.seconds:.1f} s"
+
+
+def gone_on(event: Resumed) -> str:
+    """Says where a run goes on."""
+    return f"goes on from {event.path}, at batch {event.batches}" if event.path else "begins at its first batch"
 
 
 def opening(config: TrainConfig, started: Started) -> str:
@@ -125,6 +145,7 @@ def summary(report: RunReport) -> dict[str, Any]:
         "error_codec": config.compression.error_codec,
         "workers": report.started.workers if report.started else config.machine.workers,
         "cuts": config.network.cuts,
+        **({"resumed_at": [event.batches for event in report.resumed]} if report.resumed else {}),
         "stages": [stage(one) for one in result.stages] if result else [],
         "versions": {"delock": __version__, "torch": version("torch"), "python": platform.python_version()},
     }

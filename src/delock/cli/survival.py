@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delock.cli.config import TrainConfig, make_method
 from delock.cli.config.options import CheckpointOptions
+from delock.cli.ranks import ranks
 from delock.cli.run_folder import CHECKPOINTS, CONFIG
 from delock.errors import UsageError
 
@@ -22,6 +24,8 @@ def spelled_out(words: Sequence[str]) -> list[str]:
 
     Raises UsageError for a run or a checkpoint that does not exist, and for --resume without one.
     """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and "--resume" not in words and _value(words, "--out"):
+        words = [*words, "--resume"]  # torchrun has started the ranks again
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--resume=") else [word])]
     if "--resume" not in words:
         return words
@@ -37,6 +41,12 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     if _value(rest, "--config") is None and (run / CONFIG).is_file():
         extra += ["--config", str(run / CONFIG)]
     return [*rest, *extra]
+
+
+def refuse_lost_restarts(config: TrainConfig) -> None:
+    """Raises UsageError for a run that torchrun may start again, and that would not find its checkpoints then."""
+    if ranks() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and config.survival.checkpoint and config.output.out is None:
+        raise UsageError("torchrun may start this run again (--max-restarts), and it must find its folder then: give --out")
 
 
 def _found(given: str | None, out: str | None) -> tuple[Path, str]:

@@ -9,12 +9,15 @@ from delock.records import EvaluationRecord, StepRecord
 
 
 class TensorBoard:
-    """Writes to the folder `tensorboard` of a run folder; x is the number of batches trained."""
+    """Writes to the folder `tensorboard` of a run folder; x is the number of batches trained.
 
-    def __init__(self, run: Path) -> None:
+    after: what was written of later batches is void.
+    """
+
+    def __init__(self, run: Path, after: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here: it takes seconds to load, and few runs want it
 
-        self._writer = SummaryWriter(str(run / BOARD))
+        self._writer = SummaryWriter(str(run / BOARD), purge_step=None if after is None else after + 1)
 
     def add(self, record: StepRecord | EvaluationRecord) -> None:
         """Adds one record, a curve per figure."""

@@ -11,6 +11,7 @@ from delock.cli.ranks import is_rank_zero, ranks
 from delock.cli.run_folder import RunFolder
 from delock.cli.session import load_data, train
 from delock.cli.summary import RunReport, closing
+from delock.cli.survival import refuse_lost_restarts, spelled_out
 from delock.cli.tables import stage_table
 from delock.cli.terminal import Terminal
 from delock.cli.trace import keep
@@ -25,14 +26,17 @@ examples:
   delock train --data text --text book.txt --stages 4
   delock train --method ddg --micro-batches 4 --optimizer adamw --correct spike
   delock train --config runs/RUN/config.toml --seed 1
+  delock train --resume runs/RUN
+  delock train --resume runs/RUN --epochs 40
   torchrun --nproc-per-node 2 -m delock train"""
 
 
 def run(words: Sequence[str]) -> int:
     """Parses, trains, shows the results, and returns the exit code."""
-    config = resolve(parse(TrainConfig, words, "train", ABOUT), ranks())
+    config = resolve(parse(TrainConfig, spelled_out(words), "train", ABOUT), ranks())
+    refuse_lost_restarts(config)
     name = f"{config.algorithm.method}-{config.network.model}".replace("/", "-")
-    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite)
+    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite, goes_on=config.survival.resume is not None)
     with folder.held() if is_rank_zero() else nullcontext():
         return _train(config, folder)
 
@@ -45,6 +49,8 @@ def _train(config: TrainConfig, folder: RunFolder) -> int:
     except BaseException as error:
         if folder.opened:
             error.add_note(folder.lost or f"what was recorded is in {folder.path}")
+            if saved := [one.batches for one in report.checkpoints if not one.problem]:
+                error.add_note(f"delock train --resume {folder.path} goes on from batch {saved[-1]}")
         screen.end()
         raise
     if folder.opened and report.result:

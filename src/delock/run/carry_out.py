@@ -21,7 +21,7 @@ from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.ranks import run_rank
 from delock.run.request import Request
-from delock.run.resume import NEWEST, find, resumed
+from delock.run.resume import NEWEST, find, refuse_occupied, resumed
 from delock.run.torchrun_rank import run_torchrun_rank
 
 Tell = Callable[[Event], None]
@@ -40,6 +40,8 @@ def carry_out(request: Request, tell: Tell) -> tuple[Started, list[StageResult]]
     prepared = prepare(request, begin)
     started = prepared.started()
     tell(started)
+    if request.checkpoint:
+        refuse_occupied(request.checkpoint)
     if begin or notes:
         tell(resumed(begin, notes))
     stop = StopRequest(request.checkpoint.grace) if request.checkpoint else None

@@ -39,14 +39,10 @@ class Begin:
 def find(options: Checkpoint) -> tuple[Begin | None, tuple[str, ...]]:
     """Returns the checkpoint to go on from, if there is one, and what is to be said. Damaged ones are passed over.
 
-    Raises UsageError for a folder with an earlier run's checkpoints from which the run is not to go on, and where none is whole.
+    Raises UsageError for one that does not exist or is damaged, and where none is whole.
     """
     folder, resume = Path(options.folder), options.resume
     there = newest_first(folder)
-    if resume is None and there:
-        raise UsageError(
-            f"{folder} holds checkpoints of an earlier run, such as {there[0].name}: go on from them with resume, or give another folder"
-        )
     if resume is None:
         return None, ()
     if str(resume) == NEWEST:
@@ -59,6 +55,15 @@ def find(options: Checkpoint) -> tuple[Begin | None, tuple[str, ...]]:
     if later:
         raise UsageError(f"{folder} also holds a later checkpoint, {later[0]}: go on from that one, or give the run another folder")
     return begin, ()
+
+
+def refuse_occupied(options: Checkpoint) -> None:
+    """Raises UsageError for a folder with checkpoints of an earlier run, from which this one does not go on."""
+    there = newest_first(Path(options.folder))
+    if there and options.resume is None:
+        raise UsageError(
+            f"{options.folder} holds checkpoints of an earlier run ({there[0].name}): go on from them with resume, or give another folder"
+        )
 
 
 def _newest(there: Sequence[Path], folder: Path) -> tuple[Begin | None, tuple[str, ...]]:

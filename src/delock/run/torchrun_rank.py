@@ -19,7 +19,7 @@ from delock.run.nonfinite import explained
 from delock.run.prepare import prepare
 from delock.run.ranks import run_rank
 from delock.run.request import Request
-from delock.run.resume import NEWEST, find, resumed
+from delock.run.resume import NEWEST, find, refuse_occupied, resumed
 
 
 def run_torchrun_rank(rank: Rank, request: Request) -> tuple[Started, StageResult]:
@@ -28,13 +28,16 @@ def run_torchrun_rank(rank: Rank, request: Request) -> tuple[Started, StageResul
     request.method.fits_workers(request.workers)
     begin, notes = find(request.checkpoint) if request.checkpoint and rank.rank == 0 else (None, ())
     prepared = prepare(request, begin) if rank.rank == 0 else None
-    said: list[Any] = [prepared.started() if prepared else None, Ambient.here(), begin]
+    said: list[Any] = [prepared.started() if prepared else None, Ambient.here(), begin, request.checkpoint]
     if prepared:
         rank.emit(said[0])
+        if request.checkpoint:
+            refuse_occupied(request.checkpoint)
     if begin or notes:
         rank.emit(resumed(begin, notes))
     torch.distributed.broadcast_object_list(said, src=0)
     started: Started = said[0]
+    request = replace(request, checkpoint=said[3])  # whose folder may have a name by the hour
     if said[1] != Ambient.here():
         differ = Ambient.here().beside(said[1])
         raise UsageError(f"torch has other settings on rank {rank.rank} than on rank 0: {differ}; make them alike in the program")
