@@ -18,6 +18,7 @@ from torch import Tensor
 from delock.checkpoints.directory import MANIFEST, Writer, name_of, newest_first, prune, read, read_tensors, verified
 from delock.checkpoints.encoding import decode, encode
 from delock.checkpoints.manifest import Manifest
+from delock.checkpoints.weight_index import INDEX
 from delock.errors import UsageError
 
 KNOWN: dict[str, Any] = {"trained": 3, "evaluations": 1, "measures": {"loss": 0.5}}
@@ -124,7 +125,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     second.add("weights", {"x": torch.ones(1)})
     assert second.done(11, REST, KNOWN) is not None
     manifest = verified(tmp_path / "batch-00000005")
-    assert (manifest.updates, manifest.K, set(manifest.files)) == ((10, 11), 2, {"weights-0.safetensors", "weights-1.safetensors"})
+    assert (manifest.updates, manifest.K, set(manifest.files)) == ((10, 11), 2, {"weights-0.safetensors", "weights-1.safetensors", INDEX})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batch-00000005"]
 
 

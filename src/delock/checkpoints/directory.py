@@ -2,6 +2,7 @@
 
     checkpoints/
         batch-00000500/     weights-0.safetensors  optimizer-0.safetensors  in-flight-0.safetensors  ...  manifest.json
+                            model.safetensors.index.json: the weights of all stages as the shards of one model
         .batch-00001000/    being written: a stage adds its files and then done-k.json; who finds all of those writes the manifest
 
 Stages share nothing but the folder. It may be that of many hosts.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from delock.checkpoints.encoding import decode, encode
 from delock.checkpoints.manifest import Manifest
+from delock.checkpoints.weight_index import INDEX, stage_index
 from delock.errors import UsageError
 
 MANIFEST = "manifest.json"
@@ -53,8 +55,11 @@ class Writer:
         self.place.mkdir(parents=True, exist_ok=True)
 
     def add(self, kind: str, tree: Any, *, private: bool = False) -> None:
-        """Writes a tree as KIND-k.safetensors. private: for its owner's eyes only, as training data may be in it."""
-        structure, tensors = encode(tree, f"stage {self.k}: {kind}")
+        """Writes a tree as KIND-k.safetensors. private: for its owner's eyes only, as training data may be in it.
+
+        No name of a tensor comes twice in a checkpoint: there are readers of weights that look into every file of a folder.
+        """
+        structure, tensors = encode(tree, f"stage {self.k}: {kind}", f"{kind}.{self.k}.")
         self.add_tensors(kind, tensors, {"structure": json.dumps(structure, allow_nan=False)}, private=private)
 
     def add_tensors(
@@ -81,6 +86,8 @@ class Writer:
         try:
             found = [json.loads(path.read_text()) for path in said]
             files = {name: tuple(measure) for one in found for name, measure in one["files"].items()}
+            _write(self.place / INDEX, stage_index(self.place, self.K))
+            files[INDEX] = _measure(self.place / INDEX)
             manifest = Manifest(updates=tuple(one["updates"] for one in found), files=files, **rest, **_joined(found))
             _write(self.place / MANIFEST, manifest.dumps())
             for path in said:
@@ -165,8 +172,11 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[6:]), reverse=True)
 
 
-def verified(path: Path) -> Manifest:
-    """Returns the manifest of a checkpoint whose files are as they were written. Raises UsageError that names what is damaged."""
+def verified(path: Path, *, contents: bool = True) -> Manifest:
+    """Returns the manifest of a checkpoint whose files are as they were written. Raises UsageError that names what is damaged.
+
+    contents: read all files; without it only their sizes are compared.
+    """
     try:
         manifest = Manifest.loads((path / MANIFEST).read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -176,7 +186,7 @@ def verified(path: Path) -> Manifest:
     for name, expected in manifest.files.items():
         if not (path / name).is_file():
             raise UsageError(f"{path} is damaged: {name} is missing")
-        if _measure(path / name) != expected:
+        if (path / name).stat().st_size != expected[0] or (contents and _measure(path / name) != expected):
             raise UsageError(f"{path} is damaged: {name} is not as it was written")
     return manifest
 

@@ -25,13 +25,13 @@ Structure: TypeAlias = Any
 Key: TypeAlias = bool | int | str | tuple[Any, ...] | None
 
 
-def encode(tree: Any, what: str = "state") -> tuple[Structure, dict[str, Tensor]]:
-    """Returns the structure of a tree, and its tensors by the names that stand in it.
+def encode(tree: Any, what: str = "state", prefix: str = "") -> tuple[Structure, dict[str, Tensor]]:
+    """Returns the structure of a tree, and its tensors by the names that stand in it, which begin with `prefix`.
 
     A tensor keeps its strides, also where they are not those of a dense one. `what` names the tree in errors. Raises UsageError for a value
     of another kind.
     """
-    encoder = _Encoder()
+    encoder = _Encoder(prefix)
     return encoder.encode(tree, what), encoder.tensors
 
 
@@ -47,7 +47,8 @@ def copied(tree: Any, what: str = "state") -> Any:
 
 
 class _Encoder:
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
         self.tensors: dict[str, Tensor] = {}
         self.names: dict[tuple[Any, ...], str] = {}
 
@@ -74,7 +75,7 @@ class _Encoder:
             raise UsageError(f"a tensor of layout {tensor.layout} cannot be kept in a checkpoint: make it dense")
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.numel() or id(tensor))
         if place not in self.names:
-            self.names[place] = str(len(self.names))
+            self.names[place] = f"{self.prefix}{len(self.names)}"
             self.tensors[self.names[place]] = tensor.detach()
         return self.names[place]
 
