@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from commands import Program
 from leftovers import State
 from ranks import Pids, alive
 
@@ -62,3 +64,19 @@ def pids() -> Iterator[Pids]:
     yield reported
     assert reported, "no rank reported its pid"
     assert [pid for pid in reported if alive(pid)] == []
+
+
+@pytest.fixture
+def start(here: Path) -> Iterator[Callable[..., Program]]:
+    """Start programs; whatever comes, nothing of them is left."""
+    programs: list[Program] = []
+
+    def begin(*words: str, ignoring: bool = False) -> Program:
+        programs.append(Program(*words, ignoring=ignoring))
+        return programs[-1]
+
+    yield begin
+    for program in programs:
+        if program.family():
+            os.killpg(program.process.pid, signal.SIGKILL)
+        program.process.communicate(timeout=20)

@@ -22,18 +22,22 @@ CUTS: dict[int, list[int]] = {2: [4], 3: [2, 5]}
 
 
 def test_every_method_survives_a_kill(tmp_path: Path) -> None:
-    """A random stage is killed between its first and its last update: 14 methods, 2 and 3 stages, 2 seeds."""
+    """A random stage is killed between its first and its last update: 14 methods, 2 and 3 stages, 2 seeds.
+
+    Synchronous methods (four here) have no work in flight between two batches.
+    """
     resumed = 0
     for n, (method, K, seed) in enumerate((method, K, seed) for method in METHODS for K in CUTS for seed in (0, 1)):
         given: dict[str, Any] = {"method": method, "cuts": CUTS[K], "heads": "linear" if method.local_losses else None}
-        killer = Killer(100 * n + seed, K)
-        again = train(tmp_path / str(n), keeps={"every": 3, "restarts": 1}, workers="processes", on_event=killer, **given)
+        given["batches"] = 60
+        killer = Killer(100 * n + seed, K, 60)
+        again = train(tmp_path / str(n), keeps={"every": 2, "restarts": 1}, workers="processes", on_event=killer, **given)
         assert killer.killed, (method, K, seed)
         assert len(killer.resumed) == 1
         assert_same(again, train(**given))
         resumed += killer.in_flight > 0
     print(f"{resumed} of {4 * len(METHODS)} runs went on with work in flight")
-    assert resumed >= 24  # synchronous methods have none between two batches
+    assert resumed >= 36
 
 
 def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible(*, whole_program: bool) -> Iterator[None]:
-    """Makes SIGINT, SIGTERM and SIGHUP raise Interrupted within the block; another one in the next SETTLE seconds is ignored.
+    """Makes SIGINT, SIGTERM, SIGHUP and SIGUSR1 raise Interrupted within the block; another one in the next SETTLE seconds is ignored.
 
     Ending takes a moment, in which processes leave and the summary is written, and an impatient second Ctrl-C must not cut it short. For
     the `whole_program`, Ctrl-C is ignored after a signal, so that the end of the interpreter is not cut short either, and the exit code
@@ -41,7 +41,7 @@ def interruptible(*, whole_program: bool) -> Iterator[None]:
             asked.append(now)
             raise Interrupted(number)
 
-    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_rank_zero() else (signal.SIGINT,)
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1) if is_rank_zero() else (signal.SIGINT,)
     usual = (signal.SIG_DFL, signal.default_int_handler)  # else another program has decided otherwise: nohup, a debugger
     before = {number: signal.signal(number, ask) for number in wanted if signal.getsignal(number) in usual}
     try:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from delock.cli.config import TrainConfig, make_method
+from delock.cli.config import TrainConfig, build, flat, make_method, resolve, toml
 from delock.cli.config.options import CheckpointOptions
 from delock.cli.ranks import ranks
 from delock.cli.run_folder import CHECKPOINTS, CONFIG
 from delock.errors import UsageError
-
-if TYPE_CHECKING:
-    from delock.options import Checkpoint
+from delock.options import Checkpoint, Placement
 
 NEWEST = "newest"
+FREE = frozenset(
+    {
+        *("stages", "cuts", "epochs", "batches", "layout", "workers", "device", *Placement.__dataclass_fields__),
+        *("log_every", "trace", "tensorboard", "out", "overwrite", "config", "data_dir", "download"),
+        *CheckpointOptions.__dataclass_fields__,
+    }
+)
+"""Options that may be others when a run goes on: stages, length, places, logging, and checkpoints themselves."""
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
@@ -41,6 +46,24 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     if _value(rest, "--config") is None and (run / CONFIG).is_file():
         extra += ["--config", str(run / CONFIG)]
     return [*rest, *extra]
+
+
+def refuse_changed(config: TrainConfig, out: Path) -> None:
+    """Raises UsageError if a run in `out` is to go on with another option than those that may change (FREE)."""
+    resume = config.survival.resume
+    if resume is None:
+        return
+    path = Path(resume)
+    run = out if resume == NEWEST else path.parent if path.name == CHECKPOINTS else path.parent.parent
+    if not (run / CONFIG).is_file():
+        return
+    then, now = flat(resolve(build(TrainConfig, toml.read(run / CONFIG), str(run / CONFIG)))), flat(config)
+    chief = ("method", "model", "data", "optimizer")  # others follow from them
+    for name in sorted({*then, *now} - FREE, key=lambda name: (name not in chief, name)):
+        if then.get(name) != now.get(name):
+            was, now_is = (values.get(name, "not given") for values in (then, now))
+            flag = name.replace("_", "-")
+            raise UsageError(f"{flag} was {was} when the run in {run} began, and is {now_is} now: use the same, or begin a new run")
 
 
 def refuse_lost_restarts(config: TrainConfig) -> None:
@@ -75,8 +98,6 @@ def checkpoint(config: TrainConfig, folder: Path) -> Checkpoint | None:
 
     Emulated, captured and undrawn runs cannot keep any, which is an error only where they are asked for.
     """
-    from delock.options import Checkpoint
-
     options = config.survival
     unable = config.simulation.emulate or config.execution.captured or not make_method(config.algorithm).planned
     if not options.checkpoint:
@@ -99,9 +120,9 @@ def checkpoint(config: TrainConfig, folder: Path) -> Checkpoint | None:
 
 def _value(words: Sequence[str], option: str) -> str | None:
     """Returns the value behind an option."""
-    for word, after in zip(words, [*words[1:], None], strict=True):
+    for i, word in enumerate(words):
         if word == option:
-            return after
+            return words[i + 1] if i + 1 < len(words) else None
         if word.startswith(f"{option}="):
             return word.partition("=")[2]
     return None

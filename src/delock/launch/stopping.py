@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+ECHO = 2.0  # seconds in which another signal belongs to the first: a launcher sends it to all, and passes on its own
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C, the end, and the one that batch systems send some time before it
 
 
 class StopRequest:
-    """A request to end, made by the first signal within `listening`. A second one has the effect that it has elsewhere.
+    """A request to end, made by the first signal within `listening`. A later one has the effect that it has elsewhere.
 
     grace: seconds that the run has from then on.
     """
@@ -63,7 +64,8 @@ class StopRequest:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            self.have_effect()
+            if time.monotonic() - self.since > ECHO:
+                self.have_effect()
             return
         self.number, self.since = number, time.monotonic()
         self.flag[0] = 1

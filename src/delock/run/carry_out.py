@@ -125,5 +125,5 @@ def _noting(tell: Tell, saved: list[str]) -> Tell:
 
 def _how_to_go_on(stop: StopRequest, saved: list[str]) -> str:
     if saved:
-        return f'the run is saved in {saved[-1]}: resume="newest" goes on from there'
+        return f"the run is saved in {saved[-1]}"
     return f"the run could not be saved within {stop.grace:g} s" if stop.overdue else "the run could not be saved"

@@ -65,7 +65,6 @@ class Saver(Agreement):
         self.job, self.engine, self.feed, self.log, self.history, self.emit = job, engine, feed, log, history, emit
         self.options: Checkpoint = job.checkpoint
         self.asked = asked
-        self.made = parts.made(engine.stage.optimizer)
         self.made_with = made_with(engine.stage.device)
         self.latest = job.begin.tick if job.begin else 0  # tick that was agreed
         self.since = time.monotonic()
@@ -77,7 +76,6 @@ class Saver(Agreement):
         job, stage = self.job, self.engine.stage
         if job.begin:
             state, rest = parts.load(Path(job.begin.path), job.k, job.names, stage.device)
-            parts.refuse_other(self.made, rest["made"], job.k)
             self.engine.load(state)
             self.log.load(rest["log"])
             self.history.load(rest["history"])
@@ -183,7 +181,13 @@ class Saver(Agreement):
         """Returns what the run goes on from, beside its engine; nothing of it changes afterwards."""
         sent = {peer: asdict(counts) for peer, counts in self.engine.link.sent.to.items()}
         data = self.feed.state() if self.feed else None
-        return {"log": self.log.state(), "history": self.history.state(), "sent": sent, "data": data, "made": self.made}
+        return {
+            "log": self.log.state(),
+            "history": self.history.state(),
+            "sent": sent,
+            "data": data,
+            "made": self.engine.stage.learner.made,
+        }
 
 
 def _load_counts(sent: SentBytes, saved: Mapping[int, Mapping[str, int]]) -> None:

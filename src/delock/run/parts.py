@@ -13,12 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from delock.checkpoints.directory import Writer, read, read_tensors
 from delock.errors import UsageError
-
-PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def write(writer: Writer, state: Mapping[str, Any], rest: Mapping[str, Any], names: Mapping[str, str]) -> None:
@@ -46,14 +43,6 @@ def load(path: Path, k: int, names: Mapping[str, str], device: torch.device) -> 
     return state, {**found["rest"], "made": optimizer["made"]}
 
 
-def made(optimizer: Optimizer | None) -> dict[str, Any] | None:
-    """Returns the class and the plain options of an optimizer as it was made, for `refuse_other`."""
-    if optimizer is None:
-        return None
-    groups = [{name: one for name, one in group.items() if name != "param_names" and _plain(one)} for group in optimizer.param_groups]
-    return {"class": type(optimizer).__name__, "groups": groups}
-
-
 def refuse_other(now: Mapping[str, Any] | None, then: Mapping[str, Any] | None, k: int) -> None:
     """Raises UsageError if a stage's optimizer is made otherwise than that of the checkpoint: loading it would hide the difference."""
     if now is None or then is None:
@@ -66,12 +55,8 @@ def refuse_other(now: Mapping[str, Any] | None, then: Mapping[str, Any] | None, 
         raise UsageError(f"the optimizer of stage {k} had {groups[0]} parameter groups {was} has {groups[1]} now: use the same")
     for one, other in zip(now["groups"], then["groups"], strict=True):
         for name in sorted(one.keys() & other.keys()):
-            if one[name] != other[name] and not (name == "lr" and "initial_lr" in one):  # a schedule has set that rate
+            if one[name] != other[name]:
                 raise UsageError(f"{name} of the optimizer was {other[name]!r} {was} is {one[name]!r} now: use the same")
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, PLAIN) and all(map(_plain, value if isinstance(value, tuple) else ()))
 
 
 def _original(weights: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], k: int) -> dict[str, Tensor]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
+from delock.checkpoints.directory import read
 from delock.engine.feed import samples
 from delock.errors import UsageError
 from delock.keys import key
+from delock.memory.optimizer import learned
 from delock.nets.emulated import Emulated, WaitingStep
+from delock.optim.stage_facts import for_stage
 from delock.options import Simulation
 from delock.partition.balance import balance
 from delock.partition.layers import has_batch_norm, layers, resolve_cuts
@@ -19,11 +23,13 @@ from delock.partition.stages import stages
 from delock.run.checks import refuse_recomputation, refuse_single_samples, refuse_unfit, refuse_unfit_codecs
 from delock.run.heads import auxiliary, head_cost, head_shares
 from delock.run.layout_choice import choose_layout
+from delock.run.parts import refuse_other
 from delock.run.prepared import Batch, PreparedRun
 from delock.run.request import Request
 from delock.run.resume import Begin, refuse_changed, settled
+from delock.stage.learner import described
 from delock.tensors import map_tensors
-from delock.timeline import Emulation
+from delock.timeline import Emulation, stage_facts
 
 
 def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
@@ -34,6 +40,7 @@ def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
     prepared = _prepared(settled(request, begin))
     if begin:
         refuse_changed(prepared.conditions(), begin, prepared.length.batches)
+        refuse_other_optimizers(prepared, begin)
         prepared.begin = begin
     return prepared
 
@@ -76,6 +83,17 @@ def _prepared(request: Request) -> PreparedRun:
     shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
     entering = map_tensors(lambda x: x.to("meta"), inputs) if execution.compile else None
     return PreparedRun(request, network, found, costs, batch, execution, modules, heads, head_costs, shares, inputs=entering)
+
+
+def refuse_other_optimizers(prepared: PreparedRun, begin: Begin) -> None:
+    """Raises UsageError if a stage's optimizer is made otherwise than that of the checkpoint: loading it would hide the difference."""
+    request, facts = prepared.request, stage_facts(prepared.request.method, prepared.K)
+    if begin.manifest.options["cuts"] != list(prepared.cuts):
+        return
+    for k, module in enumerate(prepared.modules):
+        named = learned(module, prepared.heads.get(k), k)
+        now = described(for_stage(request.optimizer, facts[k])(list(named)) if named else None)
+        refuse_other(now, read(Path(begin.path), "optimizer", k)["made"], k)
 
 
 def _refuse_misfit(simulation: Simulation, K: int, seed: int) -> None:

@@ -15,6 +15,8 @@ from delock.errors import UsageError
 from delock.ops import Update
 from delock.tensors import address
 
+PLAIN = (bool, int, float, str, tuple, type(None))
+
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
 
@@ -35,6 +37,7 @@ class Learner:
         self.weights: list[Any] = [nn.Parameter(w.data) if behind_graphs else w for _, w in named]
         names = [name for name, _ in named]
         self.optimizer = optimizer(list(zip(names, self.weights, strict=True))) if named else None
+        self.made = described(self.optimizer)  # before a schedule sets rates
         self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
         _refuse_unfit(self.optimizer, self.schedule)
         self.grads: list[Tensor | None] = [None] * len(named)
@@ -109,6 +112,18 @@ class Learner:
             self.schedule.load_state_dict(state["schedule"])
         self.version = state["version"]
         self.resume(state["count"], state["grads"])
+
+
+def described(optimizer: Optimizer | None) -> dict[str, Any] | None:
+    """Returns the class and the plain options of an optimizer as it was made."""
+    if optimizer is None:
+        return None
+    groups = [{name: one for name, one in group.items() if name != "param_names" and _plain(one)} for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, "groups": groups}
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, PLAIN) and all(map(_plain, value if isinstance(value, tuple) else ()))
 
 
 def _refuse_unfit(optimizer: Optimizer | None, schedule: LRScheduler | None) -> None:
