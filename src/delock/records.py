@@ -145,6 +145,7 @@ class StageReport:
     versions_behind: dict[int, int] = field(default_factory=dict)  # the same in updates of the stage below -> reads
     sent_up: Traffic = field(default_factory=Traffic)
     sent_down: Traffic = field(default_factory=Traffic)
+    saving: float = 0.0  # seconds that checkpoints took from training: to copy, and to wait for the disk
 
     @property
     def idle(self) -> float:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from delock.checkpoints.encoding import decode, encode
+from delock.checkpoints.files import save
 from delock.checkpoints.manifest import Manifest
 from delock.checkpoints.weight_index import INDEX, stage_index
 from delock.errors import UsageError
@@ -68,11 +68,7 @@ class Writer:
         """Writes tensors by name."""
         path = self.place / f"{kind}-{self.k}.safetensors"
         path.touch(mode=0o600 if private else 0o666)
-        mode = path.stat().st_mode
-        dense = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(dense, path, dict(metadata or {}))
-        path.chmod(mode)  # of its own it would let nobody but the owner read any
-        self.files[path.name] = _measure(path)
+        self.files[path.name] = save(path, tensors, metadata or {})
 
     def done(self, updates: int, rest: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> Manifest | None:
         """Says that this stage's files are written. The last stage to say so completes the checkpoint, and gets its manifest.
@@ -145,10 +141,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _measure(path: Path) -> tuple[int, int]:
-    """Brings a file to the disk, and returns its bytes and CRC32."""
+    """Returns the bytes and the CRC32 of a file."""
     crc = size = 0
     with path.open("rb") as file:
-        os.fsync(file.fileno())
         while block := file.read(CHUNK):
             crc, size = zlib.crc32(block, crc), size + len(block)
     return size, crc

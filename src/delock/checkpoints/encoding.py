@@ -12,7 +12,7 @@ All other kinds of values are refused by the place at which they lie.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -40,10 +40,13 @@ def decode(structure: Structure, tensors: Mapping[str, Tensor]) -> Any:
     return _Decoder(tensors).decode(structure)
 
 
-def copied(tree: Any, what: str = "state") -> Any:
-    """Returns the tree with a copy of every tensor, one for all its places. Raises UsageError as `encode` does."""
+def copied(tree: Any, what: str = "state", lasting: Collection[int] = ()) -> Any:
+    """Returns the tree with a copy of every tensor, one for all its places. Raises UsageError as `encode` does.
+
+    lasting: addresses of memory that nobody will write to; tensors in it are not copied.
+    """
     structure, tensors = encode(tree, what)
-    return decode(structure, {name: tensor.clone() for name, tensor in tensors.items()})
+    return decode(structure, {name: one if one.untyped_storage().data_ptr() in lasting else one.clone() for name, one in tensors.items()})
 
 
 class _Encoder:

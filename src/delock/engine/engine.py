@@ -210,7 +210,8 @@ class Engine:
         link = resumable(self.link)
         more = self.sent_before(self.window, tick) if self.window else {}
         late = link.recorder.start({source: self.in_flight[source] + more.get(source, 0) for source in {*self.in_flight, *more}})
-        copy = copied({"stage": checkpoint.state(self.stage), "link": link.state()}, f"stage {self.stage.k}")
+        state, lasting = checkpoint.recorded(self.stage)
+        copy = copied({"stage": state, "link": link.state()}, f"stage {self.stage.k}", lasting)
         return Recorded(copy, late)
 
     def halt(self, tick: int) -> dict[str, Any]:

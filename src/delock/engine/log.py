@@ -26,7 +26,7 @@ class StageLog:
 
     def __init__(self, *, spans: list[Span] | None = None) -> None:
         self.spans = spans
-        self.seconds = dict.fromkeys(("forward", "backward", "update", "waiting", "evaluation"), 0.0)
+        self.seconds = dict.fromkeys(("forward", "backward", "update", "waiting", "evaluation", "saving"), 0.0)
         self.staleness: Counter[int] = Counter()
         self.layer_staleness: Counter[int] = Counter()
         self.first: float | None = None

@@ -130,6 +130,7 @@ class Saver(Agreement):
         part.thread = Thread(target=self._write_late, args=(part, tick, recorded, rest, began), daemon=True)
         self.parts = [*(one for one in self.parts if one.thread.is_alive()), part]
         part.thread.start()
+        self.log.seconds["saving"] += time.perf_counter() - began
 
     def _write_late(self, part: Part, tick: int, recorded: Recorded, rest: Mapping[str, Any], began: float) -> None:
         part.come.wait()

@@ -15,6 +15,7 @@ from delock.stage.in_flight import InFlight
 from delock.stage.module import ModuleFunction
 from delock.stage.module import Weights as Tensors
 from delock.stage.stage import Stage
+from delock.tensors import address
 
 FORWARD = ("batch", "train", "source", "behind", "ahead")
 
@@ -34,9 +35,21 @@ def state(stage: Stage) -> dict[str, Any]:
         "clones_inputs": stage.body.clones_inputs,
         "recomputes": stage.body.recomputes,
         "written": stage.body.written,
-        "banks": {version: _detached(weights) for version, weights in stage.banks.kept.items()},
+        "banks": {version: _detached(weights) for version, weights in stage.banks.kept.items() if version < stage.version},
         "in_flight": {batch: _saved(stage, held) for batch, held in stage.in_flight.items()},
     }
+
+
+def recorded(stage: Stage) -> tuple[dict[str, Any], set[int]]:
+    """Returns `state`, and the addresses of what need not be copied to save it later: copies of the weights, which never change.
+
+    The current weights are there as the copy that the next Forward may need, too.
+    """
+    now, found = stage.current(), state(stage)
+    module = found["module"]
+    own = {name: now[name].detach() for name, w in stage.body.weights.items() if name in module and address(module[name]) == address(w)}
+    copies = [now, *stage.banks.kept.values(), *(held.weights for held in stage.in_flight.values() if held.weights)]
+    return {**found, "module": {**module, **own}}, {address(w) for weights in copies for w in weights.values()}
 
 
 def load(stage: Stage, saved: Mapping[str, Any]) -> None:
