@@ -24,7 +24,7 @@ SHORT = ["train", "--model", "mlp", "--limit", "128", "--batch-size", "16", "--e
 
 
 def records(folder: str) -> list[Any]:
-    """What was recorded, without times."""
+    """Records of a run, without times."""
     lines = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
@@ -122,11 +122,14 @@ def test_what_may_not_change_is_refused(here: Path, capsys: pytest.CaptureFixtur
         ("--lr", "0.5", "--epochs", "9"): "lr was 0.1 when the run",
         ("--clip", "1", "--epochs", "9"): "clip was not given when",
         ("--warmup", "3", "--epochs", "9"): "warmup was 0 when",
-        (): "let it be longer",
         ("--batch-size", "8", "--epochs", "9"): "batch-size was 16 when",
     }.items():
         assert main(["train", "--resume", "a", *words]) == 2, words
         assert message in capsys.readouterr().err
+    assert main(["train", "--resume", "a"]) == 0
+    assert capsys.readouterr().out == "the run in a is finished; --epochs or --batches make it longer\n"
+    assert main(["train", "--resume", "a", "--batches", "20"]) == 2
+    assert "but the run is to end at batch 20: let it be longer" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
     assert main([*SHORT, "--epochs", "5", "--out", "a", "--workers", "inline", "--overwrite"]) == 0
     assert not list(Path("a").glob("checkpoints/*"))

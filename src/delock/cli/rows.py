@@ -41,6 +41,7 @@ def rows(config: CompareConfig) -> list[Row]:
     Raises UsageError for a method or an option that does not exist, does not fit, or comes twice.
     """
     common = {name: value for name, value in flat(config).items() if name not in ComparisonOptions.__dataclass_fields__}
+    common["checkpoint"] = False  # a row that is cut off is trained anew
     words = [word for item in config.comparison.methods for word in re.split(r"[,\s]+", item) if word]
     if not words:
         raise UsageError("there is nothing to compare: give --methods bp,fdg or more")

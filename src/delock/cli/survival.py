@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from delock.cli.config import TrainConfig, build, flat, make_method, resolve, toml
 from delock.cli.config.options import CheckpointOptions
 from delock.cli.ranks import ranks
-from delock.cli.run_folder import CHECKPOINTS, CONFIG
+from delock.cli.run_folder import CHECKPOINTS, CONFIG, SUMMARY
 from delock.errors import UsageError
 from delock.options import Checkpoint, Placement
 
@@ -64,6 +65,15 @@ def refuse_changed(config: TrainConfig, out: Path) -> None:
             was, now_is = (values.get(name, "not given") for values in (then, now))
             flag = name.replace("_", "-")
             raise UsageError(f"{flag} was {was} when the run in {run} began, and is {now_is} now: use the same, or begin a new run")
+
+
+def is_over(config: TrainConfig, out: Path) -> bool:
+    """Returns True if a run that is to go on in its own folder has finished, and is not to be longer than it was."""
+    if config.survival.resume != NEWEST or not (out / SUMMARY).is_file() or not (out / CONFIG).is_file():
+        return False
+    then = resolve(build(TrainConfig, toml.read(out / CONFIG), str(out / CONFIG)))
+    length = (config.training.epochs, config.training.batches) == (then.training.epochs, then.training.batches)
+    return length and json.loads((out / SUMMARY).read_text()).get("status") == "finished"
 
 
 def refuse_lost_restarts(config: TrainConfig) -> None:

@@ -11,7 +11,7 @@ from delock.cli.ranks import is_rank_zero, ranks
 from delock.cli.run_folder import RunFolder
 from delock.cli.session import load_data, train
 from delock.cli.summary import RunReport, closing
-from delock.cli.survival import refuse_changed, refuse_lost_restarts, spelled_out
+from delock.cli.survival import is_over, refuse_changed, refuse_lost_restarts, spelled_out
 from delock.cli.tables import stage_table
 from delock.cli.terminal import Terminal
 from delock.cli.trace import keep
@@ -37,6 +37,9 @@ def run(words: Sequence[str]) -> int:
     refuse_lost_restarts(config)
     if config.output.out:
         refuse_changed(config, config.output.out)
+        if is_over(config, config.output.out):
+            print(f"the run in {config.output.out} is finished; --epochs or --batches make it longer")
+            return 0
     name = f"{config.algorithm.method}-{config.network.model}".replace("/", "-")
     folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite, goes_on=config.survival.resume is not None)
     with folder.held() if is_rank_zero() else nullcontext():
