@@ -21,6 +21,7 @@ from delock.engine.asynchronous.link import DEPTH, END, FreeLink
 from delock.engine.asynchronous.runner import FreeRun
 from delock.errors import LinkError
 from delock.links import Message, MessageName
+from delock.links.coded import ReceivedCodebooks
 from delock.links.wire import pack, unpack
 from delock.methods import AsyncDGL
 from delock.records import Visit, VisitsRecord
@@ -115,7 +116,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 def middle(neighbours: Neighbours, size: int = 2, max_reuse: int = 0) -> FreeLink:
     """The link of stage 1 of 3, at version 5."""
-    neighbours.links.append(FreeLink(1, 3, ReplayBuffer(size, max_reuse), CPU, neighbours, lambda: 5, lambda source, message: message))
+    neighbours.links.append(FreeLink(1, 3, ReplayBuffer(size, max_reuse), CPU, neighbours, lambda: 5, ReceivedCodebooks()))
     return neighbours.links[-1]
 
 
@@ -205,10 +206,10 @@ def test_the_end_is_told_down_and_up(neighbours: Neighbours) -> None:
     link.stop()
     assert neighbours.sent[0] == [(END, Message(None))]
     neighbours.comes(0, evaluation(0))
-    assert link.evaluation()
+    assert link.more()
     link.receive(0, evaluation(0))
     neighbours.comes(0, END)
-    assert not link.evaluation()
+    assert not link.more()
     link.close()
     assert [name for name, _ in neighbours.sent[2]] == [END]
     assert link.working == 0

@@ -81,6 +81,19 @@ class VisitsRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """Says where a checkpoint cuts the visits of a free-running stage: where a run goes on from it, the later ones are void."""
+
+    ordinal: int  # of the next visit
+    evaluated: int  # evaluation batches so far
+    held: tuple[int, ...] = ()  # batches in its replay buffer, by their ordinals on the stage below
+
+    def keeps(self, visit: Visit) -> bool:
+        """Returns True for a visit that was made before."""
+        return visit.ordinal < (self.evaluated if visit.evaluates else self.ordinal)
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationRecord:
     """Holds one evaluation of the whole test set."""
 
@@ -185,6 +198,7 @@ class Resumed:
     evaluations: int  # made
     path: str  # "" where there is none, and the run begins anew
     notes: tuple[str, ...] = ()  # what was passed over, what differs, what begins anew
+    cuts: tuple[Cut, ...] = ()  # of free-running stages: the visits that count, of each
 
 
 @dataclass(frozen=True, slots=True)

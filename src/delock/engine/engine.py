@@ -207,12 +207,17 @@ class Engine:
 
     def record(self, tick: int) -> Recorded:
         """Copies the stage as it is, before its first step at this tick or behind it; messages under way are recorded as they come."""
-        link = resumable(self.link)
         more = self.sent_before(self.window, tick) if self.window else {}
-        late = link.recorder.start({source: self.in_flight[source] + more.get(source, 0) for source in {*self.in_flight, *more}})
+        late = resumable(self.link).recorder.start(
+            {source: self.in_flight[source] + more.get(source, 0) for source in {*self.in_flight, *more}}
+        )
+        return Recorded(self.copy(), late)
+
+    def copy(self) -> dict[str, Any]:
+        """Returns a copy of the stage and of its end of the links as they are, without messages under way."""
         state, lasting = checkpoint.recorded(self.stage)
-        copy = copied({"stage": state, "link": link.state()}, f"stage {self.stage.k}", lasting)
-        return Recorded(copy, late)
+        found: dict[str, Any] = copied({"stage": state, "link": self.link.state()}, f"stage {self.stage.k}", lasting)
+        return found
 
     def halt(self, tick: int) -> dict[str, Any]:
         """Returns a copy of `state()` of a stage that ends before its first step at this tick, in the midst of a window.
@@ -227,11 +232,12 @@ class Engine:
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state()`, before the first window."""
         checkpoint.load(self.stage, state["stage"])
-        link = resumable(self.link)
-        link.load(state["link"])
+        self.link.load(state["link"])
         for source, messages in state["in_flight"].items():
             self.in_flight[source] = len(messages)
-            link.push(source, [(MessageName(MessageKind(kind), *rest), Message(**values)) for (kind, *rest), values in messages])
+            resumable(self.link).push(
+                source, [(MessageName(MessageKind(kind), *rest), Message(**values)) for (kind, *rest), values in messages]
+            )
 
 
 @dataclass(frozen=True)

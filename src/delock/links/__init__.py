@@ -27,6 +27,12 @@ class Link(ABC):
     def receive(self, source: int, name: MessageName) -> Message:
         """Returns the next message from that neighbour, which must be the one of that name. Raises LinkError when it is another."""
 
+    def state(self) -> Any:  # noqa: B027 - most links have nothing to save
+        """Returns all that coming messages depend on beside what is under way: codecs learn and buffers fill, other links do not."""
+
+    def load(self, state: Any) -> None:  # noqa: B027 - most links have nothing to load
+        """Goes on from `state()`, before the first message."""
+
     @abstractmethod
     def close(self) -> None:
         """Lets everything that was sent arrive, and ends the connection."""
@@ -46,17 +52,11 @@ class Resumable(Link):
     def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> None:
         """Puts messages of a checkpoint back in front of what is to come from that neighbour."""
 
-    def state(self) -> Any:
-        """Returns all that coming messages depend on beside what is under way: codecs learn, other links do not."""
-
-    def load(self, state: Any) -> None:
-        """Goes on from `state()`, before the first message."""
-
 
 def resumable(link: Link) -> Resumable:
-    """Returns the link. Raises UsageError for one of free-running stages, which keep or drop messages as they come."""
+    """Returns the link. Raises UsageError for one with replay buffers, whose messages under way are not to be had."""
     if not isinstance(link, Resumable):
-        raise UsageError("a run with replay buffers cannot be resumed: it is repeated from its trace")
+        raise UsageError("messages under way to a replay buffer cannot be saved: a checkpoint has what is in the buffer")
     return link
 
 

@@ -116,14 +116,14 @@ class CodedLink(Resumable):
     def state(self) -> dict[str, Any]:
         """Returns all that the encoders have learned, and the codebooks that came, by neighbour and place in the message."""
         return {
-            "link": resumable(self.link).state(),
+            "link": self.link.state(),
             "encoders": {where: one.state() for where, one in self.encoders.items()},
             "codebooks": dict(self.codebooks.books),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state()`: the neighbours', of the same moment, has the codebooks that were sent."""
-        resumable(self.link).load(state["link"])
+        self.link.load(state["link"])
         self.codebooks.books = dict(state["codebooks"])
         for (to, place), saved in state["encoders"].items():
             codec = self.codecs[MessageKind.ACTIVATION if to > self.k else MessageKind.ERROR]

@@ -19,6 +19,7 @@ class MessageKind(IntEnum):
     GRADIENT_NORMS = 3  # of the stages above, before an update, on their way down
     TOTAL_NORM = 4  # of all gradients, on its way up
     END = 5  # of free-running stages. Going up: no more is to come; going down: all stages from here on are done
+    MARK = 6  # of free-running stages, on its way up: a stage saves itself, with what has come before it and nothing that comes after
 
 
 class MessageName(NamedTuple):
@@ -73,3 +74,5 @@ def _words(name: MessageName) -> str:
             return f"the norm of update {name.batch}"
         case MessageKind.END:
             return "the end"
+        case MessageKind.MARK:
+            return f"the mark of a checkpoint at visit {name.batch}"

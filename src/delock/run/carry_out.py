@@ -36,7 +36,7 @@ def carry_out(request: Request, tell: Tell) -> tuple[Started, list[StageResult]]
         return _torchrun(request, tell)
     if request.simulation.replay is None:
         request.method.fits_workers(request.workers)
-    begin, notes = find(request.checkpoint) if request.checkpoint else (None, ())
+    begin, notes = find(request.checkpoint, writes=request.simulation.replay is None) if request.checkpoint else (None, ())
     prepared = prepare(request, begin)
     started = prepared.started()
     tell(started)

@@ -1,4 +1,7 @@
-"""Saves a stage at the ticks that all stages agree on: it copies at once, a thread writes behind, and nobody waits for the others."""
+"""Saves a stage at the ticks that all stages agree on: it copies at once, a thread writes behind, and nobody waits for the others.
+
+Stages that run freely agree on no tick: see `free_checkpointing`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from safetensors import SafetensorError
 from delock.checkpoints.directory import Writer, prune
 from delock.checkpoints.encoding import encode
 from delock.engine.agreement import Agreement, Wish
-from delock.engine.engine import Engine, Recorded
+from delock.engine.engine import Engine
 from delock.engine.feed import Feed
 from delock.engine.log import StageLog
 from delock.errors import Stopped, UsageError
@@ -44,10 +47,20 @@ class Part:
     given_up: bool = False
 
 
-class Saver(Agreement):
-    """The part of a stage in checkpoints. `asked()`: on stage 0, whether the run is to be saved and to end.
+@dataclass(frozen=True)
+class Instant:
+    """Names a checkpoint: the tick before which every stage is saved, the batches that stage 0 has begun, and if the run ends there."""
 
-    A stage whose last part is complete and not on disk yet waits for that, so that copies do not pile up.
+    tick: int
+    batches: int
+    last: bool = False
+
+
+class Saver:
+    """The part of a stage in checkpoints: reading the one that the run goes on from, and writing others behind.
+
+    `asked()`: on stage 0, whether the run is to be saved and to end. A stage whose last part is complete and not on disk yet waits for
+    that, so that copies do not pile up.
     """
 
     def __init__(
@@ -60,13 +73,12 @@ class Saver(Agreement):
         emit: Callable[[Event], None],
         asked: Callable[[], bool],
     ) -> None:
-        super().__init__(job.method, job.k, job.K, self._wanted, self._save)
         assert job.checkpoint is not None
         self.job, self.engine, self.feed, self.log, self.history, self.emit = job, engine, feed, log, history, emit
         self.options: Checkpoint = job.checkpoint
         self.asked = asked
         self.made_with = made_with(engine.stage.device)
-        self.latest = job.begin.tick if job.begin else 0  # tick that was agreed
+        self.latest = job.begin.tick if job.begin else 0  # tick of the last one
         self.since = time.monotonic()
         self.parts: list[Part] = []
         self.news: deque[CheckpointRecord] = deque()  # of threads, to be told by the stage's own
@@ -86,64 +98,10 @@ class Saver(Agreement):
         if self.feed:
             self.feed.kept = True
 
-    # ---- what is agreed --------------------------------------------------------------------------------------------------------------
-
-    def reached(self, step: Step) -> None:
-        """Tells what threads have done, and acts if the agreed tick has come."""
-        self.tell()
-        super().reached(step)
-
     def tell(self) -> None:
         """Emits the records of what was written."""
         while self.news:
             self.emit(self.news.popleft())
-
-    def _wanted(self, tick: int) -> Wish:
-        """Says what stage 0 wants of that tick. Only up to the last batch has every stage something to do at it or behind it."""
-        if tick >= self.job.length.batches:
-            return Wish.NOTHING
-        if self.asked():
-            return Wish.STOP
-        if not self._due(tick):
-            return Wish.NOTHING
-        self.latest, self.since = tick, time.monotonic()
-        return Wish.SAVE
-
-    def _due(self, tick: int) -> bool:
-        batches, seconds, every = self.options.batches, self.options.seconds, self.job.length.every
-        if batches and tick // batches > self.latest // batches:
-            return True
-        if seconds and time.monotonic() - self.since >= seconds:
-            return True
-        then, now = (at - 1 - self.reach for at in (self.latest, tick))  # behind an evaluation, as soon as the last stage has made it
-        return bool(self.options.best and every) and now // every > max(0, then // every)
-
-    # ---- saving ----------------------------------------------------------------------------------------------------------------------
-
-    def _save(self, tick: int, wish: Wish) -> None:
-        if wish is Wish.STOP:
-            raise Stopped(tick)
-        began = time.perf_counter()
-        self._wait(lambda part: part.come.is_set())
-        recorded, rest = self.engine.record(tick), self._rest()
-        part = Part(recorded.late.done)
-        part.thread = Thread(target=self._write_late, args=(part, tick, recorded, rest, began), daemon=True)
-        self.parts = [*(one for one in self.parts if one.thread.is_alive()), part]
-        part.thread.start()
-        self.log.seconds["saving"] += time.perf_counter() - began
-
-    def _write_late(self, part: Part, tick: int, recorded: Recorded, rest: Mapping[str, Any], began: float) -> None:
-        part.come.wait()
-        if not part.given_up:
-            self._write(tick, recorded.state(), rest, began)
-
-    def finish(self, tick: int) -> None:
-        """Saves a run that ends at an agreed tick; every stage is asked."""
-        began = time.perf_counter()
-        state, rest = self.engine.halt(tick), self._rest()
-        self._wait(lambda part: True)
-        self._write(tick, state, rest, began, last=True)
-        self.tell()
 
     def close(self) -> None:
         """Waits at the end of a run until everything is written."""
@@ -164,19 +122,37 @@ class Saver(Agreement):
                 if wanted(part):
                     part.thread.join()
 
-    def _write(self, tick: int, state: Mapping[str, Any], rest: Mapping[str, Any], began: float, *, last: bool = False) -> None:
+    def _behind(self, come: Flag, write: Callable[[], None]) -> None:
+        """Lets a thread write a part once the last message that was under way has come."""
+        part = Part(come)
+        part.thread = Thread(target=self._late, args=(part, write), daemon=True)
+        self.parts = [*(one for one in self.parts if one.thread.is_alive()), part]
+        part.thread.start()
+
+    def _late(self, part: Part, write: Callable[[], None]) -> None:
+        part.come.wait()
+        if not part.given_up:
+            write()
+
+    def _write(self, instant: Instant, state: Mapping[str, Any], rest: Mapping[str, Any], began: float) -> None:
         folder, job = Path(self.options.folder), self.job
-        writer = Writer(folder, tick, job.k, job.K)
-        shared = {"tick": tick, "batches": tick, "made_with": self.made_with, "options": job.conditions}
+        writer = Writer(folder, instant.tick, job.k, job.K)
+        path, last = str(writer.final), instant.last
+        shared = {"tick": instant.tick, "batches": instant.batches, "made_with": self.made_with, "options": job.conditions}
         try:
             parts.write(writer, state, rest, job.names)
             known = _known(rest["history"]) if job.k == job.K - 1 else {}
             whole = writer.done(state["stage"]["learner"]["version"], shared, known)
             if whole:
                 prune(folder, self.options.keep, self.options.judged)
-                self.news.append(CheckpointRecord(tick, str(writer.final), whole.size, time.perf_counter() - began, last=last))
+                self.news.append(CheckpointRecord(instant.batches, path, whole.size, time.perf_counter() - began, last=last))
         except PROBLEMS as error:
-            self.news.append(CheckpointRecord(tick, str(writer.final), problem=f"stage {job.k}: {error}", last=last))
+            self.news.append(CheckpointRecord(instant.batches, path, problem=f"stage {job.k}: {error}", last=last))
+
+    def _came_due(self, batches: int) -> bool:
+        """Returns True if so many batches, or so much time, have passed since the last one."""
+        every, seconds = self.options.batches, self.options.seconds
+        return bool(every and batches // every > self.latest // every) or bool(seconds and time.monotonic() - self.since >= seconds)
 
     def _rest(self) -> dict[str, Any]:
         """Returns what the run goes on from, beside its engine; nothing of it changes afterwards."""
@@ -189,6 +165,52 @@ class Saver(Agreement):
             "data": data,
             "made": self.engine.stage.learner.made,
         }
+
+
+class AgreedSaver(Saver, Agreement):
+    """Saves a stage of a planned run at the ticks that all agree on."""
+
+    def __init__(self, job: StageJob, *rest: Any) -> None:
+        Saver.__init__(self, job, *rest)
+        Agreement.__init__(self, job.method, job.k, job.K, self._wanted, self._save)
+
+    def reached(self, step: Step) -> None:
+        """Tells what threads have done, and acts if the agreed tick has come."""
+        self.tell()
+        super().reached(step)
+
+    def _wanted(self, tick: int) -> Wish:
+        """Says what stage 0 wants of that tick. Only up to the last batch has every stage something to do at it or behind it."""
+        if tick >= self.job.length.batches:
+            return Wish.NOTHING
+        if self.asked():
+            return Wish.STOP
+        if not self._due(tick):
+            return Wish.NOTHING
+        self.latest, self.since = tick, time.monotonic()
+        return Wish.SAVE
+
+    def _due(self, tick: int) -> bool:
+        every = self.job.length.every
+        then, now = (at - 1 - self.reach for at in (self.latest, tick))  # behind an evaluation, as soon as the last stage has made it
+        return self._came_due(tick) or (bool(self.options.best and every) and now // every > max(0, then // every))
+
+    def _save(self, tick: int, wish: Wish) -> None:
+        if wish is Wish.STOP:
+            raise Stopped(tick)
+        began = time.perf_counter()
+        self._wait(lambda part: part.come.is_set())
+        recorded, rest = self.engine.record(tick), self._rest()
+        self._behind(recorded.late.done, lambda: self._write(Instant(tick, tick), recorded.state(), rest, began))
+        self.log.seconds["saving"] += time.perf_counter() - began
+
+    def finish(self, tick: int) -> None:
+        """Saves a run that ends at an agreed tick; every stage is asked."""
+        began = time.perf_counter()
+        state, rest = self.engine.halt(tick), self._rest()
+        self._wait(lambda part: True)
+        self._write(Instant(tick, tick, last=True), state, rest, began)
+        self.tell()
 
 
 def _load_counts(sent: SentBytes, saved: Mapping[int, Mapping[str, int]]) -> None:

@@ -53,12 +53,18 @@ def refuse_unsavable(request: Request) -> None:
     for what, given in {
         "captured": request.execution.captured,
         "emulate": request.simulation.emulate,
-        "replay": request.simulation.replay is not None,
+        "replay, which begins where resume says and writes none": _writes(request) and request.simulation.replay is not None,
     }.items():
         if given:
             raise UsageError(f"checkpoint does not go with {what}: leave one of them out")
-    if not request.method.planned:
-        raise UsageError(f"{request.method.name} has no fixed plan, and cannot be saved in checkpoints: leave checkpoint out")
+    if not request.method.planned and not request.method.free_running:
+        raise UsageError("turns that are drawn for a whole run cannot be saved in checkpoints: use order free, or leave checkpoint out")
+
+
+def _writes(request: Request) -> bool:
+    """Returns True for options that ask for more than to begin at a checkpoint."""
+    options = request.checkpoint
+    return options is not None and (options.resume is None or options.every is not None or options.best is not None)
 
 
 def refuse_uncapturable(request: Request) -> None:

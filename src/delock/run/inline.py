@@ -23,6 +23,7 @@ from delock.links.mailbox import Mailbox
 from delock.plan import Plan, windows
 from delock.records import Event, Visit
 from delock.run.job import StageJob, StageResult
+from delock.run.parts import cuts
 from delock.run.worker import Worker
 
 
@@ -87,9 +88,9 @@ def _way(
     """Returns the links of a run in one process, its plans, and the counts of reads from replay buffers."""
     job, K = jobs[0], len(jobs)
     if replay is not None:
-        plan, _ = recorded(replay, job.length.clip)
-        return Store(plan, ReceivedCodebooks().with_codebooks), [plan], None
+        plan, _ = recorded(replay, job.length.clip, cuts(job.begin.path, job.begin.manifest) if job.begin else ())
+        return Store(plan, ReceivedCodebooks()), [plan], None
     if not job.method.planned:
         plan, read = drawn(job.method, K, job.length, job.seed)
-        return Store(plan, ReceivedCodebooks().with_codebooks), [plan], read
+        return Store(plan, ReceivedCodebooks()), [plan], read
     return Mailbox(), windows(job.method, K, job.length, job.window, start=job.start), None

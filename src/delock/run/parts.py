@@ -2,7 +2,9 @@
 
 weights-k     tensors by their names in the unsplit model; those of an auxiliary head as heads.k.NAME
 optimizer-k   optimizer, schedule, gradients so far, and what the optimizer was made with
-in-flight-k   batches between Forward and Backward, messages under way, older weights, counters, history, the place in the data
+in-flight-k   batches between Forward and Backward, messages under way, older weights, counters, history, the place in the data;
+              of a free-running stage its replay buffer
+visits-k      of a free-running stage: its visits so far, and what is in its buffer
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 
 from delock.checkpoints.directory import Writer, read, read_tensors
+from delock.checkpoints.manifest import Manifest
 from delock.errors import UsageError
+from delock.records import Cut
 
 
 def write(writer: Writer, state: Mapping[str, Any], rest: Mapping[str, Any], names: Mapping[str, str]) -> None:
@@ -27,7 +31,9 @@ def write(writer: Writer, state: Mapping[str, Any], rest: Mapping[str, Any], nam
     writer.begin()
     writer.add_tensors("weights", _distinct(_original(weights, names, writer.k)))
     writer.add("optimizer", {"learner": learner, "made": rest["made"]})
-    beside = {name: value for name, value in rest.items() if name != "made"}
+    beside = {name: value for name, value in rest.items() if name not in ("made", "visits")}
+    if "visits" in rest:
+        writer.add("visits", rest["visits"])
     writer.add("in-flight", {**state, "stage": stage, "odd": odd, "rest": beside}, private=True)
 
 
@@ -41,6 +47,14 @@ def load(path: Path, k: int, names: Mapping[str, str], device: torch.device) -> 
     stage = {**found["stage"], "module": module, "head": head or None, "learner": optimizer["learner"]}
     state = {"stage": stage, "link": found["link"], "in_flight": found["in_flight"]}
     return state, {**found["rest"], "made": optimizer["made"]}
+
+
+def cuts(path: str, manifest: Manifest) -> tuple[Cut, ...]:
+    """Returns where a checkpoint cuts the visits of each free-running stage; nothing for a planned run."""
+    if "visits-0.safetensors" not in manifest.files:
+        return ()
+    found = [read(Path(path), "visits", k) for k in range(manifest.K)]
+    return tuple(Cut(one["counters"]["ordinal"], one["evaluated"], tuple(one["held"])) for one in found)
 
 
 def refuse_other(now: Mapping[str, Any] | None, then: Mapping[str, Any] | None, k: int) -> None:

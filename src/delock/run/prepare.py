@@ -39,7 +39,7 @@ def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
     """
     prepared = _prepared(settled(request, begin))
     if begin:
-        refuse_changed(prepared.conditions(), begin, prepared.length.batches)
+        refuse_changed(prepared.conditions(), begin, prepared.length.batches, free=request.method.free_running)
         refuse_other_optimizers(prepared, begin)
         prepared.begin = begin
     return prepared

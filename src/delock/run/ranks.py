@@ -7,10 +7,12 @@ import torch
 from delock.engine.asynchronous.buffer import replay_buffer
 from delock.engine.asynchronous.link import FreeLink
 from delock.engine.asynchronous.runner import FreeRun
+from delock.errors import Stopped
 from delock.launch.rank import Rank
 from delock.links.coded import ReceivedCodebooks
 from delock.links.connect import connect
 from delock.links.rank_link import RankLink
+from delock.run.free_checkpointing import FreeSaver
 from delock.run.job import StageJob, StageResult
 from delock.run.worker import Worker
 
@@ -37,11 +39,19 @@ def joined(rank: Rank, job: StageJob) -> RankLink:
 
 def _run_free(rank: Rank, job: StageJob) -> StageResult:
     buffer = replay_buffer(job.method)
-    link = FreeLink(job.k, job.K, buffer, rank.device, rank.progress, lambda: worker.stage.version, ReceivedCodebooks().with_codebooks)
-    worker = Worker(job, link, rank.device, rank.emit, rank.progress)
+    link = FreeLink(job.k, job.K, buffer, rank.device, rank.progress, lambda: worker.stage.version, ReceivedCodebooks())
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress, rank.asked)
+    run = FreeRun(worker.engine, link, job.length, rank.emit)
+    if isinstance(worker.saver, FreeSaver):
+        worker.saver.follow(run)
     _begin_together(job)
-    FreeRun(worker.engine, link, job.length, rank.emit).run()
+    try:
+        run.run()
+    except Stopped as stopped:
+        worker.stopped = stopped.tick
+        link.stop()
     link.close()
+    worker.close()
     return worker.result(alone=True, read=buffer.close())
 
 

@@ -17,6 +17,7 @@ from delock.methods import spelled
 from delock.options import Checkpoint
 from delock.records import Resumed
 from delock.run.made_with import made_with
+from delock.run.parts import cuts
 from delock.run.request import Request
 
 NEWEST = "newest"
@@ -36,8 +37,10 @@ class Begin:
         return self.manifest.tick
 
 
-def find(options: Checkpoint) -> tuple[Begin | None, tuple[str, ...]]:
+def find(options: Checkpoint, *, writes: bool = True) -> tuple[Begin | None, tuple[str, ...]]:
     """Returns the checkpoint to go on from, if there is one, and what is to be said. Damaged ones are passed over.
+
+    writes: later ones that are there would be in the way.
 
     Raises UsageError for one that does not exist or is damaged, and where none is whole.
     """
@@ -52,7 +55,7 @@ def find(options: Checkpoint) -> tuple[Begin | None, tuple[str, ...]]:
         return _newest(inside, path)
     begin = Begin(str(path), verified(path))
     later = [one.name for one in there if one.parent.resolve() == path.parent.resolve() and one.name > path.name]
-    if later:
+    if later and writes:
         raise UsageError(f"{folder} also holds a later checkpoint, {later[0]}: go on from that one, or give the run another folder")
     return begin, ()
 
@@ -112,16 +115,20 @@ def conditions(request: Request, cuts: Sequence[int], layout: str) -> dict[str, 
     }
 
 
-def refuse_changed(now: Mapping[str, Any], begin: Begin, batches: int) -> None:
-    """Raises UsageError for a condition that has changed, and for a run that is over where it is to go on."""
+def refuse_changed(now: Mapping[str, Any], begin: Begin, batches: int, *, free: bool = False) -> None:
+    """Raises UsageError for a condition that has changed, and for a run that is over where it is to go on.
+
+    free: the stages run freely. They may all be done there but for an evaluation, and none may have made more updates than it is to make.
+    """
     then, where = begin.manifest.options, f"the checkpoint {begin.path}"
     same = len(then["cuts"]) == len(now["cuts"])
     for name in now:
         if (same or name not in FREE) and now[name] != then.get(name, now[name]):
             was = f"{name} was {_said(then[name])} when {where} was made, and is {_said(now[name])} now"
             raise UsageError(f"{was}: use the same, or begin a new run")
-    if begin.manifest.batches >= batches:
-        raise UsageError(f"{where} is at batch {begin.manifest.batches}, but the run is to end at batch {batches}: let it be longer")
+    at = max(begin.manifest.updates) if free else begin.manifest.batches
+    if at > batches or (at == batches and not free):
+        raise UsageError(f"{where} is at batch {at}, but the run is to end at batch {batches}: let it be longer")
 
 
 def resumed(begin: Begin | None, notes: Sequence[str]) -> Resumed:
@@ -137,7 +144,7 @@ def resumed(begin: Begin | None, notes: Sequence[str]) -> Resumed:
         for name, now in here.items()
         if then.made_with.get(name) != now
     ]
-    return Resumed(then.batches, then.trained, then.evaluations, begin.path, (*notes, *differ))
+    return Resumed(then.batches, then.trained, then.evaluations, begin.path, (*notes, *differ), cuts(begin.path, then))
 
 
 def _said(value: Any) -> str:

@@ -21,7 +21,8 @@ from delock.links.coded import CodedLink
 from delock.optim.stage_facts import for_stage
 from delock.plan import windows
 from delock.records import Event, StageReport, Traffic
-from delock.run.checkpointing import Saver
+from delock.run.checkpointing import AgreedSaver, Saver
+from delock.run.free_checkpointing import FreeSaver
 from delock.run.history import History
 from delock.run.job import StageJob, StageResult
 from delock.stage import Stage
@@ -79,10 +80,11 @@ class Worker:
             slow=slow,
             delay=delay,
         )
-        self.saver = Saver(job, self.engine, feed, self.log, self.tracker, emit, asked) if job.checkpoint else None
+        self.saver = _saver_of(job)(job, self.engine, feed, self.log, self.tracker, emit, asked) if job.checkpoint else None
         self.stopped: int | None = None
         if self.saver:
             self.saver.begin()
+        if isinstance(self.saver, AgreedSaver):
             self.engine.agreement = self.saver
         self.held = peak_memory.reset_peak(device) - peak_memory.programs(device)
 
@@ -104,7 +106,7 @@ class Worker:
 
     def stop(self, tick: int) -> None:
         """Saves the stage, which ends before its first step at this tick."""
-        assert self.saver is not None
+        assert isinstance(self.saver, AgreedSaver)
         self.stopped = tick
         self.saver.finish(tick)
 
@@ -155,6 +157,13 @@ class Worker:
             optimizer=_home(optimizer),
             stopped=self.stopped,
         )
+
+
+def _saver_of(job: StageJob) -> type[Saver]:
+    """Returns what saves a stage; what is done again only begins at a checkpoint."""
+    if job.simulation.replay is not None:
+        return Saver
+    return FreeSaver if job.method.free_running else AgreedSaver
 
 
 def _pace(job: StageJob) -> tuple[Slowdown | None, Callable[[float], None]]:

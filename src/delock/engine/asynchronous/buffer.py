@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -64,6 +65,16 @@ class ReplayBuffer(Generic[T]):
         self.statistics.visits_behind[newest.ordinal - best.ordinal] += 1
         self.statistics.versions_behind[newest.version - best.version] += 1
         return best
+
+    def state(self, plain: Callable[[T], Any]) -> dict[str, Any]:
+        """Returns the entries, oldest first, and the statistics so far; plain(item): an item as plain values and tensors."""
+        entries = [{"ordinal": one.ordinal, "version": one.version, "uses": one.uses, "item": plain(one.item)} for one in self.entries]
+        return {"entries": entries, "statistics": {name: dict(histogram) for name, histogram in vars(self.statistics).items()}}
+
+    def load(self, state: Mapping[str, Any], whole: Callable[[Any], T]) -> None:
+        """Goes on from `state(plain)`; whole: makes an item again."""
+        self.entries = [Entry(whole(one["item"]), one["ordinal"], one["version"], one["uses"]) for one in state["entries"]]
+        self.statistics = ReuseStatistics(**{name: Counter(histogram) for name, histogram in state["statistics"].items()})
 
     def close(self) -> ReuseStatistics:
         """Returns the statistics of all reads, once there will be no more."""

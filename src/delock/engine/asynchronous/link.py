@@ -1,11 +1,12 @@
 """The links of a free-running stage: a thread takes what comes, another sends what goes up, and the stage itself never waits for either.
 
-    stage k - 1 --- activations, evaluation batches, end ---> [thread] replay buffer, queue ---> stage k
+    stage k - 1 --- activations, evaluation batches, marks, end ---> [thread] replay buffer, queue ---> stage k
     stage k     --- activations ... ---> queue ---> [thread] ---> stage k + 1
     stage k + 1 --- done ---> [thread] flag ---> stage k
 
 A message is sent when the one before has arrived, and an activation that finds two on their way is left out: over a slow link nothing
-comes that is older than two transfers. An evaluation batch waits until it can go.
+comes that is older than two transfers. An evaluation batch waits until it can go, and so does a mark: behind one the thread takes nothing
+until the stage has passed it on, so that what is saved meanwhile is what came before it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import atexit
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from time import perf_counter
@@ -23,10 +24,12 @@ import torch
 import torch.distributed as dist
 
 from delock.engine.asynchronous.buffer import Entry, ReplayBuffer
+from delock.engine.asynchronous.mark import Mark
 from delock.launch.progress import Progress
 from delock.links import Link
+from delock.links.coded import ReceivedCodebooks
 from delock.links.gloo import Receiver, Sender
-from delock.links.message import Message, MessageKind, MessageName, expect
+from delock.links.message import Message, MessageKind, MessageName, as_values, expect
 from delock.links.traffic import SentBytes
 from delock.links.wire import pack, unpack
 
@@ -39,7 +42,7 @@ END = MessageName(MessageKind.END)
 class FreeLink(Link):
     """Stage k's end. `version()`: the stage's number of updates, which goes along with its activations.
 
-    `arrive(source, message)` is called for every message from below, in the order sent, by the thread that takes it.
+    `codebooks` are shown every message from below, in the order sent, by the thread that takes it.
     """
 
     def __init__(
@@ -50,16 +53,18 @@ class FreeLink(Link):
         device: torch.device,
         watch: Progress,
         version: Callable[[], int],
-        arrive: Callable[[int, Message], Message],
+        codebooks: ReceivedCodebooks,
     ) -> None:
         self.k, self.K, self.buffer, self.device, self.watch, self.version = k, K, buffer, device, watch, version
-        self.arrive = arrive
+        self.codebooks = codebooks
         self.news = threading.Condition()  # held to read and write what follows; notified of every change
         self.evaluations: deque[tuple[MessageName, Message]] = deque()
         self.outgoing: deque[torch.Tensor] = deque()
         self.leaving = 0  # messages that were given to go up and have not arrived, those outgoing among them
         self.closing = False  # no more will be
+        self.mark: Mark | None = None  # that came from below, and has not been passed on
         self.ended = k == 0  # nothing more comes from below
+        self.told = k == 0  # the stage below knows that this one and all above are done
         self.stopped = k + 1 == K  # all stages above are done
         self.error: BaseException | None = None
         self.picked: Entry[Message] | None = None
@@ -77,21 +82,25 @@ class FreeLink(Link):
     # ---- what the stage calls --------------------------------------------------------------------------------------------------------
 
     def next(self) -> int | None:
-        """Returns the ordinal of the batch to learn from now, waiting until there is one; None where an evaluation comes first."""
+        """Returns the ordinal of the batch to learn from now, waiting until there is one; None where something else comes first."""
         with self.news:
-            self._until(lambda: self.evaluates or self._pick(), self.k - 1)
+            self._until(lambda: self.evaluates or self.mark is not None or self._pick(), self.k - 1)
             return self.picked.ordinal if self.picked else None
 
-    def evaluation(self) -> bool:
-        """Waits, for a stage that is done, for the next evaluation (True) or the end (False)."""
+    def more(self) -> bool:
+        """Waits, for a stage that is done, for the next evaluation or mark (True) or the end (False)."""
         with self.news:
-            self._until(lambda: self.evaluates or self.ended, self.k - 1)
-            return self.evaluates
+            self._until(lambda: self.evaluates or self.mark is not None or self.ended, self.k - 1)
+            return self.evaluates or self.mark is not None
 
     def pause(self, until: float) -> None:
-        """Waits, for a stage that is done, for that time, and for the way up to be free. An evaluation or the end cuts it short."""
+        """Waits, for a stage that is done, for that time, and for the way up to be free. An evaluation, a mark or the end cuts it short."""
         with self.news:
-            self._until(lambda: self.evaluates or self.stopped or (self.ready and perf_counter() >= until), self.k + 1, until)
+            self._until(lambda: self._disturbed or (self.ready and perf_counter() >= until), self.k + 1, until)
+
+    @property
+    def _disturbed(self) -> bool:
+        return self.evaluates or self.mark is not None or self.stopped
 
     @property
     def evaluates(self) -> bool:
@@ -126,9 +135,34 @@ class FreeLink(Link):
         return perf_counter() - asked
 
     def stop(self) -> None:
-        """Tells the stage below that this one and all above are done."""
-        if self.k > 0:
+        """Tells the stage below, once, that this one and all above are done."""
+        if not self.told:
+            self.told = True
             self.down.send(pack(END, Message(None))[0])
+
+    def due(self) -> Mark | None:
+        """Returns the mark that is to be acted on now; evaluation batches that came before it come first."""
+        with self.news:
+            return None if self.evaluates else self.mark
+
+    def pass_on(self, mark: Mark) -> None:
+        """Sends a mark up, in its order among what is sent, and takes again what comes from below."""
+        if self.k + 1 < self.K:
+            self._put(pack(mark.message, Message(None))[0])
+        with self.news:
+            self.mark = None
+            self.news.notify_all()
+
+    def state(self) -> dict[str, Any]:
+        """Returns the replay buffer and the codebooks that came; between a mark and `pass_on` they stay as they are."""
+        with self.news:
+            return {"buffer": self.buffer.state(as_values), "codebooks": dict(self.codebooks.books)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state()`."""
+        with self.news:
+            self.buffer.load(state["buffer"], lambda values: Message(**values))
+            self.codebooks.books = dict(state["codebooks"])
 
     def close(self) -> None:
         """Says that no more is to come, and lets everything arrive."""
@@ -173,7 +207,7 @@ class FreeLink(Link):
         receiver = Receiver(self.k - 1, DEPTH, LIMIT)
         while not self.ended:
             name, message = unpack(receiver.receive(), self.device)
-            message = self.arrive(self.k - 1, message)
+            message = self.codebooks.with_codebooks(self.k - 1, message)
             with self.news:
                 match name.kind:
                     case MessageKind.ACTIVATION:
@@ -181,6 +215,10 @@ class FreeLink(Link):
                     case MessageKind.EVALUATION:
                         self._hold(lambda: len(self.evaluations) < DEPTH)  # else the whole test set would pile up here
                         self.evaluations.append((name, message))
+                    case MessageKind.MARK:
+                        self.mark = Mark.of(name)
+                        self.news.notify_all()
+                        self._hold(lambda: self.mark is None)
                     case _:
                         self.ended = True
                 self.news.notify_all()

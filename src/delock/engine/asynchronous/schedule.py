@@ -11,7 +11,7 @@ from delock.keys import key
 from delock.methods import AsyncDGL, Method
 from delock.ops import Backward, Evaluate, Forward, Update
 from delock.plan.steps import Plan, RunLength, Step
-from delock.records import Visit
+from delock.records import Cut, Visit
 
 
 def drawn(method: Method, K: int, length: RunLength, seed: int = 0) -> tuple[Plan, list[ReuseStatistics]]:
@@ -43,17 +43,19 @@ def drawn(method: Method, K: int, length: RunLength, seed: int = 0) -> tuple[Pla
     return Plan(tuple(tuple(column.steps) for column in columns)), [buffer.close() for buffer in buffers]
 
 
-def recorded(visits: Sequence[Sequence[Visit]], clip: float | None = None) -> tuple[Plan, bool]:
+def recorded(visits: Sequence[Sequence[Visit]], clip: float | None = None, cuts: Sequence[Cut] = ()) -> tuple[Plan, bool]:
     """Returns the plan of what K processes did, and whether it has all of their visits; a stage's ends where what it read is not on record.
 
     A tick is one visit of stage 0; other visits have the earliest tick at which all that was read is there.
+    cuts: of a checkpoint. The plan then begins there: it leaves earlier visits out, and what the replay buffers held is there to be read.
     """
     columns: list[list[Step]] = []
     made: dict[tuple[int, bool], int] = {}  # (ordinal or evaluation batch, evaluates) of the stage below -> its tick
     whole = True
-    for k, stage in enumerate(visits):
+    for k, (stage, cut) in enumerate(zip(visits, cuts or [Cut(0, 0)] * len(visits), strict=True)):
         steps, own, tick = list[Step](), dict[tuple[int, bool], int](), 0
-        for i, visit in enumerate(stage):
+        made |= {(ordinal, False): 0 for ordinal in cut.held}
+        for i, visit in enumerate(one for one in stage if not cut.keeps(one)):
             read = (visit.ordinal if visit.evaluates else visit.source, visit.evaluates)
             if k > 0 and read not in made:
                 whole = False

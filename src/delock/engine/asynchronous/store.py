@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from delock.errors import LinkError
 from delock.links import Link
+from delock.links.coded import ReceivedCodebooks
 from delock.links.message import Message, MessageKind, MessageName
 from delock.links.traffic import SentBytes
 from delock.links.wire import make_dense, packed_length
@@ -16,10 +18,10 @@ from delock.plan import Plan
 
 
 class Store:
-    """All links of a run whose plan is known as a whole. `arrive(source, message)` is called for every message, in the order sent."""
+    """All links of a run whose plan is known as a whole. `codebooks` are shown every message, in the order sent."""
 
-    def __init__(self, plan: Plan, arrive: Callable[[int, Message], Message]) -> None:
-        self.reads, self.arrive = reads(plan), arrive
+    def __init__(self, plan: Plan, codebooks: ReceivedCodebooks) -> None:
+        self.reads, self.codebooks = reads(plan), codebooks
         self.messages: dict[tuple[int, MessageName], Message] = {}  # (sending stage, name) ->
 
     def end(self, k: int) -> StoreEnd:
@@ -37,11 +39,19 @@ class StoreEnd(Link):
     def send(self, to: int, name: MessageName, message: Message) -> float:
         """Keeps the message if it will be read; there is always room."""
         self.sent.count(to, name, message, packed_length(message))
-        message = self.store.arrive(self.k, message)
+        message = self.store.codebooks.with_codebooks(self.k, message)
         if self.store.reads[self.k, name]:
             dense = replace(message, values=make_dense(message.values), targets=make_dense(message.targets))
             self.store.messages[self.k, name] = dense
         return 0.0
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Begins with what a stage that ran freely had in its replay buffer, as far as it will be read (see `FreeLink.state`)."""
+        for entry in state["buffer"]["entries"]:
+            place = self.k - 1, MessageName(MessageKind.ACTIVATION, entry["ordinal"])
+            if self.store.reads[place]:
+                self.store.messages[place] = Message(**entry["item"])
+        self.store.codebooks.books.update(state["codebooks"])
 
     def receive(self, source: int, name: MessageName) -> Message:
         """Returns the message of that name, and forgets it with its last reader."""
