@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, build, make_method, resolve, toml
 from delock.cli.ranks import ranks
-from delock.cli.run_folder import CONFIG, MODEL, load_visits
+from delock.cli.run_folder import CHECKPOINTS, CONFIG, MODEL, load_visits
 from delock.cli.session import fit_config
 from delock.cli.summary import evaluated, trained
 from delock.cli.terminal import Terminal
@@ -18,25 +18,33 @@ from delock.cli.workload import build_model, load_data
 from delock.engine.asynchronous.schedule import recorded
 from delock.errors import DelockError, UsageError
 from delock.ops import Evaluate, Forward, Update
-from delock.records import EvaluationRecord, Event, StepRecord, Visit
+from delock.records import Cut, EvaluationRecord, Event, StepRecord, Visit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from delock.options import Checkpoint
+
 ABOUT = """Do a free-running run again in one process, from its trace, and compare the weights. RUN is the run's folder.
+
+  --from CHECKPOINT   begin at a checkpoint, with the weights and the replay buffers that it has, in place of the first batch:
+                      its folder, its name in RUN/checkpoints, or newest
 
 examples:
   delock train --method dgl-async --stages 4 --out runs/free
-  delock replay runs/free"""
+  delock replay runs/free
+  delock replay runs/free --from newest
+  delock replay runs/free --from runs/free/checkpoints/batch-00000500"""
 
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Holds no options: `delock replay` finds everything in the run's folder."""
+    """Holds no options: `delock replay` finds all but the checkpoint that it begins at in the run's folder."""
 
 
 def run(words: Sequence[str]) -> int:
     """Parses, repeats, compares, and returns the exit code. Raises DelockError if the weights differ."""
+    words, start = _start(words)
     path = Path(words[0]) if words and not words[0].startswith("-") else None
     parse(ReplayConfig, words[1:] if path else words, "replay RUN", ABOUT)
     if path is None:
@@ -45,8 +53,9 @@ def run(words: Sequence[str]) -> int:
         raise UsageError("replay does everything in one process: start it without torchrun")
     config = read_config(path)
     visits, screen = load_visits(path, config.network.stages or 1), Terminal()
-    state = repeat(config, visits, screen)
-    done = f"replayed {extent(visits)}"
+    begin = _begin(path, start, visits)
+    state = repeat(config, visits, screen, begin)
+    done = f"replayed {extent(visits, cuts_of(begin))}"
     if not (path / MODEL).is_file():
         screen.line(f"{done}: the run was cut off, and this is as far as its trace goes; it left no weights to compare with")
         return 0
@@ -58,9 +67,45 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def extent(visits: Sequence[Sequence[Visit]]) -> str:
+def _start(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """Returns the words without --from CHECKPOINT, which no field of a config can be called, and the checkpoint."""
+    split = [part for word in words for part in (word.split("=", 1) if word.startswith("--from=") else [word])]
+    if "--from" not in split:
+        return split, None
+    at = split.index("--from")
+    if len(split) == at + 1 or split[at + 1].startswith("--"):
+        raise UsageError("--from needs a checkpoint: its folder, its name in the run's folder, or newest")
+    return split[:at] + split[at + 2 :], split[at + 1]
+
+
+def _begin(run: Path, start: str | None, visits: Sequence[Sequence[Visit]]) -> Checkpoint | None:
+    """Returns the checkpoint to begin at. Raises UsageError where there is none, and for a trace that begins in the middle of a run."""
+    from delock.options import Checkpoint
+
+    if start is not None:
+        return Checkpoint(run / CHECKPOINTS, resume=start)
+    firsts = [next((visit.ordinal for visit in stage if not visit.evaluates), 0) for stage in visits]
+    if any(firsts):
+        raise UsageError(f"the trace of {run} begins with visit {max(firsts)}: name the checkpoint that the run went on from with --from")
+    return None
+
+
+def cuts_of(begin: Checkpoint | None) -> tuple[Cut, ...]:
+    """Returns where the checkpoint cuts the visits of each stage. Raises UsageError for one that is not there, damaged, or not free."""
+    from delock.run.parts import cuts
+    from delock.run.resume import find
+
+    if begin is None:
+        return ()
+    found, _ = find(begin, writes=False)
+    if found is None:
+        raise UsageError(f"there is no checkpoint in {begin.folder}: leave --from out")
+    return cuts(found.path, found.manifest)
+
+
+def extent(visits: Sequence[Sequence[Visit]], cuts: Sequence[Cut] = ()) -> str:
     """Describes the part of a trace that can be replayed; after a cut-off run, visits that read from missing ones are left out."""
-    plan, whole = recorded(visits)
+    plan, whole = recorded(visits, cuts=cuts)
     done = [[step.op for step in column] for column in plan.columns]
     forwards = sum(isinstance(op, Forward | Evaluate) for column in done for op in column)
     updates = "/".join(str(sum(isinstance(op, Update) for op in column)) for column in done)
@@ -81,8 +126,10 @@ def read_config(run: Path) -> TrainConfig:
     return config
 
 
-def repeat(config: TrainConfig, visits: Sequence[Sequence[Visit]], screen: Terminal) -> Mapping[str, Tensor]:
-    """Repeats the visits, and returns the weights by their names in the unsplit model."""
+def repeat(
+    config: TrainConfig, visits: Sequence[Sequence[Visit]], screen: Terminal, begin: Checkpoint | None = None
+) -> Mapping[str, Tensor]:
+    """Repeats the visits, from the first or from a checkpoint on, and returns the weights by their names in the unsplit model."""
     screen.phase(f"loading {config.dataset.data}")
     data = load_data(config, screen.progress)
     screen.end()
@@ -96,7 +143,7 @@ def repeat(config: TrainConfig, visits: Sequence[Sequence[Visit]], screen: Termi
             case EvaluationRecord():
                 screen.line(evaluated(config, event))
 
-    fit_config(config, data, model, hear, replay=visits)
+    fit_config(config, data, model, hear, replay=visits, kept=begin)
     screen.end()
     return model.state_dict()
 

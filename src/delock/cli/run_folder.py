@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
@@ -18,7 +18,7 @@ from delock.cli.growing_file import GrowingFile
 from delock.cli.held_folder import HeldFolder, clear
 from delock.cli.rescue import rescue, told, warning
 from delock.errors import UsageError
-from delock.records import EvaluationRecord, StepRecord, Visit, VisitsRecord
+from delock.records import Cut, EvaluationRecord, StepRecord, Visit, VisitsRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,6 +128,16 @@ class RunFolder:
             return next(made) <= evaluations if record["event"] == "evaluation" else record["batches"] <= batches
 
         self.attempt(METRICS, self._metrics.cut, wanted, source, self.path)
+
+    def cut_visits(self, cuts: Sequence[Cut], source: Path) -> None:
+        """Keeps of a run's visits those that its stages had made at a checkpoint; none without one."""
+
+        def wanted(values: dict[str, Any]) -> bool:
+            stage: int = values.pop("stage")
+            return stage < len(cuts) and cuts[stage].keeps(Visit(**values))
+
+        if (source / TRACE).is_file():
+            self.attempt(TRACE, self._trace.cut, wanted, source, self.path)
 
     def add_visits(self, record: VisitsRecord) -> None:
         """Appends lines to trace.jsonl, one per visit, for `delock replay`."""

@@ -89,6 +89,7 @@ class Session:
         self.open()
         source = Path(event.path).parent.parent if event.path else self.folder.path
         self.folder.cut(event.trained, event.evaluations, source)
+        self.folder.cut_visits(event.cuts, source)
         if self.board:
             self.folder.attempt(BOARD, self.board.close)
             self.board = self.folder.attempt(BOARD, TensorBoard, self.folder.path, event.trained)

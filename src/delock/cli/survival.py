@@ -106,10 +106,10 @@ def _found(given: str | None, out: str | None) -> tuple[Path, str]:
 def checkpoint(config: TrainConfig, folder: Path) -> Checkpoint | None:
     """Returns the checkpoints of a run into that folder; None where it keeps none.
 
-    Emulated, captured and undrawn runs cannot keep any, which is an error only where they are asked for.
+    Emulated and captured runs, and those whose turns are drawn, cannot keep any, which is an error only where they are asked for.
     """
-    options = config.survival
-    unable = config.simulation.emulate or config.execution.captured or not make_method(config.algorithm).planned
+    options, method = config.survival, make_method(config.algorithm)
+    unable = config.simulation.emulate or config.execution.captured or not (method.planned or method.free_running)
     if not options.checkpoint:
         if options.resume:
             raise UsageError("--resume goes on from a checkpoint, and --no-checkpoint says that there are none: leave one of them out")
