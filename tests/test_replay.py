@@ -236,7 +236,9 @@ def test_ranks_of_torchrun_run_freely(here: Path, capsys: pytest.CaptureFixture[
 def test_ranks_of_torchrun_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them is a process of its own, so drawn turns are refused there, too, before anything is measured."""
     monkeypatch.setattr("delock.api.under_torchrun", lambda: True)
-    monkeypatch.setattr("delock.api.run_torchrun", lambda target, spec_of, **_: target(Rank(0, 2, CPU, print, Progress()), spec_of(0)))
+    monkeypatch.setattr(
+        "delock.run.carry_out.run_torchrun", lambda target, spec_of, **_: target(Rank(0, 2, CPU, print, Progress()), spec_of(0))
+    )
     with pytest.raises(UsageError, match=r"^sampled turns are taken in one process"):
         fit(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [(None, None)], loss=nn.functional.mse_loss, method=AsyncDGL(order="sampled"),
             optimizer=torch.optim.SGD, batches=1)  # fmt: skip
