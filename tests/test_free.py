@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import multiprocessing
 import os
 import random
@@ -39,6 +38,7 @@ from delock.run.inline import run_inline
 from delock.run.job import StageJob, StageResult
 from delock.run.ranks import run_rank
 
+from free_runs import assert_counted, assert_in_order
 from harness import CPU, jobs, same_tree
 from workloads import sgd
 
@@ -66,29 +66,6 @@ def assert_replayed(run: list[StageResult], replay: list[StageResult]) -> None:
     for one, other in zip(run, replay, strict=True):
         same_tree((one.state, one.head, one.optimizer, one.losses), (other.state, other.head, other.optimizer, other.losses))
         same_tree([(e.batches, repr(e.test_loss)) for e in one.evaluations], [(e.batches, repr(e.test_loss)) for e in other.evaluations])
-
-
-def assert_in_order(turns: Sequence[Sequence[Visit]], method: AsyncDGL, updates: int, evaluations: int) -> None:
-    """Own numbers without a gap; what is read was sent before, stood in the buffer, and was not read too often."""
-    for k, stage in enumerate(turns):
-        visits = [turn for turn in stage if not turn.evaluates]
-        assert [turn.ordinal for turn in visits] == list(range(len(visits)))
-        assert [turn.ordinal for turn in stage if turn.evaluates] == list(range(evaluations))
-        assert [turn.trains for turn in visits] == [i < updates for i in range(len(visits))]
-        assert [turn.version for turn in visits] == [min(i, updates) for i in range(len(visits))]
-        assert all(a.end <= b.start for a, b in itertools.pairwise(stage))
-        if k == 0:
-            assert [turn.source for turn in visits] == list(range(len(visits)))
-            continue
-        sent = {turn.ordinal: (i, turn.start) for i, turn in enumerate(t for t in turns[k - 1] if t.sent and not t.evaluates)}
-        newest = 0
-        for turn in visits:
-            place, start = sent[turn.source]
-            assert start < turn.start
-            newest = max(newest, place)
-            assert place > newest - method.buffer, "it had been overwritten"
-        reads = [turn.source for turn in visits]
-        assert not method.max_reuse or max(map(reads.count, reads)) <= method.max_reuse
 
 
 RUNS: dict[str, tuple[str, int, AsyncDGL, dict[str, Any]]] = {
@@ -121,22 +98,16 @@ def test_a_free_run_is_done_again_to_the_last_bit(name: str) -> None:
     evaluations = length.evaluation * (length.batches // length.every) if length.every else 0
     assert_in_order(turns, method, length.batches, evaluations)
     assert_replayed(run, again(jobs_of(name), turns))
-    assert_accounted(run, turns, method)
+    assert_accounted(run, turns)
 
 
-def assert_accounted(run: list[StageResult], turns: list[list[Visit]], method: AsyncDGL) -> None:
+def assert_accounted(run: list[StageResult], turns: list[list[Visit]]) -> None:
     """The reports on buffers and time fit the turns."""
-    for k, (result, stage) in enumerate(zip(run, turns, strict=True)):
-        report, visits = result.report, [turn for turn in stage if not turn.evaluates]
-        reads = len(visits) if k else 0
-        assert sum(n * count for n, count in report.reuse.items()) == reads
-        assert sum(report.visits_behind.values()) == sum(report.versions_behind.values()) == reads
-        if k:
-            sent = sum(turn.sent and not turn.evaluates for turn in turns[k - 1])
-            assert sum(report.reuse.values()) == sent
+    reports = [result.report for result in run]
+    assert_counted(reports, turns)
+    for report in reports:
         spin = report.forward + report.backward + report.update + report.evaluation + report.waiting
         assert 0.7 * report.seconds <= spin <= report.seconds + 1e-6, "there is time of which nobody knows where it went"
-        assert report.staleness == {0: sum(turn.trains for turn in visits)}
 
 
 def impatient(rank: Rank, payload: tuple[StageJob, str]) -> StageResult:

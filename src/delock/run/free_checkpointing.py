@@ -21,14 +21,14 @@ class FreeSaver(Saver):
     def __init__(self, job: StageJob, *rest: Any) -> None:
         super().__init__(job, *rest)
         self.run: FreeRun | None = None
-        self.evaluations = 0  # when the last checkpoint was made
+        self.visits = self.evaluations = 0  # of stage 0, when the last checkpoint was made
 
     def follow(self, run: FreeRun) -> None:
         """Is asked by this run from now on; it goes on from the checkpoint, if there is one."""
         self.run, run.wish, run.save = run, self.wish, self.save
         if self.job.begin:
             run.load(read(Path(self.job.begin.path), "visits", self.job.k)["counters"])
-        self.latest, self.evaluations = run.updates, run.evaluations
+        self._note(run)
 
     def wish(self, run: FreeRun) -> Wish:
         """Says what stage 0 wants between two of its visits, and tells what threads have done."""
@@ -36,10 +36,13 @@ class FreeSaver(Saver):
         if self.asked():
             return Wish.STOP
         judged = self.options.best is not None and run.evaluations > self.evaluations
-        if not (judged or self._came_due(run.updates)):
+        if run.ordinal == self.visits or not (judged or self._came_due(run.updates)):
             return Wish.NOTHING
-        self.latest, self.evaluations, self.since = run.updates, run.evaluations, time.monotonic()
+        self._note(run)
         return Wish.SAVE
+
+    def _note(self, run: FreeRun) -> None:
+        self.latest, self.visits, self.evaluations, self.since = run.updates, run.ordinal, run.evaluations, time.monotonic()
 
     def save(self, mark: Mark) -> None:
         """Copies the stage as it is, and lets a thread write it."""

@@ -1,0 +1,221 @@
+"""Checkpoints of free-running stages: what is saved at a mark, what goes on from there, and that it can be done again from there."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delock.checkpoints.directory import newest_first, verified
+from delock.codecs import VQ
+from delock.engine.asynchronous.buffer import ReplayBuffer
+from delock.engine.asynchronous.schedule import recorded
+from delock.errors import UsageError
+from delock.methods import AsyncDGL
+from delock.ops import Forward, Update
+from delock.options import Compression, Simulation
+from delock.plan import Plan
+from delock.records import Cut, Event, StepRecord, Visit
+from delock.run.parts import cuts
+
+from free_runs import Listener, assert_counted, assert_in_order
+from harness import same_state, saved_and_loaded
+from survivors import BATCHES, Killer, Run, train
+
+CUTS: dict[int, list[int]] = {2: [4], 3: [2, 5]}
+METHOD = AsyncDGL(3)
+EVALUATED = 2 * BATCHES // 4  # test batches
+pytestmark = pytest.mark.usefixtures("own_random")
+
+
+def free(folder: Path | None, K: int, hear: Any, method: AsyncDGL = METHOD, **more: Any) -> Run:
+    """A free run in processes."""
+    return train(folder, method=method, cuts=CUTS[K], heads="linear", workers="processes", on_event=hear, **more)
+
+
+def again(heard: Listener, method: AsyncDGL = METHOD, start: Path | None = None, **more: Any) -> Run:
+    """The same visits in one process, from the first or from a checkpoint."""
+    K = len(heard.turns)
+    keeps = {"keeps": {"resume": start}} if start else {}
+    return train(
+        start and start.parent, method=method, cuts=CUTS[K], heads="linear", simulation=Simulation(replay=heard.turns), **keeps, **more
+    )
+
+
+def assert_sound(run: Run, heard: Listener, folder: Path, method: AsyncDGL = METHOD, **more: Any) -> None:
+    """The visits that count are those of one run, and done again they give its bits: from the first, and from every checkpoint."""
+    model, result = run
+    assert [stage.updates for stage in result.stages] == [BATCHES] * len(heard.turns)
+    assert_in_order(heard.turns, method, BATCHES, EVALUATED)
+    assert_counted(result.stages, heard.turns)
+    starts = [None, *newest_first(folder)]
+    assert len(starts) > 1
+    for start in starts:
+        other, repeated = again(heard, method, start, **more)
+        assert same_state(model.state_dict(), other.state_dict()), start
+        assert result.losses == repeated.losses
+        assert [e.test_loss for e in result.evaluations] == [e.test_loss for e in repeated.evaluations]
+
+
+# -- parts of it -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_reuse", [0, 2])
+def test_a_buffer_that_was_saved_goes_on_as_if_nothing_had_happened(max_reuse: int) -> None:
+    draw = random.Random(max_reuse)
+    whole, first = ReplayBuffer[str](3, max_reuse), ReplayBuffer[str](3, max_reuse)
+    for n in range(200):
+        if n % 20 == 10:
+            [state] = saved_and_loaded([first.state(lambda item: {"text": item})])
+            first = ReplayBuffer(3, max_reuse)
+            first.load(state, lambda values: values["text"])
+        if draw.random() < 0.4:
+            for buffer in (whole, first):
+                buffer.put(f"item {n}", n, n // 2)
+        else:
+            assert whole.get() == first.get()
+    assert whole.close() == first.close()
+
+
+def visit(n: int, source: int, *, trains: bool = True) -> Visit:
+    return Visit(n, source, trains, n)
+
+
+def sources(plan: Plan, k: int) -> list[tuple[int, int | None]]:
+    return [(step.op.batch, step.op.source) for step in plan.columns[k] if isinstance(step.op, Forward)]
+
+
+def test_a_plan_from_a_checkpoint_begins_with_what_the_buffers_held() -> None:
+    below = [visit(n, n) for n in range(6)]
+    above = [visit(0, 0), visit(1, 1), visit(2, 2), visit(3, 1), visit(4, 3), visit(5, 5)]
+    plan, whole = recorded([below, above], None, [Cut(3, 0), Cut(2, 0, (1, 2))])
+    assert whole
+    assert [sources(plan, k) for k in range(2)] == [[(3, 3), (4, 4), (5, 5)], [(2, 2), (3, 1), (4, 3), (5, 5)]]
+    plan, whole = recorded([below, above], None, [Cut(3, 0), Cut(2, 0, (2,))])  # batch 1 is nowhere
+    assert not whole
+    assert sources(plan, 1) == [(2, 2)]
+    test = [Visit(n, -1, False, 3, evaluates=True) for n in range(4)]
+    plan, whole = recorded([[*below[:3], *test[2:], *below[3:]]], None, [Cut(2, 3)])
+    assert [step.op.batch for step in plan.columns[0] if not isinstance(step.op, Update)][:2] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"method": AsyncDGL(order="sampled"), "workers": "inline"}, "turns that are drawn for a whole run cannot be saved"),
+        ({"method": AsyncDGL(order="round-robin"), "workers": "inline"}, "use order free, or leave checkpoint out"),
+        (
+            {"simulation": Simulation(replay=[[], []]), "keeps": {"resume": "newest", "every": 3}},
+            "begins where resume says and writes none",
+        ),
+        ({"simulation": Simulation(replay=[[], []])}, "checkpoint does not go with replay"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        train(tmp_path / "there", **{"method": AsyncDGL(), "cuts": [4], **given})
+    assert not list(tmp_path.iterdir())
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------------------
+
+
+class Stopper:
+    """Asks the run to end, as Ctrl-C does, when the last stage has trained so many batches."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.done = at, False
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepRecord) and event.batches >= self.at and not self.done:
+            self.done = True
+            signal.raise_signal(signal.SIGINT)
+
+
+def stopped(folder: Path, K: int, at: int, method: AsyncDGL = METHOD, **more: Any) -> Listener:
+    """A run that was stopped and saved; what it told."""
+    heard = Listener(K, Stopper(at))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        free(folder, K, heard, method, **more)
+    assert any("the run is saved in" in note for note in caught.value.__notes__)
+    assert heard.written[-1].last
+    heard.then = lambda event: None
+    return heard
+
+
+def test_a_run_that_was_stopped_goes_on_and_can_be_done_again_from_any_checkpoint(tmp_path: Path) -> None:
+    heard = stopped(tmp_path, 2, 12, keeps={"every": 4, "keep": 10})
+    path = Path(heard.written[-1].path)
+    found = cuts(str(path), verified(path))
+    made = [[sum(turn.evaluates is evaluates for turn in stage) for evaluates in (False, True)] for stage in heard.turns]
+    assert [[cut.ordinal, cut.evaluated] for cut in found] == made, "the stages went on behind the mark, or told less than was saved"
+    run = free(tmp_path, 2, heard, keeps={"resume": "newest", "keep": 10})
+    assert [event.path for event in heard.resumed] == [str(path)]
+    assert_sound(run, heard, tmp_path)
+
+
+SLOWED = {
+    "stage 0 is done, and forwards": AsyncDGL(2, slow_stage=1, noise=0.9),
+    "those above are done, and wait for evaluations": AsyncDGL(5, slow_stage=0, noise=0.9),
+    "read once": AsyncDGL(2, 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", SLOWED)
+@pytest.mark.parametrize("K", [2, 3])
+def test_stages_that_are_done_are_saved_as_well(tmp_path: Path, how: str, K: int) -> None:
+    method = SLOWED[how]
+    heard = stopped(tmp_path, K, 12 if method.slow_stage == 1 or method.max_reuse else BATCHES, method)
+    updates = verified(newest_first(tmp_path)[0]).updates
+    assert method.max_reuse or max(updates) == BATCHES > min(updates), "there was no stage that was done while another was not"
+    run = free(tmp_path, K, heard, method, keeps={"resume": "newest"})
+    assert_sound(run, heard, tmp_path, method)
+
+
+@pytest.mark.slow
+def test_codebooks_are_those_of_the_mark(tmp_path: Path) -> None:
+    compression = Compression(VQ(codes=4, dim=2, every=3))
+    heard = stopped(tmp_path, 3, 12, keeps={"every": 3, "keep": 10}, compression=compression)
+    run = free(tmp_path, 3, heard, keeps={"resume": "newest", "keep": 10}, compression=compression)
+    assert_sound(run, heard, tmp_path, compression=compression)
+
+
+@pytest.mark.slow
+def test_the_best_evaluation_is_kept_and_a_time_may_be_given(tmp_path: Path) -> None:
+    heard = Listener(2)
+    method = AsyncDGL(3, slow_stage=1, noise=0.5)
+    run = free(tmp_path, 2, heard, method, keeps={"every": "0.01s", "keep": 1, "best": "min:loss"})
+    assert len(heard.written) > 3
+    whole = [verified(path) for path in newest_first(tmp_path)]
+    assert 1 <= len(whole) <= 2
+    least = min(e.test_loss for e in run[1].evaluations[:-1])
+    assert least in [manifest.measures["loss"] for manifest in whole]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("K", [2, 3])
+def test_a_run_survives_the_death_of_a_stage(tmp_path: Path, K: int, seed: int) -> None:
+    method, killer = AsyncDGL(3, slow_stage=seed, noise=0.5), Killer(10 * K + seed, K)
+    heard = Listener(K, killer)
+    run = free(tmp_path, K, heard, method, keeps={"every": 3, "keep": 10, "restarts": 1})
+    assert killer.killed
+    assert len(heard.resumed) == 1
+    assert_sound(run, heard, tmp_path, method)
+
+
+@pytest.mark.slow
+def test_a_longer_run_goes_on_and_a_shorter_one_does_not(tmp_path: Path) -> None:
+    method = AsyncDGL(2, slow_stage=1, noise=0.9)
+    heard = stopped(tmp_path, 2, 12, method)
+    with pytest.raises(UsageError, match="is at batch 24, but the run is to end at batch 20: let it be longer"):
+        free(tmp_path, 2, heard, method, keeps={"resume": "newest"}, batches=20)
+    _, result = free(tmp_path, 2, heard, method, keeps={"resume": "newest"}, batches=BATCHES + 8)
+    assert [stage.updates for stage in result.stages] == [BATCHES + 8] * 2
+    trained = [[turn.ordinal for turn in stage if turn.trains] for stage in heard.turns]
+    assert list(map(len, trained)) == [BATCHES + 8] * 2
+    assert heard.resumed[0].cuts[0].ordinal > BATCHES, "stage 0 forwarded nothing for the one above"
