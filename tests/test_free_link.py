@@ -117,6 +117,7 @@ def until(holds: Callable[[], bool]) -> None:
 def middle(neighbours: Neighbours, size: int = 2, max_reuse: int = 0) -> FreeLink:
     """The link of stage 1 of 3, at version 5."""
     neighbours.links.append(FreeLink(1, 3, ReplayBuffer(size, max_reuse), CPU, neighbours, lambda: 5, ReceivedCodebooks()))
+    neighbours.links[-1].start()
     return neighbours.links[-1]
 
 

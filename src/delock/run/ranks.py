@@ -44,6 +44,7 @@ def _run_free(rank: Rank, job: StageJob) -> StageResult:
     run = FreeRun(worker.engine, link, job.length, rank.emit)
     if isinstance(worker.saver, FreeSaver):
         worker.saver.follow(run)
+    link.start()
     _begin_together(job)
     try:
         run.run()

@@ -70,16 +70,19 @@ class FreeLink(Link):
         self.picked: Entry[Message] | None = None
         self.sent = SentBytes()
         self.working = 0  # threads
-        if K > 1:
-            atexit.register(self._abandon)
-        if k > 0:
-            self.down = Sender(k - 1, DEPTH)
-            self._start(self._take_from_below)
-        if k + 1 < K:
-            self._start(self._take_from_above)
-            self._start(self._send_up)
 
     # ---- what the stage calls --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begins to take and to send messages, once everything is loaded: what came earlier would be lost."""
+        if self.K > 1:
+            atexit.register(self._abandon)
+        if self.k > 0:
+            self.down = Sender(self.k - 1, DEPTH)
+            self._run(self._take_from_below)
+        if self.k + 1 < self.K:
+            self._run(self._take_from_above)
+            self._run(self._send_up)
 
     def next(self) -> int | None:
         """Returns the ordinal of the batch to learn from now, waiting until there is one; None where something else comes first."""
@@ -159,10 +162,9 @@ class FreeLink(Link):
             return {"buffer": self.buffer.state(as_values), "codebooks": dict(self.codebooks.books)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state()`."""
-        with self.news:
-            self.buffer.load(state["buffer"], lambda values: Message(**values))
-            self.codebooks.books = dict(state["codebooks"])
+        """Goes on from `state()`, before the start."""
+        self.buffer.load(state["buffer"], lambda values: Message(**values))
+        self.codebooks.books = dict(state["codebooks"])
 
     def close(self) -> None:
         """Says that no more is to come, and lets everything arrive."""
@@ -188,7 +190,7 @@ class FreeLink(Link):
 
     # ---- threads ---------------------------------------------------------------------------------------------------------------------
 
-    def _start(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None]) -> None:
         def guarded() -> None:
             error: BaseException | None = None
             try:
