@@ -54,6 +54,10 @@ class FreeSaver(Saver):
         come.set()  # what is under way is left out
         instant = Instant(mark.tick, mark.batches, last=mark.wish is Wish.STOP)
         self._behind(come, lambda: self._write(instant, state, rest, began))
+        took = time.perf_counter() - began
+        self.log.seconds["saving"] += took
+        if self.log.idle_since is not None:
+            self.log.idle_since += took  # it has not waited meanwhile
 
     def _visits(self) -> dict[str, Any]:
         run = self.run
