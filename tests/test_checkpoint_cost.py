@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import cross_entropy
 
+from delock.checkpoints.directory import newest_first, verified
 from delock.checkpoints.encoding import encode
 from delock.checkpoints.files import CHUNK, save
 from delock.engine.engine import run_here
 from delock.errors import UsageError
+from delock.launch.processes import run_processes
+from delock.launch.rank import Rank
 from delock.links.mailbox import Mailbox
-from delock.methods import FDG
-from delock.plan import windows
+from delock.memory.peaks import StageBytes, StageMemory
+from delock.memory.under_way import under_way
+from delock.methods import FDG, Method
+from delock.options import Checkpoint, Placement
+from delock.plan import unroll, windows
+from delock.run.checkpointing import Saver
+from delock.run.job import StageJob
+from delock.run.prepare import prepare
+from delock.run.request import Request
 from delock.run.worker import Worker
+from delock.stage import Stage
+from test_memory import Batches, allocated, images
 
-from harness import jobs
+from harness import every_method, jobs
 
 pytestmark = pytest.mark.usefixtures("own_random")
 
@@ -48,6 +65,69 @@ def test_copies_of_weights_are_not_copied_again() -> None:
 def places(tree: Any) -> set[int]:
     """The places of the tensors of a tree in memory."""
     return {tensor.data_ptr() for tensor in encode(tree)[1].values()}
+
+
+@pytest.mark.parametrize("method", every_method(3), ids=str)
+def test_what_is_predicted_is_what_is_recorded(method: Method) -> None:
+    """The bytes that a checkpoint holds, and the messages that it waits for, before every tick of a run in one process."""
+    box = Mailbox()
+    workers = [Worker(job, box.end(job.k), CPU, lambda event: None) for job in jobs("conv", 3, method, samples=24, evaluate=False)]
+    engines, length = [worker.engine for worker in workers], workers[0].job.length
+    for engine in engines:
+        engine.stage.resumable = True
+    whole = unroll(method, 3, length).columns
+    seen = [StageMemory(k, sizes(engine.stage), saves=True, mixed=method.mixed) for k, engine in enumerate(engines)]
+    late = [(0, 0)] * 3
+    with torch.random.fork_rng(devices=[]):
+        for tick, plan in enumerate(windows(method, 3, length, 1)):
+            for k, engine in enumerate(engines):
+                record = engine.record(tick)
+                held = sum(one.nbytes for one in encode(without_messages(record.copy["stage"]))[1].values())
+                assert seen[k].recorded(engine.stage.version) == pytest.approx(held, abs=100)  # numbers that are tensors
+                late[k] = max(late[k][0], record.late.due[k - 1]), max(late[k][1], record.late.due[k + 1])
+            run_here(plan, engines)
+            for k, column in enumerate(plan.columns):
+                for step in column:
+                    seen[k].execute(step)
+    assert late == [under_way(whole, k) for k in range(3)]
+
+
+def sizes(stage: Stage) -> StageBytes:
+    """The bytes of what a stage of the tiny network holds, messages left out."""
+    nothing = StageBytes(*[0] * 14)
+    weights, head = (sum(w.nbytes for w in part.weights.values()) if part else 0 for part in (stage.body, stage.head))
+    buffers = sum(buffer.nbytes for buffer in stage.module.buffers())
+    return replace(nothing, weights=weights, head_weights=head, state=weights + head, fixed=buffers, written=buffers)
+
+
+def without_messages(state: dict[str, Any]) -> dict[str, Any]:
+    """The recorded state of a stage, without the inputs of its batches."""
+    return {**state, "in_flight": [{**held, "message": None} for held in state["in_flight"].values()]}
+
+
+def slow_disk(rank: Rank, job: StageJob) -> int:
+    """Trains stage job.k, with a disk that writes the one checkpoint at the end of the run; returns the peak as `allocated` does."""
+    ends, write, close = Event(), Saver._write, Saver.close
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "_write", lambda *args, **more: ends.wait(60) and write(*args, **more))
+        patch.setattr(Saver, "close", lambda saver: (ends.set(), close(saver))[-1])
+        return allocated(rank, job)
+
+
+@pytest.mark.parametrize("method", [FDG(), FDG(at="mixed")], ids=str)
+def test_the_prediction_with_a_checkpoint_is_what_the_allocator_gives_out(method: Method, tmp_path: Path) -> None:
+    """The checkpoint is held from the middle of the run to its end; its size on disk was predicted, too."""
+    wide = [nn.Linear(768, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 768), nn.ReLU(), nn.Linear(768, 10)]
+    sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    request = Request(nn.Sequential(nn.Flatten(), *wide), Batches(images), None, cross_entropy, method, sgd, cuts=[4], epochs=1,
+                      placement=Placement(link="gloo"), checkpoint=Checkpoint(tmp_path, every=5))  # fmt: skip
+    prepared = prepare(request)
+    predicted = [one for one in prepared.memory() if one]
+    measured = run_processes(slow_disk, prepared.jobs())
+    assert [one.live for one in predicted] == pytest.approx(measured, rel=0.1)
+    assert all(0.2 * one.live < one.saved for one in predicted)  # else it could have been left out
+    [path] = newest_first(tmp_path)
+    assert verified(path).size == pytest.approx(sum(one.saved for one in predicted), rel=0.05)
 
 
 def test_a_file_is_as_the_format_says(tmp_path: Path) -> None:

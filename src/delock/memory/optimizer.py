@@ -61,6 +61,12 @@ def learned(module: nn.Module, head: nn.Module | None, k: int) -> Named:
     return [(name, w) for name, w in own if w.requires_grad]
 
 
+def fixed_bytes(module: nn.Module, head: nn.Module | None) -> int:
+    """Returns the bytes of a stage's parameters that do not learn, and of its buffers."""
+    own = [one for part in (module, head) if part for one in part.parameters() if not one.requires_grad]
+    return sum(one.nbytes for one in [*own, *(buffer for part in (module, head) if part for buffer in part.buffers())])
+
+
 def optimizer_bytes(optimizer: Callable[..., object], weights: Named, device: str, stage: StageFacts = ALONE) -> tuple[int, int] | None:
     """Returns bytes of the state that the first steps make, and peak bytes during a later step, above that state; None: unknown.
 

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from delock.memory.under_way import under_way
 from delock.methods import Method
 from delock.ops import Backward, Forward, Update
 from delock.plan import Step, unroll
@@ -72,6 +73,9 @@ class StageBytes:
     head_weights: int = 0
     slots: int = 0  # all memory shared with neighbours
     feeds: int = 0  # stage 0: micro-batches that are views of one batch
+    message: int = 0  # a received message with its labels, wherever it lies
+    fixed: int = 0  # parameters that do not learn, and buffers
+    written: int = 0  # buffers that a forward writes to
     up_in: LinkBytes = LinkBytes()  # from the stage below
     up_out: LinkBytes = LinkBytes()
     down_in: LinkBytes = LinkBytes()  # from the stage above
@@ -85,22 +89,39 @@ class PeakBytes:
     `live`: tensors alive at one time. `resident`: growth of its process, with memory shared with neighbours, in a heap that keeps freed
     memory. Gradients, copies of weights and optimizer state have the sizes of weights; activations and errors have other sizes. A tensor of
     one group seldom fits into the place of one of the other, so each group has a peak of its own, and the process grows by the sum.
+    `saved`: what a checkpoint copies, or holds until it is written; the other two include it.
     """
 
     live: int
     resident: int
+    saved: int = 0
 
     def grows(self, device: str) -> int:
         """Returns the number to compare with the measurement, which on a GPU is the allocator's count of living bytes."""
         return self.resident if device == "cpu" else self.live
 
 
-def peaks(method: Method, stages: Sequence[StageBytes], batches: int) -> list[PeakBytes]:
-    """Returns the prediction for every stage of a run of `batches`, from its first batches, because a plan soon repeats itself."""
+def peaks(method: Method, stages: Sequence[StageBytes], batches: int, *, saves: bool = False) -> list[PeakBytes]:
+    """Returns the prediction for every stage of a run of `batches`, from its first batches, because a plan soon repeats itself.
+
+    saves: the run is saved in checkpoints.
+    """
     K = len(stages)
     method = method.fitted(K)
-    plan = unroll(method, K, min(batches, repeating(method, K)))
-    return [peak(column, k, sizes) for k, (column, sizes) in enumerate(zip(plan.columns, stages, strict=True))]
+    columns = unroll(method, K, min(batches, repeating(method, K))).columns
+    found = [
+        peak(column, StageMemory(k, sizes, saves=saves, mixed=method.mixed))
+        for k, (column, sizes) in enumerate(zip(columns, stages, strict=True))
+    ]
+    return [
+        _with_late(one, sizes, under_way(columns, k)) if saves else one for k, (one, sizes) in enumerate(zip(found, stages, strict=True))
+    ]
+
+
+def _with_late(peak: PeakBytes, sizes: StageBytes, late: tuple[int, int]) -> PeakBytes:
+    """Adds the messages that a checkpoint waits for, from below and from above."""
+    more = late[0] * sizes.up_in.message + late[1] * sizes.down_in.message
+    return PeakBytes(peak.live + more, peak.resident + more, peak.saved + more)
 
 
 def repeating(method: Method, K: int) -> int:
@@ -110,12 +131,12 @@ def repeating(method: Method, K: int) -> int:
     return 2 * method.span(K) + groups * method.batches_per_update + -(-deepest // method.micro_batches)
 
 
-def peak(column: Iterable[Step], k: int, sizes: StageBytes) -> PeakBytes:
-    """Returns the peak bytes of stage k while it executes its column."""
-    stage = StageMemory(k, sizes)
+def peak(column: Iterable[Step], stage: StageMemory) -> PeakBytes:
+    """Returns the peak bytes of a stage while it executes its column. What a checkpoint holds may be there all the time."""
     for step in column:
         stage.execute(step)
-    return PeakBytes(stage.most, sizes.slots + stage.most_passing + stage.most_learned)
+    saved = stage.most_saved
+    return PeakBytes(stage.most + saved, stage.sizes.slots + stage.most_passing + stage.most_learned + saved, saved)
 
 
 @dataclass(slots=True)
@@ -126,16 +147,20 @@ class HeldBatch:
 
 
 class StageMemory:
-    """Counts the bytes of stage k step by step, in the order in which engine and stage allocate and free them."""
+    """Counts the bytes of stage k step by step, in the order in which engine and stage allocate and free them.
 
-    def __init__(self, k: int, sizes: StageBytes) -> None:
-        self.k, self.sizes = k, sizes
-        self.most = self.most_passing = self.most_learned = 0
+    saves: it is saved in checkpoints; mixed: its derivatives are taken at="mixed", so that only then its graphs need copies of weights.
+    """
+
+    def __init__(self, k: int, sizes: StageBytes, *, saves: bool = False, mixed: bool = False) -> None:
+        self.k, self.sizes, self.saves = k, sizes, saves
+        self.most = self.most_passing = self.most_learned = self.most_saved = 0
         self.batches: dict[int, HeldBatch] = {}
         self.newest: int | None = None  # the batch that the feed has read last, and holds
-        self.copies = Copies()
+        self.copies = Copies(for_all=saves and mixed)
         self.grads = self.head_grads = self.state = self.caught = 0
         self.backwards = 0  # since the last Update
+        self.tick = 0
         self.sent: Counter[str] = Counter()
         self.posted: set[str] = set()
 
@@ -157,7 +182,8 @@ class StageMemory:
     @property
     def learned(self) -> int:
         """Returns those of the bytes that have the sizes of weights."""
-        return self.versions * self.sizes.weights + self.grads + self.head_grads + self.state
+        written = self.graphs * self.sizes.written if self.saves else 0
+        return self.versions * self.sizes.weights + self.grads + self.head_grads + self.state + written
 
     @property
     def passing(self) -> int:
@@ -176,6 +202,8 @@ class StageMemory:
 
     def execute(self, step: Step) -> None:
         """Executes one step. An evaluation holds no graph, and one message at a time."""
+        if self.saves and step.tick > self.tick:
+            self.tick, self.most_saved = step.tick, max(self.most_saved, self.recorded(step.version))
         match step.op:
             case Forward() as op:
                 self._forward(step, op)
@@ -184,6 +212,12 @@ class StageMemory:
             case Update() as op:
                 self.copies.update(step)
                 self._update(op)
+
+    def recorded(self, version: int) -> int:
+        """Returns what a checkpoint would copy and hold now: the current weights, older ones, gradients, state, and messages."""
+        s, older = self.sizes, self.copies.saved - {(version, 0.0)}
+        weights = (1 + len(older)) * s.weights + s.head_weights + s.fixed
+        return weights + self.grads + self.head_grads + self.state + len(self.batches) * s.message + self.graphs * s.written
 
     def _forward(self, step: Step, op: Forward) -> None:
         s = self.sizes

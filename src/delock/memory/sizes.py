@@ -70,9 +70,15 @@ class RunLinks:
 
 
 def stage_sizes(
-    k: int, links: RunLinks, layers: Sequence[LayerCost], head: LayerCost | None, optimizer: tuple[int, int] | None, batch: Outputs
+    k: int,
+    links: RunLinks,
+    layers: Sequence[LayerCost],
+    head: LayerCost | None,
+    optimizer: tuple[int, int] | None,
+    batch: Outputs,
+    fixed: int = 0,
 ) -> StageBytes | None:
-    """Returns the bytes of stage k, or None if something cannot be counted. `batch`: the inputs of the network."""
+    """Returns the bytes of stage k, or None if something cannot be counted. `batch`: the inputs of the network; `fixed`: see StageBytes."""
     memories = [layer.memory for layer in layers if layer.memory]
     if len(memories) < len(layers) or (head and not head.memory) or optimizer is None:
         return None
@@ -105,6 +111,9 @@ def stage_sizes(
         head_weights=head.memory.weights if head and head.memory else 0,
         slots=sum(map(links.shared, range(max(0, k - 1), min(k + 1, links.K - 1)))),
         feeds=links.method.micro_batches if k == 0 else 0,
+        message=round(links.share * (_bytes(below) + links.targets)),
+        fixed=fixed,
+        written=sum(one.written for one in memories),
         up_in=up_in,
         up_out=LinkBytes() if last else links.up(k),
         down_in=down_in,

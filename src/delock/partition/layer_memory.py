@@ -56,7 +56,7 @@ class LayerMemory:
 
     weights: int  # parameters that learn
     largest: int  # the largest of these parameters
-    buffers: int
+    written: int  # buffers that a forward writes to
     graph: int
     kept: tuple[bool, ...]  # per input: the graph holds it
     writes: bool  # the layer writes into an input
@@ -91,7 +91,7 @@ def observe(
     trial, live, saved = LayerTrial(module, value, learns, loss, device, execution), LiveBytes(), _Saved()
     live.ignore(trial.there)
     given = trial.given
-    before = [x._version for x in given]
+    before, buffers = [x._version for x in given], [(b, b.clone()) for b in module.buffers()]
     with live:
         with saved_tensors_hooks(saved.note, lambda kept: kept), saved.watching(module):
             out = trial.forward()
@@ -110,7 +110,7 @@ def observe(
     return LayerMemory(
         weights=sum(sizes),
         largest=max(sizes, default=0),
-        buffers=sum(map(storage_bytes, module.buffers())),
+        written=sum(storage_bytes(b) for b, was in buffers if not torch.equal(b, was)),
         graph=held - sum(own.values()),
         kept=tuple(storage_of(x) in saved.holders for x in given),
         writes=any(x._version != was for x, was in zip(given, before, strict=True)),

@@ -14,7 +14,7 @@ from delock.codecs import Codec
 from delock.data.iterable import Batches
 from delock.engine.feed import samples
 from delock.links.connect import shares
-from delock.memory.optimizer import learned, optimizer_bytes
+from delock.memory.optimizer import fixed_bytes, learned, optimizer_bytes
 from delock.memory.peaks import PeakBytes, peaks, repeating
 from delock.memory.sizes import Outputs, RunLinks, stage_sizes
 from delock.memory.slots import slots_of_any
@@ -208,11 +208,15 @@ class PreparedRun:
         facts = stage_facts(request.method, self.K)
         learning = [optimizer_bytes(request.optimizer, own, request.device, of) for own, of in zip(weights, facts, strict=True)]
         sizes = [
-            stage_sizes(k, ways, self.costs[a:b], self.head_costs.get(k), optimizer, self.batch.inputs)
-            for k, ((a, b), optimizer) in enumerate(zip(self.bounds(), learning, strict=True))
+            stage_sizes(
+                k, ways, self.costs[a:b], self.head_costs.get(k), optimizer, self.batch.inputs, fixed_bytes(module, self.heads.get(k))
+            )
+            for k, ((a, b), optimizer, module) in enumerate(zip(self.bounds(), learning, self.modules, strict=True))
         ]
         known = [one for one in sizes if one]
-        return [*peaks(request.method, known, self.length.batches)] if len(known) == self.K else [None] * self.K
+        if len(known) < self.K:
+            return [None] * self.K
+        return [*peaks(request.method, known, self.length.batches, saves=request.checkpoint is not None)]
 
     def _entering(self, k: int) -> Tree:
         """Returns a batch as it enters stage k, on the meta device."""

@@ -12,9 +12,13 @@ Copy: TypeAlias = tuple[int, float]
 
 
 class Copies:
-    """Follows the copies of a stage in the order in which it makes and drops them. A stage makes one copy for all graphs that need it."""
+    """Follows the copies of a stage in the order in which it makes and drops them. A stage makes one copy for all graphs that need it.
 
-    def __init__(self) -> None:
+    for_all: every graph has a copy, as with at="mixed" where the run is saved in checkpoints.
+    """
+
+    def __init__(self, *, for_all: bool = False) -> None:
+        self.for_all = for_all
         self.made: set[Copy] = set()  # for batches to come as well
         self.of: dict[int, Copy] = {}  # batch in flight -> the copy that its graph has
 
@@ -23,16 +27,22 @@ class Copies:
         """Returns all copies that there are."""
         return self.made | set(self.of.values())
 
+    @property
+    def saved(self) -> set[Copy]:
+        """Returns those that a checkpoint needs: weights that are drawn out for batches to come can be drawn out again."""
+        return {(version, ahead) for version, ahead in self.made if not ahead} | set(self.of.values())
+
     def forward(self, step: Step) -> None:
         """Makes or finds the copy that a Forward needs."""
         op = step.op
         assert isinstance(op, Forward)
         used = op.weights.used(step.version)
         drawn = op.weights.draws_out(step.version)
-        if drawn or step.snapshot:
+        held = step.snapshot or (self.for_all and step.keep == "graph")
+        if drawn or held:
             copy = (used, op.weights.ahead if drawn else 0.0)
             self.made.add(copy)
-            if step.snapshot:
+            if held:
                 self.of[op.batch] = copy
 
     def update(self, step: Step) -> None:
