@@ -13,6 +13,7 @@ from delock.launch.progress import Position
 
 # Messages of gloo, NCCL and the store if the other end is gone.
 _LOST_PEER = re.compile(r"gloo|nccl|tcpstore|connection .*(closed|reset|refused)|broken pipe", re.IGNORECASE)
+_HUNG_UP = re.compile(r"connection .*(closed|reset)|broken pipe", re.IGNORECASE)  # the other process is gone, or has closed
 _DIED, _RAISED, _ECHO = range(3)  # the likelier cause comes first
 
 
@@ -63,6 +64,11 @@ def raised(rank: int, error: BaseException, at: Position) -> Failure:
     return Failure(rank, str(at), str(error) if usage else what, trace, usage, severity, vars(error) if usage else {})
 
 
+def hung_up(error: BaseException) -> bool:
+    """Returns True if the error says that the process at the other end of a connection has closed it."""
+    return any(_HUNG_UP.search(str(one)) for one in _chain(error))
+
+
 def died(rank: int, exit_code: int, at: Position, stack: str) -> Failure:
     """Returns the failure of a process that ended without a message; a negative exit code is the number of a signal."""
     if exit_code >= 0:
@@ -85,3 +91,11 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         chain.append(error)
         error = error.__cause__ or error.__context__
     return chain
+
+
+class Ended(SystemExit):
+    """Ends the program of one rank of torchrun, which has said why; `code` is the exit code, and the text names the stage at fault."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code

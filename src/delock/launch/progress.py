@@ -32,6 +32,10 @@ class Position:
             return "before its first op"
         return f"in {self.op}" + (f" ({self.batch})" if self.batch else "")
 
+    def told(self) -> str:
+        """Returns the position with the peer, if the rank waits for one: 'in F12 (epoch 1, batch 3), where it waits for stage 1'."""
+        return str(self) + (f", where it waits for stage {self.waits_for}" if self.waits_for is not None else "")
+
 
 class Progress:
     """Holds one rank's record. A write takes about half a microsecond and no system call, so every op is recorded.

@@ -47,11 +47,14 @@ class Watchdog:
 
     def tell(self, culprits: Sequence[int], at_work: Sequence[int], stack: Callable[[int], str]) -> str:
         """Returns the message: which rank hangs at which op, what the others wait for, and the stacks; `stack(rank)` returns one."""
-        lines = [self._place(rank, rank in culprits) for rank in [*culprits, *(r for r in at_work if r not in culprits)]]
-        head = f"{lines[0]}: it has not moved for {self.patience:g} s"
+        lines = [self._place(rank, rank in culprits) for rank in [*culprits[1:], *(r for r in at_work if r not in culprits)]]
         shown = [f"stage {rank}:\n{stack(rank)}" for rank in culprits if not self._stopped(rank)]
         remedy = ["If an op may take that long, raise `patience` (0 turns this watch off)."] if shown else []
-        return "\n\n".join(["\n".join([head, *lines[1:], *remedy]), *shown])
+        return "\n\n".join(["\n".join([self.head(culprits[0]), *lines, *remedy]), *shown])
+
+    def head(self, culprit: int) -> str:
+        """Returns the first line of that message."""
+        return f"{self._place(culprit, True)}: it has not moved for {self.patience:g} s"
 
     def _place(self, rank: int, culprit: bool) -> str:
         at = self._records[rank].read()

@@ -1,0 +1,87 @@
+"""Carries the events of torchrun's ranks to rank 0, through the store of the rendezvous."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeAlias
+
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from delock.errors import StageFailed
+
+OnEvent: TypeAlias = Callable[[int, object], None]
+
+_POLL = 0.05  # seconds between two looks for events
+_DRAIN = 30.0  # seconds for the last events to arrive after the results
+
+
+def store_name() -> str:
+    """Returns the name of the store for messages."""
+    return f"the store of the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+class Post:
+    """Sends events to rank 0 through the store of the rendezvous, over a connection that no other call holds up."""
+
+    def __init__(self, rank: int, world: int, space: str, limit: timedelta, on_event: OnEvent | None) -> None:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = PrefixStore(f"{space}/post", TCPStore(host, port, is_master=False, timeout=limit))
+        self._rank, self._on_event = rank, on_event
+        self._lock = threading.Lock()  # one on_event at a time
+        self._read, self._expected = [0] * world, [-1] * world
+        self._error: Exception | None = None
+        self.emitted = 0
+        self._reader = threading.Thread(target=self._follow, daemon=True)
+        if rank == 0:
+            self._reader.start()
+
+    def emit(self, event: object) -> None:
+        """Hands an event to on_event on rank 0, or sends it there."""
+        self.emitted += 1
+        if self._rank == 0:
+            self._hear(0, event)
+            self._raise()
+        else:
+            message = pickle.dumps(event, protocol=pickle.HIGHEST_PROTOCOL)
+            self.store.set(f"{self._rank}/{self.emitted}", message)  # type: ignore[arg-type]  # takes bytes
+
+    def close(self, emitted: Sequence[int]) -> None:
+        """Waits on rank 0 until all events have arrived, `emitted` by each rank; raises the exception of on_event, if any."""
+        self._expected = list(emitted)
+        self._reader.join(_DRAIN)
+        self._raise()
+        if self._reader.is_alive():
+            raise StageFailed(f"the stages' last messages did not arrive within {_DRAIN:g} s")
+
+    def _follow(self) -> None:
+        """Reads the other ranks' events on rank 0, in the order of each, until all expected ones have arrived."""
+        try:
+            while self._read[1:] != self._expected[1:]:
+                if not sum([self._take(rank) for rank in range(1, len(self._read))]):
+                    time.sleep(_POLL)
+        except Exception as error:
+            self._error = error  # raised on rank 0's own thread
+
+    def _take(self, rank: int) -> bool:
+        key = f"{rank}/{self._read[rank] + 1}"
+        if not self.store.check([key]):
+            return False
+        event = pickle.loads(self.store.get(key))
+        self.store.delete_key(key)
+        self._read[rank] += 1
+        self._hear(rank, event)
+        return True
+
+    def _hear(self, rank: int, event: object) -> None:
+        if self._on_event is not None:
+            with self._lock:
+                self._on_event(rank, event)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
