@@ -114,6 +114,13 @@ def test_a_failing_rank_under_torchrun_is_told_once(tmp_path: Path) -> None:
     assert "error: stage 0" not in done.stderr
 
 
+def test_a_killed_rank_under_torchrun_is_named(tmp_path: Path) -> None:
+    done = ill(tmp_path, "kill")
+    assert done.returncode != 0
+    assert "error: stage 1 has died: " in done.stderr, done.stderr
+    assert done.stderr.count("error: stage ") == 1
+
+
 def test_a_rank_that_hangs_under_torchrun_shows_its_stack(tmp_path: Path) -> None:
     done = ill(tmp_path, "hang")
     assert done.returncode != 0

@@ -16,32 +16,38 @@ _POLL = 0.05
 
 def cause(failure: Failure, error: BaseException, at: Position, watch: Heartbeats) -> Verdict:
     """Returns the verdict on the run after a failure on this rank; it is this rank's own, unless another rank was first or has died."""
-    own = str(failure).partition("\n")[0]
     try:
-        if not failure.echo:
-            return watch.roll.claim(failure.rank, own)
-        deadline = time.monotonic() + _SEARCH
-        closed = at.waits_for if hung_up(error) else None
-        while time.monotonic() < deadline:
-            if found := _found(closed, watch):
-                return found
-            time.sleep(_POLL)
-        return watch.roll.claim(failure.rank, own)
+        if failure.echo and (found := _search(at.waits_for if hung_up(error) else None, watch)):
+            return found
+        return watch.roll.claim(failure.rank, failure.headline)
     except RuntimeError:
-        gone = f"{watch.name} is gone, too"
-        where = f"it stops {at}"
-        if at.waits_for is None:
-            return Verdict(failure.rank, failure.rank, f"{own}; {gone}")
-        return Verdict(at.waits_for, failure.rank, f"stage {failure.rank} has lost stage {at.waits_for}, and {gone}; {where}")
+        return _without_store(failure, at, watch)
+
+
+def _search(closed: int | None, watch: Heartbeats) -> Verdict | None:
+    deadline = time.monotonic() + _SEARCH
+    while time.monotonic() < deadline:
+        if found := _found(closed, watch):
+            return found
+        time.sleep(_POLL)
+    return None
+
+
+def _without_store(failure: Failure, at: Position, watch: Heartbeats) -> Verdict:
+    """Returns a verdict that no other rank can read."""
+    if watch.verdict or not failure.echo:
+        return watch.verdict or Verdict(failure.rank, failure.rank, failure.headline)
+    lost = watch.name if at.waits_for is None else f"stage {at.waits_for}, and {watch.name}"
+    culprit = failure.rank if at.waits_for is None else at.waits_for
+    return Verdict(culprit, failure.rank, f"stage {failure.rank} stops {at}, because it has lost {lost}")
 
 
 def _found(closed: int | None, watch: Heartbeats) -> Verdict | None:
     """Returns the verdict that was announced, or announces a rank that has died; `closed`: the peer that has closed its connection."""
-    if told := watch.roll.failed() or watch.roll.bury(watch.place):
+    if told := watch.roll.failed() or watch.bury():
         return told
-    if closed is not None and not watch.roll.left(closed):  # a rank that ends in order says so before
-        return watch.roll.claim(closed, f"stage {closed} has died {watch.place(closed)}: its connections are closed")
-    silent = next((rank for rank in watch.ranks if watch.silent_for(rank) >= _SILENT and not watch.roll.left(rank)), None)
-    if silent is None:
-        return None
-    return watch.roll.claim(silent, f"stage {silent} has died {watch.place(silent)}: it gives no sign of life")
+    silent = [rank for rank in watch.ranks if watch.silent_for(rank) >= _SILENT]
+    signs = [(rank, "its connections are closed") for rank in [closed] if rank is not None]
+    signs += [(rank, "it gives no sign of life") for rank in silent]
+    # a rank that ends in order says so before
+    return next((watch.roll.bury(rank, sign, watch.place(rank)) for rank, sign in signs if not watch.roll.left(rank)), None)

@@ -37,6 +37,11 @@ class Failure:
     def echo(self) -> bool:
         return self.severity == _ECHO
 
+    @property
+    def headline(self) -> str:
+        """Returns what it says in one line, without a traceback."""
+        return str(self).partition("\n")[0]
+
     def error(self) -> StageFailed | UsageError:
         """Returns the exception to raise in the user's process."""
         if self.usage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import sys
 import threading
@@ -16,11 +17,12 @@ from delock.launch.roll import Roll, Verdict
 from delock.launch.watchdog import Stillness, Watchdog
 
 BEAT = 0.5  # seconds between two heartbeats
-GRACE = 4.0  # seconds that a rank may take to end by itself, once it has learnt that the run is over
-LEEWAY = 5.0  # seconds by which the store may answer later than the patience; in them a rank may ask for stacks, too
+GRACE = 3.0  # seconds that a rank may take to end by itself, once it has learnt that the run is over
+LEEWAY = 4.0  # seconds by which the store may answer later than the patience; in them a rank may ask for stacks, too
+_MOMENTS = 5  # looks for a verdict between two heartbeats: the store may go soon after
 _HEAD = struct.Struct("=Q?")  # heartbeats so far; the rank is done
 _ANSWER = 2.0  # seconds that a culprit has to show its stack, and the first thread to look for a death
-_JOIN = 5.0  # seconds for a thread to end
+_JOIN = 1.0  # seconds for a thread to end, if it does not wait in C++
 
 
 class Heartbeats:
@@ -55,8 +57,9 @@ class Heartbeats:
         self._still = Stillness(world, BEAT)  # of the numbers
         self._watch = Watchdog(self._records, patience, self._silent, BEAT)
         self._over, self._now, self._asked, self._answered = (threading.Event() for _ in range(4))
-        self._verdict: Verdict | None = None
+        self.verdict: Verdict | None = None
         self._read_at = 0.0  # when the verdict was read
+        self._write()  # from now on this rank is missed
         self._threads = [threading.Thread(target=run, name="delock-heartbeats", daemon=True) for run in (self._follow, self._time)]
         for thread in self._threads:
             thread.start()
@@ -88,26 +91,33 @@ class Heartbeats:
         """Returns the seconds since the last heartbeat of a rank; 0 if there has been none."""
         return self._still.seconds[rank] if self._numbers[rank] else 0.0
 
+    def bury(self) -> Verdict | None:
+        """Announces the first rank whose process is gone, if there is one."""
+        return next((self.roll.bury(rank, "its process is gone", self.place(rank)) for rank in self.roll.dead()), None)
+
     def judge(self) -> Verdict | None:
         """Notes that this rank was told to end, and returns the verdict on the run, if there is one, or if a dead rank is found."""
-        if self._verdict is None:
+        if self.verdict is None:
             self._answered.clear()
             self._asked.set()
             self._now.set()
             self._answered.wait(_ANSWER)
-        return self._verdict
+        return self.verdict
 
     def _follow(self) -> None:
         try:
-            while not self._rest():
-                self._write()
-                self._read()
-                if self._hear() or self._look():
+            for moment in itertools.cycle(range(_MOMENTS)):
+                if self._rest():
+                    return
+                if moment == 0:
+                    self._write()
+                    self._read()
+                if self._hear() or (moment == 0 and self._look()):
                     return
         except RuntimeError as error:
             if not self._over.wait(GRACE):  # the store is gone, and so is the run
-                reason = str(error).partition("\n")[0]
-                self._leave(self._rank, f"stage {self._rank} stops {self.place(self._rank)}, because it has lost {self.name}: {reason}")
+                lost = Verdict(self._rank, self._rank, f"it has lost {self.name}: {str(error).partition(chr(10))[0]}")
+                self._stop(self.verdict or lost)
 
     def _time(self) -> None:
         """Ends this rank if the other thread gets no answer from the store, which may wait in C++ for ever."""
@@ -120,8 +130,8 @@ class Heartbeats:
                 return
 
     def _rest(self) -> bool:
-        """Waits for the next heartbeat, or for news, and returns True when the watch is over."""
-        self._now.wait(BEAT)
+        """Waits for the next moment, or for news, and returns True when the watch is over."""
+        self._now.wait(BEAT / _MOMENTS)
         self._now.clear()
         return self._over.is_set()
 
@@ -142,17 +152,20 @@ class Heartbeats:
 
     def _hear(self) -> bool:
         """Reads the verdict on the run, and finds it if a signal has told this rank to end; returns True if this rank has left."""
-        if self._verdict is None:
-            self._verdict, self._read_at = self.roll.failed(), time.monotonic()
+        if self.verdict is None:
+            self.verdict, self._read_at = self.roll.failed(), time.monotonic()
         if self._asked.is_set():
             self._asked.clear()
             self.roll.leave()
-            self._verdict = self._verdict or self.roll.bury(self.place)
+            self.verdict = self.verdict or self.bury()
             self._answered.set()
-        if self._verdict is None or time.monotonic() < self._read_at + GRACE:
+        if self.verdict is None or time.monotonic() < self._read_at + GRACE:
             return False
-        self._leave(self._verdict.culprit, f"stage {self._rank} stops {self.place(self._rank)}, because {self._verdict.message}")
+        self._stop(self.verdict)
         return True
+
+    def _stop(self, verdict: Verdict) -> None:
+        self._leave(verdict.culprit, f"stage {self._rank} stops {self.place(self._rank)}, because {verdict.message}")
 
     def _look(self) -> bool:
         """Looks for a hang, and returns True if this rank was the first to report one, which ends its watch."""

@@ -28,7 +28,7 @@ class Position:
 
     def __str__(self) -> str:
         """Returns the position for a sentence: 'in F12 (epoch 1, batch 3)', 'before its first op'."""
-        if not self.begun:
+        if not self.op:
             return "before its first op"
         return f"in {self.op}" + (f" ({self.batch})" if self.batch else "")
 

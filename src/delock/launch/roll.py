@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +40,9 @@ class Roll:
         """Returns the verdict that was announced, if there is one."""
         return _verdict(self._store.get(_FAILED)) if self._store.check([_FAILED]) else None
 
-    def bury(self, place: Callable[[int], str]) -> Verdict | None:
-        """Announces the first dead rank, if there is one; `place(rank)`: where it stood."""
-        return next((self.claim(rank, f"stage {rank} has died {place(rank)}: its process is gone") for rank in self.dead()), None)
+    def bury(self, rank: int, sign: str, place: str) -> Verdict:
+        """Announces a dead rank: the sign of its death, and its place when it was last heard of, which may be a heartbeat ago."""
+        return self.claim(rank, f"stage {rank} has died: {sign}; it was last heard of {place}")
 
     def leave(self) -> None:
         """Notes that this rank was told to end, or ends by the program's own will."""
@@ -54,7 +53,7 @@ class Roll:
         return self._store.check([f"left/{rank}"])
 
     def dead(self) -> list[int]:
-        """Returns the ranks of this system whose process is gone without a note."""
+        """Returns the ranks whose process on this system is gone without a note."""
         pids = {rank: self._pid(rank) for rank in range(self._world)}
         gone = [rank for rank, pid in pids.items() if pid is not None and _gone(pid)]
         return [rank for rank in gone if not self.left(rank)]

@@ -16,6 +16,7 @@ from delock.launch.failure import Ended
 
 CODE = 128 + signal.SIGTERM  # as shells have it
 _MOMENT = 3.0  # seconds for a judgement
+_TCP = (socket.AF_INET, socket.AF_INET6)
 _DESCRIPTORS = "/proc/self/fd"
 
 
@@ -77,9 +78,9 @@ class Sigterm:
 
 
 def _hang_up() -> None:
-    """Shuts down all TCP connections of this process."""
+    """Shuts down all TCP connections of this process. It leaves sockets that listen, because gloo aborts if its own ends."""
     with suppress(FileNotFoundError):  # there is no /proc
         for descriptor in os.listdir(_DESCRIPTORS):
             with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as connection:
-                if connection.family in (socket.AF_INET, socket.AF_INET6):
+                if connection.family in _TCP and not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                     connection.shutdown(socket.SHUT_RDWR)

@@ -95,6 +95,7 @@ def run_torchrun(
             dist.barrier()  # rank 0 may host the store: the others end after it has heard them
         except Exception as error:
             end = _ended(rank, error, progress, watch)
+            watch.close()
             if slack:
                 time.sleep(2 * BEAT)  # the other hosts read the verdict before the store may go with this rank
             raise end from error
@@ -117,10 +118,10 @@ def _ended(rank: int, error: BaseException, progress: Progress, watch: Heartbeat
     at = progress.read()
     failure = raised(rank, error, at)
     verdict = cause(failure, error, at, watch)
-    if verdict.finder == rank == verdict.culprit or not (failure.echo or failure.usage):
-        _say(f"error: {failure.error()}")
-    elif failure.echo:
+    if failure.echo and verdict.message != failure.headline:
         _say(_line(rank, verdict, watch))
+    elif verdict.finder == rank or not failure.usage:
+        _say(f"error: {failure.error()}")
     return Ended(2 if failure.usage else 1, verdict.message)
 
 

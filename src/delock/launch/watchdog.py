@@ -43,7 +43,11 @@ class Watchdog:
         computing = [rank for rank in still if at[rank].begun and at[rank].waits_for is None]
         waiting = [rank for rank in still if at[rank].waits_for is not None]
         all_still = min(seconds) >= self.patience  # ranks that are done count too: others may have waited for their last op
-        return stopped or computing or (waiting if all_still and len(waiting) == len(at_work) else [])
+        if stopped or computing:
+            return stopped or computing
+        peers = {rank: at[rank].waits_for for rank in waiting}
+        each_other = [rank for rank, peer in peers.items() if peer in peers and peers[peer] == rank]  # the others wait for these
+        return sorted(waiting, key=lambda rank: rank not in each_other) if all_still and len(waiting) == len(at_work) else []
 
     def tell(self, culprits: Sequence[int], at_work: Sequence[int], stack: Callable[[int], str]) -> str:
         """Returns the message: which rank hangs at which op, what the others wait for, and the stacks; `stack(rank)` returns one."""

@@ -1,0 +1,76 @@
+"""`delock train` under torchrun: a killed rank is named and its run has failed; a SIGTERM from outside interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hosts import descendants
+from ranks import wait_until
+
+TRAIN = ["--model", "mlp", "--limit", "128", "--batch-size", "32", "--epochs", "100000", "--log-every", "1", "--stages", "3", "--out", "a"]
+
+
+class Program:
+    """`torchrun -m delock train` on three ranks, which trains."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "delock", "train", *TRAIN]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        metrics = Path("a/metrics.jsonl")
+        wait_until(lambda: self.process.poll() is not None or (metrics.exists() and metrics.read_text().count("evaluation") > 1), 120)
+        self.ranks = [pid for pid, words in descendants(self.process.pid) if "-m delock train" in words]
+
+    def ends(self) -> str:
+        """Returns its words and those of its ranks."""
+        return self.process.communicate(timeout=40)[1]
+
+
+@pytest.fixture
+def program(here: Path) -> Iterator[Program]:
+    made = Program()
+    yield made
+    for pid in (made.process.pid, *made.ranks):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    made.process.communicate(timeout=20)
+
+
+def summary() -> dict[str, str]:
+    told: dict[str, str] = json.loads(Path("a/summary.json").read_text())
+    return told
+
+
+@pytest.mark.parametrize("victim", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_killed_rank_is_the_reason_of_a_run_that_failed(program: Program, victim: int) -> None:
+    os.kill(program.ranks[victim], signal.SIGKILL)
+    said = program.ends()
+    assert f"error: stage {victim} has died: its " in said
+    assert said.count("error: stage ") == 1
+    assert summary()["status"] == "failed"
+    assert re.match(rf"stage {victim} has died: its .*; it was last heard of (in [A-Z]\d|before)", summary()["error"])
+
+
+@pytest.mark.slow
+def test_rank_0_killed_is_named_by_the_others(program: Program) -> None:
+    os.kill(program.ranks[0], signal.SIGKILL)
+    assert "error: stage 0 has died: " in program.ends()
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_interrupts(program: Program) -> None:
+    program.process.send_signal(signal.SIGTERM)
+    said = program.ends()
+    assert "has died" not in said
+    assert "interrupted; what was recorded is in a\n" in said
+    assert summary()["status"] == "interrupted"
