@@ -144,7 +144,7 @@ def descendants(pid: int) -> Iterator[tuple[int, str]]:
     listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
     lines = [line.split(None, 2) for line in listed.stdout.splitlines()]
     family = {pid}
-    for own, parent, words in sorted(((int(line[0]), int(line[1]), line[2]) for line in lines)):
+    for own, parent, words in sorted((int(line[0]), int(line[1]), line[2]) for line in lines):
         if parent in family:
             family.add(own)
             yield own, words

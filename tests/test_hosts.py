@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import delock
-
 from hosts import Hosts, Launched, NotPermitted, hosts
+
 from points import SGD, network, train_data, weighted
 from ranks import wait_until
 

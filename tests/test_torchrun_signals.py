@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hosts import descendants
+
 from ranks import wait_until
 
 TRAIN = ["--model", "mlp", "--limit", "128", "--batch-size", "32", "--epochs", "100000", "--log-every", "1", "--stages", "3", "--out", "a"]
