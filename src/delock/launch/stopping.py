@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+POLL = 0.5  # seconds between two looks at the store
 ECHO = 2.0  # seconds in which another signal belongs to the first: a launcher sends it to all, and passes on its own
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C, the end, and the one that batch systems send some time before it
 
@@ -74,3 +80,44 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
+
+
+class Relay:
+    """Passes a request to end from any of torchrun's ranks on to rank 0, which decides, by a key of the rendezvous' store.
+
+    A rank that is asked and does not end within its grace ends at once.
+    """
+
+    def __init__(self, rank: int, stop: StopRequest, key: str) -> None:
+        self.rank, self.stop, self.key = rank, stop, key
+        self.heard = False  # by another rank
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="delock-relay", daemon=True)
+
+    def asked(self) -> bool:
+        """Returns True if the run is to end."""
+        return self.heard or self.stop.asked
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join(2 * POLL)
+
+    def _watch(self) -> None:
+        with suppress(RuntimeError):  # the store is gone, of which others tell
+            store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60))
+            while not self._over.wait(POLL):
+                self._look(store)
+
+    def _look(self, store: TCPStore) -> None:
+        if self.stop.asked and not self.heard:
+            store.set(self.key, "1")
+            self.heard = True
+        if self.rank == 0 and not self.heard:
+            self.heard = store.check([self.key])
+        if self.stop.overdue and not self._over.is_set():
+            print(f"the run could not be saved within {self.stop.grace:g} s", file=sys.stderr, flush=True)
+            os._exit(128 + (self.stop.number or 0))

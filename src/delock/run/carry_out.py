@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -32,11 +33,23 @@ def carry_out(request: Request, tell: Tell) -> tuple[Started, list[StageResult]]
 
     With checkpoints a signal saves the run first, and then has the effect that it has without.
     """
-    if request.workers == "torchrun":
-        return _torchrun(request, tell)
+    stop, saved = StopRequest(request.checkpoint.grace) if request.checkpoint else None, list[str]()
+    try:
+        started, results = (_torchrun if request.workers == "torchrun" else _here)(request, _noting(tell, saved), stop)
+        if stop and results[0].stopped is not None:
+            stop.have_effect()
+            raise KeyboardInterrupt  # the signal was another rank's
+    except BaseException as error:
+        if stop and stop.asked:
+            error.add_note(_how_it_ended(stop, saved))
+        raise
+    return started, results
+
+
+def _here(request: Request, tell: Tell, stop: StopRequest | None) -> tuple[Started, list[StageResult]]:
     if request.simulation.replay is None:
         request.method.fits_workers(request.workers)
-    begin, notes = find(request.checkpoint, writes=request.simulation.replay is None) if request.checkpoint else (None, ())
+    begin, notes = find(request.checkpoint) if request.checkpoint else (None, ())
     prepared = prepare(request, begin)
     started = prepared.started()
     tell(started)
@@ -44,18 +57,8 @@ def carry_out(request: Request, tell: Tell) -> tuple[Started, list[StageResult]]
         refuse_occupied(request.checkpoint)
     if begin or notes:
         tell(resumed(begin, notes))
-    stop = StopRequest(request.checkpoint.grace) if request.checkpoint else None
-    saved: list[str] = []
-    try:
-        with stop.listening() if stop else nullcontext():
-            results = _stages(prepared, _noting(tell, saved), stop)
-        if stop and results[0].stopped is not None:
-            stop.have_effect()
-    except BaseException as error:
-        if stop and stop.asked:
-            error.add_note(_how_to_go_on(stop, saved))
-        raise
-    return started, results
+    with stop.listening() if stop else nullcontext():
+        return started, _stages(prepared, tell, stop)
 
 
 def _stages(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> list[StageResult]:
@@ -95,15 +98,16 @@ def _processes(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> l
     )
 
 
-def _torchrun(request: Request, tell: Tell) -> tuple[Started, list[StageResult]]:
-    results = run_torchrun(
-        run_torchrun_rank,
-        lambda rank: request,
-        device=request.device,
-        threads=request.placement.threads,
-        patience=request.placement.patience,
-        on_event=_listener(tell),
-    )
+def _torchrun(request: Request, tell: Tell, stop: StopRequest | None) -> tuple[Started, list[StageResult]]:
+    with stop.listening() if stop else nullcontext():
+        results = run_torchrun(
+            partial(run_torchrun_rank, stop=stop),
+            lambda rank: request,
+            device=request.device,
+            threads=request.placement.threads,
+            patience=request.placement.patience,
+            on_event=_listener(tell),
+        )
     return results[0][0], [result for _, result in results]
 
 
@@ -123,7 +127,7 @@ def _noting(tell: Tell, saved: list[str]) -> Tell:
     return noting
 
 
-def _how_to_go_on(stop: StopRequest, saved: list[str]) -> str:
+def _how_it_ended(stop: StopRequest, saved: list[str]) -> str:
     if saved:
         return f"the run is saved in {saved[-1]}"
     return f"the run could not be saved within {stop.grace:g} s" if stop.overdue else "the run could not be saved"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from delock.errors import UsageError
 from delock.launch.ambient import Ambient
 from delock.launch.rank import Rank
+from delock.launch.stopping import Relay, StopRequest
 from delock.records import Started
 from delock.run.job import StageResult
 from delock.run.nonfinite import explained
@@ -22,13 +24,13 @@ from delock.run.request import Request
 from delock.run.resume import NEWEST, find, refuse_occupied, resumed
 
 
-def run_torchrun_rank(rank: Rank, request: Request) -> tuple[Started, StageResult]:
+def run_torchrun_rank(rank: Rank, request: Request, stop: StopRequest | None = None) -> tuple[Started, StageResult]:
     """Trains this rank's stage; returns rank 0's prediction, which is that of the run, and the stage's result."""
     request = replace(_again(request), stages=_stages(rank, request))
     request.method.fits_workers(request.workers)
     begin, notes = find(request.checkpoint) if request.checkpoint and rank.rank == 0 else (None, ())
     prepared = prepare(request, begin) if rank.rank == 0 else None
-    said: list[Any] = [prepared.started() if prepared else None, Ambient.here(), begin, request.checkpoint]
+    said: list[Any] = [prepared.started() if prepared else None, Ambient.here(), begin, request.checkpoint, f"delock/stop/{time.time_ns()}"]
     if prepared:
         rank.emit(said[0])
         if request.checkpoint:
@@ -45,7 +47,8 @@ def run_torchrun_rank(rank: Rank, request: Request) -> tuple[Started, StageResul
         refuse_unshared(rank, Path(request.checkpoint.folder))
     prepared = prepared or prepare(replace(request, cuts=started.cuts), said[2])
     rank.be_patient(prepared.patience())
-    with explained(request):
+    with explained(request), Relay(rank.rank, stop, said[4]) if stop else nullcontext() as relay:
+        rank = replace(rank, asked=relay.asked) if relay else rank
         return started, run_rank(rank, prepared.jobs()[rank.rank])
 
 
