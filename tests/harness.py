@@ -148,7 +148,8 @@ def assert_equal(a: list[StageResult], b: list[StageResult]) -> None:
         same_tree(one.head, other.head)
         same_tree(one.optimizer, other.optimizer)
         assert one.losses == other.losses
-        assert [(e.batches, e.test_loss) for e in one.evaluations] == [(e.batches, e.test_loss) for e in other.evaluations]
+        found = [[(e.batches, repr(e.test_loss)) for e in run.evaluations] for run in (one, other)]  # by repr: without a test set it is NaN
+        assert found[0] == found[1]
         assert one.report.staleness == other.report.staleness
         assert one.report.layer_staleness == other.report.layer_staleness
 

@@ -13,7 +13,7 @@ What we do. `Lender` has the weights and buffers of the Forward in their places 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -69,9 +69,9 @@ class Lender(nn.Module):
     def forward(self, function: Callable[[], R]) -> R:
         return function()
 
-    def lend(self, named: Mapping[str, Tensor], function: Callable[[], R]) -> R:
+    def lend(self, named: Mapping[str, Tensor | None], function: Callable[[], R]) -> R:
         """Returns function(), called while the module has these tensors in place of its own."""
-        result: R = functional_call(self, {f"module.{name}": t for name, t in named.items()}, (function,))
+        result: R = functional_call(self, cast(dict[str, Tensor], {f"module.{name}": t for name, t in named.items()}), (function,))
         return result
 
 

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from delock.errors import UsageError
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"batch-(\d{8,})")
+WIDE = "complex128"  # metadata: names of tensors (..., 2) that are pairs of real and imaginary parts
 CHUNK = 1 << 22
 
 
@@ -68,7 +70,9 @@ class Writer:
         """Writes tensors by name."""
         path = self.place / f"{kind}-{self.k}.safetensors"
         path.touch(mode=0o600 if private else 0o666)
-        self.files[path.name] = save(path, tensors, metadata or {})
+        wide = [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]  # which the format has not
+        given = {**tensors, **{name: torch.view_as_real(tensors[name].resolve_conj()) for name in wide}}
+        self.files[path.name] = save(path, given, {**(metadata or {}), **({WIDE: json.dumps(wide)} if wide else {})})
 
     def done(self, updates: int, rest: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> Manifest | None:
         """Says that this stage's files are written. The last stage to say so completes the checkpoint, and gets its manifest.
@@ -200,6 +204,10 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors of a file by name, and its metadata. Raises UsageError for a file that is not one."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - no mapping
+            tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
+    try:  # cloned: memory that was read need not begin where a complex number may
+        return tensors | {name: torch.view_as_complex(tensors[name].clone()) for name in json.loads(metadata.get(WIDE, "[]"))}, metadata
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{file} does not say rightly which of its tensors are complex: {error}") from error

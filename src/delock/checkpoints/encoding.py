@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from delock.checkpoints.files import NAMES
 from delock.errors import UsageError
 
 Structure: TypeAlias = Any
@@ -62,7 +63,7 @@ class _Encoder:
             case float() if type(value) is float:
                 return value if math.isfinite(value) else {"float": str(value)}
             case Tensor():
-                return {"tensor": self.name(value), "strides": list(value.stride())}
+                return {"tensor": self.name(value, where), "strides": list(value.stride())}
             case list():
                 return [self.encode(one, f"{where}[{i}]") for i, one in enumerate(value)]
             case tuple() if type(value) is tuple:
@@ -72,14 +73,21 @@ class _Encoder:
             case _:
                 raise UsageError(f"{where} is a {type(value).__name__}, which a checkpoint cannot keep: {_remedy(value)}")
 
-    def name(self, tensor: Tensor) -> str:
+    def name(self, tensor: Tensor, where: str) -> str:
         """Returns the name of a tensor; the same one for the same memory with the same shape."""
         if tensor.layout != torch.strided:
-            raise UsageError(f"a tensor of layout {tensor.layout} cannot be kept in a checkpoint: make it dense")
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.numel() or id(tensor))
+            raise UsageError(f"{where} is a tensor of layout {tensor.layout}, which a checkpoint cannot keep: make it dense")
+        if hasattr(type(tensor), "__tensor_flatten__"):
+            raise UsageError(
+                f"{where} is a {type(tensor).__name__}, made of several tensors, which a checkpoint cannot keep: make it a plain one"
+            )
+        if tensor.dtype not in NAMES and tensor.dtype != torch.complex128:
+            raise UsageError(f"{where} is a tensor of {str(tensor.dtype)[6:]}, which a checkpoint cannot keep: use another dtype")
+        marks = tensor.is_conj(), tensor.is_neg()  # if the values are conjugates, or negatives, of what lies in memory
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.numel() or id(tensor), marks)
         if place not in self.names:
             self.names[place] = f"{self.prefix}{len(self.names)}"
-            self.tensors[self.names[place]] = tensor.detach()
+            self.tensors[self.names[place]] = tensor.detach().resolve_conj().resolve_neg()
         return self.names[place]
 
 

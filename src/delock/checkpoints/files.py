@@ -60,7 +60,7 @@ def _chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Itera
     header += b" " * (-len(header) % 8)
     yield memoryview(len(header).to_bytes(8, "little") + header)
     for name in order:
-        values = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        values = tensors[name].detach().cpu().resolve_conj().contiguous().flatten().view(torch.uint8).numpy().data
         yield from (values[at : at + CHUNK] for at in range(0, len(values), CHUNK))
 
 

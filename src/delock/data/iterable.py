@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -53,16 +54,24 @@ class Plain:
         self.batches = batches
         self.at = (0, 0)  # epoch and batch that come next, as far as it has been read
         self.resumed: tuple[int, int] | None = None  # where an iteration begins that goes on from a place
+        self.before_last: dict[str, Any] | None = None  # the place in front of the last batch of the epoch
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Returns the place of an iterable that has a `state_dict` and a `load_state_dict`, as torchdata's loader; None for others."""
+        """Returns the place of an iterable that has a `state_dict` and a `load_state_dict`, as torchdata's loader; None for others.
+
+        At the end of an epoch that is the place in front of its last batch, which is read again: what a loader makes of a place at its end
+        is its own affair, to begin the next epoch there or to have nothing more to give.
+        """
+        return self.before_last if self.at[1] == self.batches else self._place()
+
+    def _place(self) -> dict[str, Any] | None:
         inner = place(self.obj)
         return None if inner is None else {"epoch": self.at[0], "batch": self.at[1], "loader": inner}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from that place with the next iteration."""
         put(self.obj, state["loader"])
-        self.resumed = state["epoch"], state["batch"]
+        self.at = self.resumed = state["epoch"], state["batch"]
 
     def __len__(self) -> int:
         return self.batches
@@ -73,13 +82,17 @@ class Plain:
         return sizes[: self.batches] if sizes is not None and len(sizes) >= self.batches else None
 
     def epoch(self, e: int) -> Iterator[tuple[Inputs, Any]]:
+        if self.resumed and self.resumed[0] < e:
+            deque(self.epoch(self.resumed[0]), maxlen=0)
         start = key(self.seed, "data", e, "iter")
         _start_epoch(self.obj, e, start)
         with seeded(start):
             items = iter(self.obj)
         first = self.resumed[1] if self.resumed and self.resumed[0] == e else 0
-        self.resumed = None
+        self.resumed, self.at = None, (e, first)
         for b in range(first, self.batches):
+            if b + 1 == self.batches:
+                self.before_last = self._place()
             with seeded(key(self.seed, "data", e, b)):
                 item = next(items, self)  # self: a mark that no data set can yield
             if item is self:

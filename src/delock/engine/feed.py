@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from delock.checkpoints.encoding import encode
+from delock.checkpoints.encoding import copied
 from delock.data.iterable import Batches, place, put
 from delock.data.loader import Loader
 from delock.errors import UsageError
@@ -38,7 +38,7 @@ class Feed:
 
     def state(self) -> dict[str, Any] | None:
         """Returns the loader's place, if it knows one: else its batches are a function of their number, and are read again."""
-        return place(self.train)
+        return copied(place(self.train), "the state of the data loader")  # type: ignore[no-any-return]
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state()`."""
@@ -67,7 +67,7 @@ class Feed:
         batch = next(iterator)
         if self.kept:
             self.kept = False
-            encode(self.state(), "the state of the data loader")
+            self.state()  # raises UsageError
         return batch
 
     def _evaluation(self, index: int) -> Message:

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event as Flag
 from threading import Thread
+from traceback import format_exception_only
 from typing import Any
 
 from safetensors import SafetensorError
 
-from delock.checkpoints.directory import Writer, prune
+from delock.checkpoints.directory import Writer, name_of, prune
 from delock.checkpoints.encoding import encode
 from delock.engine.agreement import Agreement, Wish
 from delock.engine.engine import Engine
@@ -33,7 +34,7 @@ from delock.run import parts
 from delock.run.history import History
 from delock.run.job import StageJob
 from delock.run.made_with import made_with
-from delock.stage import checkpoint
+from delock.stage import Stage, checkpoint
 
 PROBLEMS = (OSError, UsageError, SafetensorError)
 
@@ -94,7 +95,7 @@ class Saver:
             _load_counts(self.engine.link.sent, rest["sent"])
             if self.feed and rest["data"] is not None:
                 self.feed.load(rest["data"])
-        encode(checkpoint.state(stage)["learner"], f"the optimizer of stage {job.k}")  # now, and not when a checkpoint is due
+        _refuse_unsavable(stage)  # now, and not when a checkpoint is due
         if self.feed:
             self.feed.kept = True
 
@@ -137,7 +138,6 @@ class Saver:
     def _write(self, instant: Instant, state: Mapping[str, Any], rest: Mapping[str, Any], began: float) -> None:
         folder, job = Path(self.options.folder), self.job
         writer = Writer(folder, instant.tick, job.k, job.K)
-        path, last = str(writer.final), instant.last
         shared = {"tick": instant.tick, "batches": instant.batches, "made_with": self.made_with, "options": job.conditions}
         try:
             parts.write(writer, state, rest, job.names)
@@ -145,9 +145,16 @@ class Saver:
             whole = writer.done(state["stage"]["learner"]["version"], shared, known)
             if whole:
                 prune(folder, self.options.keep, self.options.judged)
-                self.news.append(CheckpointRecord(instant.batches, path, whole.size, time.perf_counter() - began, last=last))
-        except PROBLEMS as error:
-            self.news.append(CheckpointRecord(instant.batches, path, problem=f"stage {job.k}: {error}", last=last))
+                took = time.perf_counter() - began
+                self.news.append(CheckpointRecord(instant.batches, str(writer.final), whole.size, took, last=instant.last))
+        except Exception as error:  # also of a thread, which has nobody else to tell
+            self._fail(instant, error)
+
+    def _fail(self, instant: Instant, error: Exception) -> None:
+        """Lets it be told that a checkpoint could not be written."""
+        what = str(error) if isinstance(error, PROBLEMS) else "".join(format_exception_only(error)).strip()
+        path = str(Path(self.options.folder) / name_of(instant.tick))
+        self.news.append(CheckpointRecord(instant.batches, path, problem=f"stage {self.job.k}: {what}", last=instant.last))
 
     def _came_due(self, batches: int) -> bool:
         """Returns True if so many batches, or so much time, have passed since the last one."""
@@ -200,7 +207,11 @@ class AgreedSaver(Saver, Agreement):
             raise Stopped(tick)
         began = time.perf_counter()
         self._wait(lambda part: part.come.is_set())
-        recorded, rest = self.engine.record(tick), self._rest()
+        try:
+            recorded, rest = self.engine.record(tick), self._rest()
+        except UsageError as error:  # what could be kept at first, and cannot any more
+            self._fail(Instant(tick, tick), error)
+            return
         self._behind(recorded.late.done, lambda: self._write(Instant(tick, tick), recorded.state(), rest, began))
         self.log.seconds["saving"] += time.perf_counter() - began
 
@@ -211,6 +222,15 @@ class AgreedSaver(Saver, Agreement):
         self._wait(lambda part: True)
         self._write(Instant(tick, tick, last=True), state, rest, began)
         self.tell()
+
+
+def _refuse_unsavable(stage: Stage) -> None:
+    """Raises UsageError for state that no checkpoint can keep, as far as it can be seen before the first update."""
+    state = checkpoint.state(stage)
+    encode(state["learner"], f"the optimizer of stage {stage.k}")
+    encode(stage.learner.first_state(), f"the optimizer of stage {stage.k}, after its first step,")
+    for part in ("module", "head", "volatile"):
+        encode(state[part], f"the {part if part == 'head' else 'network'} of stage {stage.k}")
 
 
 def _load_counts(sent: SentBytes, saved: Mapping[int, Mapping[str, int]]) -> None:

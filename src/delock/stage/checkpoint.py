@@ -12,6 +12,7 @@ from delock.links.message import Message, as_values
 from delock.ops import Forward, Weights
 from delock.plan.steps import Step
 from delock.stage.in_flight import InFlight
+from delock.stage.loading import load_module, volatile
 from delock.stage.module import ModuleFunction
 from delock.stage.module import Weights as Tensors
 from delock.stage.stage import Stage
@@ -30,7 +31,7 @@ def state(stage: Stage) -> dict[str, Any]:
     return {
         "module": stage.body.module.state_dict(),
         "head": stage.head.module.state_dict() if stage.head else None,
-        "volatile": {part: _volatile(body.module) for part, body in _bodies(stage).items()},
+        "volatile": {part: volatile(body.module) for part, body in _bodies(stage).items()},
         "learner": stage.learner.state(),
         "clones_inputs": stage.body.clones_inputs,
         "recomputes": stage.body.recomputes,
@@ -54,13 +55,8 @@ def recorded(stage: Stage) -> tuple[dict[str, Any], set[int]]:
 
 def load(stage: Stage, saved: Mapping[str, Any]) -> None:
     """Continues from `state` of an equal stage: every graph is built again at the weights it was built with, bit for bit."""
-    stage.body.module.load_state_dict(saved["module"])
-    if stage.head:
-        stage.head.module.load_state_dict(saved["head"])
     for part, body in _bodies(stage).items():
-        own = dict(body.module.named_buffers())
-        for name, value in saved["volatile"][part].items():
-            own[name].copy_(value)
+        load_module(body.module, saved[part] or {}, saved["volatile"][part], f"{part} of stage {stage.k}")
     stage.learner.load(saved["learner"])
     for name in ("clones_inputs", "recomputes", "written"):
         setattr(stage.body, name, saved[name])
@@ -74,12 +70,6 @@ def _bodies(stage: Stage) -> dict[str, ModuleFunction]:
     return {"module": stage.body, **({"head": stage.head} if stage.head else {})}
 
 
-def _volatile(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the buffers that are not in the module's state dict (persistent=False)."""
-    kept = module.state_dict()
-    return {name: buffer for name, buffer in module.named_buffers() if name not in kept}
-
-
 def _saved(stage: Stage, held: InFlight) -> dict[str, Any]:
     """Returns the Forward, its message, the version of the weights, those unless a bank has them, buffers, and if there is a graph."""
     kept = held.weights is None or held.weights is stage.banks.kept.get(held.version)
@@ -88,14 +78,17 @@ def _saved(stage: Stage, held: InFlight) -> dict[str, Any]:
         "message": as_values(held.message),
         "version": held.version,
         "weights": None if kept else _detached(held.weights or {}),
-        "buffers": held.buffers,
+        "buffers": None if held.buffers is None else stage.body.copies.outdated(held.buffers, stage.body.written),
+        "extra": held.extra,
         "graph": held.outputs is not None,
     }
 
 
 def _restored(stage: Stage, copies: dict[tuple[int, float], Tensors], one: Mapping[str, Any]) -> InFlight:
     step = _forward_step(one["forward"])
-    held = InFlight(step, Message(**one["message"]), one["version"], buffers=one["buffers"])
+    held = InFlight(step, Message(**one["message"]), one["version"], extra=one["extra"])
+    if one["buffers"] is not None:
+        held.buffers = (stage.body.buffers(resumable=True) or {}) | one["buffers"]
     if one["weights"] is not None:
         ahead = step.op.weights.ahead  # type: ignore[union-attr]
         held.weights = copies.setdefault((held.version, ahead), _leaves(one["weights"]))
@@ -121,11 +114,12 @@ def _forward_step(values: Mapping[str, Any]) -> Step:
 
 
 def _rebuild(stage: Stage, held: InFlight) -> None:
-    if not stage.mixed or held.weights is None:
-        stage.build(held, held.weights, is_replay=True)
-        return
-    with stage.banks.in_place(held.weights):
-        stage.build(held, None, is_replay=True)
+    with stage.body.with_extra_state(held.extra):
+        if not stage.mixed or held.weights is None:
+            stage.build(held, held.weights, is_replay=True)
+            return
+        with stage.banks.in_place(held.weights):
+            stage.build(held, None, is_replay=True)
 
 
 def _detached(weights: Mapping[str, Tensor]) -> Tensors:

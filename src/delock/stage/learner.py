@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from delock.errors import UsageError
 from delock.ops import Update
+from delock.stage.optimizer_state import first_state, load_exactly
 from delock.tensors import address
 
 PLAIN = (bool, int, float, str, tuple, type(None))
@@ -35,8 +36,8 @@ class Learner:
         self.micro_batches = micro_batches
         # An alias made through .data shares the storage but not the version counter by which autograd would notice.
         self.weights: list[Any] = [nn.Parameter(w.data) if behind_graphs else w for _, w in named]
-        names = [name for name, _ in named]
-        self.optimizer = optimizer(list(zip(names, self.weights, strict=True))) if named else None
+        self.names, self.factory = [name for name, _ in named], optimizer
+        self.optimizer = optimizer(list(zip(self.names, self.weights, strict=True))) if named else None
         self.made = described(self.optimizer)  # before a schedule sets rates
         self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
         _refuse_unfit(self.optimizer, self.schedule)
@@ -94,6 +95,10 @@ class Learner:
         if self.schedule:
             self.schedule.step()
 
+    def first_state(self) -> dict[str, Any] | None:
+        """Returns the state that the optimizer will have after its first step, for a few weights; None where that is not known."""
+        return first_state(self.factory, list(zip(self.names, self.weights, strict=True)), self.optimizer) if self.optimizer else None
+
     def state(self) -> dict[str, Any]:
         """Returns everything but the weights."""
         return {
@@ -107,11 +112,11 @@ class Learner:
     def load(self, state: dict[str, Any]) -> None:
         """Continues from `state()` of an equal learner."""
         if self.optimizer:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_exactly(self.optimizer, state["optimizer"])
         if self.schedule:
             self.schedule.load_state_dict(state["schedule"])
         self.version = state["version"]
-        self.resume(state["count"], state["grads"])
+        self.resume(state["count"], [g if g is None else g.to(w.device) for w, g in zip(self.weights, state["grads"], strict=True)])
 
 
 def described(optimizer: Optimizer | None) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.prune import BasePruningMethod
 
+from delock.checkpoints.encoding import copied
 from delock.errors import UsageError
 from delock.execution import PLAIN, apply, lay_out_input, lay_out_weights, precision
 from delock.keys import key
 from delock.options import Execution
 from delock.recomputation import Lender, Rereading
+from delock.stage.buffers import BufferCopies, Buffers, buffers_of, cloned
 from delock.stage.compiled import Compiled, statistics
 from delock.stage.split_backward import Gradients
 from delock.tensors import Value, address, floating, like, tensors, with_leaves
@@ -39,6 +42,8 @@ class ModuleFunction:
         self.recomputes: bool | None = None  # the module computes again in a backward; None: no whole backward has been seen yet
         self.written: tuple[str, ...] | None = None  # buffers that a forward writes to; None: not seen yet
         self.lender = Lender(self.module)
+        self.copies = BufferCopies(self.module)
+        self.extras = {name: one for name, one in module.named_modules() if _has_extra_state(one)}
 
     def __call__(
         self,
@@ -47,16 +52,17 @@ class ModuleFunction:
         leaves: tuple[Tensor, ...] = (),
         weights: Weights | None = None,
         is_replay: bool = False,
-        buffers: Weights | None = None,
+        buffers: Buffers | None = None,
     ) -> Value:
         """Returns f(values; weights), by default at the current weights, with `leaves` in place of the floating inputs.
 
         is_replay: the batch has gone forward before, so BatchNorm's statistics and all other buffers stay as they are, and the module sees
         copies of `buffers`, and of the current ones where these have none.
         """
-        instead: dict[str, Tensor] = dict(weights or {})
+        instead: dict[str, Any] = dict(weights or {})
         if is_replay:
-            instead |= _cloned({**dict(self.module.named_buffers()), **(buffers or {})})
+            own = buffers_of(self.module)
+            instead |= cloned({name: b for name, b in {**own, **(buffers or {})}.items() if b is not None or own.get(name) is not None})
         elif self.compiled:
             instead |= statistics(self.module)
         self._seed(batch)
@@ -96,24 +102,41 @@ class ModuleFunction:
         finally:
             self.module.train()
 
-    def buffers(self, *, resumable: bool = False) -> Weights | None:
-        """Returns copies of the buffers as they are now, before a forward: all where a backward may compute again.
+    def buffers(self, *, resumable: bool = False) -> Buffers | None:
+        """Returns copies of the buffers as they are now, before a forward, where a backward may compute again; else None.
 
-        Else None, or if the graph must be `resumable` those that the forward writes to: built again, it is to find them as they were.
+        resumable: the graph may be built again, and is to find them as they were.
         """
-        own = dict(self.module.named_buffers())
-        if self.recomputes is not False or (resumable and self.written is None):
-            return _cloned(own)
-        return _cloned({name: own[name] for name in self.written or ()}) if resumable else None
+        if resumable:
+            return self.copies.take(self.written)
+        return cloned(buffers_of(self.module)) if self.recomputes is not False else None
 
-    def note_written(self, before: Weights) -> None:
+    def note_written(self, before: Buffers) -> None:
         """Notes, once, which buffers a forward has written to; `before`: copies of all. Versions would not tell: batch norm hides its."""
         if self.written is None:
-            own = dict(self.module.named_buffers())
+            own = buffers_of(self.module)
             self.written = tuple(name for name, was in before.items() if name in own and not _same(own[name], was))
 
+    def extra_state(self) -> dict[str, Any] | None:
+        """Returns a copy of what modules have as extra state (`get_extra_state`), by their names; None if none has any."""
+        return copied({name: one.get_extra_state() for name, one in self.extras.items()}, "extra state") if self.extras else None
+
+    @contextmanager
+    def with_extra_state(self, extra: Mapping[str, Any] | None) -> Iterator[None]:
+        """Gives modules another extra state within the block."""
+        now = self.extra_state()
+        self._set_extra_state(extra)
+        try:
+            yield
+        finally:
+            self._set_extra_state(now)
+
+    def _set_extra_state(self, extra: Mapping[str, Any] | None) -> None:
+        for name, state in (extra or {}).items():
+            self.extras[name].set_extra_state(state)
+
     def differentiate(
-        self, take: Callable[[], Gradients], weights: Weights | None, buffers: Weights | None, whole: bool = True
+        self, take: Callable[[], Gradients], weights: Weights | None, buffers: Buffers | None, whole: bool = True
     ) -> Gradients:
         """Returns take(), gradients through a graph of the module, which is lent what it had in that forward if it computes again.
 
@@ -122,7 +145,7 @@ class ModuleFunction:
         """
         if self.recomputes is False:
             return take()
-        lent = {**(weights or {}), **_cloned(buffers or {})}  # a backward may write to buffers, and another one may follow
+        lent = {**(weights or {}), **cloned(buffers or {})}  # a backward may write to buffers, and another one may follow
         if self.recomputes:
             return self.lender.lend(lent, take)
         reading = Rereading(self.module)
@@ -176,11 +199,13 @@ def copies(weights: Mapping[str, Tensor]) -> Weights:
     return {name: nn.Parameter(w.detach().clone()) for name, w in weights.items()}  # Parameters, as compiled code expects
 
 
-def _cloned(tensors: Mapping[str, Tensor]) -> Weights:
-    return {name: t.detach().clone() for name, t in tensors.items()}
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
 
 

@@ -160,6 +160,8 @@ class Stage:
         held.leaves = leaves_of(values, wanted=self.k > 0)
         if held.buffers is None:
             held.buffers = self.body.buffers(resumable=self.resumable)
+        if self.resumable and not is_replay:
+            held.extra = self.body.extra_state()
         with torch.enable_grad():
             held.outputs = self.body(held.step.op.batch, values, held.leaves, weights, is_replay, held.buffers)  # type: ignore[union-attr]
         if self.resumable and not is_replay and held.buffers:
