@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from delock.checkpoints.directory import MANIFEST, Writer, name_of, newest_first, prune, read, read_tensors, verified
+from delock.checkpoints.directory import MANIFEST, Writer, discard_unfinished, name_of, newest_first, prune, read, read_tensors, verified
 from delock.checkpoints.encoding import decode, encode
 from delock.checkpoints.manifest import Manifest
 from delock.checkpoints.weight_index import INDEX
@@ -157,6 +157,8 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     (tmp_path / ".batch-00000150").mkdir()  # newer than all: perhaps being written
     prune(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".batch-00000150", "batch-00000020", "batch-00000100"]
+    discard_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["batch-00000020", "batch-00000100"]
     assert [path.name for path in newest_first(tmp_path)] == ["batch-00000100", "batch-00000020"]
 
 

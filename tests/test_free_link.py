@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 import delock.engine.asynchronous.link
+from delock.engine.agreement import Wish
 from delock.engine.asynchronous.buffer import ReplayBuffer
 from delock.engine.asynchronous.link import DEPTH, END, FreeLink
+from delock.engine.asynchronous.mark import Mark
 from delock.engine.asynchronous.runner import FreeRun
 from delock.errors import LinkError
 from delock.links import Message, MessageName
@@ -214,6 +216,56 @@ def test_the_end_is_told_down_and_up(neighbours: Neighbours) -> None:
     link.close()
     assert [name for name, _ in neighbours.sent[2]] == [END]
     assert link.working == 0
+
+
+MARK = Mark(6, 5, Wish.SAVE)
+
+
+def test_behind_a_mark_nothing_is_taken_until_it_is_passed_on(neighbours: Neighbours) -> None:
+    """Evaluations in front of it come first; what is saved is what came before."""
+    link = middle(neighbours, size=3)
+    neighbours.open.set()
+    neighbours.comes(0, activation(0), torch.tensor([0.0]))
+    neighbours.comes(0, evaluation(0))
+    neighbours.comes(0, MARK.message)
+    neighbours.comes(0, activation(1), torch.tensor([1.0]))
+    neighbours.comes(0, evaluation(1))
+    until(lambda: link.mark is not None)
+    assert link.due() is None
+    assert link.next() is None
+    link.receive(0, evaluation(0))
+    assert link.next() is None, "it went on reading where it should be saved"
+    assert link.due() == MARK
+    link.send(2, activation(4), Message(None))
+    [entry] = link.state()["buffer"]["entries"]
+    assert (entry["ordinal"], entry["uses"], entry["item"]["values"].item()) == (0, 0, 0.0)
+    assert neighbours.come[0].qsize() == 2
+    link.pass_on(MARK)
+    until(lambda: len(link.buffer.entries) == 2 and link.evaluates)
+    assert link.due() is None
+    until(lambda: len(neighbours.sent[2]) == 2)
+    assert [name for name, _ in neighbours.sent[2]] == [activation(4, version=5), MARK.message]
+    assert Mark.of(neighbours.sent[2][1][0]) == MARK
+    assert link.sent.to[2].messages == 1, "a mark is no work"
+
+
+def test_who_is_done_hears_of_a_mark(neighbours: Neighbours) -> None:
+    link = middle(neighbours)
+    neighbours.open.set()
+    neighbours.comes(0, MARK.message)
+    until(lambda: link.mark is not None)
+    link.pause(time.perf_counter() + 3600)
+    assert link.more()
+    link.pass_on(MARK)
+    neighbours.comes(0, END)
+    assert not link.more()
+
+
+def test_it_is_told_once_that_all_are_done(neighbours: Neighbours) -> None:
+    link = middle(neighbours)
+    link.stop()
+    link.stop()
+    assert [name for name, _ in neighbours.sent[0]] == [END]
 
 
 def test_who_is_done_waits_for_a_free_way_but_not_with_an_evaluation(neighbours: Neighbours) -> None:

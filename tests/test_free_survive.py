@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from pathlib import Path
@@ -18,7 +19,7 @@ from delock.methods import AsyncDGL
 from delock.ops import Forward, Update
 from delock.options import Compression, Simulation
 from delock.plan import Plan
-from delock.records import Cut, Event, StepRecord, Visit
+from delock.records import CheckpointRecord, Cut, Event, StepRecord, Visit
 from delock.run.parts import cuts
 
 from free_runs import Listener, assert_counted, assert_in_order
@@ -118,6 +119,18 @@ def test_what_is_refused(tmp_path: Path, given: dict[str, Any], expected: str) -
     with pytest.raises(UsageError, match=expected):
         train(tmp_path / "there", **{"method": AsyncDGL(), "cuts": [4], **given})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_an_earlier_run_left_half_written_is_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    """Two stages of it had written their parts of batch 5, which are not those of this run."""
+    Path(tmp_path / ".batch-00000005").mkdir()
+    for k in range(1, 3):
+        done = {"updates": 1, "files": {f"optimizer-{k}.safetensors": [1, 1]}, "known": {}}
+        Path(tmp_path / ".batch-00000005" / f"done-{k}.json").write_text(json.dumps(done))
+    events: list[Event] = []
+    train(tmp_path, batches=8, keeps={"every": 5}, on_event=events.append)
+    assert [one.problem for one in events if isinstance(one, CheckpointRecord)] == [""]
+    assert verified(tmp_path / "batch-00000005").updates == (1, 2, 3)
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------------------

@@ -138,6 +138,34 @@ def test_a_trace_that_is_damaged(copied: Path, damage: str, capsys: pytest.Captu
     assert said(2, ["replay", "run"], capsys) == "error: line 5 of run/trace.jsonl is not a visit of one of 3 stages"
 
 
+# -- a run that went on from a checkpoint ------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_went_on_is_done_again_from_a_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*FREE, "--buffer", "2", "--slow-stage", "1", "--noise", "0.5", "--epochs", "3", "--checkpoint-every", "7"]
+    assert main(["train", *SMALL, *words, "--out", "run"]) == 0
+    expected = "24/24/24 updates: the weights equal those of the run, to the last bit"
+    newest = Path("run/checkpoints/batch-00000021")
+    ends = "updates: the weights equal those of the run, to the last bit"
+    assert said(0, ["replay", "run", "--from", newest.name], capsys).endswith(ends)
+    made = [sum(turn.trains for turn in stage) for stage in load_visits(Path("run"), 3)]
+    assert made == [24] * 3
+    (Path("run") / "model.safetensors").unlink()
+    assert main(["train", *SMALL, *words, "--out", "run", "--resume", str(newest)]) == 0  # as if it had been cut off
+    assert said(0, ["replay", "run"], capsys).endswith(expected)
+    line = said(0, ["replay", "run", "--from=newest"], capsys)
+    assert line.endswith(ends)
+    updates = json.loads((newest / "manifest.json").read_text())["updates"]
+    assert f", {'/'.join(str(24 - n) for n in updates)} updates" in line
+    lines = (Path("run") / "trace.jsonl").read_text().splitlines(keepends=True)
+    (Path("run") / "trace.jsonl").write_text("".join(lines[3:]))
+    assert "name the checkpoint that the run went on from with --from" in said(2, ["replay", "run"], capsys)
+    assert "--from needs a checkpoint" in said(2, ["replay", "run", "--from"], capsys)
+    assert "batch-7 is no checkpoint" in said(2, ["replay", "run", "--from", "batch-7"], capsys)
+    shutil.rmtree("run/checkpoints")
+    assert "there is no checkpoint in run/checkpoints" in said(2, ["replay", "run", "--from", "newest"], capsys)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------------------
 
 

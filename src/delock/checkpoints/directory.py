@@ -118,6 +118,12 @@ def prune(folder: Path, keep: int, judged: tuple[str, bool] | None = None) -> No
                 _remove(path)
 
 
+def discard_unfinished(folder: Path) -> None:
+    """Removes what is half written, before a run begins: its parts must not be taken for those of the run, which may be other ones."""
+    for path in folder.glob(".batch-*"):
+        _remove(path)
+
+
 def _best(whole: Sequence[Path], name: str, most: bool) -> Path | None:
     """Returns the checkpoint with the best measure, the oldest of equals; None if none has it."""
     measures = {path: Manifest.loads((path / MANIFEST).read_text()).measures for path in reversed(whole)}

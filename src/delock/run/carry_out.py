@@ -22,7 +22,7 @@ from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.ranks import run_rank
 from delock.run.request import Request
-from delock.run.resume import NEWEST, find, refuse_occupied, resumed
+from delock.run.resume import NEWEST, find, make_ready, resumed
 from delock.run.torchrun_rank import run_torchrun_rank
 
 Tell = Callable[[Event], None]
@@ -33,7 +33,8 @@ def carry_out(request: Request, tell: Tell) -> tuple[Started, list[StageResult]]
 
     With checkpoints a signal saves the run first, and then has the effect that it has without.
     """
-    stop, saved = StopRequest(request.checkpoint.grace) if request.checkpoint else None, list[str]()
+    anew = request.simulation.replay is None
+    stop, saved = StopRequest(request.checkpoint.grace) if request.checkpoint and anew else None, list[str]()
     try:
         started, results = (_torchrun if request.workers == "torchrun" else _here)(request, _noting(tell, saved), stop)
         if stop and results[0].stopped is not None:
@@ -47,14 +48,15 @@ def carry_out(request: Request, tell: Tell) -> tuple[Started, list[StageResult]]
 
 
 def _here(request: Request, tell: Tell, stop: StopRequest | None) -> tuple[Started, list[StageResult]]:
-    if request.simulation.replay is None:
+    anew = request.simulation.replay is None
+    if anew:
         request.method.fits_workers(request.workers)
-    begin, notes = find(request.checkpoint) if request.checkpoint else (None, ())
+    begin, notes = find(request.checkpoint, writes=anew) if request.checkpoint else (None, ())
     prepared = prepare(request, begin)
     started = prepared.started()
     tell(started)
-    if request.checkpoint:
-        refuse_occupied(request.checkpoint)
+    if request.checkpoint and anew:
+        make_ready(request.checkpoint)
     if begin or notes:
         tell(resumed(begin, notes))
     with stop.listening() if stop else nullcontext():
@@ -78,7 +80,9 @@ def _stages(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> list
 
 def _again(prepared: PreparedRun, options: Checkpoint, error: StageFailed, tell: Tell) -> PreparedRun:
     """Returns the run that goes on from its newest checkpoint after a failure; without one it begins anew."""
-    begin, notes = find(replace(options, resume=NEWEST))
+    options = replace(options, resume=NEWEST)
+    begin, notes = find(options)
+    make_ready(options)
     tell(resumed(begin, (f"started again, because {str(error).splitlines()[0]}", *notes)))
     return replace(prepared, begin=begin)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from delock import codecs
-from delock.checkpoints.directory import newest_first, verified
+from delock.checkpoints.directory import discard_unfinished, newest_first, verified
 from delock.checkpoints.manifest import Manifest
 from delock.errors import UsageError
 from delock.methods import spelled
@@ -60,13 +60,17 @@ def find(options: Checkpoint, *, writes: bool = True) -> tuple[Begin | None, tup
     return begin, ()
 
 
-def refuse_occupied(options: Checkpoint) -> None:
-    """Raises UsageError for a folder with checkpoints of an earlier run, from which this one does not go on."""
+def make_ready(options: Checkpoint) -> None:
+    """Removes what an earlier run has left half written in the folder, before this one writes there.
+
+    Raises UsageError for a folder with checkpoints of an earlier run, from which this one does not go on.
+    """
     there = newest_first(Path(options.folder))
     if there and options.resume is None:
         raise UsageError(
             f"{options.folder} holds checkpoints of an earlier run ({there[0].name}): go on from them with resume, or give another folder"
         )
+    discard_unfinished(Path(options.folder))
 
 
 def _newest(there: Sequence[Path], folder: Path) -> tuple[Begin | None, tuple[str, ...]]:

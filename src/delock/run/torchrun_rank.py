@@ -21,7 +21,7 @@ from delock.run.nonfinite import explained
 from delock.run.prepare import prepare
 from delock.run.ranks import run_rank
 from delock.run.request import Request
-from delock.run.resume import NEWEST, find, refuse_occupied, resumed
+from delock.run.resume import NEWEST, find, make_ready, resumed
 
 
 def run_torchrun_rank(rank: Rank, request: Request, stop: StopRequest | None = None) -> tuple[Started, StageResult]:
@@ -34,7 +34,7 @@ def run_torchrun_rank(rank: Rank, request: Request, stop: StopRequest | None = N
     if prepared:
         rank.emit(said[0])
         if request.checkpoint:
-            refuse_occupied(request.checkpoint)
+            make_ready(request.checkpoint)
     if begin or notes:
         rank.emit(resumed(begin, notes))
     torch.distributed.broadcast_object_list(said, src=0)
