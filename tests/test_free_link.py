@@ -8,7 +8,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +23,12 @@ from delock.engine.asynchronous.buffer import ReplayBuffer
 from delock.engine.asynchronous.link import DEPTH, END, FreeLink
 from delock.engine.asynchronous.mark import Mark
 from delock.engine.asynchronous.runner import FreeRun
-from delock.errors import LinkError
+from delock.errors import LinkError, Stopped
 from delock.links import Message, MessageName
 from delock.links.coded import ReceivedCodebooks
 from delock.links.wire import pack, unpack
 from delock.methods import AsyncDGL
+from delock.plan import RunLength
 from delock.records import Visit, VisitsRecord
 from delock.run.worker import Worker
 
@@ -259,6 +262,30 @@ def test_who_is_done_hears_of_a_mark(neighbours: Neighbours) -> None:
     link.pass_on(MARK)
     neighbours.comes(0, END)
     assert not link.more()
+
+
+def test_a_stage_saves_itself_and_then_passes_the_mark_on(neighbours: Neighbours) -> None:
+    link, told, saved = middle(neighbours), list[VisitsRecord](), list[int]()
+    neighbours.open.set()
+
+    def save(mark: Mark) -> None:
+        assert link.due() == mark
+        assert neighbours.sent[2] == []
+        assert sum(len(record.visits) for record in told) == 1, "the trace does not reach as far as the checkpoint"
+        saved.append(mark.tick)
+
+    run = FreeRun(SimpleNamespace(stage=SimpleNamespace(k=1, K=3)), link, RunLength(9), told.append, save=save)  # type: ignore[arg-type]
+    run.unreported.append(Visit(0, 0, True, 0))
+    for wish in (Wish.SAVE, Wish.STOP):
+        neighbours.comes(0, Mark(6 + wish, 5, wish).message)
+        until(lambda: link.mark is not None)
+        mark = run.mark()
+        assert mark
+        with pytest.raises(Stopped) if wish is Wish.STOP else nullcontext():
+            run.cut(mark)
+        until(lambda: len(neighbours.sent[2]) == 1)
+        neighbours.sent[2].clear()
+    assert saved == [6, 7]
 
 
 def test_it_is_told_once_that_all_are_done(neighbours: Neighbours) -> None:
