@@ -27,6 +27,9 @@ COMMANDS = MappingProxyType(
         "bench": "run a benchmark of this checkout, or list them",
         "replay": "do a free-running run again in one process, and compare the weights",
         "sample": "print text from a language model that was trained",
+        "checkpoints": "list the checkpoints of a run, and say how to go on",
+        "export": "write the weights of a run or a checkpoint as safetensors",
+        "eval": "evaluate the weights of a run or a checkpoint",
     }
 )
 TRAINING = ("train", "compare")
@@ -110,7 +113,7 @@ def _say(text: str, error: BaseException, joint: str) -> None:
 
 def help_text() -> str:
     """Returns the help of `delock` itself."""
-    commands = "\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items())
+    commands = "\n".join(f"  {name:<12} {what}" for name, what in COMMANDS.items())
     return f"""usage: delock COMMAND [OPTIONS]
 
 Train one deep network on several workers depth-wise, without the locks of
@@ -127,4 +130,7 @@ examples:
   delock compare --methods bp,ddg,fdg,adl --epochs 5
   delock plan --method fdg --stages 3
   delock train --data text --out runs/manual
-  delock sample runs/manual"""
+  delock sample runs/manual
+  delock checkpoints runs/manual
+  delock eval runs/manual
+  delock export runs/manual --out model.safetensors"""

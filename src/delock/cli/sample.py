@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from delock.cli import kept_run
 from delock.cli.arguments import parse
-from delock.cli.config import TrainConfig, build, is_text, refuse_below, resolve, resolved, shown, toml
-from delock.cli.run_folder import ALPHABET, CONFIG, MODEL
+from delock.cli.config import TrainConfig, is_text, refuse_below, resolved, shown
+from delock.cli.run_folder import ALPHABET, CONFIG
 from delock.cli.workload import build_gpt
 from delock.errors import UsageError
 
@@ -25,6 +26,7 @@ examples:
   delock train --data text --out runs/manual
   delock sample runs/manual
   delock sample runs/manual --prompt "The import statement" --tokens 200
+  delock sample runs/manual --checkpoint batch-00000500
   delock sample runs/manual --temperature 0.5 --top-k 10 --seed 1"""
 
 
@@ -42,6 +44,8 @@ class SampleOptions:
     """Draw from this number of likeliest tokens only."""
     seed: int = 0
     """Seed of the draws."""
+    checkpoint: Annotated[str | None, shown("the latest")] = None
+    """Name of a checkpoint, or final for the weights at the run's end."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def run(words: Sequence[str]) -> int:
     _check(options)
     config, alphabet = read_config(path), read_alphabet(path)
     begin = alphabet.encode(options.prompt or beginning(alphabet))  # (T,)
-    model, text = read_model(path, config, len(alphabet)), decoder(alphabet)
+    model, text = read_network(kept_run.weights(path, options.checkpoint).path, config, len(alphabet)), decoder(alphabet)
     print(options.prompt or "", end="", flush=True)
     for token in draws(model, begin, resolved(config.language.context), options):
         print(text(token), end="", flush=True)
@@ -76,16 +80,10 @@ def _check(options: SampleOptions) -> None:
 
 def read_config(run: Path) -> TrainConfig:
     """Returns the config of a run that has trained a language model. Raises UsageError for any other folder."""
-    if not (run / CONFIG).is_file():
-        rows = sorted(path.parent for path in run.glob(f"*/{CONFIG}"))
-        hint = f"it holds several, such as {rows[0]}" if rows else f"it has no {CONFIG}; give a folder that delock train has made"
-        raise UsageError(f"{run} is not the folder of a run: {hint}" if run.exists() else f"there is no run {run}")
-    config = resolve(build(TrainConfig, toml.read(run / CONFIG), str(run / CONFIG)))
+    config = kept_run.read_config(run)
     if not is_text(config):
         trained = f"{config.network.model} on {config.dataset.data}"
         raise UsageError(f"{run} trained {trained}, and only a language model writes text: train one with --data text")
-    if not (run / MODEL).is_file():
-        raise UsageError(f"{run} has no {MODEL}: it did not run to its end, and only then are weights kept; train it again")
     return config
 
 
@@ -99,16 +97,15 @@ def read_alphabet(run: Path) -> Alphabet:
         raise UsageError(f"cannot read the alphabet of the run, {run / ALPHABET}: {error}") from None
 
 
-def read_model(run: Path, config: TrainConfig, vocabulary: int) -> nn.Sequential:
+def read_network(place: Path, config: TrainConfig, vocabulary: int) -> nn.Sequential:
     """Returns the trained network."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from delock.checkpoints.whole_model import read_model
 
     model = build_gpt(config, vocabulary)
     try:
-        model.load_state_dict(load_file(run / MODEL))
-    except (SafetensorError, RuntimeError) as error:
-        raise UsageError(f"{run / MODEL} does not hold the model that {CONFIG} beside it describes: {error}") from None
+        model.load_state_dict(read_model(place))
+    except RuntimeError as error:
+        raise UsageError(f"{place} does not hold the model that {CONFIG} describes: {error}") from None
     return model
 
 

@@ -1,0 +1,135 @@
+"""`delock eval`: evaluates the weights of a run, or of one of its checkpoints, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated
+
+from delock.cli.arguments import parse
+from delock.cli.config import TrainConfig, is_text, shown
+from delock.cli.kept_run import Kept, found, named, read_config, weights
+from delock.cli.run_folder import CONFIG
+from delock.cli.session import load_data
+from delock.cli.tables import metric_text
+from delock.cli.terminal import Terminal
+from delock.cli.workload import build_model, goals
+from delock.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from delock.data import Data, TextData
+    from delock.options import Execution
+
+ABOUT = """Evaluate the weights of a run on its test data, in one process. RUN is the folder of a run, or of a checkpoint.
+
+What travels between stages is not coded here, so with a codec the figures differ from the run's own.
+
+examples:
+  delock eval runs/RUN
+  delock eval runs/RUN --checkpoint batch-00000500
+  delock eval runs/RUN --checkpoint final --device cpu"""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Holds the options of an evaluation."""
+
+    checkpoint: Annotated[str | None, shown("the latest")] = None
+    """Name of a checkpoint, or final for the weights at the run's end."""
+    device: Annotated[str | None, shown("the run's")] = None
+    """cpu, cuda or cuda:1."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Holds the options of `delock eval`."""
+
+    evaluation: EvalOptions = field(default_factory=EvalOptions)
+
+
+def run(words: Sequence[str]) -> int:
+    """Parses, evaluates, prints a line as a run does, and returns the exit code."""
+    path, rest = named(words, "eval")
+    options = parse(EvalConfig, rest, "eval RUN", ABOUT).evaluation
+    folder, name = found(path, options.checkpoint, "eval")
+    config, screen = read_config(folder), Terminal()
+    kept = weights(folder, name)
+    config = replace(config, machine=replace(config.machine, device=options.device or config.machine.device))
+    for note in kept.notes:
+        screen.line(note)
+    data = load_data(config, screen)
+    measures = measured(config, data, loaded(config, data, kept), kept)
+    screen.end()
+    epoch = kept.batches / len(data.train) if kept.batches is not None else None
+    screen.line(f"{kept.path}: {described(config, epoch, measures)}")
+    return 0
+
+
+def described(config: TrainConfig, epoch: float | None, measures: Mapping[str, float]) -> str:
+    """Returns the measures in one line, as a run prints them; "" is the loss."""
+    when = [f"epoch {epoch:.4g}"] if epoch is not None else []
+    metrics = [metric_text(name, value) for name, value in measures.items() if name]
+    return "  ".join([*when, f"test loss {measures['']:.4f}{' nats' if is_text(config) else ''}", *metrics])
+
+
+def loaded(config: TrainConfig, data: Data | TextData, kept: Kept) -> nn.Module:
+    """Returns the network with the weights. Raises UsageError if they are another network's."""
+    from delock.checkpoints.whole_model import read_model
+
+    model = build_model(config, data)
+    try:
+        model.load_state_dict(read_model(kept.path))
+    except RuntimeError as error:
+        raise UsageError(f"{kept.path} does not hold the model that {CONFIG} describes: {error}") from None
+    return model
+
+
+def measured(config: TrainConfig, data: Data | TextData, model: nn.Module, kept: Kept) -> dict[str, float]:
+    """Returns the means over the test data, of the loss as "" and of the metrics by name, as a run's evaluation has them."""
+    import torch
+
+    from delock.data.iterable import as_loader
+    from delock.engine.feed import Feed
+    from delock.execution import precision
+    from delock.launch.rank import backend_for
+    from delock.ops import Evaluate
+    from delock.stage.module import ModuleFunction
+
+    backend_for(config.machine.device, None, 1)
+    device, execution, seed = torch.device(config.machine.device), _execution(config, kept), config.training.seed
+    loss, metrics = goals(config)
+    function = ModuleFunction(model, (0,), device, execution)
+    feed, sums, total = Feed(as_loader(data.train, seed), as_loader(data.test, seed), 1, device), dict[str, float](), 0.0
+    with _as_a_stage(config.placement.threads):
+        for i in range(feed.per_evaluation):
+            message = feed(Evaluate(i))
+            outputs = function.evaluate(message.values)
+            with torch.no_grad(), precision(execution, device):
+                found = {name: float(one(outputs, message.targets)) for name, one in {"": loss, **metrics}.items()}
+            sums = {name: sums.get(name, 0.0) + value * message.count for name, value in found.items()}
+            total += message.count
+    return {name: value / total for name, value in sums.items()}
+
+
+def _execution(config: TrainConfig, kept: Kept) -> Execution:
+    """Returns how the stages computed, uncompiled as their evaluations; a layout "auto" is the one that was faster, where that is known."""
+    layout = config.execution.layout
+    if layout == "auto":
+        layout = kept.manifest.options["layout"] if kept.manifest else "default"
+    return replace(config.execution, layout=layout, compile=False)
+
+
+@contextmanager
+def _as_a_stage(threads: int) -> Iterator[None]:
+    """Computes with the threads of a stage, on which the last bits of sums depend."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
