@@ -153,13 +153,26 @@ def test_training_data_is_private(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for batches in (5, 10, 100, 20):
         written(tmp_path, batches)
-    (tmp_path / ".batch-00000050").mkdir()
-    (tmp_path / ".batch-00000150").mkdir()  # newer than all: perhaps being written
+    for batches in (50, 150):  # perhaps being written: a stage may be slower than the others
+        (tmp_path / f".batch-{batches:08d}").mkdir()
     prune(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".batch-00000150", "batch-00000020", "batch-00000100"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".batch-00000050", ".batch-00000150", "batch-00000020", "batch-00000100"]
     discard_unfinished(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batch-00000020", "batch-00000100"]
     assert [path.name for path in newest_first(tmp_path)] == ["batch-00000100", "batch-00000020"]
+
+
+def test_what_a_killed_run_has_left_is_no_part_of_the_next_one(tmp_path: Path) -> None:
+    killed = Writer(tmp_path, 5, 1, 2)
+    killed.begin()
+    killed.add("weights", {"x": torch.zeros(1)})
+    killed.done(10, REST)
+    discard_unfinished(tmp_path)
+    first = Writer(tmp_path, 5, 0, 2)
+    first.begin()
+    first.add("weights", {"x": torch.ones(1)})
+    assert first.done(10, REST) is None
+    assert newest_first(tmp_path) == []
 
 
 def damaged(path: Path, how: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from delock.cli import main
 from delock.cli.eval import loaded, measured
 from delock.cli.kept_run import read_config, weights
 from delock.cli.workload import load_data
+from delock.records import CheckpointRecord
 
 from commands import SMALL, refused
 
@@ -45,13 +47,34 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     """A run that is interrupted after its second evaluation."""
     whole = delock.api.fit
 
-    def fit(*given: object, **options: object) -> object:
-        whole(*given, **options)  # type: ignore[arg-type]
+    def fit(*given: Any, **options: Any) -> None:
+        whole(*given, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("delock.api.fit", fit)
     assert main(words) == 130
     monkeypatch.setattr("delock.api.fit", whole)
+
+
+def test_a_run_killed_after_its_first_checkpoint_has_a_config(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first record may come much later."""
+    seen: list[tuple[bool, bool, bool]] = []
+    whole = delock.api.fit
+
+    def fit(*given: Any, on_event: Any, **options: Any) -> Any:
+        def hear(event: Any) -> None:
+            on_event(event)
+            if isinstance(event, CheckpointRecord):
+                seen.append((Path("a/config.toml").exists(), Path("a/metrics.jsonl").exists(), kept("batch-00000003").exists()))
+
+        return whole(*given, on_event=hear, **options)
+
+    monkeypatch.setattr("delock.api.fit", fit)
+    long = ["--batches", "150", "--batch-size", "8", "--log-every", "150", "--eval-every", "150"]
+    words = [word for word in RUN if word not in ("--epochs", "2")]
+    assert main([*words, *long, "--checkpoint-keep", "99", "--method", "fdg"]) == 0
+    assert seen[0] == (True, False, True)
+    assert kept("batch-00000003").exists()
 
 
 # -- eval

@@ -103,7 +103,7 @@ class Writer:
 
 
 def prune(folder: Path, keep: int, judged: tuple[str, bool] | None = None) -> None:
-    """Removes all but the newest `keep` checkpoints, and whatever older ones were left half written.
+    """Removes all but the newest `keep` checkpoints. One that is not whole yet is left alone: another stage may be writing it.
 
     judged: a measure, and whether more of it is better: the best by it stays, too.
     """
@@ -112,10 +112,6 @@ def prune(folder: Path, keep: int, judged: tuple[str, bool] | None = None) -> No
     for path in whole:
         if path not in kept:
             _remove(path)
-    if whole:
-        for path in folder.glob(".batch-*"):
-            if path.name[1:] < whole[0].name:
-                _remove(path)
 
 
 def discard_unfinished(folder: Path) -> None:

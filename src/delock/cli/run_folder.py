@@ -68,6 +68,7 @@ class RunFolder:
         self._inside: RunFolder | None = None
         self.path = path
         self.opened = False
+        self._had_checkpoints = False  # of an earlier run; those of this one may be there before its first record
         self.lost: str | None = None  # what could not be written, and where it is instead
         self._texts: dict[str, str] = {}
         self._state: Mapping[str, Tensor] | None = None
@@ -90,6 +91,7 @@ class RunFolder:
         """
         self._held.take()
         self.path = self._held.path
+        self._had_checkpoints = (self.path / CHECKPOINTS).exists()
         try:
             yield
         finally:
@@ -108,7 +110,7 @@ class RunFolder:
     def _empty(self) -> None:
         self.path.mkdir(exist_ok=True)
         if not self._goes_on:
-            clear(self.path, OURS, (BOARD, CHECKPOINTS), CONFIG)
+            clear(self.path, OURS, (BOARD, CHECKPOINTS) if self._had_checkpoints else (BOARD,), CONFIG)
 
     def write(self, name: str, text: str) -> None:
         """Writes one of the folder's text files."""

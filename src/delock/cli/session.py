@@ -72,6 +72,7 @@ class Session:
                 return
             case CheckpointRecord():
                 self.screen.line(written(event))
+                self.open()  # killed now, the run could go on: it needs its config
                 return
             case Resumed():
                 self.go_on(event)
