@@ -67,12 +67,12 @@ def read(path: Path) -> Any:
 def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in ("train", "compare", "plan", "replay", "sample"))
+    assert all(f"\n  {name} " in out for name in ("train", "compare", "plan", "replay", "sample", "checkpoints", "export", "eval"))
     assert "examples:" in out
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.parametrize("command", ["train", "compare", "plan", "replay", "sample"])
+@pytest.mark.parametrize("command", ["train", "compare", "plan", "replay", "sample", "checkpoints", "export", "eval"])
 def test_every_command_shows_its_options_and_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out

@@ -168,7 +168,7 @@ def test_text_comes_from_a_run_that_was_cut_off(here: Path, capsys: pytest.Captu
         ("export a --checkpoint batch-00000003", "batch-00000003 is damaged: optimizer-0.safetensors is missing"),
         ("eval a --device cuda:99", "torch sees no GPU here|the GPUs here are numbered"),
         ("checkpoints a --all", "there is no option --all"),
-        ("eval e", "e has no weights: it did not run to its end"),
+        ("eval e", "e has no model.safetensors: it did not run to its end; it has no checkpoint"),
     ],
 )
 def test_a_command_that_is_refused(here: Path, capsys: pytest.CaptureFixture[str], words: str, expected: str) -> None:

@@ -317,8 +317,8 @@ def test_bytes_become_text_as_they_come() -> None:
         (["run", "more"], "'more' belongs to no option"),
         (["images"], "images trained mlp on digits, and only a language model writes text"),
         (["cut-off"], "cut-off has no model.safetensors: it did not run to its end"),
-        (["other"], "does not hold the model that config.toml beside it describes"),
-        (["broken"], "does not hold the model"),
+        (["other"], "does not hold the model that config.toml describes"),
+        (["broken"], "broken/model.safetensors cannot be read"),
         (["lost"], "cannot read the alphabet of the run"),
     ],
 )

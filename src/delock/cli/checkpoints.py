@@ -44,7 +44,7 @@ class CheckpointsConfig:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Listed:
     """Holds one checkpoint of the list: it is whole if nothing is wrong with it."""
 
     path: Path
@@ -70,14 +70,14 @@ def run(words: Sequence[str]) -> int:
     return int(any(entry.wrong for entry in entries))
 
 
-def listed(folder: Path, *, verify: bool) -> list[Entry]:
+def listed(folder: Path, *, verify: bool) -> list[Listed]:
     """Returns the checkpoints in a folder, the newest first, with what is wrong with them."""
     from delock.checkpoints.directory import newest_first
 
     return [_entry(path, verify) for path in newest_first(folder)]
 
 
-def advice(run: Path, entries: Sequence[Entry]) -> str:
+def advice(run: Path, entries: Sequence[Listed]) -> str:
     """Returns what can be done with the run."""
     whole = [entry for entry in entries if not entry.wrong and entry.manifest]
     if not entries:
@@ -89,21 +89,21 @@ def advice(run: Path, entries: Sequence[Entry]) -> str:
     return f"delock train --resume {run} goes on from {whole[0].path.name}"
 
 
-def _entry(path: Path, verify: bool) -> Entry:
+def _entry(path: Path, verify: bool) -> Listed:
     from delock.checkpoints.directory import MANIFEST, verified
     from delock.checkpoints.manifest import Manifest
 
     try:
-        return Entry(path, verified(path, contents=verify), None)
+        return Listed(path, verified(path, contents=verify), None)
     except UsageError as error:
         wrong = str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path}: ")
     try:
-        return Entry(path, Manifest.loads((path / MANIFEST).read_text(encoding="utf-8")), wrong)
+        return Listed(path, Manifest.loads((path / MANIFEST).read_text(encoding="utf-8")), wrong)
     except (OSError, ValueError):
-        return Entry(path, None, wrong)
+        return Listed(path, None, wrong)
 
 
-def _table(entries: Sequence[Entry]) -> tuple[Cells, list[Cells]]:
+def _table(entries: Sequence[Listed]) -> tuple[Cells, list[Cells]]:
     measures = sorted({name for entry in entries if entry.manifest for name in entry.manifest.measures})
     head = [
         "checkpoint",
@@ -118,7 +118,7 @@ def _table(entries: Sequence[Entry]) -> tuple[Cells, list[Cells]]:
     return head, [_row(entry, measures) for entry in entries]
 
 
-def _row(entry: Entry, measures: Sequence[str]) -> Cells:
+def _row(entry: Listed, measures: Sequence[str]) -> Cells:
     made = datetime.fromtimestamp(entry.path.stat().st_mtime)
     state = "damaged" if entry.wrong else "good"
     if (manifest := entry.manifest) is None:

@@ -84,8 +84,8 @@ def weights(run: Path, name: str | None) -> Kept:
         break
     if (run / MODEL).is_file():
         return Kept(run / MODEL, end)
-    why = notes[0] if notes else f"it did not run to its end, where it would have left {MODEL}, and it has no checkpoints"
-    raise UsageError(f"{run} has no weights: {why}; train it again")
+    why = notes[0] if notes else "it has no checkpoint"
+    raise UsageError(f"{run} has no {MODEL}: it did not run to its end; {why}; train it again")
 
 
 def _named(run: Path, name: str) -> Kept:
