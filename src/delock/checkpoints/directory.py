@@ -103,7 +103,7 @@ class Writer:
 
 
 def prune(folder: Path, keep: int, judged: tuple[str, bool] | None = None) -> None:
-    """Removes all but the newest `keep` checkpoints. One that is not whole yet is left alone: another stage may be writing it.
+    """Removes all but the newest `keep` checkpoints, and what is half written and older than the last two.
 
     judged: a measure, and whether more of it is better: the best by it stays, too.
     """
@@ -111,6 +111,9 @@ def prune(folder: Path, keep: int, judged: tuple[str, bool] | None = None) -> No
     kept = {*whole[: max(1, keep)], *([_best(whole, *judged)] if judged else [])}
     for path in whole:
         if path not in kept:
+            _remove(path)
+    for path in folder.glob(".batch-*") if len(whole) > 1 else ():
+        if path.name[1:] < whole[1].name:  # a newer one may be what a slower stage writes
             _remove(path)
 
 
