@@ -12,13 +12,13 @@ from delock.plan import RunLength, Step
 
 def drawn(method: Method, k: int, K: int, length: RunLength) -> Iterator[Step]:
     """The ops of stage k, each with the version at which it is done, and nothing else known."""
-    end, every = length.batches * method.micro_batches, length.every * method.micro_batches
+    first, end, every = (number * method.micro_batches for number in (length.first, length.batches, length.every))
     ticks = length.batches + method.span(K)
     pending = version = evaluations = 0
     for t in range(ticks + 1):
         ops: list[Op] = list(method.tick(t, k, K)) if t < ticks else []
         slot = slots(ops, method.micro_batches)
-        for op in [op for op in ops if isinstance(op, Update) or 0 <= op.batch < end]:
+        for op in [op for op in ops if isinstance(op, Update) or first <= op.batch < end]:
             if isinstance(op, Update):
                 if pending:
                     yield Step(clipped(op, method, length, version), t, version)

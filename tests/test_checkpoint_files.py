@@ -72,6 +72,10 @@ def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
         found = read(path, "optimizer", k)
         assert same(found, {"k": k, **tree()})
         assert found[0, "x"][True] is found[0, "x"][False]
+    outline = read(path, "optimizer", 0, outline=True)["tensors"]
+    assert all(
+        outline[name].is_meta and outline[name].stride() == one.stride() for name, one in tree()["tensors"].items() if 0 not in one.stride()
+    )
     assert read_tensors(path / "weights-1.safetensors")[0]["layer.weight"].eq(1).all()
     assert json.loads(json.dumps(encode(tree())[0], allow_nan=False)) == encode(tree())[0]
 

@@ -15,7 +15,13 @@ from test_plan import cases
 
 from oracles_plan import plain
 
-LENGTHS = (RunLength(11, every=4, evaluation=2, clip=1.0), RunLength(3))  # 11 leaves incomplete groups for M = 2, 3, 4
+# 11 leaves incomplete groups for M = 2, 3, 4; a run that begins with batch 5 begins in the middle of one
+LENGTHS = (
+    RunLength(11, every=4, evaluation=2, clip=1.0),
+    RunLength(3),
+    RunLength(15, every=4, evaluation=2, clip=1.0, first=5),
+    RunLength(10, first=6),
+)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 5])

@@ -17,6 +17,7 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,24 +196,32 @@ def verified(path: Path, *, contents: bool = True) -> Manifest:
     return manifest
 
 
-def read(path: Path, kind: str, k: int) -> Any:
-    """Returns the tree of KIND-k.safetensors. Raises UsageError for a file that is not one."""
+def read(path: Path, kind: str, k: int, *, outline: bool = False) -> Any:
+    """Returns the tree of KIND-k.safetensors; as an outline its tensors have shapes and no values. Raises UsageError for another file."""
     file = path / f"{kind}-{k}.safetensors"
-    tensors, metadata = read_tensors(file)
+    tensors, metadata = read_tensors(file, outline=outline)
     try:
         return decode(json.loads(metadata["structure"]), tensors)
     except (KeyError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} has no structure that can be read: {error}") from error
 
 
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors of a file by name, and its metadata. Raises UsageError for a file that is not one."""
+def read_tensors(file: Path, *, outline: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors of a file by name, and its metadata; as an outline, they have shapes and no values.
+
+    Raises UsageError for a file that is not one.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - no mapping
+            get = partial(_outline, opened) if outline else opened.get_tensor
+            tensors, metadata = {name: get(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
     try:  # cloned: memory that was read need not begin where a complex number may
         return tensors | {name: torch.view_as_complex(tensors[name].clone()) for name in json.loads(metadata.get(WIDE, "[]"))}, metadata
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{file} does not say rightly which of its tensors are complex: {error}") from error
+
+
+def _outline(opened: Any, name: str) -> Tensor:
+    return torch.empty(opened.get_slice(name).get_shape(), dtype=torch.float32, device="meta")

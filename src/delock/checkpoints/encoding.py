@@ -138,7 +138,7 @@ def _strided(dense: Tensor, strides: tuple[int, ...]) -> Tensor:
         raise UsageError(f"the strides {list(strides)} of a tensor of shape {list(dense.shape)} cannot be right: the file is damaged")
     if any(size > 1 and stride == 0 for size, stride in zip(dense.shape, strides, strict=True)):
         return dense[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)].expand(dense.shape)
-    return torch.empty_strided(tuple(dense.shape), strides, dtype=dense.dtype).copy_(dense)
+    return torch.empty_strided(tuple(dense.shape), strides, dtype=dense.dtype, device=dense.device).copy_(dense)
 
 
 def _key(key: Any, where: str) -> Structure:

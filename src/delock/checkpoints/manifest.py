@@ -19,6 +19,7 @@ class Manifest:
     tick: the tick before which every stage was saved. batches: those that stage 0 had begun. updates: of every stage.
     trained: batches whose losses were known. evaluations: made. measures: of the last one, without those that are no number.
     made_with: torch, threads, kind of processor. options: those of the run, flat, with the cuts that were used.
+    first: the batch with which these stages began: 0, or where the run went on in other stages than before.
     """
 
     tick: int
@@ -30,6 +31,7 @@ class Manifest:
     made_with: Mapping[str, str | int]
     options: Mapping[str, Any]
     files: Mapping[str, tuple[int, int]]  # bytes, CRC32
+    first: int = 0
     format: int = FORMAT
 
     @property
@@ -65,7 +67,7 @@ class Manifest:
 def _refuse(given: Mapping[str, Any]) -> None:
     """Raises UsageError for an entry of another kind than `dumps` writes."""
     updates = given["updates"]
-    counts = [given[name] for name in ("tick", "batches", "trained", "evaluations")]
+    counts = [given[name] for name in ("tick", "batches", "trained", "evaluations", "first")]
     sound = isinstance(updates, list) and len(updates) > 0 and all(map(_is_count, [*counts, *updates]))
     sound = sound and all(isinstance(given[name], dict) for name in ("measures", "made_with", "options", "files"))
     sound = sound and all(isinstance(one, int | float) for one in given["measures"].values())

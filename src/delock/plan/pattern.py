@@ -51,14 +51,14 @@ class Recurring:
 
 
 class Pattern:
-    """Holds the ops of stage k in the M ticks of a period."""
+    """Holds the ops of stage k in the M ticks of a period. first: the batch of the data with which the stage begins."""
 
-    def __init__(self, method: Method, k: int, K: int, periods: Mapping[int, Period]) -> None:
-        own, self.method, self.k, self.K = periods[k], method, k, K
+    def __init__(self, method: Method, k: int, K: int, periods: Mapping[int, Period], first: int = 0) -> None:
+        own, self.method, self.k, self.K, self.first = periods[k], method, k, K, first
         self.M, self.n, self.span = method.batches_per_update, method.batches_per_update * method.micro_batches, method.span(K)
         self.updates = [place for place, op in own if isinstance(op, Update)]
         self.banks = max(op.weights.banks for _, op in own if isinstance(op, Forward))
-        begin = min(place for place, op in own if _learns(op))
+        begin = min(self._from_first(place, _batch(op)) for place, op in own if _learns(op))
         self.first_update = min((tick + self.M, i) for tick, i in (self._latest(place, begin) for place in self.updates))
         wanted = {name for j in (k - 1, k + 1) for _, op in periods.get(j, ()) for name in needs(j, op)}
         same: dict[int, Period] = defaultdict(list)  # batch -> its ops
@@ -73,9 +73,9 @@ class Pattern:
 
     def occurrences(self, batches: int) -> Iterator[tuple[int, Recurring, int, int]]:
         """Yields all ops of a run in order: (tick, op, its (micro-)batch, Updates made before it)."""
-        end = batches * self.n // self.M
+        begin, end = self.first * self.method.micro_batches, batches * self.method.micro_batches
         pending = version = 0
-        for t in range(batches + self.span):
+        for t in range(self.first, batches + self.span):
             first = t // self.M * self.n
             for one in self.ticks[t % self.M]:
                 batch = first + one.offset
@@ -83,7 +83,7 @@ class Pattern:
                     if pending:  # else warm-up: no step of the optimizer before the first error has come
                         yield t, one, 0, version
                         pending, version = 0, version + 1
-                elif 0 <= batch < end:
+                elif begin <= batch < end:
                     yield t, one, batch, version
                     pending += one.learns
 
@@ -120,22 +120,29 @@ class Pattern:
             crossing=crossing,
         )
 
+    def _from_first(self, place: Place, batch: int) -> Place:
+        """Returns where an op of the first period comes for the first time in a run that begins with batch `first`."""
+        period, within = divmod(self.first * self.method.micro_batches, self.n)
+        return place[0] + (period + (batch < within)) * self.M, place[1]
+
     def _latest(self, place: Place, before: Place) -> Place:
         """Returns the last place before another at which an op comes back, which it does every M ticks."""
         tick = before[0] - (before[0] - place[0]) % self.M
         return (tick, place[1]) if (tick, place[1]) < before else (tick - self.M, place[1])
 
 
-def patterns(method: Method, K: int, stages: Sequence[int] | None = None) -> list[Pattern]:
-    """Returns the patterns of these stages, by default of all. Raises UsageError if the method does not fit K stages, PlanError if it does
-    not repeat itself."""
+def patterns(method: Method, K: int, stages: Sequence[int] | None = None, first: int = 0) -> list[Pattern]:
+    """Returns the patterns of these stages, by default of all, in a run that begins with batch `first`.
+
+    Raises UsageError if the method does not fit K stages, PlanError if it does not repeat itself.
+    """
     if K < 1:
         raise UsageError(f"a network cannot be cut into {K} stages; the least is 1")
     method = method.fitted(K)
     method.fits(K)
     stages = range(K) if stages is None else stages
     periods = {k: _period(method, k, K) for k in {j for k in stages for j in (k - 1, k, k + 1)} if 0 <= k < K}
-    return [Pattern(method, k, K, periods) for k in stages]
+    return [Pattern(method, k, K, periods, first) for k in stages]
 
 
 def _period(method: Method, k: int, K: int) -> Period:

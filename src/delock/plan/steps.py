@@ -33,13 +33,15 @@ class RunLength:
     """The length of a run in batches (of one update each for synchronous methods), and its evaluations.
 
     With `every` > 0 the network is evaluated on `evaluation` batches after each `every` training batches, and at the end.
-    clip: the largest norm of a gradient, over the network where the method is synchronous, else over a stage.
+    clip: the largest norm of a gradient, over the network where the method is synchronous, else over a stage. first: the batch with which
+    its stages begin, at the tick of that number; they count their Updates from there.
     """
 
     batches: int
     every: int = 0
     evaluation: int = 0
     clip: float | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,9 @@ def windows(
     if length.batches < 1:
         raise UsageError(f"a run of {length.batches} batches has no plan; the least is 1")
     method, stages = method.fitted(K), range(K) if stages is None else stages
-    columns = [column(pattern, length) for pattern in patterns(method, K, stages)]
+    columns = [column(pattern, length) for pattern in patterns(method, K, stages, length.first)]
     ticks = length.batches + method.span(K)
-    for window in zip(*(_cut(steps, start, ticks, size) for steps in columns), strict=True):
+    for window in zip(*(_cut(steps, max(start, length.first), ticks, size) for steps in columns), strict=True):
         drawn = dict(zip(stages, window, strict=True))
         yield Plan(tuple(drawn.get(k, ()) for k in range(K)))
 

@@ -18,6 +18,7 @@ from delock.options import Checkpoint
 from delock.records import CheckpointRecord, Event, Started
 from delock.run.inline import run_inline
 from delock.run.job import StageResult
+from delock.run.left_out import left_out
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.ranks import run_rank
@@ -53,12 +54,13 @@ def _here(request: Request, tell: Tell, stop: StopRequest | None) -> tuple[Start
         request.method.fits_workers(request.workers)
     begin, notes = find(request.checkpoint, writes=anew) if request.checkpoint else (None, ())
     prepared = prepare(request, begin)
+    left = left_out(prepared)
     started = prepared.started()
     tell(started)
     if request.checkpoint and anew:
         make_ready(request.checkpoint)
     if begin or notes:
-        tell(resumed(begin, notes))
+        tell(resumed(begin, (*notes, *left)))
     with stop.listening() if stop else nullcontext():
         return started, _stages(prepared, tell, stop)
 
@@ -83,8 +85,9 @@ def _again(prepared: PreparedRun, options: Checkpoint, error: StageFailed, tell:
     options = replace(options, resume=NEWEST)
     begin, notes = find(options)
     make_ready(options)
-    tell(resumed(begin, (f"started again, because {str(error).splitlines()[0]}", *notes)))
-    return replace(prepared, begin=begin)
+    again = replace(prepared, begin=begin)
+    tell(resumed(begin, (f"started again, because {str(error).splitlines()[0]}", *notes, *left_out(again))))
+    return again
 
 
 def _processes(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> list[StageResult]:

@@ -30,7 +30,7 @@ from delock.links.traffic import ByteCounts, SentBytes
 from delock.options import Checkpoint
 from delock.plan import Step
 from delock.records import CheckpointRecord, Event
-from delock.run import parts
+from delock.run import parts, restage
 from delock.run.history import History
 from delock.run.job import StageJob
 from delock.run.made_with import made_with
@@ -87,7 +87,9 @@ class Saver:
     def begin(self) -> None:
         """Goes on from a checkpoint, if the run does. Raises UsageError for state that cannot be kept, and for another optimizer."""
         job, stage = self.job, self.engine.stage
-        if job.begin:
+        if job.restages:
+            restage.take_over(job, stage, self.history, self.feed)
+        elif job.begin:
             state, rest = parts.load(Path(job.begin.path), job.k, job.names, stage.device)
             self.engine.load(state)
             self.log.load(rest["log"])
@@ -138,7 +140,8 @@ class Saver:
     def _write(self, instant: Instant, state: Mapping[str, Any], rest: Mapping[str, Any], began: float) -> None:
         folder, job = Path(self.options.folder), self.job
         writer = Writer(folder, instant.tick, job.k, job.K)
-        shared = {"tick": instant.tick, "batches": instant.batches, "made_with": self.made_with, "options": job.conditions}
+        shared: dict[str, Any] = {"tick": instant.tick, "batches": instant.batches, "first": job.length.first}
+        shared |= {"made_with": self.made_with, "options": job.conditions}
         try:
             parts.write(writer, state, rest, job.names)
             known = _known(rest["history"]) if job.k == job.K - 1 else {}

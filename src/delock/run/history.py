@@ -20,7 +20,7 @@ from delock.run.job import StageJob
 from delock.stage import Stage
 
 SERIES = ("losses", "counts")
-COUNTERS = ("samples", "batch_loss", "batch_count", "since", "sums", "judged")
+COUNTERS = ("samples", "batch_loss", "batch_count", "since", "sums", "judged", "earlier")
 
 
 class History:
@@ -36,13 +36,14 @@ class History:
         self.since = 0  # losses already averaged into a record
         self.sums: dict[str, float] = {}
         self.judged = 0.0
+        self.earlier = 0.0  # seconds of training in other stages, before the run went on in these
         self.paused = 0.0  # seconds of training when the evaluation in progress began
 
     def seconds(self, until: float | None = None) -> float:
         """Returns the seconds of training until a moment, by default now, evaluations left out."""
         now = time.perf_counter() if until is None else until
         begun = min((log.first for log in self.logs if log.first is not None), default=now)
-        return now - begun - sum(log.seconds["evaluation"] for log in self.logs)
+        return self.earlier + now - begun - sum(log.seconds["evaluation"] for log in self.logs)
 
     @property
     def last(self) -> float:
@@ -80,6 +81,20 @@ class History:
             setattr(self, name, state[name])
         self.evaluations = [EvaluationRecord(**one) for one in state["evaluations"]]
 
+    def take_over(self, state: Mapping[str, Any], batches: int, seconds: float) -> None:
+        """Goes on in another last stage, from `state()` of the one before; batches up to `batches` whose losses had not come have NaN.
+
+        state: empty in a stage that is not the last. seconds: of training so far.
+        """
+        if state:
+            self.load(state)
+            missing = batches - len(self.losses)
+            self.losses += [math.nan] * missing
+            self.counts += [0.0] * missing
+            self.batch_loss = self.batch_count = 0.0
+            self.sums, self.judged = {}, 0.0
+        self.earlier = seconds
+
     def output(self, step: Step, result: Message) -> None:
         """Takes the outputs of an evaluation batch."""
         op = step.op
@@ -110,5 +125,6 @@ class History:
         if not any(counts):
             return self.evaluations[-1].train_loss if self.evaluations else math.nan
         if not self.job.weighed:
-            return sum(new) / len(new)
+            known = [loss for loss, count in zip(new, counts, strict=True) if count]
+            return sum(known) / len(known)
         return sum(loss * count for loss, count in zip(new, counts, strict=True) if count) / sum(counts)

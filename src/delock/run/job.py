@@ -57,6 +57,11 @@ class StageJob:
     window: int = 256
 
     @property
+    def restages(self) -> bool:
+        """Returns True if the run goes on from a checkpoint of other stages."""
+        return self.begin is not None and self.begin.restages(self.conditions["cuts"])
+
+    @property
     def start(self) -> int:
         """Returns the tick at which the stage begins."""
         return self.begin.tick if self.begin else 0

@@ -28,6 +28,7 @@ def write(writer: Writer, state: Mapping[str, Any], rest: Mapping[str, Any], nam
     weights = {part: stage.pop(part) or {} for part in ("module", "head")}
     learner = stage.pop("learner")
     odd = {part: {name: one for name, one in own.items() if not isinstance(one, Tensor)} for part, own in weights.items()}
+    odd["module"], stage["volatile"] = _renamed(odd["module"], names), _volatile(stage["volatile"], names)
     writer.begin()
     writer.add_tensors("weights", _distinct(_original(weights, names, writer.k)))
     writer.add("optimizer", {"learner": learner, "made": rest["made"]})
@@ -43,8 +44,9 @@ def load(path: Path, k: int, names: Mapping[str, str], device: torch.device) -> 
     optimizer, found = read(path, "optimizer", k), _moved(read(path, "in-flight", k), device)
     under, own = f"heads.{k}.", {original: name for name, original in names.items()}
     head = {name.removeprefix(under): one for name, one in tensors.items() if name.startswith(under)} | found["odd"]["head"]
-    module = {own.get(name, name): one for name, one in tensors.items() if not name.startswith(under)} | found["odd"]["module"]
-    stage = {**found["stage"], "module": module, "head": head or None, "learner": optimizer["learner"]}
+    module = {name: one for name, one in tensors.items() if not name.startswith(under)} | found["odd"]["module"]
+    stage = {**found["stage"], "module": _renamed(module, own), "head": head or None, "learner": optimizer["learner"]}
+    stage["volatile"] = _volatile(stage["volatile"], own)
     state = {"stage": stage, "link": found["link"], "in_flight": found["in_flight"]}
     return state, {**found["rest"], "made": optimizer["made"]}
 
@@ -73,9 +75,17 @@ def refuse_other(now: Mapping[str, Any] | None, then: Mapping[str, Any] | None, 
                 raise UsageError(f"{name} of the optimizer was {other[name]!r} {was} is {one[name]!r} now: use the same")
 
 
+def _renamed(tensors: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): one for name, one in tensors.items()}
+
+
+def _volatile(found: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    return {part: _renamed(own, names if part == "module" else {}) for part, own in found.items()}
+
+
 def _original(weights: Mapping[str, Mapping[str, Any]], names: Mapping[str, str], k: int) -> dict[str, Tensor]:
     """Returns the tensors of module and head by their names in the unsplit model."""
-    module = {names.get(name, name): one for name, one in weights["module"].items()}
+    module = _renamed(weights["module"], names)
     head = {f"heads.{k}.{name}": one for name, one in weights["head"].items()}
     return {name: one for name, one in {**module, **head}.items() if isinstance(one, Tensor)}
 

@@ -38,6 +38,7 @@ def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
     begin: the checkpoint that the run goes on from.
     """
     prepared = _prepared(settled(request, begin))
+    prepared.given = request.method
     if begin:
         refuse_changed(prepared.conditions(), begin, prepared.length.batches, free=request.method.free_running)
         refuse_other_optimizers(prepared, begin)
@@ -88,12 +89,12 @@ def _prepared(request: Request) -> PreparedRun:
 def refuse_other_optimizers(prepared: PreparedRun, begin: Begin) -> None:
     """Raises UsageError if a stage's optimizer is made otherwise than that of the checkpoint: loading it would hide the difference."""
     request, facts = prepared.request, stage_facts(prepared.request.method, prepared.K)
-    if begin.manifest.options["cuts"] != list(prepared.cuts):
+    if begin.restages(prepared.cuts):  # then others, by names
         return
     for k, module in enumerate(prepared.modules):
         named = learned(module, prepared.heads.get(k), k)
         now = described(for_stage(request.optimizer, facts[k])(list(named)) if named else None)
-        refuse_other(now, read(Path(begin.path), "optimizer", k)["made"], k)
+        refuse_other(now, read(Path(begin.path), "optimizer", k, outline=True)["made"], k)
 
 
 def _refuse_misfit(simulation: Simulation, K: int, seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from delock.memory.optimizer import fixed_bytes, learned, optimizer_bytes
 from delock.memory.peaks import PeakBytes, peaks, repeating
 from delock.memory.sizes import Outputs, RunLinks, stage_sizes
 from delock.memory.slots import slots_of_any
-from delock.methods import spelled
+from delock.methods import Method, spelled
 from delock.nets.emulated import Emulated
 from delock.nets.heads import HeadShare
 from delock.options import Execution
@@ -67,6 +67,7 @@ class PreparedRun:
     head_costs: dict[int, LayerCost] = field(default_factory=dict)  # stage -> its head, on a whole batch
     head_shares: dict[int, HeadShare] = field(default_factory=dict)  # stage -> what its head costs beside it
     begin: Begin | None = None  # the checkpoint to go on from
+    given: Method | None = None  # the request's method before it was fitted to K stages
     inputs: Tree = None  # on the meta device: a batch as it enters the network, for stages that are compiled
 
     @property
@@ -92,11 +93,11 @@ class PreparedRun:
 
     def conditions(self) -> dict[str, Any]:
         """Returns what must be the same when the run goes on from a checkpoint."""
-        return conditions(self.request, self.cuts, self.execution.layout)
+        return conditions(replace(self.request, method=self.given or self.request.method), self.cuts, self.execution.layout)
 
     def jobs(self) -> list[StageJob]:
         """Returns a job per stage; only the first gets the data."""
-        request = self.request
+        request, first = self.request, self.begin.first(self.cuts) if self.begin else 0
         return [
             StageJob(
                 k=k,
@@ -104,7 +105,7 @@ class PreparedRun:
                 module=module,
                 names=module.original,
                 method=request.method,
-                length=self.length,
+                length=replace(self.length, first=first),
                 per_epoch=len(request.train),
                 weighed=isinstance(request.train, Batches),
                 optimizer=request.optimizer,

@@ -21,7 +21,7 @@ from delock.run.parts import cuts
 from delock.run.request import Request
 
 NEWEST = "newest"
-FREE = ("cuts", "layout")  # conditions that may be others with another number of stages
+FREE = ("cuts", "layout")  # conditions that may be others in other stages
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,14 @@ class Begin:
     def tick(self) -> int:
         """Returns the tick before which every stage was saved."""
         return self.manifest.tick
+
+    def restages(self, cuts: Sequence[int]) -> bool:
+        """Returns True if stages with these cuts are not those of the checkpoint."""
+        return list(self.manifest.options["cuts"]) != list(cuts)
+
+    def first(self, cuts: Sequence[int]) -> int:
+        """Returns the batch with which stages with these cuts begin, or have begun."""
+        return self.manifest.batches if self.restages(cuts) else self.manifest.first
 
 
 def find(options: Checkpoint, *, writes: bool = True) -> tuple[Begin | None, tuple[str, ...]]:
@@ -125,7 +133,7 @@ def refuse_changed(now: Mapping[str, Any], begin: Begin, batches: int, *, free: 
     free: the stages run freely. They may all be done there but for an evaluation, and none may have made more updates than it is to make.
     """
     then, where = begin.manifest.options, f"the checkpoint {begin.path}"
-    same = len(then["cuts"]) == len(now["cuts"])
+    same = not begin.restages(now["cuts"])
     for name in now:
         if (same or name not in FREE) and now[name] != then.get(name, now[name]):
             was = f"{name} was {_said(then[name])} when {where} was made, and is {_said(now[name])} now"

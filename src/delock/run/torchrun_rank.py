@@ -17,6 +17,7 @@ from delock.launch.rank import Rank
 from delock.launch.stopping import Relay, StopRequest
 from delock.records import Started
 from delock.run.job import StageResult
+from delock.run.left_out import left_out
 from delock.run.nonfinite import explained
 from delock.run.prepare import prepare
 from delock.run.ranks import run_rank
@@ -30,13 +31,14 @@ def run_torchrun_rank(rank: Rank, request: Request, stop: StopRequest | None = N
     request.method.fits_workers(request.workers)
     begin, notes = find(request.checkpoint) if request.checkpoint and rank.rank == 0 else (None, ())
     prepared = prepare(request, begin) if rank.rank == 0 else None
+    left = left_out(prepared) if prepared else ()
     said: list[Any] = [prepared.started() if prepared else None, Ambient.here(), begin, request.checkpoint, f"delock/stop/{time.time_ns()}"]
     if prepared:
         rank.emit(said[0])
         if request.checkpoint:
             make_ready(request.checkpoint)
     if begin or notes:
-        rank.emit(resumed(begin, notes))
+        rank.emit(resumed(begin, (*notes, *left)))
     torch.distributed.broadcast_object_list(said, src=0)
     started: Started = said[0]
     request = replace(request, checkpoint=said[3])  # whose folder may have a name by the hour

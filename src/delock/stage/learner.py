@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from delock.errors import UsageError
 from delock.ops import Update
+from delock.optim.kinds import kinds
 from delock.stage.optimizer_state import first_state, load_exactly
 from delock.tensors import address
 
@@ -103,6 +105,7 @@ class Learner:
         """Returns everything but the weights."""
         return {
             "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+            "names": self.held(),
             "schedule": self.schedule.state_dict() if self.schedule else None,
             "version": self.version,
             "count": self.count,
@@ -118,13 +121,34 @@ class Learner:
         self.version = state["version"]
         self.resume(state["count"], [g if g is None else g.to(w.device) for w, g in zip(self.weights, state["grads"], strict=True)])
 
+    def held(self) -> list[list[str | None]]:
+        """Returns the names of the weights that the optimizer holds, group by group; None for one that is not among the stage's."""
+        names = {id(w): name for name, w in zip(self.names, self.weights, strict=True)}
+        return [[names.get(id(w)) for w in group["params"]] for group in self.optimizer.param_groups] if self.optimizer else []
+
+    def advance(self, updates: int) -> None:
+        """Goes on with the schedule as after `updates` Updates."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # those Updates were another learner's
+            for _ in range(updates if self.schedule else 0):
+                self.schedule.step()  # type: ignore[union-attr]
+
+    def adopt(self, states: Mapping[str, Any], beside: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over an optimizer's state by the names of weights, and entries of its groups beside its options."""
+        if self.optimizer:
+            own = self.optimizer.state_dict()
+            names = [name for group in self.held() for name in group]
+            own["state"] = {i: states[name] for i, name in enumerate(names) if name is not None and name in states}
+            own["param_groups"] = [{**group, **more} for group, more in zip(own["param_groups"], beside, strict=True)]
+            load_exactly(self.optimizer, own)
+
 
 def described(optimizer: Optimizer | None) -> dict[str, Any] | None:
-    """Returns the class and the plain options of an optimizer as it was made."""
+    """Returns the class and the plain options of an optimizer as it was made, and the kinds of its state."""
     if optimizer is None:
         return None
     groups = [{name: one for name, one in group.items() if name != "param_names" and _plain(one)} for group in optimizer.param_groups]
-    return {"class": type(optimizer).__name__, "groups": groups}
+    return {"class": type(optimizer).__name__, "groups": groups, "kinds": kinds(optimizer)}
 
 
 def _plain(value: Any) -> bool:
