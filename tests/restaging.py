@@ -22,14 +22,18 @@ cross_entropy = nn.functional.cross_entropy
 class Drift(nn.Module):
     """Adds a running mean of what it has seen, which no state dict holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, lazy: bool) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(8), persistent=False)
+        self.register_buffer("first", None)  # if lazy, until there has been a batch
+        self.lazy = lazy
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.lazy and self.first is None:
+            self.first = x.detach().mean(0)
         if self.training:
             self.seen.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
-        return x + self.seen
+        return x + self.seen + (0 if self.first is None else self.first)
 
 
 def data(n: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -37,10 +41,10 @@ def data(n: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(8, 5, generator=draw), torch.randint(3, (8,), generator=draw)) for _ in range(n)]
 
 
-def network() -> nn.Sequential:
+def network(*, lazy: bool = True) -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        middle = [nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), Drift(), nn.Tanh()]
+        middle = [nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8), Drift(lazy), nn.Tanh()]
         return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), *middle, nn.Linear(8, 3))
 
 
@@ -60,6 +64,8 @@ def joined(path: Path, model: nn.Sequential) -> nn.Sequential:
     weights: dict[str, Tensor] = {}
     for file in path.glob("weights-*.safetensors"):
         weights |= load_file(file)
+    if isinstance(model[6], Drift):
+        model[6].first = weights["6.first"]
     model.load_state_dict(weights)
     for k in range(verified(path).K):
         for name, value in read(path, "in-flight", k)["stage"]["volatile"]["module"].items():

@@ -157,10 +157,10 @@ def test_the_rate_is_a_function_of_the_batch(tmp_path: Path) -> None:
 
 def test_processes_go_on_as_one_does(tmp_path: Path) -> None:
     more = {"method": "fdg", "schedule": partial(LambdaLR, lr_lambda=falling)}
-    train(tmp_path / "a", 3, 14, keeps={"every": 10}, **more)
+    train(tmp_path / "a", 3, 14, network(lazy=False), keeps={"every": 10}, **more)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    model, result = train(tmp_path / "a", 2, 24, **more)
-    other, expected = train(tmp_path / "b", 2, 24, workers="processes", **more)
+    model, result = train(tmp_path / "a", 2, 24, network(lazy=False), **more)
+    other, expected = train(tmp_path / "b", 2, 24, network(lazy=False), workers="processes", **more)
     assert same_state(model.state_dict(), other.state_dict())
     assert str(result.losses) == str(expected.losses)
     assert [row.test_loss for row in result.evaluations] == [row.test_loss for row in expected.evaluations]

@@ -131,8 +131,9 @@ def named_state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def state_names(module: nn.Module) -> list[str]:
-    """Returns all names in the state dict, in its order (extra state too), then the buffers that it leaves out."""
-    return list(dict.fromkeys([*module.state_dict(), *(name for name, _ in named_state(module))]))
+    """Returns all names in the state dict, in its order (extra state too), then the buffers that it leaves out, or that are none yet."""
+    none = (under(at, name) for at, one in module.named_modules() for name, buffer in one._buffers.items() if buffer is None)
+    return list(dict.fromkeys([*module.state_dict(), *(name for name, _ in named_state(module)), *none]))
 
 
 def _names(layers: Sequence[Layer]) -> list[str]:

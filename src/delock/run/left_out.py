@@ -131,10 +131,13 @@ def _learner(request: Request, named: Named, facts: StageFacts) -> Learner:
 
 
 def _refuse_other_network(network: Sequence[Layer], weights: Mapping[str, Tensor]) -> None:
-    for name, value in ((under(layer.prefix, own), value) for layer in network for own, value in layer.module.named_parameters()):
-        if name not in weights or weights[name].shape != value.shape:
-            was = f"has shape {list(weights[name].shape)} in" if name in weights else "is not in"
-            raise UsageError(f"{name} of the network {was} the checkpoint: go on with the network that was trained")
+    """Raises UsageError for a weight that the checkpoint has not, or in another shape; buffers may have grown."""
+    for layer in network:
+        kept = layer.module.state_dict()
+        for name, value in ((under(layer.prefix, own), value) for own, value in layer.module.named_parameters() if own in kept):
+            if name not in weights or weights[name].shape != value.shape:
+                was = f"has shape {list(weights[name].shape)} in" if name in weights else "is not in"
+                raise UsageError(f"{name} of the network {was} the checkpoint: go on with the network that was trained")
 
 
 def _stages(cuts: Sequence[int]) -> str:
