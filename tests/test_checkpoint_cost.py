@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
 import zlib
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from threading import Event
+from threading import Event as Flag
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +34,7 @@ from delock.memory.under_way import under_way
 from delock.methods import FDG, Method
 from delock.options import Checkpoint, Placement
 from delock.plan import unroll, windows
+from delock.records import CheckpointRecord, Event
 from delock.run.checkpointing import Saver
 from delock.run.job import StageJob
 from delock.run.prepare import prepare
@@ -38,6 +44,7 @@ from delock.stage import Stage
 from test_memory import Batches, allocated, images
 
 from harness import every_method, jobs
+from survivors import train
 
 pytestmark = pytest.mark.usefixtures("own_random")
 
@@ -107,7 +114,7 @@ def without_messages(state: dict[str, Any]) -> dict[str, Any]:
 
 def slow_disk(rank: Rank, job: StageJob) -> int:
     """Trains stage job.k, with a disk that writes the one checkpoint at the end of the run; returns the peak as `allocated` does."""
-    ends, write, close = Event(), Saver._write, Saver.close
+    ends, write, close = Flag(), Saver._write, Saver.close
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saver, "_write", lambda *args, **more: ends.wait(60) and write(*args, **more))
         patch.setattr(Saver, "close", lambda saver: (ends.set(), close(saver))[-1])
@@ -128,6 +135,51 @@ def test_the_prediction_with_a_checkpoint_is_what_the_allocator_gives_out(method
     assert all(0.2 * one.live < one.saved for one in predicted)  # else it could have been left out
     [path] = newest_first(tmp_path)
     assert verified(path).size == pytest.approx(sum(one.saved for one in predicted), rel=0.05)
+
+
+# ---- where they are written --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("mount"), reason="only root can mount a small disk")
+def test_a_full_disk_is_seen_before_the_first_update(tmp_path: Path) -> None:
+    """A disk of a megabyte: three checkpoints of 0.5 MB do not fit, two do."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", tmp_path], check=False, capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a disk")
+    told: list[Event] = []
+    keeps: dict[str, Any] = {"every": 10}
+    try:
+        with pytest.raises(UsageError, match=r"the disk of \S+/below has 1.2 MB free, but .* need about 1.\d MB more, 0.\d MB each"):
+            train(tmp_path / "new" / "below", width=150, keeps=keeps, on_event=told.append)
+        assert not told
+        assert not (tmp_path / "new").exists()
+        train(tmp_path / "new", width=150, keeps={**keeps, "keep": 1}, on_event=told.append)
+        train(tmp_path / "new", width=150, keeps={**keeps, "keep": 1, "resume": "newest"})  # what is there goes
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
+        with pytest.raises(UsageError, match="nothing can be written into"):
+            train(tmp_path / "other")
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+    assert [event.problem for event in told if isinstance(event, CheckpointRecord)] == ["", ""]
+
+
+def test_room_is_needed_for_what_is_kept_and_one_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(total=1, free=free))
+    for keeps, count in (({}, 1), ({"every": 5}, 3), ({"every": 5, "keep": 4}, 5), ({"every": 5, "best": "min:loss"}, 4)):
+        with pytest.raises(UsageError, match=r"has 0\.0 MB free") as caught:
+            train(tmp_path, width=500, keeps=keeps)
+        need, one = map(float, re.findall(r"([\d.]+) MB (?:more|each)", str(caught.value)))
+        assert need == pytest.approx(count * one, abs=0.3)
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match=r"but .*/file is not a folder: give another folder"):
+            train(folder)
+    if Path("/proc").is_dir():
+        with pytest.raises(UsageError, match=r"the folder of checkpoints /proc/delock cannot be made: .*: give another folder"):
+            train(Path("/proc/delock"))
 
 
 def test_a_file_is_as_the_format_says(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from delock.run.parts import refuse_other
 from delock.run.prepared import Batch, PreparedRun
 from delock.run.request import Request
 from delock.run.resume import Begin, refuse_changed, settled
+from delock.run.room import make_folder, refuse_folder
 from delock.stage.learner import described
 from delock.tensors import map_tensors
 from delock.timeline import Emulation, stage_facts
@@ -37,12 +38,17 @@ def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
 
     begin: the checkpoint that the run goes on from.
     """
+    writes = request.checkpoint is not None and request.simulation.replay is None
+    if request.checkpoint and writes:
+        refuse_folder(request.checkpoint)
     prepared = _prepared(settled(request, begin))
     prepared.given = request.method
     if begin:
         refuse_changed(prepared.conditions(), begin, prepared.length.batches, free=request.method.free_running)
         refuse_other_optimizers(prepared, begin)
         prepared.begin = begin
+    if writes:
+        make_folder(prepared)
     return prepared
 
 
