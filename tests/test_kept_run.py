@@ -142,8 +142,11 @@ def test_the_latest_weights_are_taken(here: Path, capsys: pytest.CaptureFixture[
     assert all(load_file("m.safetensors")[name].equal(tensor) for name, tensor in load_file("a/model.safetensors").items())
     assert "exists: give another --out" in refused(["export", "a", "--out", "m.safetensors"], here, capsys)
 
+    first_end = Path("a/summary.json").read_text()
     interrupted(monkeypatch, ["train", "--resume", "a", "--epochs", "4"])
     assert weights(Path("a"), None).batches == 15, "longer than at its first end"
+    Path("a/summary.json").write_text(first_end)  # as if it had been killed
+    assert weights(Path("a"), None).batches == 15
     assert weights(Path("a"), "final").path == Path("a/model.safetensors")
 
 
