@@ -13,7 +13,7 @@ NEW = ("params", "param_names", "lr", "initial_lr")  # entries of a group that a
 
 
 @dataclass
-class Kept:
+class KeptState:
     """Holds it. kinds: the class whose state a weight has. groups: the group of a weight, and the options with which that was made."""
 
     states: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Kept:
         self.feedback |= feedback
         self.lost |= bool(held)
 
-    def without(self, prefix: str) -> Kept:
+    def without(self, prefix: str) -> KeptState:
         """Returns it without the weights whose names begin like that."""
         return replace(self, kinds={name: kind for name, kind in self.kinds.items() if not name.startswith(prefix)})
 

@@ -19,7 +19,7 @@ from delock.partition.layers import Layer, listed, under
 from delock.partition.stages import stages
 from delock.plan import RunLength, unroll
 from delock.run import parts
-from delock.run.kept_state import Kept
+from delock.run.kept_state import KeptState
 from delock.run.prepared import PreparedRun
 from delock.run.request import Request
 from delock.run.restage import fits
@@ -106,7 +106,7 @@ def _heads(prepared: PreparedRun, weights: Mapping[str, Tensor]) -> Iterator[str
 
 def _optimizers(prepared: PreparedRun, path: Path, method: Method, weights: Mapping[str, Tensor]) -> Iterator[str]:
     """Says what optimizers begin anew. Raises UsageError for a factory that does not make those of the checkpoint for its stages."""
-    request, kept = prepared.request, Kept()
+    request, kept = prepared.request, KeptState()
     old = stages(prepared.layers, prepared.begin.manifest.options["cuts"]) if prepared.begin else []
     for k, (module, facts) in enumerate(zip(old, stage_facts(method, len(old)), strict=True)):
         file = read(path, "optimizer", k, outline=True)

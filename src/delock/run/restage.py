@@ -15,7 +15,7 @@ from delock.partition.layers import state_names
 from delock.run import parts
 from delock.run.history import History
 from delock.run.job import StageJob
-from delock.run.kept_state import Kept
+from delock.run.kept_state import KeptState
 from delock.stage import Stage
 from delock.stage.loading import load_module
 
@@ -26,7 +26,7 @@ def take_over(job: StageJob, stage: Stage, history: History, feed: Feed | None) 
     path, then = Path(job.begin.path), job.begin.manifest
     wanted, head = sources(job.conditions["cuts"], then.options["cuts"], job.k), job.k if stage.head else -1
     own = {job.names.get(name, name): name for name in state_names(stage.module)}
-    kept, weights, volatile, own_head = Kept(), dict[str, Any](), dict[str, Tensor](), False
+    kept, weights, volatile, own_head = KeptState(), dict[str, Any](), dict[str, Tensor](), False
     for k in sorted({*wanted, then.K - 1, *({head} & set(range(then.K)))}):
         state, rest = parts.load(path, k, {}, torch.device("cpu"))
         found = state["stage"]
