@@ -94,8 +94,8 @@ def finished(run: Launched) -> None:
     assert ["torchrun ended with 0" in run.log(host) for host in range(STAGES)] == [True] * STAGES
 
 
-def ends(run: Launched, but: int | None = None) -> list[float]:
-    """Waits for the ends of all ranks, and returns the seconds until each one's."""
+def ends(run: Launched, killed: int | None = None) -> None:
+    """Waits for the ends of all ranks, and for what torchrun says of those that were not killed: exit code 1."""
     began, took = time.monotonic(), {}
 
     def all_ended() -> bool:
@@ -108,7 +108,9 @@ def ends(run: Launched, but: int | None = None) -> list[float]:
         wait_until(all_ended, PATIENCE + AFTER)
     finally:
         print("seconds until the ends:", took)
-    return [took[host] for host in range(STAGES)]
+    others = [host for host in range(STAGES) if host != killed]
+    wait_until(lambda: all("torchrun ended with" in run.log(host) for host in others), 60)
+    assert [re.findall(r"exitcode  : (-?\d+)", run.log(host)) for host in others] == [["1"]] * len(others)
 
 
 def test_four_hosts_have_the_weights_of_one_process(launch: Callable[[int], Launched], tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_a_host_that_is_cut_off_for_good_ends_all(net: Hosts, launch: Callable[[
 def test_the_store_dies(launch: Callable[[int], Launched]) -> None:
     run = launch(10**6)
     os.kill(run.torchruns[0], signal.SIGKILL)
-    ends(run)
+    ends(run, 0)
     for host in range(STAGES):
         assert re.search(
             rf"error: stage {host} stops in [FBU].*, because it has lost the store of the rendezvous at 10.213.0.2", run.log(host)
@@ -162,7 +164,7 @@ def test_the_store_dies(launch: Callable[[int], Launched]) -> None:
 def test_a_killed_rank_is_named_on_all_hosts(launch: Callable[[int], Launched], host: int) -> None:
     run = launch(10**6)
     os.kill(run.ranks[host], signal.SIGKILL)
-    ends(run)
+    ends(run, host)
     for other in range(STAGES):
         if other != host:
             assert f"stage {host} has died: " in run.log(other), other

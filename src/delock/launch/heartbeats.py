@@ -22,7 +22,7 @@ LEEWAY = 4.0  # seconds by which the store may answer later than the patience; i
 _MOMENTS = 5  # looks for a verdict between two heartbeats: the store may go soon after
 _HEAD = struct.Struct("=Q?")  # heartbeats so far; the rank is done
 _ANSWER = 2.0  # seconds that a culprit has to show its stack, and the first thread to look for a death
-_JOIN = 1.0  # seconds for a thread to end, if it does not wait in C++
+_JOIN = 2.0  # seconds for the threads to end, if they do not wait in C++
 
 
 class Heartbeats:
@@ -76,8 +76,9 @@ class Heartbeats:
         """Ends the threads; one that waits for a store without an answer is left behind."""
         self._over.set()
         self._now.set()
+        deadline = time.monotonic() + _JOIN
         for thread in self._threads:
-            thread.join(_JOIN)
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
     def ends_within(self, seconds: float) -> bool:
         """Returns True once `close` has been called, or False after these seconds."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeAlias
@@ -17,6 +16,7 @@ from delock.errors import StageFailed
 OnEvent: TypeAlias = Callable[[int, object], None]
 
 _POLL = 0.05  # seconds between two looks for events
+_LAST = 2.0  # seconds for the thread to end, if it does not wait in C++
 _DRAIN = 30.0  # seconds for the last events to arrive after the results
 
 
@@ -35,6 +35,7 @@ class Post:
         self._lock = threading.Lock()  # one on_event at a time
         self._read, self._expected = [0] * world, [-1] * world
         self._error: Exception | None = None
+        self._over = threading.Event()
         self.emitted = 0
         self._reader = threading.Thread(target=self._follow, daemon=True)
         if rank == 0:
@@ -50,6 +51,12 @@ class Post:
             message = pickle.dumps(event, protocol=pickle.HIGHEST_PROTOCOL)
             self.store.set(f"{self._rank}/{self.emitted}", message)  # type: ignore[arg-type]  # takes bytes
 
+    def abandon(self) -> None:
+        """Reads no more events: a thread that is in C++ when Python ends aborts the process."""
+        self._over.set()
+        if self._rank == 0:
+            self._reader.join(_LAST)
+
     def close(self, emitted: Sequence[int]) -> None:
         """Waits on rank 0 until all events have arrived, `emitted` by each rank; raises the exception of on_event, if any."""
         self._expected = list(emitted)
@@ -61,9 +68,9 @@ class Post:
     def _follow(self) -> None:
         """Reads the other ranks' events on rank 0, in the order of each, until all expected ones have arrived."""
         try:
-            while self._read[1:] != self._expected[1:]:
+            while self._read[1:] != self._expected[1:] and not self._over.is_set():
                 if not sum([self._take(rank) for rank in range(1, len(self._read))]):
-                    time.sleep(_POLL)
+                    self._over.wait(_POLL)
         except Exception as error:
             self._error = error  # raised on rank 0's own thread
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -83,7 +83,8 @@ def run_torchrun(
     def be_patient(seconds: float) -> None:
         watch.be_patient(seconds and seconds + slack)
 
-    with closing(watch), sigterm:
+    with ExitStack() as last, closing(watch), sigterm:
+        last.callback(post.abandon)
         try:
             refuse_loopback(world, local_world)  # with the store at hand, so that the ranks on other hosts hear of it
             dist.init_process_group(group, store=PrefixStore(space, store), rank=rank, world_size=world, timeout=limit)
