@@ -64,8 +64,9 @@ class Mixed(Method):
 
 @pytest.mark.parametrize("K", [1, 2, 4])
 @pytest.mark.parametrize("batches", [1, 7, 12])
-def test_a_method_of_any_make(K: int, batches: int) -> None:
-    length = RunLength(batches, every=5, evaluation=1)
+@pytest.mark.parametrize("first", [0, 1, 8])
+def test_a_method_of_any_make(K: int, batches: int, first: int) -> None:
+    length = RunLength(first + batches, every=5, evaluation=1, first=first)
     assert [list(column) for column in unroll(Mixed(), K, length).columns] == plain(Mixed(), K, length)
 
 

@@ -75,7 +75,7 @@ def test_every_change_keeps_the_loss(tmp_path: Path, method: Method, optimizer: 
         PipeDream2BW(micro_batches=3),
         DDG(),
         ADL(accumulate=3),
-        FDG(at="mixed"),
+        FDG(at="mixed", micro_batches=2),
         PACI(3, ahead="part"),
         FR(),
     ],

@@ -139,6 +139,9 @@ def by_stage(named: list[tuple[str, nn.Parameter]], *, stage: StageFacts) -> Opt
 def test_state_of_another_optimizer_is_not_taken(tmp_path: Path) -> None:
     more = {"method": "bp", "optimizer": by_stage}
     train(tmp_path, 4, 14, keeps={"every": 10}, **more)
+    below, above = (worker.stage.learner for worker in workers(newest_first(tmp_path)[0], 2, **{**more, "method": BP()}))
+    assert [bool(below.optimizer.state.get(w)) for w in below.weights] == [True, True, *[False] * 4]  # type: ignore[union-attr]
+    assert all(above.optimizer.state.get(w) for w in above.weights)  # type: ignore[union-attr]
     notes = said(tmp_path, 2, **more)
     assert notes[1:] == (
         "the optimizer's state of 2.weight, 2.bias, 3.weight and 1 more begins anew on stage 0: it was kept by another optimizer",
