@@ -63,8 +63,8 @@ def train(batches: int, checkpoints: int, folder: Path, size: dict[str, int]) ->
     every = max(1, round(batches / (checkpoints + 0.5)))
     keeps = {"checkpoint": Checkpoint(folder, every=every)} if checkpoints else {}
     result = delock.fit(
-        gpt(VOCABULARY, context=LENGTH, **size), Tokens(batches), None, loss=nats, optimizer=AdamW(lr=1e-4), method="fdg", stages=2,
-        epochs=1, placement=Placement(threads=1), on_event=told.append, **keeps,
+        gpt(VOCABULARY, context=LENGTH, **size), Tokens(batches), None, loss=nats, optimizer=AdamW(lr=1e-4), method="fdg",
+        cuts=[1 + size["depth"] // 2], epochs=1, placement=Placement(threads=1), on_event=told.append, **keeps,
     )  # fmt: skip
     written = [event for event in told if isinstance(event, CheckpointRecord)]
     if problems := [event.problem for event in written if event.problem]:
