@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, build, make_method, resolve, toml
 from delock.cli.ranks import ranks
-from delock.cli.run_folder import CHECKPOINTS, CONFIG, MODEL, load_visits
+from delock.cli.run_folder import CHECKPOINTS, CONFIG, MODEL, SUMMARY, load_visits
 from delock.cli.session import fit_config
 from delock.cli.summary import evaluated, trained
 from delock.cli.terminal import Terminal
@@ -62,7 +63,12 @@ def run(words: Sequence[str]) -> int:
     different = differences(state, path / MODEL)
     if different:
         some = ", ".join(different[:3])
-        raise DelockError(f"{done}: {len(different)} of {len(state)} tensors differ from those of the run, such as {some}")
+        hint = (
+            ""
+            if start or not _went_on(path)
+            else "; the run went on from a checkpoint, perhaps with another length: begin there with --from"
+        )
+        raise DelockError(f"{done}: {len(different)} of {len(state)} tensors differ from those of the run, such as {some}{hint}")
     screen.line(f"{done}: the weights equal those of the run, to the last bit")
     return 0
 
@@ -101,6 +107,12 @@ def cuts_of(begin: Checkpoint | None) -> tuple[Cut, ...]:
     if found is None:
         raise UsageError(f"there is no checkpoint in {begin.folder}: leave --from out")
     return cuts(found.path, found.manifest)
+
+
+def _went_on(run: Path) -> bool:
+    """Returns True if a run says that it went on from a checkpoint."""
+    path = run / SUMMARY
+    return path.is_file() and bool(json.loads(path.read_text()).get("resumed_at"))
 
 
 def extent(visits: Sequence[Sequence[Visit]], cuts: Sequence[Cut] = ()) -> str:
