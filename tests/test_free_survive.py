@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import random
 import signal
+import threading
+import time
+from collections import Counter
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
+import delock
 from delock.checkpoints.directory import newest_first, verified
 from delock.codecs import VQ
 from delock.engine.asynchronous.buffer import ReplayBuffer
@@ -19,38 +25,63 @@ from delock.methods import AsyncDGL
 from delock.ops import Forward, Update
 from delock.options import Compression, Simulation
 from delock.plan import Plan
-from delock.records import CheckpointRecord, Cut, Event, StepRecord, Visit
+from delock.records import CheckpointRecord, Cut, Event, StepRecord, Visit, VisitsRecord
 from delock.run.parts import cuts
 
 from free_runs import Listener, assert_counted, assert_in_order
 from harness import same_state, saved_and_loaded
-from survivors import BATCHES, Killer, Run, train
+from survivors import BATCHES, SGD, Killer, Run, data, network, train
 
-CUTS: dict[int, list[int]] = {2: [4], 3: [2, 5]}
+CUTS: dict[int, list[int]] = {2: [5], 3: [3, 6]}
 METHOD = AsyncDGL(3)
 EVALUATED = 2 * BATCHES // 4  # test batches
 pytestmark = pytest.mark.usefixtures("own_random")
 
 
+class Gate(nn.Module):
+    """The identity; in a stage's process the forward of that number waits for a file."""
+
+    def __init__(self, path: Path | None, at: int) -> None:
+        super().__init__()
+        self.path, self.at, self.forwards = path, at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        if self.path and self.forwards == self.at and parent_process() is not None:
+            deadline = time.monotonic() + 60
+            while not self.path.exists():
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.002)
+        return x
+
+
+def run(folder: Path | None, K: int, method: AsyncDGL, gates: dict[int, Gate] | None = None, **more: Any) -> Run:
+    """Trains the network of `survivors`, with a gate in the first stage and one in the last."""
+    first, last = ((gates or {}).get(k, Gate(None, 0)) for k in (0, K - 1))
+    layers = list(network())
+    model = nn.Sequential(first, *layers[:6], last, layers[6])
+    kept = {"checkpoint": delock.Checkpoint(folder, **more.pop("keeps", {}))} if folder else {}
+    given = {"batches": BATCHES, "optimizer": SGD, "report": delock.Report(log_every=1), "heads": "linear", "cuts": CUTS[K], **more}
+    return model, delock.fit(model, data(), data(2, 1), loss=nn.functional.cross_entropy, method=method, **given, **kept)
+
+
 def free(folder: Path | None, K: int, hear: Any, method: AsyncDGL = METHOD, **more: Any) -> Run:
     """A free run in processes."""
-    return train(folder, method=method, cuts=CUTS[K], heads="linear", workers="processes", on_event=hear, **more)
+    return run(folder, K, method, workers="processes", on_event=hear, **more)
 
 
 def again(heard: Listener, method: AsyncDGL = METHOD, start: Path | None = None, **more: Any) -> Run:
     """The same visits in one process, from the first or from a checkpoint."""
-    K = len(heard.turns)
     keeps = {"keeps": {"resume": start}} if start else {}
-    return train(
-        start and start.parent, method=method, cuts=CUTS[K], heads="linear", simulation=Simulation(replay=heard.turns), **keeps, **more
-    )
+    replay = Simulation(replay=heard.turns)
+    return run(start and start.parent, len(heard.turns), method, workers="inline", simulation=replay, **keeps, **more)
 
 
-def assert_sound(run: Run, heard: Listener, folder: Path, method: AsyncDGL = METHOD, **more: Any) -> None:
+def assert_sound(done: Run, heard: Listener, folder: Path, method: AsyncDGL = METHOD, evaluated: int = EVALUATED, **more: Any) -> None:
     """The visits that count are those of one run, and done again they give its bits: from the first, and from every checkpoint."""
-    model, result = run
+    model, result = done
     assert [stage.updates for stage in result.stages] == [BATCHES] * len(heard.turns)
-    assert_in_order(heard.turns, method, BATCHES, EVALUATED)
+    assert_in_order(heard.turns, method, BATCHES, evaluated)
     assert_counted(result.stages, heard.turns)
     starts = [None, *newest_first(folder)]
     assert len(starts) > 1
@@ -137,75 +168,93 @@ def test_what_an_earlier_run_left_half_written_is_no_part_of_a_checkpoint(tmp_pa
 
 
 class Stopper:
-    """Asks the run to end, as Ctrl-C does, when the last stage has trained so many batches."""
+    """Asks the run to end, as Ctrl-C does, when stage k (-1: the last) has trained so many batches, for all k in `when`; then gates open.
 
-    def __init__(self, at: int) -> None:
-        self.at, self.done = at, False
+    That a stage stands at a gate, only the last one tells at once.
+    """
+
+    def __init__(self, gate: Path, when: dict[int, int]) -> None:
+        self.gate, self.when, self.trained = gate, when, Counter[int]()
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, StepRecord) and event.batches >= self.at and not self.done:
-            self.done = True
+        if isinstance(event, VisitsRecord):
+            self.trained[event.stage] += sum(visit.trains for visit in event.visits)
+        if isinstance(event, StepRecord):
+            self.trained[-1] = event.batches
+        if not self.gate.exists() and all(self.trained[k] >= count for k, count in self.when.items()):
             signal.raise_signal(signal.SIGINT)
+            self.gate.touch()
 
 
-def stopped(folder: Path, K: int, at: int, method: AsyncDGL = METHOD, **more: Any) -> Listener:
-    """A run that was stopped and saved; what it told."""
-    heard = Listener(K, Stopper(at))
+def stopped(folder: Path, K: int, when: dict[int, int], gate: tuple[int, int], method: AsyncDGL = METHOD, **more: Any) -> Listener:
+    """A run that was stopped and saved; what it told. when: see Stopper. gate: the stage that stands still until then, and its forward."""
+    opened = folder.with_name(f"{folder.name}-gate")
+    heard = Listener(K, Stopper(opened, when))
     with pytest.raises(KeyboardInterrupt) as caught:
-        free(folder, K, heard, method, **more)
-    assert any("the run is saved in" in note for note in caught.value.__notes__)
+        free(folder, K, heard, method, gates={gate[0]: Gate(opened, gate[1])}, **more)
+    assert any("the run is saved in" in note for note in caught.value.__notes__), (caught.value.__notes__, heard.written)
     assert heard.written[-1].last
     heard.then = lambda event: None
     return heard
 
 
 def test_a_run_that_was_stopped_goes_on_and_can_be_done_again_from_any_checkpoint(tmp_path: Path) -> None:
-    heard = stopped(tmp_path, 2, 12, keeps={"every": 4, "keep": 10})
+    heard = stopped(tmp_path, 2, {-1: 12}, (0, 20), keeps={"every": 4, "keep": 10})
     path = Path(heard.written[-1].path)
     found = cuts(str(path), verified(path))
     made = [[sum(turn.evaluates is evaluates for turn in stage) for evaluates in (False, True)] for stage in heard.turns]
     assert [[cut.ordinal, cut.evaluated] for cut in found] == made, "the stages went on behind the mark, or told less than was saved"
-    run = free(tmp_path, 2, heard, keeps={"resume": "newest", "keep": 10})
+    done = free(tmp_path, 2, heard, keeps={"resume": "newest", "keep": 10})
     assert [event.path for event in heard.resumed] == [str(path)]
-    assert_sound(run, heard, tmp_path)
-
-
-SLOWED = {
-    "stage 0 is done, and forwards": AsyncDGL(2, slow_stage=1, noise=0.9),
-    "those above are done, and wait for evaluations": AsyncDGL(5, slow_stage=0, noise=0.9),
-    "read once": AsyncDGL(2, 1),
-}
+    assert_sound(done, heard, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", SLOWED)
 @pytest.mark.parametrize("K", [2, 3])
-def test_stages_that_are_done_are_saved_as_well(tmp_path: Path, how: str, K: int) -> None:
-    method = SLOWED[how]
-    heard = stopped(tmp_path, K, 12 if method.slow_stage == 1 or method.max_reuse else BATCHES, method)
+def test_a_stage_that_is_done_and_forwards_is_saved(tmp_path: Path, K: int) -> None:
+    """Stage 0 has made its updates, the last stage stands at its fourth batch. An evaluation would not get past it."""
+    heard = stopped(tmp_path, K, {0: BATCHES}, (K - 1, 4), eval_every=100)
     updates = verified(newest_first(tmp_path)[0]).updates
-    assert method.max_reuse or max(updates) == BATCHES > min(updates), "there was no stage that was done while another was not"
-    run = free(tmp_path, K, heard, method, keeps={"resume": "newest"})
-    assert_sound(run, heard, tmp_path, method)
+    assert updates[0] == BATCHES > updates[-1]
+    done = free(tmp_path, K, heard, keeps={"resume": "newest"}, eval_every=100)
+    assert_sound(done, heard, tmp_path, evaluated=2, eval_every=100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("K", [2, 3])
+def test_stages_that_are_done_and_wait_for_evaluations_are_saved(tmp_path: Path, K: int) -> None:
+    """All but stage 0 have made their updates, from the few batches that it has sent."""
+    heard = stopped(tmp_path, K, dict.fromkeys([-1, *range(1, K - 1)], BATCHES), (0, 4))
+    updates = verified(newest_first(tmp_path)[0]).updates
+    assert updates[0] < BATCHES
+    assert updates[1:] == (BATCHES,) * (K - 1)
+    assert_sound(free(tmp_path, K, heard, keeps={"resume": "newest"}), heard, tmp_path)
+
+
+@pytest.mark.slow
+def test_batches_that_are_read_once(tmp_path: Path) -> None:
+    method = AsyncDGL(2, 1)
+    heard = stopped(tmp_path, 3, {-1: 2}, (0, 20), method)
+    assert_sound(free(tmp_path, 3, heard, method, keeps={"resume": "newest"}), heard, tmp_path, method)
 
 
 @pytest.mark.slow
 def test_codebooks_are_those_of_the_mark(tmp_path: Path) -> None:
     compression = Compression(VQ(codes=4, dim=2, every=3))
-    heard = stopped(tmp_path, 3, 12, keeps={"every": 3, "keep": 10}, compression=compression)
-    run = free(tmp_path, 3, heard, keeps={"resume": "newest", "keep": 10}, compression=compression)
-    assert_sound(run, heard, tmp_path, compression=compression)
+    heard = stopped(tmp_path, 3, {-1: 12}, (0, 20), keeps={"every": 3, "keep": 10}, compression=compression)
+    done = free(tmp_path, 3, heard, keeps={"resume": "newest", "keep": 10}, compression=compression)
+    assert_sound(done, heard, tmp_path, compression=compression)
 
 
 @pytest.mark.slow
 def test_the_best_evaluation_is_kept_and_a_time_may_be_given(tmp_path: Path) -> None:
     heard = Listener(2)
     method = AsyncDGL(3, slow_stage=1, noise=0.5)
-    run = free(tmp_path, 2, heard, method, keeps={"every": "0.01s", "keep": 1, "best": "min:loss"})
+    done = free(tmp_path, 2, heard, method, keeps={"every": "0.01s", "keep": 1, "best": "min:loss"})
     assert len(heard.written) > 3
     whole = [verified(path) for path in newest_first(tmp_path)]
     assert 1 <= len(whole) <= 2
-    least = min(e.test_loss for e in run[1].evaluations[:-1])
+    least = min(e.test_loss for e in done[1].evaluations[:-1])
     assert least in [manifest.measures["loss"] for manifest in whole]
 
 
@@ -215,19 +264,18 @@ def test_the_best_evaluation_is_kept_and_a_time_may_be_given(tmp_path: Path) -> 
 def test_a_run_survives_the_death_of_a_stage(tmp_path: Path, K: int, seed: int) -> None:
     method, killer = AsyncDGL(3, slow_stage=seed, noise=0.5), Killer(10 * K + seed, K)
     heard = Listener(K, killer)
-    run = free(tmp_path, K, heard, method, keeps={"every": 3, "keep": 10, "restarts": 1})
+    done = free(tmp_path, K, heard, method, keeps={"every": 3, "keep": 10, "restarts": 1})
     assert killer.killed
     assert len(heard.resumed) == 1
-    assert_sound(run, heard, tmp_path, method)
+    assert_sound(done, heard, tmp_path, method)
 
 
 @pytest.mark.slow
 def test_a_longer_run_goes_on_and_a_shorter_one_does_not(tmp_path: Path) -> None:
-    method = AsyncDGL(2, slow_stage=1, noise=0.9)
-    heard = stopped(tmp_path, 2, 12, method)
+    heard = stopped(tmp_path, 2, {0: BATCHES}, (1, 4), eval_every=100)
     with pytest.raises(UsageError, match="is at batch 24, but the run is to end at batch 20: let it be longer"):
-        free(tmp_path, 2, heard, method, keeps={"resume": "newest"}, batches=20)
-    _, result = free(tmp_path, 2, heard, method, keeps={"resume": "newest"}, batches=BATCHES + 8)
+        free(tmp_path, 2, heard, keeps={"resume": "newest"}, batches=20, eval_every=100)
+    _, result = free(tmp_path, 2, heard, keeps={"resume": "newest"}, batches=BATCHES + 8, eval_every=100)
     assert [stage.updates for stage in result.stages] == [BATCHES + 8] * 2
     trained = [[turn.ordinal for turn in stage if turn.trains] for stage in heard.turns]
     assert list(map(len, trained)) == [BATCHES + 8] * 2

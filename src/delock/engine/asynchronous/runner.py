@@ -61,6 +61,7 @@ class FreeRun:
             elif (source := self.link.next() if self.k > 0 else self.ordinal) is not None:
                 self.visit(source)
         self.link.stop()
+        self.report()  # it may wait for hours now
         if self.k == 0 and self.length.every:
             self.evaluate()
         while self.k > 0 and self.link.more():
