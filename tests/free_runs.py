@@ -25,7 +25,7 @@ class Listener:
             case VisitsRecord(stage, visits):
                 self.turns[stage] += visits
             case CheckpointRecord():
-                assert not event.problem
+                assert not event.problem, event.problem
                 self.written.append(event)
             case Resumed(cuts=cuts):
                 self.resumed.append(event)
