@@ -8,7 +8,7 @@ import os
 import stat
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -134,19 +134,26 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_one_of_many_completes_it(tmp_path: Path) -> None:
-    """Eight stages that end at the same moment."""
-    writers = [Writer(tmp_path, 5, k, 8) for k in range(8)]
-    for writer in writers:
-        writer.begin()
-        writer.add("weights", {"x": torch.ones(1)})
-    found: list[Manifest | None] = []
-    threads = [Thread(target=lambda w=w: found.append(w.done(1, REST, KNOWN if w.k == 7 else None))) for w in writers]  # type: ignore[misc]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert sum(one is not None for one in found) == 1
-    assert verified(tmp_path / "batch-00000005").K == 8
+    """Eight stages that end at the same moment, many times."""
+    for n in range(30):
+        writers = [Writer(tmp_path / str(n), 5, k, 8) for k in range(8)]
+        for writer in writers:
+            writer.begin()
+            writer.add("weights", {"x": torch.ones(1)})
+        found: list[Manifest | None] = []
+        at_once = Barrier(8)
+
+        def finish(writer: Writer) -> None:
+            at_once.wait(20)  # noqa: B023
+            found.append(writer.done(1, REST, KNOWN if writer.k == 7 else None))  # noqa: B023
+
+        threads = [Thread(target=finish, args=(writer,)) for writer in writers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert sum(one is not None for one in found) == 1
+        assert verified(tmp_path / str(n) / "batch-00000005").K == 8
 
 
 def test_training_data_is_private(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
     checkpoints/
         batch-00000500/     weights-0.safetensors  optimizer-0.safetensors  in-flight-0.safetensors  ...  manifest.json
                             model.safetensors.index.json: the weights of all stages as the shards of one model
-        .batch-00001000/    being written: a stage adds its files and then done-k.json; who finds all of those writes the manifest
+        .batch-00001000/    being written: a stage adds its files and then done-k.json; who finds all of those first
+                            renames it, so that no other stage knows it, writes the manifest, and gives it its name
 
 Stages share nothing but the folder. It may be that of many hosts.
 """
@@ -81,25 +82,31 @@ class Writer:
         rest: the entries of the manifest that all stages know: tick, batches, made_with, options. known: those that this stage alone knows.
         """
         _write(self.place / f"done-{self.k}.json", json.dumps({"updates": updates, "files": self.files, "known": known or {}}))
-        said = [self.place / f"done-{k}.json" for k in range(self.K)]
-        if not all(path.exists() for path in said):
+        if not all((self.place / f"done-{k}.json").exists() for k in range(self.K)):
             return None
+        own = self.place.with_name(f"{self.place.name}.all")
         try:
-            found = [json.loads(path.read_text()) for path in said]
-            files = {name: tuple(measure) for one in found for name, measure in one["files"].items()}
-            _write(self.place / INDEX, stage_index(self.place, self.K))
-            files[INDEX] = _measure(self.place / INDEX)
-            manifest = Manifest(updates=tuple(one["updates"] for one in found), files=files, **rest, **_joined(found))
-            _write(self.place / MANIFEST, manifest.dumps())
-            for path in said:
-                path.unlink(missing_ok=True)
-            _sync(self.place)
-            if self.final.exists():  # damaged, and passed over: the run went on from an earlier one
-                _remove(self.final)
-            os.rename(self.place, self.final)
-            _sync(self.folder)
+            os.rename(self.place, own)
         except FileNotFoundError:  # another stage saw all of them at the same moment, and was faster
             return None
+        return self._complete(own, rest)
+
+    def _complete(self, own: Path, rest: Mapping[str, Any]) -> Manifest:
+        """Writes the manifest into the folder with the files of all stages, which nobody else knows by this name, and gives it its own."""
+        said = [own / f"done-{k}.json" for k in range(self.K)]
+        found = [json.loads(path.read_text()) for path in said]
+        files = {name: tuple(measure) for one in found for name, measure in one["files"].items()}
+        _write(own / INDEX, stage_index(own, self.K))
+        files[INDEX] = _measure(own / INDEX)
+        manifest = Manifest(updates=tuple(one["updates"] for one in found), files=files, **rest, **_joined(found))
+        _write(own / MANIFEST, manifest.dumps())
+        for path in said:
+            path.unlink()
+        _sync(own)
+        if self.final.exists():  # damaged, and passed over: the run went on from an earlier one
+            _remove(self.final)
+        os.rename(own, self.final)
+        _sync(self.folder)
         return manifest
 
 
