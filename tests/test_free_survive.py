@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,25 @@ from torch import Tensor, nn
 import delock
 from delock.checkpoints.directory import newest_first, verified
 from delock.codecs import VQ
+from delock.engine.agreement import Wish
 from delock.engine.asynchronous.buffer import ReplayBuffer
+from delock.engine.asynchronous.link import FreeLink
+from delock.engine.asynchronous.runner import FreeRun
 from delock.engine.asynchronous.schedule import recorded
 from delock.errors import UsageError
+from delock.launch.progress import Progress
+from delock.links.coded import ReceivedCodebooks
 from delock.methods import AsyncDGL
 from delock.ops import Forward, Update
 from delock.options import Compression, Simulation
 from delock.plan import Plan
 from delock.records import CheckpointRecord, Cut, Event, StepRecord, Visit, VisitsRecord
+from delock.run.free_checkpointing import FreeSaver
 from delock.run.parts import cuts
+from delock.run.worker import Worker
 
 from free_runs import Listener, assert_counted, assert_in_order
-from harness import same_state, saved_and_loaded
+from harness import CPU, jobs, same_state, saved_and_loaded
 from survivors import BATCHES, SGD, Killer, Run, data, network, train
 
 CUTS: dict[int, list[int]] = {2: [5], 3: [3, 6]}
@@ -162,6 +170,24 @@ def test_what_an_earlier_run_left_half_written_is_no_part_of_a_checkpoint(tmp_pa
     train(tmp_path, batches=8, keeps={"every": 5}, on_event=events.append)
     assert [one.problem for one in events if isinstance(one, CheckpointRecord)] == [""]
     assert verified(tmp_path / "batch-00000005").updates == (1, 2, 3)
+
+
+def test_between_two_marks_there_is_a_visit(tmp_path: Path) -> None:
+    """Asked twice at every visit; from the second question at the sixth on, the run is to end."""
+    job, asked = replace(jobs("conv", 2, METHOD)[0], checkpoint=delock.Checkpoint(tmp_path, every=3)), list[int]()
+    link = FreeLink(0, 2, ReplayBuffer(1), CPU, Progress(), lambda: 0, ReceivedCodebooks())
+    worker = Worker(job, link, CPU, lambda event: None, asked=lambda: bool(asked))
+    free_run = FreeRun(worker.engine, link, job.length, lambda record: None)
+    assert isinstance(worker.saver, FreeSaver)
+    worker.saver.follow(free_run)
+    wishes = []
+    for n in range(8):
+        free_run.ordinal = free_run.updates = n
+        wishes.append(free_run.wish(free_run))
+        asked += [n] * (n == 6)
+        wishes.append(free_run.wish(free_run))
+    save, stop, no = [Wish.SAVE, Wish.NOTHING], [Wish.STOP] * 2, [Wish.NOTHING] * 2
+    assert wishes == [*no, *no, *no, *save, *no, *no, *save, *stop]
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------------------

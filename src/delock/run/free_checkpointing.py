@@ -33,10 +33,12 @@ class FreeSaver(Saver):
     def wish(self, run: FreeRun) -> Wish:
         """Says what stage 0 wants between two of its visits, and tells what threads have done."""
         self.tell()
+        if run.ordinal == self.visits:  # two marks without a visit between them would be one checkpoint by name
+            return Wish.NOTHING
         if self.asked():
             return Wish.STOP
         judged = self.options.best is not None and run.evaluations > self.evaluations
-        if run.ordinal == self.visits or not (judged or self._came_due(run.updates)):
+        if not (judged or self._came_due(run.updates)):
             return Wish.NOTHING
         self._note(run)
         return Wish.SAVE
