@@ -130,6 +130,16 @@ def half(n: int) -> float:
     return 0.9**n
 
 
+def sequence(o: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    """Makes one schedule behind the other."""
+    return lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], [3])
+
+
+def chained(o: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    """Makes two schedules at once."""
+    return lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.5, 3), lr_scheduler.ExponentialLR(o, 0.9)])
+
+
 SCHEDULES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "step": partial(lr_scheduler.StepLR, step_size=2, gamma=0.5),
@@ -138,9 +148,7 @@ SCHEDULES: dict[str, Callable[..., Any] | None] = {
     "cosine": partial(lr_scheduler.CosineAnnealingLR, T_max=6),
     "restarts": partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=3),
     "lambda": partial(lr_scheduler.LambdaLR, lr_lambda=half),
-    "sequence": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
-    ),
-    "chained": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.5, 3), lr_scheduler.ExponentialLR(o, 0.9)]),
+    "sequence": sequence,
+    "chained": chained,
     "cyclic": partial(lr_scheduler.CyclicLR, base_lr=0.001, max_lr=0.02, step_size_up=2, cycle_momentum=False),
 }

@@ -82,19 +82,20 @@ class Extra(Odd):
 
 
 class Late(Odd):
-    """A buffer that is first written to late in training."""
+    """A layer inside it has a buffer that is first written to late in training."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("scale", torch.ones((), dtype=dtype))
+        self.inner = nn.Module()
+        self.inner.register_buffer("scale", torch.ones((), dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.seen += 1
             if self.seen > 4:
-                self.scale *= 1.03
-        return x * self.scale.clone()
+                self.inner.scale *= 1.03
+        return x * self.inner.scale.clone()
 
 
 class Numbers(Odd):

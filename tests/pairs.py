@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import delock
+from delock.checkpoints.directory import newest_first
 from delock.data.iterable import as_loader
 from delock.methods import DGL, Interlocking, Method
 from delock.records import Event
@@ -20,7 +22,7 @@ from delock.run.inline import run_inline
 from delock.run.job import StageJob, StageResult
 from delock.run.prepare import prepare
 from delock.run.request import Request
-from delock.run.resume import Begin
+from delock.run.resume import Begin, find
 
 from harness import assert_equal, every_method
 from odd_data import DATA, OPTIMIZERS, SCHEDULES, R, listed
@@ -56,6 +58,9 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "eval_every": (None, 1, 3),
     "window": (1, 2, 256),
 }
+
+
+COMPILED = {"family", "parts", "odd", "norm", "dropout", "amp", "layout", "chunks", "dtype"}  # what a compiler sees, which takes long
 
 
 def possible(case: Case) -> bool:
@@ -111,13 +116,43 @@ def covering(seed: int = 0) -> tuple[Case, ...]:
     for name in sorted(methods):
         method = METHODS[name]
         given = {"family": method.name, "parts": method.micro_batches, "ahead": getattr(method, "ahead", None), "compile": False}
+        given |= {"recompute": False, "amp": "no", "odd": "none"} if method.mixed else {}
         cases.append({**_filled(given, wanted, draw), "method": name, "at": draw.random()})
     return tuple(cases)
 
 
+def few(count: int, seed: int = 0) -> list[Case]:
+    """Returns that number of cases that run in a moment: of all families, kinds of state, optimizers and schedules, as far as they go."""
+    draw, cases, methods, used = random.Random(seed), list[Case](), set(METHODS), Counter[Any]()
+    kinds = [name for name in DATA if "workers" not in name]
+    for _ in range(count):
+        case: dict[str, Any] = {"compile": False}
+        for name, values in (
+            ("optimizer", OPTIMIZERS),
+            ("odd", ODD),
+            ("schedule", SCHEDULES),
+            ("data", kinds),
+            ("family", OPTIONS["family"]),
+        ):
+            case[name] = min((value for value in values if _reachable({**case, name: value})), key=lambda value: used[value])
+            used[case[name]] += 1
+        case = _filled(case, set(), draw)
+        cases.append({**case, **_chosen(case, methods, draw)})
+        methods.discard(cases[-1]["method"])
+    return cases
+
+
+def plain(method: str, **more: Any) -> Case:
+    """Returns the case with nothing odd in it but what is given."""
+    names = [name for name in METHODS if name.startswith(method)]
+    first = {name: values[0] for name, values in OPTIONS.items()}
+    return {**first, "method": names[0], "at": 0.5, **more}
+
+
 def _pairs(a: str, b: str) -> Iterator[Any]:
     for x, y in itertools.product(OPTIONS[a], OPTIONS[b]):
-        yield ((a, x), (b, y))
+        if "compile" not in (a, b) or {a, b} & COMPILED or not {"compile": True}.items() <= {a: x, b: y}.items():
+            yield ((a, x), (b, y))
 
 
 @cache
@@ -213,6 +248,16 @@ def same(a: list[StageResult], b: list[StageResult]) -> None:
             other.report.sent_up,
             other.report.sent_down,
         )
+
+
+def resumed(case: Case, folder: Path, at: float) -> list[StageJob]:
+    """Returns jobs that go on from one of the checkpoints in a folder; at: which, 0 is the first and 1 behind the last."""
+    there = sorted(newest_first(folder))
+    path = there[int(at * len(there))]
+    for later in there[there.index(path) + 1 :]:
+        later.rename(later.with_name(f"aside-{later.name}"))
+    options = delock.Checkpoint(folder, resume=path.name)
+    return made(case, options, find(options)[0])
 
 
 def keep_all(folder: Path) -> delock.Checkpoint:

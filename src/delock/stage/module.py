@@ -65,7 +65,7 @@ class ModuleFunction:
             instead |= cloned({name: b for name, b in {**own, **(buffers or {})}.items() if b is not None or own.get(name) is not None})
         elif self.compiled:
             instead |= statistics(self.module)
-        self._seed(batch)
+        self.seed(batch)
         entered = self._enter(values, leaves)
         module, under = (self.compiled, "inner.") if self.compiled else (self.module, "")
         if not instead:
@@ -184,14 +184,15 @@ class ModuleFunction:
 
         handle = self.module.register_forward_hook(look)
 
-    def _seed(self, batch: int) -> None:
+    def seed(self, *what: int | str) -> None:
+        """Seeds torch's default generator for a forward, by its batch, or for anything else that may draw."""
         if self.execution.captured:  # the module draws nothing, and a GPU cannot be seeded while it records
             return
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):  # manual_seed means the current GPU
-                torch.cuda.manual_seed(key(*self.name, batch))
+                torch.cuda.manual_seed(key(*self.name, *what))
         else:
-            torch.default_generator.manual_seed(key(*self.name, batch))
+            torch.default_generator.manual_seed(key(*self.name, *what))
 
 
 def copies(weights: Mapping[str, Tensor]) -> Weights:

@@ -58,7 +58,7 @@ class Stage:
     head: the auxiliary head of a stage with a loss of its own; it takes the module's outputs and returns what the loss takes.
     names: the parameters' names in the unsplit model, by their names in the module; the head's are called heads.k.*.
     seed: dropout is seeded with key(seed, k, batch) before every Forward and again before its replay, in the head with
-    key(seed, k, "head", batch).
+    key(seed, k, "head", batch). An optimizer draws from key(seed, k, "update", version).
     mixed: derivatives are taken at="mixed", so the optimizer writes to weights under live graphs.
     micro_batches: of a batch.
     resumable: every graph can be built again from a checkpoint: it keeps the buffers that its Forward writes to, with mixed its weights.
@@ -315,6 +315,7 @@ class Stage:
         norm: |g| where it is not the stage's alone. banks: older versions of the weights to have afterwards, this one included.
         """
         self.banks.before_update(self.version, banks)
+        self.body.seed("update", self.version)  # for optimizers that draw
         self.learner.step(op, norm)
         if not self.execution.captured:  # else the host counts between replays
             self.learner.count_update()
