@@ -1,4 +1,4 @@
-"""Which checkpoints stay, when they are made, and that neither a run that fails nor a disk that fails does harm to the other."""
+"""Runs keep the checkpoints that were asked for, when they were asked for; neither a run that fails nor a disk that fails harms the other."""
 
 from __future__ import annotations
 
