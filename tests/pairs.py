@@ -70,7 +70,7 @@ def possible(case: Case) -> bool:
         return False
     derived = has("odd") in DERIVED
     compiled = has("compile") and (
-        has("odd") in ("Replaced", "Growing", "Extra", "SpectralOld", "Complex", "WeightNorm") or has("recompute")
+        has("odd") in ("Replaced", "Growing", "Extra", "Late", "SpectralOld", "Spectral", "Complex", "WeightNorm") or has("recompute")
     )
     single = has("norm") and (
         has("chunks") == 2

@@ -10,6 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from delock.data import NAMES, Augment, as_loader, load, synthetic
 from delock.data.digits import stratified_split
@@ -265,6 +266,12 @@ def test_a_loader_stays_itself_and_a_plain_one_can_be_pickled():
     plain = as_loader(noisy_loader(), seed=3)
     assert as_loader(plain) is plain
     assert same_batches(list(plain.epoch(1)), list(pickle.loads(pickle.dumps(plain)).epoch(1)))
+
+
+def test_a_loader_that_keeps_its_iterator_can_be_pickled_once_it_has_been_read():
+    loader = as_loader(StatefulDataLoader(TensorDataset(torch.arange(12.0)[:, None], torch.arange(12)), 4, shuffle=True))
+    next(loader.epoch(0))
+    assert same_batches(pickle.loads(pickle.dumps(loader)).epoch(0), list(loader.epoch(0)))
 
 
 def test_a_stream_needs_the_number_of_batches():

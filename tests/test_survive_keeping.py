@@ -1,4 +1,4 @@
-"""Runs keep the checkpoints that were asked for, when they were asked for; neither a run that fails nor a disk that fails harms the other."""
+"""Runs keep the checkpoints that were asked for, when they were; neither a run that fails nor a disk that fails harms the other."""
 
 from __future__ import annotations
 

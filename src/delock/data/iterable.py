@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections import deque
@@ -72,6 +73,9 @@ class Plain:
         """Goes on from that place with the next iteration."""
         put(self.obj, state["loader"])
         self.at = self.resumed = state["epoch"], state["batch"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "obj": _at_rest(self.obj)}
 
     def __len__(self) -> int:
         return self.batches
@@ -166,6 +170,14 @@ def seeded(k: int) -> Iterator[None]:
         torch.default_generator.set_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+def _at_rest(obj: Any) -> Any:
+    """Returns a DataLoader without the iterator that some keep once they have been read, which could not travel to a process."""
+    if isinstance(obj, DataLoader) and getattr(obj, "_iterator", None) is not None:
+        obj = copy.copy(obj)
+        obj._iterator = None
+    return obj
 
 
 def _start_epoch(obj: Any, e: int, k: int) -> None:
