@@ -268,6 +268,7 @@ def test_a_loader_stays_itself_and_a_plain_one_can_be_pickled():
     assert same_batches(list(plain.epoch(1)), list(pickle.loads(pickle.dumps(plain)).epoch(1)))
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_loader_that_keeps_its_iterator_can_be_pickled_once_it_has_been_read():
     loader = as_loader(StatefulDataLoader(TensorDataset(torch.arange(12.0)[:, None], torch.arange(12)), 4, shuffle=True))
     next(loader.epoch(0))
