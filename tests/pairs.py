@@ -70,7 +70,8 @@ def possible(case: Case) -> bool:
         return False
     derived = has("odd") in DERIVED
     compiled = has("compile") and (
-        has("odd") in ("Replaced", "Growing", "Extra", "Late", "SpectralOld", "Spectral", "Complex", "WeightNorm") or has("recompute")
+        has("odd") in ("Replaced", "Growing", "Extra", "Late", "Numbers", "SpectralOld", "Spectral", "Complex", "WeightNorm")
+        or has("recompute")
     )
     single = has("norm") and (
         has("chunks") == 2
