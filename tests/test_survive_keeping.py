@@ -15,14 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from torch import nn
 
+import delock
 from delock.checkpoints.directory import newest_first, verified
 from delock.errors import NonFinite
 from delock.records import CheckpointRecord, EvaluationRecord, Event, StepRecord
 from delock.run import checkpointing
 
-from survivors import assert_same, data, train
+from survivors import SGD, assert_same, data, network, train
 
 pytestmark = pytest.mark.usefixtures("own_random")
 
@@ -71,11 +72,12 @@ def test_a_checkpoint_after_some_time(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {b - a for a, b in pairwise(made)} <= {4, 5}  # of the batches that stage 0 has begun, which are ahead
 
 
-def with_a_loss_that_is_none(at: int = 15) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches, one of which is infinite."""
+def fails(keeps: delock.Checkpoint, workers: Any) -> None:
+    """A run of 24 batches, of which one is infinite."""
     batches = [batch for _ in range(6) for batch in data()]
-    batches[at] = (batches[at][0] * float("inf"), batches[at][1])
-    return batches
+    batches[15] = (batches[15][0] * float("inf"), batches[15][1])
+    loss = nn.functional.cross_entropy
+    delock.fit(network(), batches, loss=loss, method="fdg", cuts=[2, 5], epochs=1, workers=workers, optimizer=SGD, checkpoint=keeps)
 
 
 @pytest.mark.parametrize("workers", ["inline", pytest.param("processes", marks=pytest.mark.slow)])
@@ -88,13 +90,13 @@ def test_a_run_that_fails_leaves_no_thread_and_whole_checkpoints(tmp_path: Path,
 
     monkeypatch.setattr(os, "fsync", slow)  # so that there is something to write when it fails
     with pytest.raises(NonFinite):
-        train(tmp_path, keeps={"every": 1, "keep": 99}, reads=with_a_loss_that_is_none(), workers=workers)
+        fails(delock.Checkpoint(tmp_path, every=1, keep=99), workers)
     assert names(tmp_path)
     assert max(names(tmp_path)) <= 16
     for path in newest_first(tmp_path):
         verified(path)
     with pytest.raises(NonFinite, match="the loss of batch 15"):  # it goes on to the same end
-        train(tmp_path, keeps={"resume": "newest"}, reads=with_a_loss_that_is_none(), workers=workers)
+        fails(delock.Checkpoint(tmp_path, resume="newest"), workers)
 
 
 class Breaks:
