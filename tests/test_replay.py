@@ -34,7 +34,22 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a free run in three processes, one of them slowed, evaluated three times."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("free") / "run"
-    words = [*FREE, "--buffer", "2", "--slow-stage", "1", "--noise", "0.5", "--epochs", "3", "--clip", "1", "--log-every", "8"]
+    words = [
+        *FREE,
+        "--buffer",
+        "2",
+        "--slow-stage",
+        "1",
+        "--noise",
+        "0.5",
+        "--epochs",
+        "3",
+        "--clip",
+        "1",
+        "--log-every",
+        "8",
+        "--no-checkpoint",
+    ]
     assert main(["train", *SMALL, *words, "--out", str(folder)]) == 0
     return folder
 
