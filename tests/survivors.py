@@ -38,12 +38,12 @@ def network(width: int = 8) -> nn.Sequential:
         return nn.Sequential(*first, nn.Tanh(), nn.Linear(width, 3))
 
 
-def train(folder: Path | None = None, *, width: int = 8, keeps: dict[str, Any] | None = None, **more: Any) -> Run:
-    """Trains it; keeps: the options of its checkpoints in `folder`."""
+def train(folder: Path | None = None, *, width: int = 8, keeps: dict[str, Any] | None = None, of: Any = None, **more: Any) -> Run:
+    """Trains it, on batches `of`; keeps: the options of its checkpoints in `folder`."""
     given = {"method": "fdg", "cuts": [2, 5], "batches": BATCHES, "workers": "inline", "optimizer": SGD, **more}
     kept = {"checkpoint": delock.Checkpoint(folder, **(keeps or {}))} if folder else {}
     model, report = network(width), delock.Report(log_every=1)
-    return model, delock.fit(model, data(), data(2, 1), loss=nn.functional.cross_entropy, report=report, **given, **kept)
+    return model, delock.fit(model, of or data(), data(2, 1), loss=nn.functional.cross_entropy, report=report, **given, **kept)
 
 
 def assert_same(a: Run, b: Run) -> None:

@@ -199,6 +199,14 @@ def damaged(path: Path, how: str) -> None:
             file.write_bytes(data)
         case "manifest":
             (path / MANIFEST).write_text("{")
+        case "deep":
+            (path / MANIFEST).write_text("[" * 200_000)
+        case "pipe":
+            (path / MANIFEST).unlink()
+            os.mkfifo(path / MANIFEST)
+        case "changed":
+            text = json.loads((path / MANIFEST).read_text())
+            (path / MANIFEST).write_text(json.dumps({**text, "tick": text["tick"] + 1}))
         case "outside":
             text = json.loads((path / MANIFEST).read_text())
             text["files"]["../x"] = [1, 2]
@@ -215,7 +223,10 @@ def damaged(path: Path, how: str) -> None:
         ("cut", "optimizer-0.safetensors is not as it was written"),
         ("flipped", "optimizer-0.safetensors is not as it was written"),
         ("manifest", "the manifest is no JSON"),
-        ("outside", "names a file outside its folder"),
+        ("outside", "is not as it was written"),
+        ("deep", "the manifest is no JSON"),
+        ("pipe", "is no file of a checkpoint"),
+        ("changed", "the manifest is not as it was written"),
         ("later", "format 99, and this Delock reads format 1"),
     ],
 )

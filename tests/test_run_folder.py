@@ -34,7 +34,7 @@ from commands import SMALL, content, refused
 
 pytestmark = pytest.mark.usefixtures("own_random")
 
-RUN = ["train", *SMALL, "--cuts", "3", "--epochs", "2", "--log-every", "1", "--out"]
+RUN = ["train", *SMALL, "--no-checkpoint", "--cuts", "3", "--epochs", "2", "--log-every", "1", "--out"]
 HOLD = """
 import sys
 from delock.cli.held_folder import HeldFolder

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from delock.checkpoints.directory import newest_first
-from delock.errors import StageFailed
+from delock.checkpoints.folder_lock import FolderLock
+from delock.errors import StageFailed, UsageError
 from delock.records import CheckpointRecord, Event
 
-from survivors import Killer, assert_same, train
+from survivors import Killer, assert_same, data, train
 
 pytestmark = pytest.mark.usefixtures("own_random")
 
@@ -44,3 +47,37 @@ def test_a_run_whose_stage_is_killed_goes_on_by_itself(tmp_path: Path) -> None:
 def test_without_restarts_a_kill_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match="was killed by SIGKILL"):
         train(tmp_path, keeps={"every": 5}, workers="processes", on_event=Killer(3, 3))
+
+
+def test_a_folder_of_checkpoints_is_for_one_run(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    lock = FolderLock(folder)
+    lock.take()
+    with pytest.raises(UsageError, match="is in use by another run"):
+        train(folder, keeps={"every": 5})
+    lock.release()
+    train(folder)
+    assert not folder.exists()  # nothing was kept
+
+
+@pytest.mark.parametrize(
+    ("keeps", "message"),
+    [
+        ({"best": "max:nope"}, "best goes by 'nope', but evaluations have loss: use one of them"),
+        ({"resume": ""}, "resume is '', but it must be the path of a folder"),
+        ({"every": "5x"}, "but it must be a number of batches, or a time"),
+        ({"best": "loss"}, "which way is better"),
+    ],
+)
+def test_what_checkpoints_cannot_be_is_refused(tmp_path: Path, keeps: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(tmp_path / "kept", keeps=keeps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_of_another_size_are_refused(tmp_path: Path) -> None:
+    train(tmp_path, keeps={"every": 10})
+    larger = [(torch.cat([x, x]), torch.cat([y, y])) for x, y in data()]
+    with pytest.raises(UsageError, match=r"samples of a batch was 6 when the checkpoint .* was made, and is 12 now"):
+        train(tmp_path, keeps={"resume": "newest"}, batches=30, of=larger)

@@ -65,7 +65,7 @@ def saved_at(error: str) -> int:
 def test_a_signal_saves_the_run(start: Callable[..., Program], whole: str, number: signal.Signals, workers: str) -> None:
     program = start(*SHORT, "--out", "a", "--workers", workers)
     program.until("epoch 5")
-    os.kill(program.process.pid, number)
+    os.killpg(program.process.pid, number)  # as a terminal, `timeout` and batch systems do
     code, error = program.ends(20)
     batch = saved_at(error)
     assert code == 128 + number

@@ -199,6 +199,9 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         check_types(self)
+        for name in ("folder", "resume"):
+            if (path := getattr(self, name)) is not None and (not str(path) or "\0" in str(path)):
+                raise UsageError(f"{name} is {str(path)!r}, but it must be the path of a folder")
         _ = self.batches, self.seconds, self.judged  # raise UsageError
         at_least("keep", self.keep, 1)
         at_least("restarts", self.restarts, 0)

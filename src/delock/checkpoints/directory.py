@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 NAME = re.compile(r"batch-(\d{8,})")
 WIDE = "complex128"  # metadata: names of tensors (..., 2) that are pairs of real and imaginary parts
 CHUNK = 1 << 22
+LONGEST = 1 << 26  # bytes of a manifest
 
 
 def name_of(batches: int) -> str:
@@ -133,7 +134,7 @@ def discard_unfinished(folder: Path) -> None:
 
 def _best(whole: Sequence[Path], name: str, most: bool) -> Path | None:
     """Returns the checkpoint with the best measure, the oldest of equals; None if none has it."""
-    measures = {path: Manifest.loads((path / MANIFEST).read_text()).measures for path in reversed(whole)}
+    measures = {path: manifest_of(path).measures for path in reversed(whole)}
     having = [path for path, found in measures.items() if name in found]
     return (max if most else min)(having, key=lambda path: measures[path][name], default=None)
 
@@ -190,7 +191,7 @@ def verified(path: Path, *, contents: bool = True) -> Manifest:
     contents: read all files; without it only their sizes are compared.
     """
     try:
-        manifest = Manifest.loads((path / MANIFEST).read_text())
+        manifest = manifest_of(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no checkpoint: {error}") from error
     except UsageError as error:
@@ -201,6 +202,14 @@ def verified(path: Path, *, contents: bool = True) -> Manifest:
         if (path / name).stat().st_size != expected[0] or (contents and _measure(path / name) != expected):
             raise UsageError(f"{path} is damaged: {name} is not as it was written")
     return manifest
+
+
+def manifest_of(path: Path) -> Manifest:
+    """Returns the manifest of a checkpoint as it stands there. Raises UsageError for one that is not as it was written, and OSError."""
+    file = path / MANIFEST
+    if not file.is_file() or file.stat().st_size > LONGEST:  # a pipe would never end
+        raise UsageError(f"{MANIFEST} is no file of a checkpoint")
+    return Manifest.loads(file.read_text())
 
 
 def read(path: Path, kind: str, k: int, *, outline: bool = False) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from delock.errors import UsageError
 
 FORMAT = 1
+CHECKSUM = "checksum"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +48,22 @@ class Manifest:
 
     def dumps(self) -> str:
         """Returns the manifest as JSON."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+        entries = asdict(self)
+        return json.dumps({**entries, CHECKSUM: _checksum(entries)}, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def loads(cls, text: str) -> Manifest:
         """Returns the manifest that `dumps` wrote. Raises UsageError for anything else, and for a format of a later Delock."""
         try:
             given = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"the manifest is no JSON: {error}") from error
-        if not isinstance(given, dict) or set(given) != {field.name for field in fields(cls)}:
+        if not isinstance(given, dict) or set(given) != {CHECKSUM, *(field.name for field in fields(cls))}:
             raise UsageError("the manifest has not the entries of one")
         if given["format"] != FORMAT:
             raise UsageError(f"the checkpoint has format {given['format']!r}, and this Delock reads format {FORMAT}: update Delock")
+        if given.pop(CHECKSUM) != _checksum(given):
+            raise UsageError("the manifest is not as it was written")
         _refuse(given)
         files = {name: (size, crc) for name, (size, crc) in given.pop("files").items()}
         return cls(**{**given, "updates": tuple(given["updates"])}, files=files)
@@ -79,4 +84,9 @@ def _refuse(given: Mapping[str, Any]) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _checksum(entries: Mapping[str, Any]) -> int:
+    """Returns the CRC32 of entries, however they are laid out."""
+    return zlib.crc32(json.dumps(entries, sort_keys=True, allow_nan=False).encode())

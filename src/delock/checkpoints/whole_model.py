@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from delock.checkpoints.directory import MANIFEST, read_tensors
-from delock.checkpoints.manifest import Manifest
+from delock.checkpoints.directory import manifest_of, read_tensors
 from delock.checkpoints.weight_index import INDEX, index, is_head, sizes, weights_file
 from delock.errors import UsageError
 
@@ -57,7 +56,7 @@ def _where(path: Path) -> dict[Path, dict[str, int]]:
     if path.is_file():
         return {path: sizes(path)}
     try:
-        K = Manifest.loads((path / MANIFEST).read_text(encoding="utf-8")).K
+        K = manifest_of(path).K
         own = {k: sizes(path / weights_file(k)) for k in range(K)}
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no checkpoint: {error}") from error

@@ -90,15 +90,14 @@ def advice(run: Path, entries: Sequence[Listed]) -> str:
 
 
 def _entry(path: Path, verify: bool) -> Listed:
-    from delock.checkpoints.directory import MANIFEST, verified
-    from delock.checkpoints.manifest import Manifest
+    from delock.checkpoints.directory import manifest_of, verified
 
     try:
         return Listed(path, verified(path, contents=verify), None)
     except UsageError as error:
         wrong = str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path}: ")
     try:
-        return Listed(path, Manifest.loads((path / MANIFEST).read_text(encoding="utf-8")), wrong)
+        return Listed(path, manifest_of(path), wrong)
     except (OSError, ValueError):
         return Listed(path, None, wrong)
 

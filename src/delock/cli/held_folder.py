@@ -8,7 +8,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-from delock.cli.folder_lock import LOCK, TRIES, FolderLock
+from delock.checkpoints.folder_lock import LOCK, TRIES, FolderLock
 from delock.errors import UsageError
 
 

@@ -116,7 +116,8 @@ def checkpoint(config: TrainConfig, folder: Path) -> Checkpoint | None:
         return None
     if unable and options == CheckpointOptions():
         return None
-    every = int(options.checkpoint_every) if options.checkpoint_every.isdigit() else options.checkpoint_every
+    text = options.checkpoint_every
+    every = int(text) if text.isascii() and text.isdigit() else text
     return Checkpoint(
         folder / CHECKPOINTS,
         every=every,

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from delock.launch.context import OF_THE_PARENT
 from delock.launch.cores import settle
 from delock.launch.failure import Failure, raised
 from delock.launch.pickling import unpack
@@ -29,7 +30,10 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class RankConfig:
-    """Holds what a process needs to become a rank. `stacks`: the file for its Python stack, on demand and on a fatal signal."""
+    """Holds what a process needs to become a rank. `stacks`: the file for its Python stack, on demand and on a fatal signal.
+
+    saves: a SIGTERM is to save the run, so it does not end a rank.
+    """
 
     rank: int
     world: int
@@ -41,6 +45,7 @@ class RankConfig:
     cores: set[int] | None
     stacks: str
     environ: Mapping[str, str]
+    saves: bool = False
 
 
 class ParentPipe:
@@ -84,8 +89,8 @@ def main(config: RankConfig, memory: Any, stop: Any, down: Connection, up: Conne
 
 def _prepare(config: RankConfig) -> None:
     """Sets signals and environment, and makes sure that the rank dies with its parent and can show its stack at any time."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    for number in (signal.SIGINT, signal.SIGTERM) if config.saves else (signal.SIGINT,):
+        signal.signal(number, signal.SIG_IGN)  # the parent handles what comes to the whole group
     os.environ.clear()  # the fork server still has the environment of its start
     os.environ.update(config.environ)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
@@ -96,6 +101,7 @@ def _prepare(config: RankConfig) -> None:
         os._exit(1)
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_PARENT)
 
 
 def die_with_parent() -> None:

@@ -20,6 +20,7 @@ from delock.launch import allocator
 
 RankContext: TypeAlias = ForkServerContext | SpawnContext
 
+OF_THE_PARENT = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}) if sys.platform != "win32" else frozenset()
 PRELOAD = ("delock.launch.preload",)
 
 
@@ -35,9 +36,10 @@ def context(preload: Sequence[str] = ()) -> RankContext:
     if importing_main():
         return ranks
     ranks.set_forkserver_preload([*PRELOAD, *preload])
-    resource_tracker.ensure_running()  # first: starting it from below would unblock SIGINT again
+    with _signals_blocked():
+        resource_tracker.ensure_running()  # first: starting it from below would unblock SIGINT again
     before = _server()
-    with _interrupts_blocked(), allocator.tuned():
+    with _signals_blocked(), allocator.tuned():
         forkserver.ensure_running()
     if _server() not in (before, None):
         util.Finalize(None, _end, (_server(),), exitpriority=-1)  # below 0: after all processes have been joined
@@ -62,9 +64,9 @@ def _end(server: int) -> None:
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Blocks SIGINT for the server, and so for every rank, at its start: a Ctrl-C while ranks start is for the parent alone."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_blocked() -> Iterator[None]:
+    """Blocks signals for the server, and so for every rank, at its start: what comes to the whole group is for the parent alone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_PARENT)
     try:
         yield
     finally:

@@ -77,9 +77,10 @@ def run_processes(
     cores = share_cores(world, threads) if pin and device == "cpu" else [None] * world
     own = [target.__module__] if target.__module__.startswith("delock.") else []
     ranks = context(own)
+    environ = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="delock-") as folder, _store(port) as bound:
         configs = [
-            RankConfig(rank, world, bound, device, group, timeout, threads, cores[rank], f"{folder}/{rank}", dict(os.environ))
+            RankConfig(rank, world, bound, device, group, timeout, threads, cores[rank], f"{folder}/{rank}", environ, stop is not None)
             for rank in range(world)
         ]
         team = _Team(ranks, configs, patience, stop)
@@ -222,7 +223,8 @@ class _Team:
     def stop(self) -> None:
         """Ends all processes that still run, quickly, and closes everything."""
         try:
-            self._end(BaseProcess.terminate, _TERM)
+            if not self._stop:  # else the ranks ignore SIGTERM
+                self._end(BaseProcess.terminate, _TERM)
         finally:  # also after a second Ctrl-C: this program cannot exit before its processes have
             self._end(BaseProcess.kill, _KILL)
         if self._sender is not None:

@@ -23,7 +23,7 @@ from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.ranks import run_rank
 from delock.run.request import Request
-from delock.run.resume import NEWEST, find, make_ready, resumed
+from delock.run.resume import NEWEST, find, held, resumed
 from delock.run.torchrun_rank import run_torchrun_rank
 
 Tell = Callable[[Event], None]
@@ -57,12 +57,11 @@ def _here(request: Request, tell: Tell, stop: StopRequest | None) -> tuple[Start
     left = left_out(prepared)
     started = prepared.started()
     tell(started)
-    if request.checkpoint and anew:
-        make_ready(request.checkpoint)
-    if begin or notes:
-        tell(resumed(begin, (*notes, *left)))
-    with stop.listening() if stop else nullcontext():
-        return started, _stages(prepared, tell, stop)
+    with held(request.checkpoint) if request.checkpoint and anew else nullcontext():
+        if begin or notes:
+            tell(resumed(begin, (*notes, *left)))
+        with stop.listening() if stop else nullcontext():
+            return started, _stages(prepared, tell, stop)
 
 
 def _stages(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> list[StageResult]:
@@ -84,7 +83,7 @@ def _again(prepared: PreparedRun, options: Checkpoint, error: StageFailed, tell:
     """Returns the run that goes on from its newest checkpoint after a failure; without one it begins anew."""
     options = replace(options, resume=NEWEST)
     begin, notes = find(options)
-    make_ready(options)
+    held(options)
     again = replace(prepared, begin=begin)
     tell(resumed(begin, (f"started again, because {str(error).splitlines()[0]}", *notes, *left_out(again))))
     return again

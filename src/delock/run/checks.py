@@ -57,6 +57,12 @@ def refuse_unsavable(request: Request) -> None:
     }.items():
         if given:
             raise UsageError(f"checkpoint does not go with {what}: leave one of them out")
+    if request.checkpoint and request.checkpoint.judged:
+        name, known = request.checkpoint.judged[0], ["loss", *request.metrics]
+        if request.test is None:
+            raise UsageError("best asks for the best evaluation, but there is no test data: give it, or leave best out")
+        if name not in known:
+            raise UsageError(f"best goes by {name!r}, but evaluations have {', '.join(known)}: use one of them")
     if not request.method.planned and not request.method.free_running:
         raise UsageError("turns that are drawn for a whole run cannot be saved in checkpoints: use order free, or leave checkpoint out")
 

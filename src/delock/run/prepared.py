@@ -93,7 +93,8 @@ class PreparedRun:
 
     def conditions(self) -> dict[str, Any]:
         """Returns what must be the same when the run goes on from a checkpoint."""
-        return conditions(replace(self.request, method=self.given or self.request.method), self.cuts, self.execution.layout)
+        asked = replace(self.request, method=self.given or self.request.method)
+        return conditions(asked, self.cuts, self.batch.rows, self.execution.layout)
 
     def jobs(self) -> list[StageJob]:
         """Returns a job per stage; only the first gets the data."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from delock import codecs
 from delock.checkpoints.directory import discard_unfinished, newest_first, verified
+from delock.checkpoints.folder_lock import FolderLock
 from delock.checkpoints.manifest import Manifest
 from delock.errors import UsageError
 from delock.methods import spelled
@@ -68,17 +70,38 @@ def find(options: Checkpoint, *, writes: bool = True) -> tuple[Begin | None, tup
     return begin, ()
 
 
-def make_ready(options: Checkpoint) -> None:
-    """Removes what an earlier run has left half written in the folder, before this one writes there.
+@contextmanager
+def held(options: Checkpoint) -> Iterator[None]:
+    """Keeps the folder of checkpoints for one run within the block; what an earlier one has left half written in it goes.
 
-    Raises UsageError for a folder with checkpoints of an earlier run, from which this one does not go on.
+    Raises UsageError for a folder that another run is using, and for one with checkpoints of an earlier run, from which this one does not
+    go on.
     """
-    there = newest_first(Path(options.folder))
-    if there and options.resume is None:
-        raise UsageError(
-            f"{options.folder} holds checkpoints of an earlier run ({there[0].name}): go on from them with resume, or give another folder"
-        )
-    discard_unfinished(Path(options.folder))
+    folder = Path(options.folder)
+    lock = _lock(folder)
+    try:
+        there = newest_first(folder)
+        if there and options.resume is None:
+            which = f"{options.folder} holds checkpoints of an earlier run ({there[0].name})"
+            raise UsageError(f"{which}: go on from them with resume, or give another folder")
+        discard_unfinished(folder)
+        yield
+    finally:
+        if lock:
+            lock.release()
+        with suppress(OSError):  # there is something in it
+            folder.rmdir()
+
+
+def _lock(folder: Path) -> FolderLock | None:
+    """Makes and locks the folder; None for one that has been lost since it was looked at, of which is told when a checkpoint is due."""
+    lock = FolderLock(folder, "folder of checkpoints", "give another one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.take()
+    except OSError:
+        return None
+    return lock
 
 
 def _newest(there: Sequence[Path], folder: Path) -> tuple[Begin | None, tuple[str, ...]]:
@@ -105,7 +128,7 @@ def settled(request: Request, begin: Begin | None) -> Request:
     return replace(request, cuts=cuts, execution=replace(request.execution, layout=layout))
 
 
-def conditions(request: Request, cuts: Sequence[int], layout: str) -> dict[str, Any]:
+def conditions(request: Request, cuts: Sequence[int], samples: int, layout: str) -> dict[str, Any]:
     """Returns what must be the same when the run goes on, by the names of options, as plain values."""
     execution, compression, length = request.execution, request.compression, request.length()
     return {
@@ -120,6 +143,7 @@ def conditions(request: Request, cuts: Sequence[int], layout: str) -> dict[str, 
         "codec": codecs.spelled(compression.activations),
         "error_codec": codecs.spelled(compression.errors),
         "batches per epoch": len(request.train),
+        "samples of a batch": samples,
         "eval_every": length.every,
         "test batches": length.evaluation,
         "loss": _named(request.loss),

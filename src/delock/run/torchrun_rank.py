@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,38 +20,47 @@ from delock.run.job import StageResult
 from delock.run.left_out import left_out
 from delock.run.nonfinite import explained
 from delock.run.prepare import prepare
+from delock.run.prepared import PreparedRun
 from delock.run.ranks import run_rank
 from delock.run.request import Request
-from delock.run.resume import NEWEST, find, make_ready, resumed
+from delock.run.resume import NEWEST, find, held, resumed
 
 
 def run_torchrun_rank(rank: Rank, request: Request, stop: StopRequest | None = None) -> tuple[Started, StageResult]:
     """Trains this rank's stage; returns rank 0's prediction, which is that of the run, and the stage's result."""
     request = replace(_again(request), stages=_stages(rank, request))
     request.method.fits_workers(request.workers)
-    begin, notes = find(request.checkpoint) if request.checkpoint and rank.rank == 0 else (None, ())
-    prepared = prepare(request, begin) if rank.rank == 0 else None
-    left = left_out(prepared) if prepared else ()
-    said: list[Any] = [prepared.started() if prepared else None, Ambient.here(), begin, request.checkpoint, f"delock/stop/{time.time_ns()}"]
-    if prepared:
-        rank.emit(said[0])
-        if request.checkpoint:
-            make_ready(request.checkpoint)
-    if begin or notes:
-        rank.emit(resumed(begin, (*notes, *left)))
-    torch.distributed.broadcast_object_list(said, src=0)
-    started: Started = said[0]
-    request = replace(request, checkpoint=said[3])  # whose folder may have a name by the hour
-    if said[1] != Ambient.here():
-        differ = Ambient.here().beside(said[1])
-        raise UsageError(f"torch has other settings on rank {rank.rank} than on rank 0: {differ}; make them alike in the program")
-    if request.checkpoint:
-        refuse_unshared(rank, Path(request.checkpoint.folder))
-    prepared = prepared or prepare(replace(request, cuts=started.cuts), said[2])
-    rank.be_patient(prepared.patience())
-    with explained(request), Relay(rank.rank, stop, said[4]) if stop else nullcontext() as relay:
-        rank = replace(rank, asked=relay.asked) if relay else rank
+    with ExitStack() as until_the_end:
+        prepared = _announced(rank, request, until_the_end) if rank.rank == 0 else None
+        kept = prepared.request.checkpoint if prepared else None
+        said: list[Any] = [prepared.started(), prepared.begin, kept, time.time_ns()] if prepared else [None] * 4
+        said.append(Ambient.here())
+        torch.distributed.broadcast_object_list(said, src=0)
+        started, begin, checkpoint, token, ambient = said
+        if ambient != Ambient.here():
+            differ = Ambient.here().beside(ambient)
+            raise UsageError(f"torch has other settings on rank {rank.rank} than on rank 0: {differ}; make them alike in the program")
+        request = replace(request, checkpoint=checkpoint, cuts=started.cuts)  # the folder may have a name by the hour
+        if checkpoint:
+            refuse_unshared(rank, Path(checkpoint.folder))
+        prepared = prepared or prepare(request, begin)
+        rank.be_patient(prepared.patience())
+        until_the_end.enter_context(explained(request))
+        if stop:
+            rank = replace(rank, asked=until_the_end.enter_context(Relay(rank.rank, stop, f"delock/stop/{token}")).asked)
         return started, run_rank(rank, prepared.jobs()[rank.rank])
+
+
+def _announced(rank: Rank, request: Request, until_the_end: ExitStack) -> PreparedRun:
+    """Returns the run as rank 0 has prepared it; the folder of checkpoints is kept for it until the end."""
+    begin, notes = find(request.checkpoint) if request.checkpoint else (None, ())
+    prepared = prepare(request, begin)
+    rank.emit(prepared.started())
+    if request.checkpoint:
+        until_the_end.enter_context(held(request.checkpoint))
+    if begin or notes:
+        rank.emit(resumed(begin, (*notes, *left_out(prepared))))
+    return prepared
 
 
 def _again(request: Request) -> Request:

@@ -20,11 +20,11 @@ TRIES = 20  # the file may be removed by another run's end between two steps her
 class FolderLock:
     """Holds a folder by a lock on a file in it, which the operating system takes away with the process, even a killed one.
 
-    A file system without locks lets all in.
+    A file system without locks lets all in. what, remedy: for errors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / LOCK
+    def __init__(self, folder: Path, what: str = "run folder", remedy: str = "give another --out") -> None:
+        self.folder, self.path, self.what, self.remedy = folder, folder / LOCK, what, remedy
         self._handle = -1
 
     def take(self) -> None:
@@ -39,7 +39,7 @@ class FolderLock:
             if self.holds():
                 return self._sign()
             os.close(self._handle)
-        raise UsageError(f"the run folder {self.folder} is being removed by another run: give another --out")
+        raise UsageError(f"the {self.what} {self.folder} is being removed by another run: {self.remedy}")
 
     def holds(self) -> bool:
         """Returns True if the file that is locked is still the one in the folder: neither was removed, or replaced by another's."""
@@ -70,6 +70,6 @@ class FolderLock:
         except BlockingIOError:
             number = os.read(self._handle, 32).decode(errors="replace").strip()
             process = f" (process {number})" if number.isdecimal() else ""  # it may not have written it yet
-            raise UsageError(f"the run folder {self.folder} is in use by another run{process}: give another --out") from None
+            raise UsageError(f"the {self.what} {self.folder} is in use by another run{process}: {self.remedy}") from None
         except OSError:  # a file system without locks
             pass
