@@ -48,8 +48,9 @@ class Recorder:
     made: dict[int, Any] = field(default_factory=dict)
 
     def __call__(self, named: Any, *, stage: StageFacts = ALONE) -> Any:
-        self.made[stage.k] = for_stage(self.factory, stage)(named)
-        return self.made[stage.k]
+        made = for_stage(self.factory, stage)(named)
+        self.made.setdefault(stage.k, made)  # others are made to look at what they would keep
+        return made
 
 
 @pytest.fixture

@@ -91,8 +91,8 @@ def test_time_is_accounted_for_to_the_second(hands: Hands) -> None:
         engine.link = Late(engine.link, hands)
     chain.run()
     lower, upper = (engine.log for engine in chain.engines)
-    assert lower.seconds == {"forward": 6, "backward": 6 * 2, "update": 0, "waiting": 6 * 2, "evaluation": 2 * 2 * 50}
-    assert upper.seconds == {"forward": 6 * 3, "backward": 6 * 6, "update": 0, "waiting": 6 * 2, "evaluation": 2 * 2 * (70 + 2)}
+    assert lower.seconds == {"forward": 6, "backward": 6 * 2, "update": 0, "saving": 0, "waiting": 6 * 2, "evaluation": 2 * 2 * 50}
+    assert upper.seconds == {"forward": 6 * 3, "backward": 6 * 6, "update": 0, "saving": 0, "waiting": 6 * 2, "evaluation": 2 * 2 * (70 + 2)}
     for log in (lower, upper):
         spans = log.spans or []
         assert sum(s.end - s.start + s.waited for s in spans) == sum(log.seconds.values())
@@ -121,8 +121,8 @@ def test_to_wait_for_room_is_no_work(hands: Hands) -> None:
         engine.link = Full(engine.link, hands)
     chain.run()
     lower, upper = (engine.log for engine in chain.engines)
-    assert lower.seconds == {"forward": 6, "backward": 6 * 2, "update": 0, "waiting": 6 * 3, "evaluation": 2 * 2 * (50 + 3)}
-    assert upper.seconds == {"forward": 6 * 3, "backward": 6 * 6, "update": 0, "waiting": 6 * 3, "evaluation": 2 * 2 * 70}
+    assert lower.seconds == {"forward": 6, "backward": 6 * 2, "update": 0, "saving": 0, "waiting": 6 * 3, "evaluation": 2 * 2 * (50 + 3)}
+    assert upper.seconds == {"forward": 6 * 3, "backward": 6 * 6, "update": 0, "saving": 0, "waiting": 6 * 3, "evaluation": 2 * 2 * 70}
     assert [sum(span.full for span in log.spans or []) for log in (lower, upper)] == [6 * 3 + 2 * 2 * 3, 6 * 3], "why it waited"
 
 

@@ -59,7 +59,7 @@ class Session:
                 if event.compiled:
                     self.screen.line("compiling every stage, outside all measured times: often half a minute, less the second time")
                 self.screen.phase("training", event.batches)
-                if (self.folder.path / CHECKPOINTS).exists() and not config.survival.resume:
+                if any((self.folder.path / CHECKPOINTS).glob("batch-*")) and not config.survival.resume:
                     self.open()  # with --overwrite: an earlier run's checkpoints go before those of this one come
                 return
             case StepRecord():

@@ -42,10 +42,13 @@ def make_folder(prepared: PreparedRun) -> None:
             f"the disk of {folder} has {_said(usage.free)} free, but the checkpoints need about {_said(need)} more, {_said(one)} each: "
             "keep fewer (keep, --checkpoint-keep), give another folder, or leave them out (checkpoint, --no-checkpoint)"
         )
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"the folder of checkpoints {folder} cannot be made: {error.strerror}: give another folder") from error
+    for path in missing:  # until the run begins
+        path.rmdir()
 
 
 def forecast(prepared: PreparedRun) -> int:
