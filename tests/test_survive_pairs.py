@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,10 @@ def complaints(cases: Sequence[Case]) -> Iterator[str]:
                 goes_on(case, Path(folder))
             except (AssertionError, DelockError, RuntimeError) as error:
                 yield f"{case}: {type(error).__name__} {error}"
+    gc.collect()
+    with suppress(ChildProcessError):  # workers of torchdata that nobody has waited for
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 @pytest.mark.usefixtures("own_random")

@@ -45,6 +45,10 @@ class Feed:
         put(self.train, state)
         self.placed = True
 
+    def close(self) -> None:
+        """Lets go of the batches, so that a data loader ends its processes now, and not when the collector finds this feed."""
+        self.batches = self.evaluation = None
+
     def __call__(self, op: Forward | Evaluate) -> Message:
         """Returns the message of one op: inputs, labels, and the micro-batch's share of its batch as weight."""
         if isinstance(op, Evaluate):

@@ -66,7 +66,7 @@ class Worker:
         self.tracker = History(job, self.log, emit, device)
         self.sent = link.sent
         slow, delay = _pace(job)
-        feed = Feed(job.train, job.test, job.method.micro_batches, device) if job.train is not None else None
+        self.feed = feed = Feed(job.train, job.test, job.method.micro_batches, device) if job.train is not None else None
         codec, error_codec = job.compression.activations, job.compression.errors
         self.engine = Engine(
             self.stage,
@@ -111,9 +111,11 @@ class Worker:
         self.saver.finish(tick)
 
     def abandon(self) -> None:
-        """Gives up checkpoints that cannot be completed any more, after a failure."""
+        """Gives up checkpoints that cannot be completed any more, after a failure, and lets go of the data."""
         if self.saver:
             self.saver.abandon()
+        if self.feed:
+            self.feed.close()
 
     def close(self) -> None:
         """Waits until all checkpoints are written."""
