@@ -92,7 +92,7 @@ def test_time_is_accounted_for_to_the_second(hands: Hands) -> None:
     chain.run()
     lower, upper = (engine.log for engine in chain.engines)
     assert lower.seconds == {"forward": 6, "backward": 6 * 2, "update": 0, "saving": 0, "waiting": 6 * 2, "evaluation": 2 * 2 * 50}
-    assert upper.seconds == {"forward": 6 * 3, "backward": 6 * 6, "update": 0, "saving": 0, "waiting": 6 * 2, "evaluation": 2 * 2 * (70 + 2)}
+    assert upper.seconds == {"forward": 6 * 3, "backward": 6 * 6, "update": 0, "saving": 0, "waiting": 6 * 2, "evaluation": 4 * (70 + 2)}
     for log in (lower, upper):
         spans = log.spans or []
         assert sum(s.end - s.start + s.waited for s in spans) == sum(log.seconds.values())
