@@ -225,7 +225,7 @@ def damaged(path: Path, how: str) -> None:
         ("manifest", "the manifest is no JSON"),
         ("outside", "is not as it was written"),
         ("deep", "the manifest is no JSON"),
-        ("pipe", "is no file of a checkpoint"),
+        ("pipe", "is no checkpoint: manifest.json is missing, or not a file"),
         ("changed", "the manifest is not as it was written"),
         ("later", "format 99, and this Delock reads format 1"),
     ],

@@ -83,6 +83,7 @@ def test_stalenesses_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
         assert told == [", ".join(f"{stage[name]:g}" for stage in stages) for name in names], words
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_random")
 def test_times_and_speeds(capsys: pytest.CaptureFixture[str]) -> None:
     rows = table(METHODS_PAGE, "`delock plan --stages 4 --method`")

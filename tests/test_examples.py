@@ -30,7 +30,7 @@ def test_there_is_a_test_of_every_example() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(LENGTH)
 
 
-@pytest.mark.parametrize("name", LENGTH)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "regression" else []) for name in LENGTH])
 def test_the_same_in_one_process_and_in_many(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As a user starts it, and called from here: the same losses in print, and they fall."""
     with torch.random.fork_rng(devices=[]):

@@ -150,7 +150,7 @@ def test_ctrl_c_ends_all_ranks_quietly(tmp_path: Path) -> None:
     wait_until(lambda: not any(map(alive, ranks)), 5)
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("by", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ranks_do_not_outlive_their_parent(tmp_path: Path, by: signal.Signals) -> None:
     program, ranks = start_blocking_program(tmp_path)
     program.send_signal(by)

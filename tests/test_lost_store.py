@@ -62,6 +62,7 @@ def client(server: subprocess.Popen[str]) -> TCPStore:
     return TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False, timeout=timedelta(seconds=60))
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer(server: subprocess.Popen[str]) -> None:
     one = One(client(server))
     os.kill(server.pid, signal.SIGSTOP)
@@ -75,6 +76,7 @@ def test_a_store_that_does_not_answer(server: subprocess.Popen[str]) -> None:
     one.beats.close()
 
 
+@pytest.mark.slow
 def test_a_store_that_goes_on_in_time(server: subprocess.Popen[str]) -> None:
     one = One(client(server))
     one.beats.be_patient(600.0)

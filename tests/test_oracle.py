@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +44,10 @@ def assert_close(got: list[StageResult], want: OracleRun) -> None:
     assert oracles.gap(torch.tensor(got[-1].losses, dtype=torch.float64), torch.stack(want.losses).double()) <= 1e-10
 
 
-def by_turns(methods: Callable[[int], Sequence[Method]]) -> list[tuple[str, int, Method]]:
+def by_turns(methods: Callable[[int], Sequence[Method]]) -> list[Any]:
     """Every pair of a method and a number of stages, on one workload and the other by turns: every pair of these and a workload, too."""
-    return [(("conv", "tuple")[(K + i) % 2], K, method) for K in (2, 3, 5) for i, method in enumerate(methods(K))]
+    found = [(("conv", "tuple")[(K + i) % 2], K, method) for K in (2, 3, 5) for i, method in enumerate(methods(K))]
+    return [pytest.param(*case, marks=[pytest.mark.slow] if case[1] == 5 else []) for case in found]
 
 
 def delayed(K: int) -> Sequence[Method]:

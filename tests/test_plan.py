@@ -22,7 +22,7 @@ from delock.timeline import gradient_staleness, layer_staleness, warm_group
 import papers
 
 COURSE = RunLength(batches=11, every=4, evaluation=2)  # the last stretch is shorter, and 11 leaves incomplete groups for M = 2, 3, 4
-STAGES = pytest.mark.parametrize("K", [1, 3, 6])
+STAGES = pytest.mark.parametrize("K", [1, 3, pytest.param(6, marks=pytest.mark.slow)])
 
 
 def cases(K: int) -> Iterator[Method]:

@@ -311,6 +311,7 @@ def test_the_next_place_is_taken_if_the_first_has_no_room(
     assert list(Path("disk/cache/unsaved").iterdir()) == [], "half a run"
 
 
+@pytest.mark.slow
 def test_no_place_at_all(here: Path) -> None:
     """Files may have 10 KB, wherever they are."""
     command = [sys.executable, "-m", "delock", *RUN, "a"]
@@ -339,6 +340,7 @@ def test_a_comparison_without_room(here: Path, disk: Callable[..., Path], capsys
     assert heard.err.splitlines()[-1].startswith("error: the run folder disk/c could not take compare.")
 
 
+@pytest.mark.slow
 def test_a_log_without_room_costs_no_run(here: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "delock", *RUN, "a"], stdout=full, stderr=full, timeout=120, check=False)

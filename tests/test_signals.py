@@ -28,7 +28,11 @@ def status(folder: str) -> str:
 
 @pytest.mark.parametrize(
     ("sent", "group", "code"),
-    [([signal.SIGINT], True, 130), ([signal.SIGINT] * 3, True, 130), ([signal.SIGINT, signal.SIGTERM], False, 143)],
+    [
+        pytest.param([signal.SIGINT], True, 130, marks=pytest.mark.slow),
+        ([signal.SIGINT] * 3, True, 130),
+        pytest.param([signal.SIGINT, signal.SIGTERM], False, 143, marks=pytest.mark.slow),
+    ],
     ids=["once", "impatient", "in the background"],
 )
 def test_a_signal_ends_training_in_order(start: Callable[..., Program], sent: list[signal.Signals], group: bool, code: int) -> None:
@@ -44,6 +48,7 @@ def test_a_signal_ends_training_in_order(start: Callable[..., Program], sent: li
     assert {path.name for path in Path("a").iterdir()} == {"config.toml", "metrics.jsonl", "summary.json"}
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_comparison_in_order(start: Callable[..., Program]) -> None:
     program = start(*COMPARE, "--no-plain")
     program.until("epoch 2")

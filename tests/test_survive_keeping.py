@@ -7,7 +7,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from threading import Event as Flag
@@ -122,22 +122,24 @@ def in_its_place(folder: Path) -> None:
     raise AssertionError(folder)
 
 
-@pytest.fixture
-def disk() -> Iterator[Callable[[], None]]:
-    """Fills the disk: no file grows beyond 100 bytes."""
+@contextmanager
+def bounded() -> Iterator[Callable[[], None]]:
+    """Gives a function that fills the disk: no file grows beyond 100 bytes, until the end of the block. (This program's own log, too.)"""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("how", ["full", "removed", "a file"])
-def test_a_disk_that_fails_ends_no_run(tmp_path: Path, disk: Callable[[], None], how: str) -> None:
-    folder = tmp_path / "checkpoints"
-
-    acts = {"full": disk, "removed": lambda: shutil.rmtree(folder, ignore_errors=True), "a file": lambda: in_its_place(folder)}
-    breaks = Breaks(acts[how])
-    whole = train()
-    assert_same(train(folder, keeps={"every": 4, "keep": 99}, on_event=breaks), whole)
+def test_a_disk_that_fails_ends_no_run(tmp_path: Path, how: str) -> None:
+    folder, whole = tmp_path / "checkpoints", train()
+    with bounded() as full:
+        acts = {"full": full, "removed": lambda: shutil.rmtree(folder, ignore_errors=True), "a file": lambda: in_its_place(folder)}
+        breaks = Breaks(acts[how])
+        again = train(folder, keeps={"every": 4, "keep": 99}, on_event=breaks)
+    assert_same(again, whole)
     told = {one.batches: one.problem for one in written(breaks.events)}
     if how == "removed":  # it is made again
         assert names(folder)[0] == 20

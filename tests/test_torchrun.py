@@ -121,6 +121,7 @@ def test_a_killed_rank_under_torchrun_is_named(tmp_path: Path) -> None:
     assert done.stderr.count("error: stage ") == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_under_torchrun_shows_its_stack(tmp_path: Path) -> None:
     done = ill(tmp_path, "hang")
     assert done.returncode != 0

@@ -205,10 +205,10 @@ def verified(path: Path, *, contents: bool = True) -> Manifest:
 
 
 def manifest_of(path: Path) -> Manifest:
-    """Returns the manifest of a checkpoint as it stands there. Raises UsageError for one that is not as it was written, and OSError."""
+    """Returns the manifest of a checkpoint as it stands there. Raises UsageError for one that is not as it was written; OSError."""
     file = path / MANIFEST
     if not file.is_file() or file.stat().st_size > LONGEST:  # a pipe would never end
-        raise UsageError(f"{MANIFEST} is no file of a checkpoint")
+        raise OSError(f"{MANIFEST} is missing, or not a file of one")
     return Manifest.loads(file.read_text())
 
 
