@@ -155,6 +155,7 @@ torch.save(test_ambient.run("processes"), sys.argv[2] + os.environ["RANK"])
 """
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_must_be_alike(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     done = torchrun(tmp_path / "script.py", "differ", str(tmp_path / "out"))

@@ -171,6 +171,7 @@ def test_a_script_without_guard_is_told_so(tmp_path: Path) -> None:
     assert done.stderr.count("Traceback") == 1  # the parent's
 
 
+@pytest.mark.slow
 def test_what_is_defined_in_a_notebook_is_told_so() -> None:
     code = "from delock.launch.context import context\ncontext()\nfrom delock.launch.processes import run_processes\n"
     code += "def target(rank, payload): pass\nrun_processes(target, [1, 2])\n"

@@ -234,6 +234,7 @@ def test_an_option_of_another_method(here: Path, capsys: pytest.CaptureFixture[s
 # -- other ways to run -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_random")
 def test_rows_of_a_comparison_run_freely_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = ["--methods", "dgl,dgl-async,dgl-async:buffer=1:max_reuse=1", "--no-plain"]
@@ -265,6 +266,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_run_freely(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "script.py").write_text(SCRIPT)
     words = [*SMALL, "--method", "dgl-async", "--epochs", "2"]

@@ -115,6 +115,7 @@ def test_a_folder_in_use_is_refused(here: Path, capsys: pytest.CaptureFixture[st
     assert main(words) == 0
 
 
+@pytest.mark.slow
 def test_of_two_runs_started_together_one_is_refused_before_it_trains(here: Path) -> None:
     command = [sys.executable, "-m", "delock", *RUN, "new/a", "--epochs", "200"]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -114,6 +114,7 @@ def test_a_failing_rank_under_torchrun_is_told_once(tmp_path: Path) -> None:
     assert "error: stage 0" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_rank_under_torchrun_is_named(tmp_path: Path) -> None:
     done = ill(tmp_path, "kill")
     assert done.returncode != 0
