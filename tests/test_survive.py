@@ -37,7 +37,17 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(tmp_path: Path,
 def test_a_run_whose_stage_is_killed_goes_on_by_itself(tmp_path: Path) -> None:
     killer = Killer(3, 3)
     killer.at = 17
-    again = train(tmp_path, keeps={"every": 5, "restarts": 1}, workers="processes", on_event=killer)
+    half = tmp_path / ".batch-00000020"
+
+    def on_event(event: Event) -> None:
+        before = killer.killed
+        killer(event)
+        if killer.killed and not before:  # what the first life has left half written must not enter a checkpoint of the second
+            half.mkdir(exist_ok=True)
+            (half / "of-the-first-life").touch()
+
+    again = train(tmp_path, keeps={"every": 5, "restarts": 1}, workers="processes", on_event=on_event)
+    assert not list(tmp_path.rglob("of-the-first-life"))
     assert [event.batches > 0 for event in killer.resumed] == [True]
     assert f"stage {killer.stage} was killed by SIGKILL" in killer.resumed[0].notes[0]
     assert killer.in_flight > 0

@@ -14,6 +14,7 @@ import pytest
 
 from delock.cli import main
 
+from commands import Program
 from ranks import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_random")]
@@ -22,27 +23,19 @@ SHORT = ["train", "--model", "mlp", "--limit", "128", "--batch-size", "16", "--e
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-class Launched:
+class Launched(Program):
     """A run under torchrun in a session of its own."""
 
     def __init__(self, *words: str, restarts: int = 0) -> None:
         command = [*LAUNCH, "--max-restarts", str(restarts), "-m", "delock", *words]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
-    def until(self, start: str) -> None:
-        """Read its output up to a line that begins so."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(start):
-                return
-        pytest.fail(f"the program ended: {self.process.communicate(timeout=20)}")
-
     def ranks(self) -> list[int]:
         """The processes of its ranks."""
         listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=False)
         return sorted(map(int, listed.stdout.split()))
 
-    def ends(self) -> tuple[int, str, str]:
+    def done(self) -> tuple[int, str, str]:
         """Exit code and output."""
         out, error = self.process.communicate(timeout=120)
         return self.process.returncode, out, error
@@ -81,7 +74,7 @@ def test_torchrun_starts_again_what_was_killed(here: Path, whole: dict[int, byte
     launched.append(run := Launched(*SHORT, "--epochs", "120", "--out", "a", "--checkpoint-every", "20", restarts=1))
     run.until(f"checkpoint at batch {20 + 40 * seed}")
     os.kill(run.ranks()[seed % 2], signal.SIGKILL)
-    code, out, error = run.ends()
+    code, out, error = run.done()
     assert code == 0, error
     assert "goes on from a/checkpoints/batch-" in out
     assert Path("a/model.safetensors").read_bytes() == whole[120]
@@ -99,12 +92,12 @@ def test_a_signal_under_torchrun_saves_the_run(here: Path, whole: dict[int, byte
             os.killpg(run.process.pid, signal.SIGINT)
         case "rank 1":
             os.kill(run.ranks()[1], signal.SIGUSR1)
-    code, out, error = run.ends()
+    code, out, error = run.done()
     assert code != 0
     assert "goes on from batch" in error, error
     assert json.loads(Path("a/summary.json").read_text())["status"] == "interrupted"
     launched.append(again := Launched("train", "--resume", "a", "--threads", "1"))
-    code, out, error = again.ends()
+    code, out, error = again.done()
     assert code == 0, error
     assert "goes on from a/checkpoints/batch-" in out
     assert Path("a/model.safetensors").read_bytes() == whole[120]
@@ -112,7 +105,7 @@ def test_a_signal_under_torchrun_saves_the_run(here: Path, whole: dict[int, byte
 
 def test_a_run_that_may_start_again_must_find_its_folder(here: Path, launched: list[Launched]) -> None:
     launched.append(run := Launched(*SHORT, "--epochs", "1", restarts=1))
-    code, _, error = run.ends()
+    code, _, error = run.done()
     assert code != 0
     assert "must find its folder then: give --out" in error
     assert not list(here.iterdir())

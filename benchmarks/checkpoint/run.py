@@ -58,7 +58,7 @@ class Tokens:
 
 
 def train(batches: int, checkpoints: int, folder: Path, size: dict[str, int]) -> dict[str, Any]:
-    """Trains, with so many checkpoints spread over the run, and returns what was measured."""
+    """Trains with that number of checkpoints, spread over the run, and returns what was measured."""
     told: list[Event] = []
     every = max(1, round(batches / (checkpoints + 0.5)))
     keeps = {"checkpoint": Checkpoint(folder, every=every)} if checkpoints else {}

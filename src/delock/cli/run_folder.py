@@ -123,7 +123,7 @@ class RunFolder:
         self.attempt(METRICS, self._metrics.flush, self.path)
 
     def cut(self, batches: int, evaluations: int, source: Path) -> None:
-        """Keeps of a run's records those of so many batches and evaluations; source: the folder of the run that goes on."""
+        """Keeps the records of the first `batches` and `evaluations`, and drops later ones; source: the folder of the run that goes on."""
         made = count(1)
 
         def wanted(record: dict[str, Any]) -> bool:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
 
+from delock.checkpoints.directory import discard_unfinished
 from delock.errors import StageFailed
 from delock.launch.processes import OnEvent, run_processes
 from delock.launch.stopping import StopRequest
@@ -83,7 +85,7 @@ def _again(prepared: PreparedRun, options: Checkpoint, error: StageFailed, tell:
     """Returns the run that goes on from its newest checkpoint after a failure; without one it begins anew."""
     options = replace(options, resume=NEWEST)
     begin, notes = find(options)
-    held(options)
+    discard_unfinished(Path(options.folder))
     again = replace(prepared, begin=begin)
     tell(resumed(begin, (f"started again, because {str(error).splitlines()[0]}", *notes, *left_out(again))))
     return again

@@ -160,12 +160,12 @@ class Saver:
         self.news.append(CheckpointRecord(instant.batches, path, problem=f"stage {self.job.k}: {what}", last=instant.last))
 
     def _came_due(self, batches: int) -> bool:
-        """Returns True if so many batches, or so much time, have passed since the last one."""
+        """Returns True if the next checkpoint is due after `batches` batches, or by the clock."""
         every, seconds = self.options.batches, self.options.seconds
         return bool(every and batches // every > self.latest // every) or bool(seconds and time.monotonic() - self.since >= seconds)
 
     def _rest(self) -> dict[str, Any]:
-        """Returns what the run goes on from, beside its engine; nothing of it changes afterwards."""
+        """Returns what a checkpoint needs beside the engine's state, as values that do not change any more."""
         sent = {peer: asdict(counts) for peer, counts in self.engine.link.sent.to.items()}
         data = self.feed.state() if self.feed else None
         return {

@@ -39,7 +39,7 @@ def write(writer: Writer, state: Mapping[str, Any], rest: Mapping[str, Any], nam
 
 
 def load(path: Path, k: int, names: Mapping[str, str], device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the state of an engine and what lay beside it. Raises UsageError for files that are not those of such a stage."""
+    """Returns the state of an engine, and the rest that `write` was given. Raises UsageError for files of another kind."""
     tensors, _ = read_tensors(path / f"weights-{k}.safetensors")
     optimizer, found = read(path, "optimizer", k), _moved(read(path, "in-flight", k), device)
     under, own = f"heads.{k}.", {original: name for name, original in names.items()}

@@ -94,7 +94,7 @@ def held(options: Checkpoint) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> FolderLock | None:
-    """Makes and locks the folder; None for one that has been lost since it was looked at, of which is told when a checkpoint is due."""
+    """Makes and locks the folder. Returns None for one that cannot be used any more; the next checkpoint will say so."""
     lock = FolderLock(folder, "folder of checkpoints", "give another one")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,7 @@ class Learner:
                 self.schedule.step()  # type: ignore[union-attr]
 
     def adopt(self, states: Mapping[str, Any], beside: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over an optimizer's state by the names of weights, and entries of its groups beside its options."""
+        """Takes over an optimizer's state by the names of weights, and what its groups keep beside their options."""
         if self.optimizer:
             own = self.optimizer.state_dict()
             names = [name for group in self.held() for name in group]
