@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from delock.cli.config import TrainConfig, build, flat, make_method, resolve, toml
+from delock.cli.config import TrainConfig, flat, make_method
 from delock.cli.config.options import CheckpointOptions
+from delock.cli.kept_run import read_config
 from delock.cli.ranks import ranks
 from delock.cli.run_folder import CHECKPOINTS, CONFIG, SUMMARY
 from delock.errors import UsageError
@@ -58,7 +59,7 @@ def refuse_changed(config: TrainConfig, out: Path) -> None:
     run = out if resume == NEWEST else path.parent if path.name == CHECKPOINTS else path.parent.parent
     if not (run / CONFIG).is_file():
         return
-    then, now = flat(resolve(build(TrainConfig, toml.read(run / CONFIG), str(run / CONFIG)))), flat(config)
+    then, now = flat(read_config(run)), flat(config)
     chief = ("method", "model", "data", "optimizer")  # others follow from them
     for name in sorted({*then, *now} - FREE, key=lambda name: (name not in chief, name)):
         if then.get(name) != now.get(name):
@@ -71,7 +72,7 @@ def is_over(config: TrainConfig, out: Path) -> bool:
     """Returns True if a run that is to go on in its own folder has finished, and is not to be longer than it was."""
     if config.survival.resume != NEWEST or not (out / SUMMARY).is_file() or not (out / CONFIG).is_file():
         return False
-    then = resolve(build(TrainConfig, toml.read(out / CONFIG), str(out / CONFIG)))
+    then = read_config(out)
     length = (config.training.epochs, config.training.batches) == (then.training.epochs, then.training.batches)
     return length and json.loads((out / SUMMARY).read_text()).get("status") == "finished"
 
