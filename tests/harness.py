@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -28,6 +29,11 @@ from papers import ORDERS
 from workloads import WORK, Samples, sgd, warm_up
 
 CPU = torch.device("cpu")
+
+
+def plainly(value: object) -> str:
+    """Returns the text of a parameter without addresses, which differ between the processes that run the tests."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def every_method(K: int) -> list[Method]:

@@ -29,7 +29,7 @@ from delock.run.inline import run_inline
 from delock.run.job import StageJob, StageResult
 from delock.run.request import Request
 
-from harness import CPU, assert_equal, inline, jobs
+from harness import CPU, assert_equal, inline, jobs, plainly
 from workloads import Samples, class_loss, mlp, sgd, warm_up
 
 METHODS: list[Method] = [
@@ -317,7 +317,7 @@ def test_the_optimizer_keeps_its_groups() -> None:
         ({"train": Samples("image", 30, 8)}, "batches of one size, but here they have 8 and 6 samples"),
         ({}, ""),
     ],
-    ids=str,
+    ids=plainly,
 )
 def test_what_is_refused_before_anything_is_measured(changed: dict[str, Any], said: str) -> None:
     options: dict[str, Any] = dict.fromkeys(("model", "train", "test", "loss", "method", "optimizer"))

@@ -108,7 +108,7 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 sys.path.insert(0, "benchmarks/gpu")
 import pytest, run
-sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "tests/gpu"]))
+sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "-n", "0", "tests/gpu"]))
 """
 
 

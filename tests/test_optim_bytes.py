@@ -14,6 +14,7 @@ from delock.optim.stage_facts import for_stage
 from delock.partition.live_bytes import LiveBytes
 from delock.recipes import SGD, AdamW, NAdamW, error_feedback, muon, scadamw, scsgd, soap
 
+from harness import plainly
 from walks import Named, facts
 
 SHAPES = {"a.weight": (64, 64), "a.bias": (64,), "b.weight": (256, 64), "c.weight": (128, 256), "c.bias": (128,), "d.qkv.weight": (96, 32)}
@@ -56,7 +57,7 @@ def held(optimizer: Any, weights: Named) -> tuple[int, int]:
         *(NAdamW(0.1), scadamw(), scsgd(0.1), scsgd(0.1, weight_decay=0.1), muon(), soap(precondition_frequency=1)),
         *(error_feedback(base) for base in (SGD(0.1), SGD(0.1, weight_decay=0.1), AdamW(0.1), scadamw(), muon(), torch.optim.RMSprop)),
     ],
-    ids=str,
+    ids=plainly,
 )
 def test_what_a_factory_says_is_what_steps_hold(factory: Any, tau: float) -> None:
     weights = named()

@@ -19,6 +19,7 @@ from delock.optim.feedback import ErrorFeedback
 from delock.optim.stage_facts import for_stage
 from delock.recipes import SGD, AdamW, error_feedback, muon, scadamw, soap
 
+from harness import plainly
 from walks import DECAYING, advance, assert_close, assert_equals, by_hand, facts, interrupted, start, walk
 
 
@@ -56,7 +57,7 @@ def test_it_is_its_equation(base: Any, plain: Any, tau: float, c: float) -> None
 
 
 @pytest.mark.parametrize("tau", [0.75, 2.5])
-@pytest.mark.parametrize("base", [AdamW(0.05), scadamw(0.05), muon(), soap(), partial(torch.optim.SGD, lr=0.05)], ids=str)
+@pytest.mark.parametrize("base", [AdamW(0.05), scadamw(0.05), muon(), soap(), partial(torch.optim.SGD, lr=0.05)], ids=plainly)
 def test_a_loaded_state_goes_on_as_the_whole(base: Any, tau: float) -> None:
     factory = for_stage(pickle.loads(pickle.dumps(error_feedback(base))), facts(tau))
     assert type(factory(start())) is ErrorFeedback

@@ -20,7 +20,7 @@ from delock.timeline import stage_facts
 import oracles
 import oracles_parts
 import papers
-from harness import assert_equal, in_processes, inline, jobs, same_tree, whole_and_resumed
+from harness import assert_equal, in_processes, inline, jobs, plainly, same_tree, whole_and_resumed
 from oracles import MakeOptimizer
 from workloads import WORK, batches, warm_up
 
@@ -107,7 +107,7 @@ def test_processes_equal_one_process(method: Method, optimizer: Any, schedule: A
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.parametrize("optimizer", [muon(), soap(), scadamw(0.01), error_feedback(SGD(0.01)), error_feedback(muon())], ids=str)
+@pytest.mark.parametrize("optimizer", [muon(), soap(), scadamw(0.01), error_feedback(SGD(0.01)), error_feedback(muon())], ids=plainly)
 @pytest.mark.parametrize("method", [FDG(micro_batches=3, ahead="part"), ADL(4)], ids=str)
 @pytest.mark.parametrize("stop", [2, 5])
 def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, optimizer: Any, stop: int) -> None:

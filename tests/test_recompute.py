@@ -28,7 +28,7 @@ from delock.tensors import map_tensors
 from test_memory import allocated
 
 from chain import Chain, seeded, vectors
-from harness import inline, jobs, same_state, same_tree, whole_and_resumed
+from harness import inline, jobs, plainly, same_state, same_tree, whole_and_resumed
 from workloads import sgd
 
 pytestmark = pytest.mark.usefixtures("own_random")
@@ -156,7 +156,7 @@ def test_a_gpt_and_a_resnet(net: Callable[[bool], tuple[list[nn.Module], Any, An
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("net", "method"), [(transformer, FDG(ahead="part")), (resnet, DDG()), (transformer, FR())], ids=str)
+@pytest.mark.parametrize(("net", "method"), [(transformer, FDG(ahead="part")), (resnet, DDG()), (transformer, FR())], ids=plainly)
 def test_processes_equal_one(net: Callable[[bool], tuple[list[nn.Module], Any, Any]], method: Method) -> None:
     seen = []
     for workers in ("inline", "processes"):

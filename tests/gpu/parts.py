@@ -24,7 +24,7 @@ WHOLE = 450.0  # seconds that all parts may take together
 SHOWN = 40  # last lines of a part that failed
 COUNT = "import torch; print(torch.cuda.device_count(), torch.cuda.get_device_name(0) if torch.cuda.is_available() else '')"
 NEEDED = ("numpy", "torch", "pytest", "pytest_timeout")
-TESTS = ("-m", "pytest", "-q", "--tb=short", "-p", "pytest_timeout", "-p", "no:cacheprovider", "--timeout=60")
+TESTS = ("-m", "pytest", "-q", "--tb=short", "-p", "pytest_timeout", "-p", "no:cacheprovider", "--timeout=60", "-o", "addopts=")
 SHORT = ["--models", "resnet20", "--rows", "32", "128", "--rounds", "3", "--batches", "50"]
 
 
