@@ -78,9 +78,10 @@ def test_a_signal_saves_the_run(start: Callable[..., Program], whole: str, numbe
     assert summary["status"] == "finished"
 
 
-def test_a_killed_program_goes_on(start: Callable[..., Program], whole: str) -> None:
+@pytest.mark.parametrize("batch", [100, *(pytest.param(n, marks=pytest.mark.slow) for n in (25, 175, 300, 425))])
+def test_a_killed_program_goes_on(start: Callable[..., Program], whole: str, batch: int) -> None:
     program = start(*SHORT, "--out", "a", "--checkpoint-every", "25")
-    program.until("checkpoint at batch 100")
+    program.until(f"checkpoint at batch {batch}")
     os.killpg(program.process.pid, signal.SIGKILL)
     program.process.communicate(timeout=20)
     assert main(["train", "--out", "a", "--resume"]) == 0

@@ -69,10 +69,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, bytes]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(10))
 def test_torchrun_starts_again_what_was_killed(here: Path, whole: dict[int, bytes], launched: list[Launched], seed: int) -> None:
     launched.append(run := Launched(*SHORT, "--epochs", "120", "--out", "a", "--checkpoint-every", "20", restarts=1))
-    run.until(f"checkpoint at batch {20 + 40 * seed}")
+    run.until(f"checkpoint at batch {20 + 60 * seed}")
     os.kill(run.ranks()[seed % 2], signal.SIGKILL)
     code, out, error = run.done()
     assert code == 0, error
