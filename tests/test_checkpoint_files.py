@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from threading import Barrier, Thread
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from delock.checkpoints.directory import MANIFEST, Writer, discard_unfinished, name_of, newest_first, prune, read, read_tensors, verified
-from delock.checkpoints.encoding import decode, encode
+from delock.checkpoints.encoding import copied, decode, encode
 from delock.checkpoints.manifest import Manifest
 from delock.checkpoints.weight_index import INDEX
 from delock.errors import UsageError
@@ -107,6 +108,10 @@ def test_what_cannot_be_kept_is_named(value: Any, message: str) -> None:
         {"tensor": "0", "strides": [2**50]},
         {"tensor": "0", "strides": [-1]},
         {"tensor": "0", "strides": [10**6]},
+        {"tensor": "0", "strides": [1], "offset": 64},
+        {"tensor": "0", "strides": [1], "offset": -4},
+        {"tensor": "0", "strides": [1], "offset": 3},
+        {"tensor": "0", "strides": [1], "offset": True},
         {"float": "1.0"},
         {"tensor": "0", "strides": [1], "code": "x"},
         {},
@@ -125,6 +130,20 @@ def test_tensors_begin_where_those_of_torch_do(tmp_path: Path) -> None:
     writer.add("in-flight", [torch.zeros(n) for n in range(1, 9)])
     found = read(next(tmp_path.glob("*")), "in-flight", 0)
     assert [one.data_ptr() % 64 for one in found] == [0] * 8
+
+
+@pytest.mark.parametrize("place", [lambda x: x[3:], lambda x: x[3:].t(), lambda x: x[3:, :1].expand(3, 5), lambda x: x[3:, ::2]])
+def test_a_part_begins_where_it_did(tmp_path: Path, place: Callable[[Tensor], Tensor]) -> None:
+    """Rows 3 to 5 of a batch begin 60 bytes behind its first, and sums can depend on that: also in a copy, and in a copy that is read."""
+    part = place(torch.arange(30.0).view(6, 5))
+    taken = copied({"x": part})["x"]
+    writer = Writer(tmp_path, 0, 0, 1)
+    writer.begin()
+    writer.add("in-flight", taken)
+    for one in (taken, read(next(tmp_path.glob("*")), "in-flight", 0)):
+        assert torch.equal(one, part)
+        assert one.data_ptr() % 64 == part.data_ptr() % 64 == 60
+        assert one.stride() == part.stride()
 
 
 def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_a_kill_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 
 
 def _killed_while_writing(folder: Path, whole: Run, stage: int) -> bool:
+    folder.mkdir()
     done: list[bool] = []
 
     def watch() -> None:

@@ -4,9 +4,13 @@
     [a, b]                          [a, b]
     (a, b)                          {"tuple": [a, b]}
     {1: a, "x": b}                  {"dict": [[1, a], ["x", b]]}; a key is None, a bool, an int, a text, or a tuple of these
-    a tensor                        {"tensor": "7", "strides": [3, 1]}; the same name twice is the same tensor twice
+    a tensor                        {"tensor": "7", "strides": [3, 1]}; the same name twice is the same tensor twice.
+                                    "offset": 60 beside them if it begins so many bytes behind a multiple of LINE, as a part of a batch does
 
 All other kinds of values are refused by the place at which they lie.
+
+Why the offset: on some processors a product of matrices differs in its last bits with the place of a matrix in memory, and a run that goes
+on must be the run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ from delock.errors import UsageError
 Structure: TypeAlias = Any
 """A value that JSON holds: None, bool, int, float, str, lists, and objects with text keys."""
 Key: TypeAlias = bool | int | str | tuple[Any, ...] | None
+
+LINE = 64  # bytes: a cache line; torch's own memory begins at a multiple of it
 
 
 def encode(tree: Any, what: str = "state", prefix: str = "") -> tuple[Structure, dict[str, Tensor]]:
@@ -47,7 +53,7 @@ def copied(tree: Any, what: str = "state", lasting: Collection[int] = ()) -> Any
     lasting: addresses of memory that nobody will write to; tensors in it are not copied.
     """
     structure, tensors = encode(tree, what)
-    return decode(structure, {name: one if one.untyped_storage().data_ptr() in lasting else one.clone() for name, one in tensors.items()})
+    return decode(structure, {name: one if one.untyped_storage().data_ptr() in lasting else _copy(one) for name, one in tensors.items()})
 
 
 class _Encoder:
@@ -63,7 +69,9 @@ class _Encoder:
             case float() if type(value) is float:
                 return value if math.isfinite(value) else {"float": str(value)}
             case Tensor():
-                return {"tensor": self.name(value, where), "strides": list(value.stride())}
+                name = self.name(value, where)
+                beside = {"offset": offset} if (offset := _offset(value)) else {}
+                return {"tensor": name, "strides": list(value.stride()), **beside}
             case list():
                 return [self.encode(one, f"{where}[{i}]") for i, one in enumerate(value)]
             case tuple() if type(value) is tuple:
@@ -93,7 +101,7 @@ class _Encoder:
 
 class _Decoder:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors, self.made = tensors, dict[tuple[str, tuple[int, ...]], Tensor]()
+        self.tensors, self.made = tensors, dict[tuple[str, tuple[int, ...], int], Tensor]()
 
     def decode(self, structure: Structure) -> Any:
         match structure:
@@ -109,6 +117,8 @@ class _Decoder:
                 return dict(self.pair(one) for one in pairs)
             case {"tensor": str(name), "strides": list(strides), **rest} if not rest and name in self.tensors:
                 return self.tensor(name, strides)
+            case {"tensor": str(name), "strides": list(strides), "offset": offset, **rest} if not rest and name in self.tensors:
+                return self.tensor(name, strides, offset)
             case _:
                 raise UsageError(f"this is not a checkpoint's structure: {str(structure)[:80]}")
 
@@ -120,25 +130,45 @@ class _Decoder:
             case _:
                 raise UsageError(f"this is not an entry of a checkpoint's structure: {str(pair)[:80]}")
 
-    def tensor(self, name: str, strides: Sequence[Any]) -> Tensor:
-        """Returns a tensor with these strides; the same one for the same name."""
+    def tensor(self, name: str, strides: Sequence[Any], offset: Any = 0) -> Tensor:
+        """Returns a tensor with these strides, at this offset; the same one for the same name."""
         dense = self.tensors[name]
         if len(strides) != dense.dim() or not all(type(one) is int and 0 <= one < 2**40 for one in strides):
             raise UsageError(f"tensor {name} has {dense.dim()} dimensions, but the strides {str(strides)[:80]}")
-        place = name, tuple(strides)
+        if type(offset) is not int or not 0 <= offset < LINE or offset % dense.element_size():
+            raise UsageError(f"the offset {str(offset)[:80]} of tensor {name} cannot be right: the file is damaged")
+        place = name, tuple(strides), offset
         if place not in self.made:
-            self.made[place] = dense if dense.stride() == place[1] else _strided(dense, place[1])
+            there = dense.stride() == place[1] and _offset(dense) == offset
+            self.made[place] = dense if there else _placed(dense, place[1], offset // dense.element_size())
         return self.made[place]
 
 
-def _strided(dense: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Returns the values with other strides. Raises UsageError if that would need far more memory than the values."""
+def _offset(tensor: Tensor) -> int:
+    """Returns the bytes by which a tensor begins behind a multiple of LINE."""
+    return 0 if tensor.is_meta or not tensor.numel() else tensor.data_ptr() % LINE
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Returns a copy that begins as far behind a multiple of LINE."""
+    if not (offset := _offset(tensor)):
+        return tensor.clone()
+    return _placed(tensor, torch.empty_like(tensor, device="meta").stride(), offset // tensor.element_size())
+
+
+def _placed(dense: Tensor, strides: tuple[int, ...], before: int) -> Tensor:
+    """Returns the values with these strides, with room for `before` more in front.
+
+    Raises UsageError if that would need far more memory than the values.
+    """
     extent = 1 + sum((size - 1) * stride for size, stride in zip(dense.shape, strides, strict=True) if size)
     if extent > 64 * max(1, dense.numel()):
         raise UsageError(f"the strides {list(strides)} of a tensor of shape {list(dense.shape)} cannot be right: the file is damaged")
     if any(size > 1 and stride == 0 for size, stride in zip(dense.shape, strides, strict=True)):
-        return dense[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)].expand(dense.shape)
-    return torch.empty_strided(tuple(dense.shape), strides, dtype=dense.dtype, device=dense.device).copy_(dense)
+        single = dense[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
+        return _placed(single, strides, before).expand(dense.shape)
+    memory = torch.empty(before + extent, dtype=dense.dtype, device=dense.device)
+    return memory.as_strided(tuple(dense.shape), strides, before).copy_(dense)
 
 
 def _key(key: Any, where: str) -> Structure:
