@@ -19,6 +19,7 @@ from delock.execution import PLAIN, lay_out_input, lay_out_weights
 from delock.options import Execution
 from delock.partition.layer_memory import LayerMemory, LayerTrial, observe, root
 from delock.partition.layers import Layer
+from delock.partition.learning_loss import refuse_learning_loss
 from delock.recomputation import Rereading
 from delock.tensors import Value, map_tensors, tensors
 
@@ -116,6 +117,8 @@ def _run(
         raise UsageError(f"{returned}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
     ends = trial.ends(out)
     forward_s = _now(device) - began
+    if loss:
+        refuse_learning_loss(ends, tensors(out))
     if not ends:
         return forward_s, 0.0, out, False
     roots = ends if loss else [root(x, _always(torch.ones_like(x))) for x in ends]

@@ -105,6 +105,15 @@ def refuse_unfit(layers: list[Layer], K: int, cuts: Sequence[int | str] | None, 
         refuse_single_samples(sizes, method.micro_batches)
 
 
+def refuse_untrainable(layers: list[Layer]) -> None:
+    """Raises UsageError for a network in which nothing learns; a single stage may be frozen."""
+    if not any(weight.requires_grad for layer in layers for weight in layer.module.parameters()):
+        raise UsageError(
+            "the model has no parameter that learns, so training would change nothing: let some with requires_grad_(True), or give it a "
+            "layer that has parameters"
+        )
+
+
 def refuse_recomputation(method: Method, execution: Execution, what: str) -> None:
     """Raises UsageError if `what`, which computes again in a backward, does not go with the method or with captured ticks."""
     if method.mixed:

@@ -20,7 +20,7 @@ from delock.partition.balance import balance
 from delock.partition.layers import has_batch_norm, layers, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.partition.stages import stages
-from delock.run.checks import refuse_recomputation, refuse_single_samples, refuse_unfit, refuse_unfit_codecs
+from delock.run.checks import refuse_recomputation, refuse_single_samples, refuse_unfit, refuse_unfit_codecs, refuse_untrainable
 from delock.run.heads import auxiliary, head_cost, head_shares
 from delock.run.layout_choice import choose_layout
 from delock.run.parts import refuse_other
@@ -64,6 +64,8 @@ def _prepared(request: Request) -> PreparedRun:
         raise UsageError("noise and slow both make stages slower: use one of them")
     _refuse_misfit(request.simulation, K, request.seed)
     refuse_unfit(network, K, cuts, request.method, request.train.sizes())
+    if not waits:
+        refuse_untrainable(network)
     inputs, targets = next(iter(request.train.epoch(0)))
     execution, costs = choose_layout(request, network, inputs, targets)
     for what in (layer.called(i) for i, layer in enumerate(network) if costs[i].recomputes):

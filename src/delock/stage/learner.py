@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from delock.errors import UsageError
 from delock.ops import Update
 from delock.optim.kinds import kinds
 from delock.stage.optimizer_state import first_state, load_exactly
+from delock.stage.unfit import refuse_unfit_optimizer, refuse_unfit_schedule
 from delock.tensors import address
 
 PLAIN = (bool, int, float, str, tuple, type(None))
@@ -40,9 +40,12 @@ class Learner:
         self.weights: list[Any] = [nn.Parameter(w.data) if behind_graphs else w for _, w in named]
         self.names, self.factory = [name for name, _ in named], optimizer
         self.optimizer = optimizer(list(zip(self.names, self.weights, strict=True))) if named else None
+        if named:
+            refuse_unfit_optimizer(self.optimizer, self.names, self.weights)
         self.made = described(self.optimizer)  # before a schedule sets rates
         self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
-        _refuse_unfit(self.optimizer, self.schedule)
+        if schedule and self.optimizer:
+            refuse_unfit_schedule(self.schedule)
         self.grads: list[Tensor | None] = [None] * len(named)
         self.count = 0  # Backwards accumulated since the last Update, those of parts without samples too
         self.version = 0  # Updates made
@@ -153,10 +156,3 @@ def described(optimizer: Optimizer | None) -> dict[str, Any] | None:
 
 def _plain(value: Any) -> bool:
     return isinstance(value, PLAIN) and all(map(_plain, value if isinstance(value, tuple) else ()))
-
-
-def _refuse_unfit(optimizer: Optimizer | None, schedule: LRScheduler | None) -> None:
-    if isinstance(optimizer, LBFGS):
-        raise UsageError("LBFGS computes the loss several times within one step, which a single stage cannot: use another optimizer")
-    if isinstance(schedule, ReduceLROnPlateau):
-        raise UsageError("ReduceLROnPlateau waits for a measure, but a schedule is stepped once per update: use another schedule")

@@ -1,0 +1,47 @@
+"""Refuses an optimizer or a schedule that would train a stage wrongly, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from delock.errors import UsageError
+
+
+def refuse_unfit_optimizer(made: object, names: Sequence[str], weights: Sequence[Tensor]) -> None:
+    """Raises UsageError unless a factory has made an optimizer of the weights that it was given, and of no others."""
+    where = f"for the parameters {names[0]} .. {names[-1]}" if len(names) > 1 else f"for the parameter {names[0]}"
+    if not isinstance(made, Optimizer):
+        kind = "None" if made is None else f"a {type(made).__name__}"
+        raise UsageError(
+            f"the optimizer factory returned {kind} {where}, but it must return a torch.optim.Optimizer of them, as "
+            "functools.partial(torch.optim.SGD, lr=0.1) does"
+        )
+    if isinstance(made, LBFGS):
+        raise UsageError("LBFGS computes the loss several times within one step, which a single stage cannot: use another optimizer")
+    own, held = set(map(id, weights)), [one for group in made.param_groups for one in group["params"]]
+    if foreign := [tuple(one.shape) for one in held if id(one) not in own]:
+        raise UsageError(
+            f"the optimizer that was made {where} holds a parameter of shape {foreign[0]} that is not among them, so it would not be "
+            "trained: let the factory take its parameters from its argument alone, the (name, parameter) pairs of one stage"
+        )
+    if not held:
+        raise UsageError(
+            f"the optimizer that was made {where} holds none of them, so the stage would not learn: give it parameters, or freeze those "
+            "of the model with requires_grad_(False)"
+        )
+
+
+def refuse_unfit_schedule(made: object) -> None:
+    """Raises UsageError unless a factory has made a schedule that can be stepped once per update."""
+    if isinstance(made, ReduceLROnPlateau):
+        raise UsageError("ReduceLROnPlateau waits for a measure, but a schedule is stepped once per update: use another schedule")
+    if not isinstance(made, LRScheduler):
+        kind = "None" if made is None else f"a {type(made).__name__}"
+        raise UsageError(
+            f"the schedule factory returned {kind}, but it must return a scheduler of torch.optim.lr_scheduler: leave schedule out for a "
+            "rate that stays as it is"
+        )
