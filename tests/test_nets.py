@@ -256,10 +256,13 @@ def test_a_module_in_two_stages_is_refused_if_it_has_state_and_allowed_within_on
 
 
 def test_has_batch_norm():
-    assert has_batch_norm(digits("resnet8"))
-    assert has_batch_norm(stages(layers(digits("cnn")), [1])[0])
-    assert not has_batch_norm(digits("mlp"))
-    assert not has_batch_norm(nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm(2), nn.InstanceNorm2d(2)))
+    assert has_batch_norm(layers(digits("resnet8")))
+    assert has_batch_norm(layers(digits("cnn"))[:1])
+    assert not has_batch_norm(layers(digits("mlp")))
+    assert not has_batch_norm(layers(nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm(2), nn.InstanceNorm2d(2))))
+    fixed = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
+    assert not has_batch_norm(layers(fixed))
+    assert has_batch_norm(layers(fixed.eval()))  # all of it is trained
 
 
 @pytest.mark.usefixtures("own_random")

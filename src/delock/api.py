@@ -84,7 +84,10 @@ def fit(
     checkpoint: Checkpoint | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Result:
-    """Trains `model` on several workers, one stage each, and leaves the trained weights in it.
+    """Trains `model` on several workers, one stage each, and leaves the trained weights in it; after an error it is as it was.
+
+    What is in eval mode in a model in training mode stays so, as a BatchNorm with fixed statistics; a model that is in eval mode itself, as
+    after an evaluation, is trained whole. Afterwards every module is in the mode that it was in.
 
     model       an nn.Sequential, one of delock.nets or torchvision's ResNets, or a list of modules; every part takes one argument, a
                 tensor or a tuple of tensors of any dtype, and returns the same
@@ -99,8 +102,8 @@ def fit(
     epochs      the length of the run, or batches: batches of `train`; eval_every: batches between evaluations (default: an epoch)
     clip        largest norm of a gradient: of the whole network's for synchronous methods, of each stage's for the others
     heads       for methods with local losses: the auxiliary head of every stage but the last, as modules (stage output -> what `loss`
-                takes) or by a name of delock.nets.heads; by default chosen from the shape of the stage's output. Given modules are
-                trained in place
+                takes) or by a name of delock.nets.heads; by default chosen from the shape of the stage's output. Given modules
+                hold their trained weights afterwards
     seed        of dropout, and of the order and transforms of data that has no seed of its own, such as a DataLoader
     device      "cpu", "cuda" (stage k on GPU k; inline: all stages on one), "cuda:1"
     workers     "processes" on this host, one per stage, or "inline", all stages in this process; under torchrun its ranks are used, and

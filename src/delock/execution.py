@@ -25,6 +25,23 @@ def lay_out_weights(execution: Execution, module: nn.Module) -> nn.Module:
     return module.to(memory_format=torch.channels_last) if execution.layout == "channels-last" else module
 
 
+class Modes:
+    """Puts a module into training mode, but for what stays in eval mode: what was so beside a whole that was not.
+
+    whole: the model that the module is a part of was in training mode; by default asked of the module.
+    """
+
+    def __init__(self, module: nn.Module, whole: bool | None = None) -> None:
+        self.module = module
+        self.fixed = [one for one in module.modules() if not one.training] if (module.training if whole is None else whole) else []
+
+    def train(self) -> None:
+        """Puts it into training mode."""
+        self.module.train()
+        for one in self.fixed:
+            one.training = False
+
+
 def lay_out_input(execution: Execution, tensor: Tensor) -> Tensor:
     """Returns an input, images (B, C, H, W) in the memory format that is asked for.
 

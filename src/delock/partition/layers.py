@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,10 +25,12 @@ class Layer:
     """Holds one layer: the smallest piece of a model that is never cut.
 
     `prefix`: the module's path in the unsplit model ("layer1.0"), or "" for a module without state that only the adapter added.
+    `trains`: the model was in training mode, so what of the layer was not stays as it is.
     """
 
     prefix: str
     module: nn.Module
+    trains: bool = True
 
     def called(self, i: int) -> str:
         """Returns what an error calls layer i of a model."""
@@ -54,7 +56,9 @@ def layers(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
         raise UsageError("cannot train an empty network: the model has no layer")
     if isinstance(model, nn.Module) and (lost := set(state_names(model)) - set(_names(found))):
         raise UsageError(f"{listed(sorted(lost))} of the {type(model).__name__} would belong to no stage: move it into one of the layers")
-    return found
+    trains = not isinstance(model, nn.Module) or model.training
+    trains = trains and any(one.training for layer in found for one in layer.module.modules() if not one._modules)
+    return [replace(layer, trains=trains) for layer in found]
 
 
 def resolve_cuts(layers: Sequence[Layer], cuts: Sequence[int | str]) -> list[int]:
@@ -74,9 +78,10 @@ def resolve_cuts(layers: Sequence[Layer], cuts: Sequence[int | str]) -> list[int
     return found
 
 
-def has_batch_norm(model: nn.Module) -> bool:
-    """Returns True if a module of the model takes batch statistics; then a batch of one sample cannot be trained."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
+def has_batch_norm(layers: Iterable[Layer]) -> bool:
+    """Returns True if a layer takes batch statistics in training; then a batch of one sample cannot be trained."""
+    norms = ((layer, one) for layer in layers for one in layer.module.modules() if isinstance(one, _BatchNorm))
+    return any(norm.training or not layer.trains or norm.running_mean is None for layer, norm in norms)
 
 
 def _module(part: object) -> nn.Module:

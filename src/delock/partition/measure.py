@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from delock.errors import UsageError
-from delock.execution import PLAIN, lay_out_input, lay_out_weights
+from delock.execution import PLAIN, Modes, lay_out_input, lay_out_weights
 from delock.options import Execution
 from delock.partition.layer_memory import LayerMemory, LayerTrial, observe, root
 from delock.partition.layers import Layer
@@ -77,7 +77,8 @@ def measure(
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         for i, layer in enumerate(layers):
             last = i == len(layers) - 1
-            module = lay_out_weights(execution, copy.deepcopy(layer.module).to(device)).train()
+            module = lay_out_weights(execution, copy.deepcopy(layer.module).to(device))
+            Modes(module, layer.trains).train()
             behind = (lambda h: loss(h, targets)) if last else None
             with _explained(i, layer, value, last):
                 memory = _observed(module, value, wants, behind, device, execution)

@@ -13,13 +13,14 @@ from delock.partition.layers import Layer, listed, named_state, resolve_cuts, st
 
 
 class StageModule(nn.Sequential):
-    """Runs the layers of one stage in turn, on a tensor or a tuple of tensors. It shares its modules with the model.
+    """Runs the layers of one stage in turn, on a tensor or a tuple of tensors. It shares its modules with the model, and is in its mode.
 
     `original` maps the stage's own name of every parameter and buffer to its name in the unsplit model.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__(*(layer.module for layer in layers))
+        self.training = layers[0].trains
         self.original: dict[str, str] = {
             f"{i}.{name}": under(layer.prefix, name) for i, layer in enumerate(layers) for name in state_names(layer.module)
         }

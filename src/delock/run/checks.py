@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from delock.data.iterable import Batches
 from delock.errors import UsageError
@@ -101,7 +100,7 @@ def refuse_unfit(layers: list[Layer], K: int, cuts: Sequence[int | str] | None, 
     if cuts is not None:
         resolve_cuts(layers, cuts)
     check(unroll(method, K, 2 * method.batches_per_update + 2))
-    if sizes is not None and has_batch_norm(nn.ModuleList(layer.module for layer in layers)):
+    if sizes is not None and has_batch_norm(layers):
         refuse_single_samples(sizes, method.micro_batches)
 
 

@@ -9,6 +9,7 @@ from delock.partition.stages import stages
 from delock.records import Result, Started
 from delock.run.job import StageResult
 from delock.run.request import Request
+from delock.stage.loading import load_module
 
 
 def collect(request: Request, started: Started, results: Sequence[StageResult]) -> Result:
@@ -30,8 +31,8 @@ def collect(request: Request, started: Started, results: Sequence[StageResult]) 
 
 
 def _load(request: Request, cuts: tuple[int, ...], results: Sequence[StageResult]) -> None:
-    for module, result in zip(stages(layers(request.model), cuts), results, strict=True):
-        module.load_state_dict(result.state)
+    for k, (module, result) in enumerate(zip(stages(layers(request.model), cuts), results, strict=True)):
+        load_module(module, result.state, result.volatile["module"], f"module of stage {k}")
     if request.heads is not None and not isinstance(request.heads, str):
         for head, k in zip(request.heads, request.method.headed(len(results)), strict=True):
-            head.load_state_dict(results[k].head)
+            load_module(head, results[k].head, results[k].volatile["head"], f"head of stage {k}")

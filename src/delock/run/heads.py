@@ -42,7 +42,7 @@ def head_cost(request: Request, execution: Execution, k: int, head: nn.Module, s
     """Returns the cost of stage k's head on a whole batch. Raises UsageError if the head does not take the stage's outputs."""
     try:
         outputs = torch.zeros(shape, dtype=next((w.dtype for w in head.parameters()), None))
-        return measured(request, execution, [Layer(f"head of stage {k}", head)], outputs, targets, learns=True)[0]
+        return measured(request, execution, [Layer(f"head of stage {k}", head, head.training)], outputs, targets, learns=True)[0]
     except UsageError as error:
         raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from None
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -30,7 +30,7 @@ from delock.run.worker import Worker
 def run_inline(
     jobs: Sequence[StageJob], device: torch.device, emit: Callable[[Event], None], asked: Callable[[], bool] = lambda: False
 ) -> list[StageResult]:
-    """Trains all stages in this process. torch's random state, its thread count and the modules' devices are as before afterwards.
+    """Trains copies of all stages in this process. torch's random state, its thread count and the jobs' modules are as before afterwards.
 
     asked: whether the run is to be saved and to end, where it keeps checkpoints.
     Captured ticks are CUDA graphs, their stages on streams; on a CPU the same static memory without graphs, for tests.
@@ -40,8 +40,9 @@ def run_inline(
     captured = jobs[0].execution.captured
     if captured:
         jobs = [replace(job, optimizer=capturable(job.optimizer)) for job in jobs]
+    jobs = [_copied(job) for job in jobs]
     before, workers = torch.get_num_threads(), list[Worker]()
-    with _moved_back(jobs), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             torch.set_num_threads(jobs[0].placement.threads)
             for job in jobs:
@@ -65,16 +66,10 @@ def run_inline(
             torch.set_num_threads(before)
 
 
-@contextmanager
-def _moved_back(jobs: Sequence[StageJob]) -> Iterator[None]:
-    """Returns the caller's modules to the devices that they were on, however the run ends."""
-    modules = [module for job in jobs for module in (job.module, job.head) if module is not None]
-    before = [next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu")) for module in modules]
-    try:
-        yield
-    finally:
-        for module, device in zip(modules, before, strict=True):
-            module.to(device)
+def _copied(job: StageJob) -> StageJob:
+    """Returns a job with modules of its own, as a process has: a run that fails leaves the caller's as they were."""
+    module, head = copy.deepcopy((job.module, job.head))
+    return replace(job, module=module, head=head)
 
 
 def _ticks(job: StageJob, engines: Sequence[Engine], device: torch.device) -> Ticks:

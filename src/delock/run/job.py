@@ -74,6 +74,7 @@ class StageResult:
     state: dict[str, Tensor]
     head: dict[str, Tensor]  # of its auxiliary head, empty where it has none
     report: StageReport
+    volatile: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of "module" and "head": what is in no state dict
     losses: list[float] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     samples: int = 0

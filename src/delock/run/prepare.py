@@ -17,7 +17,7 @@ from delock.nets.emulated import Emulated, WaitingStep
 from delock.optim.stage_facts import for_stage
 from delock.options import Simulation
 from delock.partition.balance import balance
-from delock.partition.layers import has_batch_norm, layers, resolve_cuts
+from delock.partition.layers import Layer, has_batch_norm, layers, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.partition.stages import stages
 from delock.run.checks import refuse_recomputation, refuse_single_samples, refuse_unfit, refuse_unfit_codecs, refuse_untrainable
@@ -75,8 +75,8 @@ def _prepared(request: Request) -> PreparedRun:
     found = tuple(resolve_cuts(network, cuts))
     refuse_unfit_codecs(request, [costs[cut - 1] for cut in found])
     heads = auxiliary(request, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
-    normed = [nn.ModuleList(layer.module for layer in network), *heads.values()] if execution.chunks > 1 else [*heads.values()]
-    if any(map(has_batch_norm, normed)):
+    normed = [*(network if execution.chunks > 1 else ()), *(Layer(f"heads.{k}", head, head.training) for k, head in heads.items())]
+    if has_batch_norm(normed):
         refuse_single_samples(request.train.sizes() or [], request.method.micro_batches * execution.chunks)
     shaped = {k: costs[found[k] - 1].shape for k in heads}
     head_costs = {

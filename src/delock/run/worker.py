@@ -27,6 +27,7 @@ from delock.run.history import History
 from delock.run.job import StageJob, StageResult
 from delock.stage import Stage
 from delock.stage.compiled import pieces, zeros
+from delock.stage.loading import volatile
 from delock.timeline import Slowdown, stage_facts
 
 
@@ -143,14 +144,17 @@ class Worker:
             sent_up=Traffic(**asdict(self.sent.to[self.job.k + 1])),
             sent_down=Traffic(**asdict(self.sent.to[self.job.k - 1])),
         )
-        head = self.stage.head.module.state_dict() if self.stage.head else {}
+        stage = self.stage
+        head = stage.head.module.state_dict() if stage.head else {}
+        rest = {"module": volatile(stage.module), "head": volatile(stage.head.module) if stage.head else {}}
         seconds = tracker.seconds(until=tracker.last)
-        optimizer = self.stage.optimizer.state_dict() if self.stage.optimizer else None
+        optimizer = stage.optimizer.state_dict() if stage.optimizer else None
         spans = log.spans or []
         return StageResult(
-            state=_home(self.stage.module.state_dict()),
+            state=_home(stage.module.state_dict()),
             head=_home(head),
             report=report,
+            volatile=_home(rest),
             losses=tracker.losses,
             evaluations=tracker.evaluations,
             samples=tracker.samples,

@@ -13,7 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from delock.checkpoints.encoding import copied
 from delock.errors import UsageError
-from delock.execution import PLAIN, apply, lay_out_input, lay_out_weights, precision
+from delock.execution import PLAIN, Modes, apply, lay_out_input, lay_out_weights, precision
 from delock.keys import key
 from delock.options import Execution
 from delock.recomputation import Lender, Rereading
@@ -34,7 +34,9 @@ class ModuleFunction:
     """
 
     def __init__(self, module: nn.Module, name: tuple[int | str, ...], device: torch.device, execution: Execution = PLAIN) -> None:
-        self.module, self.name, self.device, self.execution = lay_out_weights(execution, module.to(device)).train(), name, device, execution
+        self.module, self.name, self.device, self.execution = lay_out_weights(execution, module.to(device)), name, device, execution
+        self.modes = Modes(self.module)
+        self.modes.train()
         self.compiled = Compiled(self.module) if execution.compile else None
         self.weights: Weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.own: frozenset[int] | None = None  # addresses of weights and buffers; None: not asked for yet
@@ -100,7 +102,7 @@ class ModuleFunction:
                 outputs: Value = self.module(self._enter(values, ()))
                 return outputs
         finally:
-            self.module.train()
+            self.modes.train()
 
     def buffers(self, *, resumable: bool = False) -> Buffers | None:
         """Returns copies of the buffers as they are now, before a forward, where a backward may compute again; else None.
