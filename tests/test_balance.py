@@ -112,9 +112,12 @@ def test_what_does_not_learn_has_no_backward_and_in_place_atoms_are_served():
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ([nn.Linear(3, 3), nn.Linear(4, 4)], r"layer 1 \(1\), or the loss behind it, does not take its input \(2, 3\) float32: .*mat1"),
-        ([nn.LSTM(3, 3), nn.Linear(3, 3)], r"a LSTM returns a tuple, and only a tensor or a tuple of tensors can go from layer to layer"),
-        ([nn.Conv2d(1, 1, 3), nn.Flatten()], r"layer 0 \(0\) does not take its input \(2, 3\) float32"),
+        ([nn.Linear(3, 3), nn.Linear(4, 4)], r"layer 1 \(1, Linear\) fails on its input \(2, 3\) float32: .*mat1"),
+        (
+            [nn.LSTM(3, 3), nn.Linear(3, 3)],
+            r"layer 0 \(0, LSTM\) returns a tuple of 2 \(Tensor, tuple\), and only a tensor or a tuple of tensors can",
+        ),
+        ([nn.Conv2d(1, 1, 3), nn.Flatten()], r"layer 0 \(0, Conv2d\) fails on its input \(2, 3\) float32"),
     ],
 )
 def test_an_atom_that_does_not_fit_is_named(model, says):

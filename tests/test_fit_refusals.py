@@ -49,7 +49,7 @@ def tied() -> nn.Sequential:
         ({"train": [(torch.ones(2, 6),)] * 2}, "not a pair"),
         ({"train": []}, "at least one batch"),
         ({"train": 7}, "must be an iterable"),
-        ({"train": "short"}, "does not take its input"),
+        ({"train": "short"}, "fails on its input"),
         ({"train": "one left"}, r"a batch of one sample would put a single sample in front of BatchNorm.*another batch size"),
         ({"train": "two left", "method": GPipe(2)}, r"a batch of 2 samples, split into 2 micro-batches, would put a single sample"),
         ({"method": BP(4)}, r"a batch of 4 samples, split into 4 micro-batches"),
@@ -98,7 +98,7 @@ def losses(out: Tensor, target: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("workers", ["inline", "processes"])
 def test_a_loss_per_sample_is_told_what_is_missing(workers: str) -> None:
-    with pytest.raises(UsageError, match=r"the loss must be one number for a batch.*returned \(6,\); take its mean"):
+    with pytest.raises(UsageError, match=r"the loss must be one number for a batch.*returned a tensor of shape \(6,\): take its mean"):
         fit(loss=losses, workers=workers)
 
 

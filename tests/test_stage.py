@@ -335,8 +335,8 @@ def test_an_output_that_lies_in_a_weight_arrives_as_it_was_sent(method: Method) 
 @pytest.mark.parametrize(
     ("loss", "says"),
     [
-        (lambda out, y: (out - y) ** 2, r"returned \(3, 4\); take its mean"),
-        (lambda out, y: mse_loss(out, y).item(), "returned float"),
+        (lambda out, y: (out - y) ** 2, r"returned a tensor of shape \(3, 4\): take its mean"),
+        (lambda out, y: mse_loss(out, y).item(), "returned a float"),
         (lambda out, y: mse_loss(out.detach(), y), "cannot be differentiated"),
         (lambda out, y: (out > y).sum(), "cannot be differentiated"),
     ],

@@ -1,4 +1,7 @@
-"""Defines the errors that Delock raises on purpose."""
+"""Defines the errors that Delock raises on purpose, and shows those of the user's own code."""
+
+import traceback
+from pathlib import Path
 
 
 class DelockError(Exception):
@@ -38,3 +41,14 @@ class PlanError(DelockError):
 
 class LinkError(DelockError):
     """Raised for a message that was not due: the two stages do not follow the same plan."""
+
+
+def said(error: BaseException) -> str:
+    """Returns an exception of the user's code in one line: its class, its first words, and the line of the user's code it came from."""
+    words = "".join(traceback.format_exception_only(error)).strip().partition("\n")[0]
+    own = [
+        f" ({Path(frame.f_code.co_filename).name}, line {line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "delock")
+    ]
+    return words + (own[-1] if own else "")

@@ -1,4 +1,4 @@
-"""Applies an Execution to a module: memory format of weights and images, precision, a batch in chunks.
+"""Applies an Execution to a module: memory format of weights and images, precision, a batch in chunks. Calls a loss, and refuses misfits.
 
 These functions are all that the stages, and the measurement of layers before a run, know of how a module computes. Compiling and
 capturing change more than one call, and are read where they happen (`stage.compiled`, `engine.graphs`).
@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from delock.errors import DelockError, UsageError
 from delock.options import Execution
-from delock.tensors import Value, like, tensors
+from delock.tensors import Value, floating, kind, like, shown, tensors
+
+Loss = Callable[[Any, Any], Tensor]
 
 PLAIN = Execution()
 _NOTHING = nullcontext()
@@ -82,3 +86,50 @@ def _joined(chunks: list[Value]) -> Value:
     """Returns the outputs of all chunks as one. Of a tensor without rows in a tuple, such as a scale, the first chunk's is taken."""
     columns = list(zip(*map(tensors, chunks), strict=True))
     return like(chunks[0], [torch.cat(own) if own[0].dim() or len(columns) == 1 else own[0] for own in columns])
+
+
+# ---- the loss ----------------------------------------------------------------------------------------------------------------------
+
+
+def compute_loss(loss: Loss, outputs: Any, targets: Any) -> Tensor:
+    """Returns loss(outputs, targets), with a gradient if the outputs have one. Raises UsageError for a result that is no loss.
+
+    What the loss itself raises comes out as it is, with a note that shows what the loss was given.
+    """
+    try:
+        found = loss(outputs, targets)
+    except (torch.OutOfMemoryError, DelockError):
+        raise
+    except Exception as error:
+        error.add_note(given(outputs, targets))
+        raise
+    _refuse(found, outputs)
+    return found
+
+
+def given(outputs: Any, targets: Any) -> str:
+    """Returns what a loss was called with, in words."""
+    return f"loss(outputs, targets) was called with outputs {shown(outputs)} and targets {shown(targets, values=True)}"
+
+
+def _refuse(found: Any, outputs: Any) -> None:
+    """Raises UsageError for a result that no gradient can be taken of."""
+    must = "the loss must be one number for a batch, a tensor computed from the outputs, but loss(outputs, targets) returned"
+    if not isinstance(found, Tensor):
+        raise UsageError(f"{must} {kind(found)}: {_remedy(found)}")
+    if found.numel() != 1:
+        raise UsageError(f"{must} a tensor of shape {tuple(found.shape)}: take its mean")
+    if found.is_complex():
+        raise UsageError(f"{must} a complex number ({shown(found)}): take its real part or its absolute value")
+    values = outputs if isinstance(outputs, Tensor | tuple) else ()
+    if any(h.requires_grad for h in floating(values)) and not found.requires_grad:
+        why = "" if found.is_floating_point() else f", and a tensor of dtype {shown(found).split()[-1]} has no gradient"
+        raise UsageError(
+            f"the loss cannot be differentiated{why}: compute it from the outputs by torch's own functions, without detach, item or no_grad"
+        )
+
+
+def _remedy(found: object) -> str:
+    if isinstance(found, bool | int | float | complex):
+        return "return the tensor itself, without item() or float()"
+    return "return the one that is to be differentiated" if isinstance(found, tuple | list | dict) else "return the loss"

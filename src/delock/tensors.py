@@ -122,8 +122,37 @@ def _shape(tree: Tree, leaves: list[Tensor]) -> Any:
     raise UsageError(f"a {type(tree).__name__} cannot travel between stages: use tensors in tuples, lists and dicts with string keys")
 
 
-def refuse_many_numbers(loss: object) -> None:
-    """Raises UsageError for a loss that is not a tensor with one number."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise UsageError(f"the loss must be one number for a batch, but loss(outputs, targets) returned {shape}; take its mean")
+# ---- in words ----------------------------------------------------------------------------------------------------------------------
+
+
+def shown(tree: Any, *, values: bool = False) -> str:
+    """Returns the shape and dtype of every tensor of a tree in words, as errors show it; values: the range of each, too."""
+    found = list(tree_tensors(tree))
+    if not found:
+        return kind(tree)
+    return ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}{_range(x) if values else ''}" for x in found)
+
+
+def _range(x: Tensor) -> str:
+    """Returns the least and the largest number of a tensor in words; "" where it has none."""
+    if not x.numel() or x.is_complex() or x.is_meta:
+        return ""
+    try:
+        least, largest = (one.item() for one in x.detach().aminmax())
+    except RuntimeError:  # a dtype without order, or a device that has failed
+        return ""
+    return f" from {least:g} to {largest:g}" if x.is_floating_point() else f" from {least} to {largest}"
+
+
+def kind(value: object) -> str:
+    """Returns what a value is in words: "a list of 2 (Tensor, NoneType)"."""
+    if not isinstance(value, tuple | list):
+        name = type(value).__name__
+        return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    inside = ", ".join(type(one).__name__ for one in value[:4]) + (", ..." if len(value) > 4 else "")
+    return f"a {type(value).__name__} of {len(value)} ({inside})" if value else f"an empty {type(value).__name__}"
+
+
+def is_value(value: object) -> bool:
+    """Says whether something can go from layer to layer: a tensor, or a tuple of tensors."""
+    return isinstance(value, Tensor) or (isinstance(value, tuple) and len(value) > 0 and all(isinstance(x, Tensor) for x in value))

@@ -34,7 +34,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from delock.execution import apply, precision
 from delock.options import Execution
 from delock.partition.live_bytes import LiveBytes, storage_bytes, storage_of
-from delock.tensors import Value, like, refuse_many_numbers, tensors, tree_tensors
+from delock.tensors import Value, like, tensors, tree_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +158,6 @@ class LayerTrial:
         """Returns the tensors at which a backward begins: the loss, or without one the outputs that need a gradient."""
         with precision(self.execution, self.device):
             ends = out if self.loss is None else self.loss(out)
-        if self.loss:
-            refuse_many_numbers(ends)
         return [x for x in tensors(ends) if x.requires_grad]
 
     def backward(self, roots: Sequence[Tensor], keep: bool = False) -> None:

@@ -34,7 +34,8 @@ class Layer:
 
     def called(self, i: int) -> str:
         """Returns what an error calls layer i of a model."""
-        return f"layer {i} ({self.prefix})" if self.prefix else f"layer {i}"
+        kind = type(self.module).__name__
+        return f"layer {i} ({self.prefix}, {kind})" if self.prefix else f"layer {i} ({kind})"
 
 
 def layers(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:

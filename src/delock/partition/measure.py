@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from delock.errors import UsageError
-from delock.execution import PLAIN, Modes, lay_out_input, lay_out_weights
+from delock.errors import DelockError, UsageError, said
+from delock.execution import PLAIN, Loss, Modes, compute_loss, given, lay_out_input, lay_out_weights
 from delock.options import Execution
+from delock.partition.copying import copied_but_for_handles
 from delock.partition.layer_memory import LayerMemory, LayerTrial, observe, root
 from delock.partition.layers import Layer
 from delock.partition.learning_loss import refuse_learning_loss
 from delock.recomputation import Rereading
-from delock.tensors import Value, map_tensors, tensors
+from delock.tensors import Value, is_value, kind, map_tensors, shown, tensors
 
-MISFITS = (RuntimeError, ValueError, TypeError, IndexError)  # raised by a module when it is called with inputs that it does not take
 REENTRANT, UNTRAINED = "use_reentrant=True", "None of the inputs have requires_grad=True"  # in torch's error, and in its warning
 _IN_VAIN = (
     "is checkpointed with use_reentrant=True, a form of torch.utils.checkpoint without gradients of chosen tensors, which a stage takes, "
@@ -54,7 +54,7 @@ def measure(
     layers: Sequence[Layer],
     inputs: Value,
     targets: Any,
-    loss: Callable[[Any, Any], Tensor],
+    loss: Loss,
     *,
     repeats: int = 2,
     device: torch.device | str = "cpu",
@@ -67,7 +67,7 @@ def measure(
     Memory is counted in the run that warms up. Only one layer at a time is copied and run, so weights, statistics and the random
     state stay as they are, and no more memory is needed than one layer takes.
     As in training, a backward computes the gradient of a layer's input only if something before it learns; learns: the inputs need one.
-    Raises UsageError if a layer or the loss does not take its input, or if a layer returns something other than tensors.
+    Raises UsageError if a layer or the loss raises anything, or returns something that cannot go on from it.
     """
     device = torch.device(device)
     costs = []
@@ -77,10 +77,10 @@ def measure(
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         for i, layer in enumerate(layers):
             last = i == len(layers) - 1
-            module = lay_out_weights(execution, copy.deepcopy(layer.module).to(device))
-            Modes(module, layer.trains).train()
-            behind = (lambda h: loss(h, targets)) if last else None
-            with _explained(i, layer, value, last):
+            behind = partial(_loss, loss, targets) if last else None
+            with _explained(i, layer, value):
+                module = lay_out_weights(execution, copied_but_for_handles(layer.module).to(device))
+                Modes(module, layer.trains).train()
                 memory = _observed(module, value, wants, behind, device, execution)
                 runs = [_run(module, value, wants, behind, device, execution) for _ in range(repeats)]
             forwards, backwards, outs, recomputes = zip(*runs, strict=True)
@@ -102,7 +102,7 @@ def _observed(
     """Returns the layer's memory, or None if it cannot be counted; the timed runs show whether the layer works without the counter."""
     try:
         return observe(module, value, wants, loss, device, execution)
-    except (*MISFITS, AttributeError):
+    except Exception:
         return None
 
 
@@ -113,9 +113,8 @@ def _run(
     trial = LayerTrial(module, value, wants, loss, device, execution)
     began = _now(device)
     out = trial.forward()
-    if not (isinstance(out, Tensor) or (isinstance(out, tuple) and all(isinstance(x, Tensor) for x in out))):
-        returned = f"a {type(module).__name__} returns a {type(out).__name__}"
-        raise UsageError(f"{returned}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
+    if not is_value(out):
+        raise _NoValueError(f"returns {kind(out)}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
     ends = trial.ends(out)
     forward_s = _now(device) - began
     if loss:
@@ -140,23 +139,34 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def _loss(loss: Loss, targets: Any, outputs: Any) -> Tensor:
+    """Returns the loss. Raises UsageError, about the loss and not about the layer in front of it, for whatever the loss raises."""
+    try:
+        return compute_loss(loss, outputs, targets)
+    except (torch.OutOfMemoryError, DelockError):
+        raise
+    except Exception as error:
+        raise UsageError(f"the loss failed: {said(error)}; {given(outputs, targets)}") from error
+
+
 @contextmanager
-def _explained(i: int, layer: Layer, value: Value, last: bool) -> Iterator[None]:
+def _explained(i: int, layer: Layer, value: Value) -> Iterator[None]:
     """Turns what a layer raises in a trial into a UsageError."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", UNTRAINED, UserWarning)
             yield
-    except (torch.OutOfMemoryError, UsageError):
+    except _NoValueError as error:
+        raise UsageError(f"{layer.called(i)} {error}") from None
+    except (torch.OutOfMemoryError, DelockError):
         raise
-    except (*MISFITS, UserWarning) as error:
+    except Exception as error:
         if REENTRANT in str(error) or UNTRAINED in str(error):
             raise UsageError(f"{layer.called(i)} {_IN_VAIN}") from error
-        if isinstance(error, UserWarning):
+        if isinstance(error, Warning):
             raise
-        raise UsageError(_complaint(i, layer, value, last, error)) from error
+        raise UsageError(f"{layer.called(i)} fails on its input {shown(value)}: {said(error)}") from error
 
 
-def _complaint(i: int, layer: Layer, value: Value, last: bool, error: Exception) -> str:
-    shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors(value))
-    return f"{layer.called(i)}{', or the loss behind it,' if last else ''} does not take its input {shapes}: {error}"
+class _NoValueError(Exception):
+    """Raised for an output that is not made of tensors."""

@@ -20,7 +20,7 @@ from delock.recomputation import Lender, Rereading
 from delock.stage.buffers import BufferCopies, Buffers, buffers_of, cloned
 from delock.stage.compiled import Compiled, statistics
 from delock.stage.split_backward import Gradients
-from delock.tensors import Value, address, floating, like, tensors, with_leaves
+from delock.tensors import Value, address, floating, is_value, kind, like, tensors, with_leaves
 
 Weights = dict[str, Tensor]
 _REPARAMETRIZING = frozenset({"WeightNorm", "SpectralNorm"})
@@ -71,9 +71,9 @@ class ModuleFunction:
         entered = self._enter(values, leaves)
         module, under = (self.compiled, "inner.") if self.compiled else (self.module, "")
         if not instead:
-            return apply(self.execution, module, entered, self.device)
+            return self._checked(apply(self.execution, module, entered, self.device))
         named = {f"{under}{name}": tensor for name, tensor in instead.items()}
-        return apply(self.execution, lambda given: functional_call(module, named, (given,)), entered, self.device)
+        return self._checked(apply(self.execution, lambda given: functional_call(module, named, (given,)), entered, self.device))
 
     def rehearse(self, values: Value, leaves: tuple[Tensor, ...], what: str) -> Value:
         """Compiles forward and backward for inputs like these. Returns outputs, with a graph.
@@ -99,10 +99,19 @@ class ModuleFunction:
         self.module.eval()
         try:
             with torch.no_grad(), precision(self.execution, self.device):
-                outputs: Value = self.module(self._enter(values, ()))
-                return outputs
+                return self._checked(self.module(self._enter(values, ())))
         finally:
             self.modes.train()
+
+    def _checked(self, outputs: Any) -> Value:
+        """Returns the module's outputs. Raises UsageError if they are not made of tensors, as they were when the layers were measured."""
+        if not is_value(outputs):
+            *_, last = (self.module, *self.module.children())
+            whose = "head" if "head" in self.name else f"last layer ({type(last).__name__})"
+            who = f"the {whose}" + "".join(f" of stage {k}" for k in self.name[1:2])
+            raise UsageError(f"{who} returns {kind(outputs)}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
+        found: Value = outputs
+        return found
 
     def buffers(self, *, resumable: bool = False) -> Buffers | None:
         """Returns copies of the buffers as they are now, before a forward, where a backward may compute again; else None.

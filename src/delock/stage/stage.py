@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from delock.errors import UsageError
-from delock.execution import PLAIN, precision
+from delock.execution import PLAIN, Loss, compute_loss, precision
 from delock.links.message import Message
 from delock.ops import Backward, Forward, Update
 from delock.options import Execution
@@ -23,9 +23,7 @@ from delock.stage.in_flight import InFlight
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
 from delock.stage.module import ModuleFunction, Weights, copies, refuse_derived_weights
 from delock.stage.split_backward import Gradients, gradients, joint_backward, split_backward
-from delock.tensors import Tree, Value, floating, leaves_of, like, refuse_many_numbers, with_leaves
-
-Loss = Callable[[Any, Any], Tensor]
+from delock.tensors import Tree, Value, floating, leaves_of, like, with_leaves
 
 
 class BackwardResult(NamedTuple):
@@ -299,8 +297,7 @@ class Stage:
         assert self.loss is not None
         with torch.enable_grad():
             with precision(self.execution, self.device):
-                loss = self.loss(outputs, message.targets)
-            _refuse_loss(loss, outputs)
+                loss = compute_loss(self.loss, outputs, message.targets)
             return loss if message.weight == 1 else loss * message.weight
 
     def gradient_norms(self) -> Tensor:
@@ -330,10 +327,3 @@ def _no_error(held: InFlight) -> Message:
     """Returns the message to stage k - 1 of a part without weight: zeros, or nothing where it has no samples."""
     values = held.message.values
     return Message(values if values is None else tuple(torch.zeros_like(h) for h in floating(values)))
-
-
-def _refuse_loss(loss: Any, outputs: Any) -> None:
-    refuse_many_numbers(loss)
-    differentiable = isinstance(outputs, Tensor | tuple) and any(h.requires_grad for h in floating(outputs))
-    if differentiable and not loss.requires_grad:
-        raise UsageError("the loss cannot be differentiated: compute it from the outputs by torch's own functions")
