@@ -1,19 +1,20 @@
-"""Copies a module to be measured, with the module's own open files, locks and the like, which cannot be copied."""
+"""Copies modules to be measured or trained, with the modules' own open files, locks and the like, which cannot be copied."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
-from torch import nn
+T = TypeVar("T")
 
 
-def copied_but_for_handles(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module. What cannot be copied, however deep it lies, is the same object in both."""
+def copied_but_for_handles(value: T) -> T:
+    """Returns a copy of a module, or of several. What cannot be copied, however deep it lies, is the same object in both."""
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(value)
     except Exception:  # copying raises whatever an object's own reduction raises
-        return copy.deepcopy(module, {id(one): one for one in _handles(module, set())})
+        return copy.deepcopy(value, {id(one): one for one in _handles(value, set())})
 
 
 def _handles(value: object, seen: set[int]) -> Iterator[object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from delock.engine.graphs.ticks import Ticks
 from delock.errors import Stopped
 from delock.links.coded import ReceivedCodebooks
 from delock.links.mailbox import Mailbox
+from delock.partition.copying import copied_but_for_handles
 from delock.plan import Plan, windows
 from delock.records import Event, Visit
 from delock.run.job import StageJob, StageResult
@@ -68,7 +68,7 @@ def run_inline(
 
 def _copied(job: StageJob) -> StageJob:
     """Returns a job with modules of its own, as a process has: a run that fails leaves the caller's as they were."""
-    module, head = copy.deepcopy((job.module, job.head))
+    module, head = copied_but_for_handles((job.module, job.head))
     return replace(job, module=module, head=head)
 
 
