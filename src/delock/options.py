@@ -22,6 +22,8 @@ from delock.records import Visit
 from delock.timeline import Emulation, Slowdown, straggler
 
 PYTHON_ONLY = MappingProxyType({"flag": False})  # metadata of a field that no text can say
+MOST_THREADS = 1024  # the thread pools under torch end the process with many more
+MOST_WAIT = 10**6  # seconds, and how many times as long as it should a stage may take
 WORDS: Mapping[Any, str] = MappingProxyType(
     {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path as text", NoneType: "None"}
 )
@@ -83,7 +85,7 @@ class Execution:
         check_types(self)
         one_of("amp", self.amp, ("no", "bf16"))
         one_of("layout", self.layout, ("default", "channels-last", "auto"))
-        at_least("chunks", self.chunks, 1)
+        at_least("chunks", self.chunks, 1, 2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         check_types(self)
-        at_least("threads", self.threads, 1)
+        at_least("threads", self.threads, 1, MOST_THREADS)
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port}, but it must lie in 0 .. 65535")
         one_of("link", self.link, ("auto", "gloo", "shared"))
@@ -148,8 +150,12 @@ class Simulation:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _ = self.waits
-        self.straggler(10**9, 0)
+        waits, slow = self.waits, self.straggler(10**9, 0)
+        if waits:
+            for seconds in (waits.forward, waits.backward, waits.update):
+                at_least("a wait of emulate, in seconds,", seconds, 0, MOST_WAIT)
+        if slow:
+            at_least("the factor of slow", slow.factor, 0, MOST_WAIT)
 
     def straggler(self, K: int, seed: int) -> Slowdown | None:
         """Returns the slow ticks of K stages. Raises UsageError for text that names another stage."""
@@ -222,6 +228,8 @@ class Checkpoint:
             return None
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", self.every)
         seconds = float(found[1]) * UNITS[found[2]] if found else math.nan
+        if found and seconds < math.inf:
+            at_least("every, in seconds,", seconds, 0)
         if not 0 < seconds < math.inf:
             raise UsageError(f"every is {self.every!r}, but it must be a number of batches, or a time such as 30s, 10m or 2h")
         return seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
-from delock.cli.config.flat import Option, converted, described, hint
+from delock.cli.config.flat import Option, brief, converted, described, hint
 
 
 def complaint(words: Sequence[str], known: Mapping[str, Option], command: str) -> str:
@@ -42,7 +42,7 @@ def _wrong(option: str, values: list[str], known: Mapping[str, Option], listed: 
     if not _many(found.kind) and len(values) != 1:
         return f"{option} needs one value ({described(found.kind)}), but was given {' '.join(values) or 'none'}"
     unfit = [value for value in values if not _fits(value, found.kind)]
-    return f"{option} is {unfit[0]!r}, but it must be {described(found.kind)}" if unfit else None
+    return f"{option} is {brief(unfit[0])!r}, but it must be {described(found.kind)}" if unfit else None
 
 
 def _flag(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Annotated, Any
@@ -16,10 +17,10 @@ from delock.cli.config import (
     NetworkOptions,
     TrainConfig,
     UpdateOptions,
+    check_ranges,
     chosen,
     either,
     make_method,
-    refuse_below,
     resolve,
     shown,
 )
@@ -29,6 +30,7 @@ from delock.cli.run_folder import dumps
 from delock.cli.tables import IDLE, LAYERWISE, STALENESS, Cells, memory, milliseconds, per_second, percent
 from delock.errors import UsageError
 from delock.methods import Method, options, spelled
+from delock.options import MOST_THREADS
 from delock.plan import chart, unroll
 from delock.timeline import Costs, Prediction, capacities, predict, simulate, speedup
 
@@ -45,7 +47,10 @@ examples:
 
 
 HALVES = ", b backward to the input alone, w to the weights"
+LEAST_COST = 1e-9
 CELL = 7  # columns of a cell in most charts
+MOST_STAGES = 500
+MOST_OPS = 50_000  # are worked out in about a second
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ def run(words: Sequence[str]) -> int:
 
 def find(config: PlanConfig) -> Answer:
     """Unroll, measure if asked to, and time on both clocks. Raises UsageError for what does not fit."""
+    check_ranges({"stages": (config.plan.stages, 1, MOST_STAGES)})
     workload, K = chosen(_workload(config)), config.plan.stages
     config = replace(config, algorithm=workload.algorithm, update=workload.update)
     method = make_method(config.algorithm).fitted(K)
@@ -159,10 +165,24 @@ def _workload(config: PlanConfig) -> TrainConfig:
 def _check(config: PlanConfig, method: Method) -> None:
     if any(method.slowdown(k) > 1 for k in range(config.plan.stages)):
         raise UsageError("noise slows one of several free-running stages, but a plan is of equal ones: leave it out; train counts it")
-    costs = {name.replace("_", "-"): (value, 0.0) for name, value in asdict(config.costs).items()}
-    refuse_below({"slots": (config.plan.slots, 1), "threads": (config.profile.threads, 1), **costs})
+    costs = {name.replace("_", "-"): (value, 0) for name, value in asdict(config.costs).items()}
+    check_ranges({"slots": (config.plan.slots, 1), "threads": (config.profile.threads, 1, MOST_THREADS), **costs})
+    if config.costs.forward + config.costs.backward < LEAST_COST:
+        raise UsageError(f"forward and backward together are below {LEAST_COST:g}, so a batch takes no time: give larger costs")
+    _refuse_endless(method, config.plan.stages, config.plan.slots or 0, config.algorithm.behind or 0)
     if (picture := config.plan.picture) and not picture.parent.is_dir():
         raise UsageError(f"cannot draw {picture}: there is no folder {picture.parent}; make it first")
+
+
+def _refuse_endless(method: Method, K: int, slots: int, behind: int) -> None:
+    """Raises UsageError for a plan with so many ops that working them out would take longer than a user waits."""
+    ops = sum(1 for _ in islice(chain.from_iterable(method.tick(0, k, K) for k in range(K)), MOST_OPS + 1))  # of one tick
+    ticks = method.span(K) + 8 * method.batches_per_update + behind + slots // method.micro_batches
+    if ops * ticks > MOST_OPS:
+        raise UsageError(
+            f"{spelled(method)} in {K} stages makes a plan of more than {MOST_OPS:,} ops, too many to work out one by one: "
+            "use fewer stages, micro-batches, batches per update or slots, or shorter lags"
+        )
 
 
 def cost_model(options: CostOptions, method: Method, K: int, measured: Profile | None) -> Costs:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from delock.cli import kept_run
 from delock.cli.arguments import parse
-from delock.cli.config import TrainConfig, is_text, refuse_below, resolved, shown
+from delock.cli.config import MOST_SEED, TrainConfig, check_ranges, is_text, resolved, shown
 from delock.cli.run_folder import ALPHABET, CONFIG
 from delock.cli.workload import build_gpt
 from delock.errors import UsageError
@@ -73,7 +73,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _check(options: SampleOptions) -> None:
-    refuse_below({"tokens": (options.tokens, 1), "top-k": (options.top_k, 1), "seed": (options.seed, 0)})
+    check_ranges({"tokens": (options.tokens, 1), "top-k": (options.top_k, 1), "seed": (options.seed, 0, MOST_SEED)})
     if not 0 < options.temperature < float("inf"):
         raise UsageError(f"temperature is {options.temperature:g}, but it must be above 0; --top-k 1 takes the likeliest token every time")
 

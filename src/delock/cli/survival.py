@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from delock.cli.config import TrainConfig, flat, make_method
+from delock.cli.config.flat import LONGEST, brief
 from delock.cli.config.options import CheckpointOptions
 from delock.cli.kept_run import read_config
 from delock.cli.ranks import ranks
@@ -16,6 +19,10 @@ from delock.errors import UsageError
 from delock.options import Checkpoint, Placement
 
 NEWEST = "newest"
+FLAGS: Mapping[str, str] = MappingProxyType(
+    {"every": "checkpoint-every", "keep": "checkpoint-keep", "best": "checkpoint-best", "restarts": "max-restarts"}
+)
+"""Fields of the group of `fit` that options of the command line have other names for; its errors begin with the field."""
 FREE = frozenset(
     {
         *("stages", "cuts", "epochs", "batches", "layout", "workers", "device", *Placement.__dataclass_fields__),
@@ -118,16 +125,20 @@ def checkpoint(config: TrainConfig, folder: Path) -> Checkpoint | None:
     if unable and options == CheckpointOptions():
         return None
     text = options.checkpoint_every
-    every = int(text) if text.isascii() and text.isdigit() else text
-    return Checkpoint(
-        folder / CHECKPOINTS,
-        every=every,
-        keep=options.checkpoint_keep,
-        best=options.checkpoint_best,
-        resume=options.resume,
-        grace=options.grace,
-        restarts=options.max_restarts,
-    )
+    every = int(text) if text.isascii() and text.isdigit() and len(text) <= LONGEST else brief(text)
+    try:
+        return Checkpoint(
+            folder / CHECKPOINTS,
+            every=every,
+            keep=options.checkpoint_keep,
+            best=options.checkpoint_best,
+            resume=options.resume,
+            grace=options.grace,
+            restarts=options.max_restarts,
+        )
+    except UsageError as error:
+        field, rest = re.fullmatch(r"(\w+)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+        raise UsageError(f"{FLAGS.get(field, field)}{rest}") from None
 
 
 def _value(words: Sequence[str], option: str) -> str | None:

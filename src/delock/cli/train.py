@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, is_text, resolve
@@ -11,7 +12,7 @@ from delock.cli.ranks import is_rank_zero, ranks
 from delock.cli.run_folder import RunFolder
 from delock.cli.session import load_data, train
 from delock.cli.summary import RunReport, closing
-from delock.cli.survival import is_over, refuse_changed, refuse_lost_restarts, spelled_out
+from delock.cli.survival import checkpoint, is_over, refuse_changed, refuse_lost_restarts, spelled_out
 from delock.cli.tables import stage_table
 from delock.cli.terminal import Terminal
 from delock.cli.trace import keep
@@ -35,6 +36,7 @@ def run(words: Sequence[str]) -> int:
     """Parses, trains, shows the results, and returns the exit code."""
     config = resolve(parse(TrainConfig, spelled_out(words), "train", ABOUT), ranks())
     refuse_lost_restarts(config)
+    checkpoint(config, Path())  # raises UsageError before anything is loaded
     if config.output.out:
         refuse_changed(config, config.output.out)
         if is_over(config, config.output.out):

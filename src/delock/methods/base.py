@@ -12,6 +12,11 @@ from delock.ops import Op
 
 Order = Literal["forward-first", "backward-first"]
 
+MOST = 10**9
+"""The largest number that an option may be, unless it has a limit of its own: of batches, seconds, images."""
+MANY = 4096
+"""The largest number of parts, ticks or batches that an option of a method may be; a plan grows with it."""
+
 
 class Method(ABC):
     """Trains one network cut into K stages, k = 0 .. K-1, by stating the ops of each stage at each tick.
@@ -116,18 +121,26 @@ def in_order(order: Order, last: bool, forward: Op, backward: Iterable[Op]) -> I
         yield from backward
 
 
-def at_least(what: str, value: float, least: float) -> None:
-    """Raises UsageError for an option below its least value, infinite, or NaN."""
-    if not least <= value < float("inf"):
-        shown = f"{value:g}" if isinstance(value, float) else value
-        raise UsageError(f"{what} is {shown}, but it must be at least {least}")
+def at_least(what: str, value: float, least: float, most: float = MOST) -> None:
+    """Raises UsageError for an option below its least value, above its largest, or NaN."""
+    if not value >= least or value == float("inf"):
+        raise UsageError(f"{what} is {_shown(value)}, but it must be at least {least}")
+    if value > most:
+        raise UsageError(f"{what} is {_shown(value)}, but it must be at most {_shown(most) if isinstance(most, float) else f'{most:,}'}")
 
 
-def whole(what: str, value: int, least: int) -> None:
-    """Raises UsageError for an option that is no whole number, or below its least value."""
+def whole(what: str, value: int, least: int, most: int = MANY) -> None:
+    """Raises UsageError for an option that is no whole number, or out of its range."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UsageError(f"{what} is {value!r}, but it must be a whole number, at least {least}")
-    at_least(what, value, least)
+    at_least(what, value, least, most)
+
+
+def _shown(value: float) -> str:
+    """Returns a number as text; Python writes no number of thousands of digits."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if abs(value) < 10**30 else "a number of more than 30 digits"
 
 
 def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:

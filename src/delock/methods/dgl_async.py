@@ -8,8 +8,10 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from delock.errors import UsageError
-from delock.methods.base import at_least, one_of, whole
+from delock.methods.base import MOST, at_least, one_of, whole
 from delock.methods.dgl import DGL
+
+MOST_SLOW = 10_000  # times as long as the others: the run waits for its slowest stage
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,12 @@ class AsyncDGL(DGL):
 
     def __post_init__(self) -> None:
         whole("buffer", self.buffer, 1)
-        whole("max_reuse", self.max_reuse, 0)
+        whole("max_reuse", self.max_reuse, 0, MOST)
         at_least("slow_stage", self.slow_stage, 0)
         one_of("order", self.order, ("free", "sampled", "round-robin"))
         if not 0 <= self.noise < 1:
             raise UsageError(f"noise is {self.noise}, but it must lie in [0, 1): a stage is slowed by S = 1 / (1 - noise)")
+        at_least("S = 1 / (1 - noise)", 1 / (1 - self.noise), 1, MOST_SLOW)
 
     @property
     def free_running(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from delock.errors import UsageError
+from delock.methods.base import MANY, at_least
 from delock.methods.delay_line import Ahead, DelayLine
 
 Lags = int | tuple[int, ...]
@@ -41,8 +42,10 @@ class DSP(DelayLine):
     def __post_init__(self) -> None:
         super().__post_init__()
         for what, lags in (("p", self.p), ("q", self.q)):
-            if min(lags if isinstance(lags, tuple) else (lags,), default=1) < 1:
+            every = lags if isinstance(lags, tuple) else (lags,)
+            if min(every, default=1) < 1:
                 raise UsageError(f"dsp's lag {what} is {lags}, but every lag must be at least 1: a message takes a tick; lag 0 is fr")
+            at_least(f"dsp's lag {what}", max(every, default=1), 1, MANY)
 
     @classmethod
     def from_paper(cls, p: tuple[int, ...], m: tuple[int, ...]) -> DSP:

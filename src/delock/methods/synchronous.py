@@ -10,6 +10,8 @@ from delock.errors import UsageError
 from delock.methods.base import Method, whole
 from delock.ops import Backward, Forward, Op, Update, Weights
 
+MOST_BEHIND = 1000  # every update that the weights are behind is a copy of them
+
 
 @dataclass(frozen=True)
 class BP(Method):
@@ -36,7 +38,7 @@ class BP(Method):
 
     def __post_init__(self) -> None:
         whole("accumulate", self.accumulate, 1)
-        whole("behind", self.behind, 0)
+        whole("behind", self.behind, 0, MOST_BEHIND)
         if self.ahead and not self.behind:
             raise UsageError("bp is not late, so nothing can be ahead: leave ahead out, or set behind")
 

@@ -131,7 +131,7 @@ def straggler(text: str, K: int, seed: int) -> Slowdown:
 
     Raises UsageError for anything else.
     """
-    match = re.fullmatch(rf"(\d+|random):{NUMBER}", text)
+    match = re.fullmatch(rf"(\d{{1,30}}|random):{NUMBER}", text)
     if not match:
         raise UsageError(f"slow is {text!r}, but it must be STAGE:S or random:S, such as 1:0.5: S is by how much a slow tick is longer")
     if match[1] == "random":

@@ -12,10 +12,11 @@ from delock.cli.config.options import (
     NetworkOptions,
     TrainConfig,
 )
-from delock.cli.config.resolve import chosen, make_method, refuse_below, resolve
+from delock.cli.config.resolve import MOST_SEED, check_ranges, chosen, make_method, resolve
 from delock.cli.config.update import UpdateOptions
 
 __all__ = [
+    "MOST_SEED",
     "AlgorithmOptions",
     "CompareConfig",
     "DatasetOptions",
@@ -24,6 +25,7 @@ __all__ = [
     "TrainConfig",
     "UpdateOptions",
     "build",
+    "check_ranges",
     "chosen",
     "either",
     "flat",
@@ -31,7 +33,6 @@ __all__ = [
     "make_method",
     "other_kind_options",
     "override",
-    "refuse_below",
     "resolve",
     "resolved",
     "shown",

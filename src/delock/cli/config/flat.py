@@ -36,6 +36,9 @@ RENAMED: Mapping[str, str] = MappingProxyType({"steps": "batches", "straggle": "
 """Names that options once had, and have in the files of older runs."""
 
 
+LONGEST = 100  # characters
+
+
 @dataclass(frozen=True)
 class Option:
     """Holds the group of an option, its name there, and its type."""
@@ -135,6 +138,11 @@ def converted(value: Any, kind: Any) -> Any:
     elif isinstance(kind, type) and type(value) is kind:
         return value
     raise TypeError
+
+
+def brief(text: str) -> str:
+    """Returns a text of a user as an error message can repeat it: the beginning of a long one."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def described(kind: Any) -> str:

@@ -7,13 +7,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from delock.cli.config.defaults import resolved
+from delock.cli.config.flat import LONGEST, brief
 from delock.cli.config.kinds import settle
 from delock.cli.config.options import AlgorithmOptions, NetworkOptions, TrainConfig, TrainingOptions
 from delock.cli.config.update import UpdateOptions, filled
 from delock.codecs import spelled
 from delock.errors import UsageError
 from delock.methods import METHODS, Method, make, options
+from delock.methods.base import MOST, at_least
 from delock.options import Compression
+
+MOST_SEED = 2**63 - 1
+MOST_STAGES = 1000
+MOST_FLOAT = 1e38  # float32 ends there
 
 
 def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
@@ -99,41 +105,50 @@ def _ahead(config: AlgorithmOptions, update: UpdateOptions) -> AlgorithmOptions:
     return replace(config, ahead="part")
 
 
-def refuse_below(bounds: Mapping[str, tuple[float | None, float]]) -> None:
-    """Raises UsageError if a value (name: value, least) is too small, infinite or NaN; None is not given."""
-    for name, (value, least) in bounds.items():
-        if value is not None and not least <= value < float("inf"):
-            raise UsageError(f"{name} is {value:g}, but it must be at least {least:g}")
+Range = tuple[float | None, float] | tuple[float | None, float, float]
+"""A value, or None where it is not given, its least, and its largest unless that is MOST."""
+
+
+def check_ranges(ranges: Mapping[str, Range]) -> None:
+    """Raises UsageError if one of the values, by name, is out of its range, infinite or NaN."""
+    for name, (value, least, *most) in ranges.items():
+        if value is not None:
+            at_least(name, value, least, *most)
 
 
 def _check(config: TrainConfig) -> None:
     """Refuses numbers out of range, by the names the user gave them."""
     network, data, language, training, update = config.network, config.dataset, config.language, config.training, config.update
-    bounds: dict[str, tuple[float | None, float]] = {
-        "stages": (network.stages, 1),
+    ranges: dict[str, Range] = {
+        "stages": (network.stages, 1, MOST_STAGES),
         "batch-size": (data.batch_size, 1),
         "test-batch-size": (data.test_batch_size, 1),
         "limit": (data.limit, 1),
-        "image-size": (data.image_size, 1),
-        "context": (language.context, 1),
-        "depth": (language.depth, 1),
-        "width": (language.width, 1),
-        "attention-heads": (language.attention_heads, 1),
+        "image-size": (data.image_size, 1, 10_000),
+        "context": (language.context, 1, 10**6),
+        "depth": (language.depth, 1, 1000),
+        "width": (language.width, 1, 10**5),
+        "attention-heads": (language.attention_heads, 1, 10**5),
         "epochs": (training.epochs, 1),
         "batches": (training.batches, 1),
         "eval-every": (training.eval_every, 1),
-        "lr": (update.lr, 0),
-        "momentum": (update.momentum, 0),
-        "weight-decay": (update.weight_decay, 0),
+        "lr": (update.lr, 0, MOST_FLOAT),
+        "momentum": (update.momentum, 0, MOST_FLOAT),
+        "weight-decay": (update.weight_decay, 0, MOST_FLOAT),
         "warmup": (training.warmup, 0),
-        "gamma": (training.gamma, 0),
-        "seed": (training.seed, 0),
+        "gamma": (training.gamma, 0, MOST_FLOAT),
+        "seed": (training.seed, 0, MOST_SEED),
     }
-    refuse_below(bounds)
-    if any(not 0 <= at < float("inf") for at in training.milestones):
-        raise UsageError(f"milestones are {' '.join(f'{at:g}' for at in training.milestones)}, but every one must be at least 0")
+    check_ranges(ranges)
+    if any(not 0 <= at <= MOST for at in training.milestones):
+        raise UsageError(
+            f"milestones are {' '.join(f'{at:g}' for at in training.milestones)}, but every one must be at least 0 and at most {MOST:,}"
+        )
     for name, share in {"dropout": network.dropout, "beta1": update.beta1, "beta2": update.beta2}.items():
         if share is not None and not 0 <= share < 1:
             raise UsageError(f"{name} is {share}, but it must lie in [0, 1)")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", config.machine.device):
-        raise UsageError(f"device is {config.machine.device!r}, but it must be cpu, cuda or cuda:N")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", config.machine.device):
+        raise UsageError(f"device is {brief(config.machine.device)!r}, but it must be cpu, cuda or cuda:N")
+    for cut in network.cuts or ():
+        if len(str(cut)) > LONGEST:
+            raise UsageError(f"no layer is called {brief(str(cut))!r}: cuts are numbers or names of layers")
