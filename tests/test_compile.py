@@ -181,9 +181,9 @@ def test_a_torch_without_the_setting_for_a_second_backward(monkeypatch: pytest.M
 
 def test_every_size_of_part_is_compiled_once() -> None:
     example = torch.empty(8, 3, device="meta"), torch.empty(2, 2, device="meta"), torch.empty((), device="meta")
-    sizes = [[tuple(t.shape) for t in part] for part in compiled.pieces(example, 3)]
+    sizes = [[tuple(t.shape) for t in part] for part in compiled.pieces(example, 8, 3)]
     assert sizes == [[(3, 3), (2, 2), ()], [(2, 3), (2, 2), ()]]
-    assert [tuple(part.shape) for part in compiled.pieces(torch.empty(2, 3, device="meta"), 4)] == [(1, 3)]
+    assert [tuple(part.shape) for part in compiled.pieces(torch.empty(2, 3, device="meta"), 2, 4)] == [(1, 3)]
 
 
 @pytest.mark.usefixtures("own_random")

@@ -298,8 +298,14 @@ def test_items_that_are_no_pairs_are_refused(obj, says):
 
 
 def test_an_epoch_that_ends_early_names_both_numbers():
-    once = (pair for pair in [(torch.ones(2), 0)] * 3)
-    loader = as_loader(once, batches_per_epoch=2)
+    class Shrinking:
+        left = 3
+
+        def __iter__(self):
+            self.left -= 1
+            return iter([(torch.ones(2), 0)] * self.left)
+
+    loader = as_loader(Shrinking(), batches_per_epoch=2)
     assert len(list(loader.epoch(0))) == 2
     with pytest.raises(UsageError, match="epoch 1 of the data ended after 1 batches, where its length promised 2"):
         list(loader.epoch(1))

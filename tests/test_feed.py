@@ -149,12 +149,41 @@ def test_a_run_goes_on_in_the_middle_of_an_evaluation() -> None:
     assert [first(source(Evaluate(i))) for i in (4, 5, 6)] == [[100], [200], [0]]
 
 
-@pytest.mark.parametrize("inputs", [torch.tensor(3.0), (torch.tensor(3.0), torch.ones(2)), ()], ids=["scalar", "scalar first", "empty"])
+@pytest.mark.parametrize("inputs", [torch.tensor(3.0), ()], ids=["scalar", "empty"])
 def test_a_batch_without_rows_is_refused(inputs: Any) -> None:
     with pytest.raises(UsageError, match="one row per sample"):
         samples(inputs)
 
 
-def test_samples_are_the_rows_of_the_first_tensor() -> None:
+def test_samples_are_the_rows_that_all_inputs_have() -> None:
     assert samples(torch.ones(3, 2)) == 3
-    assert samples((torch.ones(4), torch.ones(9))) == 4
+    assert samples((torch.ones(4), torch.tensor(2.0), torch.ones(4, 2)), torch.ones(12)) == 4
+
+
+@pytest.mark.parametrize("targets", [torch.ones(4), {"y": torch.ones(4, 2), "classes": torch.ones(7)}])
+def test_where_the_rows_of_the_inputs_differ_the_targets_decide(targets: Any) -> None:
+    assert samples((torch.ones(9, 9), torch.ones(4)), targets) == 4
+    assert samples((torch.ones(4), torch.ones(9, 9)), targets) == 4
+
+
+@pytest.mark.parametrize("targets", [None, torch.ones(36), (torch.ones(4), torch.ones(9))])
+def test_rows_that_the_targets_leave_open_are_refused(targets: Any) -> None:
+    with pytest.raises(UsageError, match=r"have 4 and 9 rows.*which one counts the samples is not known"):
+        samples((torch.ones(9, 9), torch.ones(4)), targets)
+
+
+def test_a_mask_in_front_is_not_split() -> None:
+    mask, x, y = torch.ones(3, 3), torch.arange(4.0), torch.arange(4)
+    source = feed(as_loader([((mask, x), y)]), 2)
+    for j, own in enumerate(([0, 1], [2, 3])):
+        message = source(Forward(j))
+        assert (message.samples, message.count, message.weight) == (2, 2, 0.5)
+        assert torch.equal(message.values[0], mask)
+        assert message.values[1].tolist() == message.targets.tolist() == own
+
+
+def test_targets_that_would_go_whole_to_every_part_are_refused() -> None:
+    data = as_loader([(torch.ones(4, 3), torch.ones(12))])
+    assert feed(data)(Forward(0)).samples == 4
+    with pytest.raises(UsageError, match=r"batch 0 has 4 samples, but its targets have 12 rows.*flatten them in the loss"):
+        feed(data, 2)(Forward(0))

@@ -58,7 +58,7 @@ def test_wrong_heads() -> None:
     data = Samples("image", 24, 8, torch.float32)
     stages = WORK["conv"][0](3, torch.float32)
     heads = tiny_heads(stages, next(iter(data.epoch(0)))[0], torch.float32)
-    with pytest.raises(UsageError, match="needs 2 auxiliary heads, but 1"):
+    with pytest.raises(UsageError, match="needs 2 auxiliary heads, for stages 0, 1, but 1 was given"):
         fit(stages, data, loss=WORK["conv"][2], method=DGL(), optimizer=sgd, batches=2, heads=heads[:1], workers="inline")
     with pytest.raises(UsageError, match="bp has no local losses"):
         fit(stages, data, loss=WORK["conv"][2], method=BP(), optimizer=sgd, batches=2, heads=heads, workers="inline")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from delock.data.iterable import Batches, as_loader
 from delock.errors import StageFailed, UsageError
+from delock.methods import Interlocking
+from delock.options import Execution
 from delock.records import EvaluationRecord
 
 from points import CLASSES, SGD, broken_loss, fit, network, test_data, train_data, weighted, weights
@@ -216,3 +222,127 @@ def test_every_buffer_comes_back_to_the_model(workers: str) -> None:
     fit(model, cuts=[1], epochs=1, workers=workers)
     assert model[0].seen == 22
     assert model[0].first.shape == (6,)
+
+
+# ---- data --------------------------------------------------------------------------------------------------------------------------
+
+
+def points(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    return [(torch.randn(n, 6, generator=draw), torch.randint(CLASSES, (n,), generator=draw)) for n in sizes]
+
+
+class Unsized(list[Any]):
+    """Batches whose sizes are found out by reading them."""
+
+    def sizes(self) -> None:
+        return None
+
+    def epoch(self, e: int) -> Iterator[Any]:
+        return iter(self)
+
+
+@pytest.mark.parametrize("workers", ["inline", "processes"])
+def test_an_empty_batch_of_the_test_data_is_passed_over(workers: str) -> None:
+    full = points(4, 3)
+    tests = [full, [full[0], *points(0), full[1]]]
+    options = {"loss": cross_entropy, "cuts": [4], "metrics": {"again": cross_entropy}, "workers": workers}
+    found = [fit(network(), points(6, 6), test, **options)[1].evaluations for test in tests]
+    assert [(e.test_loss, e.metrics) for e in found[0]] == [(e.test_loss, e.metrics) for e in found[1]]
+    assert found[0][0].test_loss == pytest.approx(found[0][0].metrics["again"])
+
+
+@pytest.mark.parametrize("test", [points(0), Unsized(points(0, 0))], ids=["known", "unknown"])
+def test_test_data_without_a_sample(test: Any) -> None:
+    unchanged("the test data has no samples", train=points(6), test=test, loss=cross_entropy)
+
+
+class Same:
+    """Gives the same generator to everyone who iterates it."""
+
+    def __init__(self) -> None:
+        self.own = (batch for batch in points(4, 4, 4, 4))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.own
+
+
+def test_data_that_can_be_read_only_once() -> None:
+    says = r"the data \(.*\) can be read only once.*give a list, a DataLoader, or an object whose __iter__ begins anew"
+    for one in (iter(points(4)), (batch for batch in points(4)), zip(*zip(*points(4, 4), strict=True), strict=True)):
+        with pytest.raises(UsageError, match=says):
+            as_loader(one, batches_per_epoch=1)
+        with pytest.raises(UsageError, match=says):
+            as_loader(Batches(one, weight=len), batches_per_epoch=1)
+        unchanged(says, train=one)
+        unchanged(says, train=points(4), test=one)
+    unchanged(says, train=Same(), loss=cross_entropy)
+
+
+class Masked(nn.Module):
+    """Takes (mask, x) or (x, mask), and mixes features by the mask."""
+
+    def forward(self, given: tuple[Tensor, Tensor]) -> Tensor:
+        mask, x = sorted(given, key=lambda one: one.shape[0] != 6)
+        return x @ mask
+
+
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.parametrize("method", ["bp", "gpipe"])
+def test_the_place_of_a_mask_among_the_inputs_changes_nothing(method: str) -> None:
+    mask, own = torch.rand(6, 6), points(8, 4)
+    ends = nn.Linear(6, 5), nn.Linear(5, CLASSES)
+    models, found = [nn.Sequential(Masked(), *copy.deepcopy(ends)) for _ in range(2)], []
+    for model, first in zip(models, (True, False), strict=True):
+        data = [((mask, x) if first else (x, mask), y) for x, y in own]
+        found.append(fit(model, data, data, cuts=[2], method=method, loss=cross_entropy)[1])
+    assert all(torch.equal(a, b) for a, b in zip(weights(models[0]), weights(models[1]), strict=True))
+    assert [run.samples for run in found] == [24, 24]
+    assert found[0].losses == found[1].losses
+    assert found[0].evaluations[-1].test_loss == found[1].evaluations[-1].test_loss
+
+
+@pytest.mark.usefixtures("own_random")
+def test_chunks_of_a_mask_are_refused() -> None:
+    data = [((torch.ones(6, 6), x), y) for x, y in points(8)]
+    model = nn.Sequential(Masked(), nn.Linear(6, 5), nn.Linear(5, CLASSES))
+    unchanged("chunks cut the rows of the first tensor", model, train=data, loss=cross_entropy, execution=Execution(chunks=2))
+
+
+# ---- heads -------------------------------------------------------------------------------------------------------------------------
+
+
+def heads(n: int) -> list[nn.Module]:
+    return [nn.Linear(8, CLASSES) for _ in range(n)]
+
+
+HEADS = {
+    "dgl": (2, "dgl in 3 stages needs 2 auxiliary heads, for stages 0, 1, but"),
+    "furthest": (1, "interlocking in 3 stages needs 1 auxiliary heads, for stage 1, but"),
+    "sum": (2, "interlocking in 3 stages needs 2 auxiliary heads, for stages 0, 1, but"),
+    "whole": (0, "interlocking in 3 stages needs 0 auxiliary heads, for no stage, but"),
+}
+
+
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.parametrize("case", HEADS)
+def test_as_many_heads_are_given_as_the_method_uses(case: str) -> None:
+    n, says = HEADS[case]
+    methods = {"furthest": Interlocking(), "sum": Interlocking(combine="sum"), "whole": Interlocking(n_wise=3)}
+    options = {"method": methods.get(case, case), "cuts": [2, 4]}
+    for wrong in {0, n - 1, n + 1} - {n, -1}:
+        with pytest.raises(UsageError, match=f"{says} {wrong} w(as|ere) given"):
+            fit(network(), heads=heads(wrong), **options)
+    fit(network(), heads=heads(n), **options)
+
+
+@pytest.mark.usefixtures("own_random")
+def test_a_head_for_two_stages_is_refused() -> None:
+    one = heads(1)[0]
+    with pytest.raises(UsageError, match="the auxiliary heads of stages 0 and 1 share a parameter"):
+        fit(network(), cuts=[2, 4], method="dgl", heads=[one, one])
+    with pytest.raises(UsageError, match="the auxiliary head of stage 1 is a str, but it must be a module"):
+        fit(network(), cuts=[2, 4], method="dgl", heads=[one, "mlp"])

@@ -258,8 +258,8 @@ def test_batches_are_those_of_the_loader() -> None:
     assert (len(weighed), weighed.sizes()) == (3, [4, 4, 2])
     for e in (1, 0):
         assert all(torch.equal(x, u) for (x, _), (u, _) in zip(plain.epoch(e), weighed.epoch(e), strict=True))
-    endless = as_loader(Batches((pair for pair in texts([1], [2], [3])), weight=tokens), batches_per_epoch=2)
-    assert len(endless) == 2
+    unsized = type("Unsized", (), {"__iter__": lambda self: iter(texts([1], [2], [3]))})()
+    assert len(as_loader(Batches(unsized, weight=tokens), batches_per_epoch=2)) == 2
 
 
 def test_weights_of_parts() -> None:

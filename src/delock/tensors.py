@@ -69,6 +69,11 @@ def tree_tensors(tree: Tree) -> Iterator[Tensor]:
             yield from tree_tensors(item)
 
 
+def lengths(tree: Tree) -> set[int]:
+    """Returns the numbers of rows that the tensors of a tree have."""
+    return {len(one) for one in tree_tensors(tree) if one.dim()}
+
+
 def map_tensors(act: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     """Returns the tree with act(tensor) in place of every tensor. Raises UsageError for what cannot travel."""
     if isinstance(tree, Tensor):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,8 @@ def as_loader(obj: Any, seed: int = 0, *, batches_per_epoch: int | None = None) 
     DataLoader and its sampler own at the start of an epoch, and calls `set_epoch` on `obj` and its samplers where it exists. The workers of
     a DataLoader follow, except with persistent_workers, whose generators run on across epochs.
     batches_per_epoch: read only this number of batches; required if `obj` has no length.
-    Raises UsageError if `obj` cannot be iterated, or if its length is missing or below 1. Reading raises it for an item that is not a pair,
-    for inputs that are not a tensor or a tuple of tensors, and for an epoch with fewer batches than promised.
+    Raises UsageError if `obj` cannot be iterated, or only once, or if its length is missing or below 1. Reading raises it for an item that
+    is not a pair, for inputs that are not a tensor or a tuple of tensors, and for an epoch with fewer batches than promised.
     """
     if isinstance(obj, Batches):
         return Batches(as_loader(obj.loader, seed, batches_per_epoch=batches_per_epoch), weight=obj.weight)
@@ -38,6 +40,8 @@ def as_loader(obj: Any, seed: int = 0, *, batches_per_epoch: int | None = None) 
         return obj
     if not isinstance(obj, Iterable):
         raise UsageError(f"data must be an iterable of (inputs, targets), such as a DataLoader, not {type(obj).__name__}")
+    if isinstance(obj, Iterator) and iter(obj) is obj:
+        raise _once(obj)
     length = _length(obj) if batches_per_epoch is None else batches_per_epoch
     if length is None:
         raise UsageError(f"the data ({type(obj).__name__}) has no length: say how many batches an epoch has with batches_per_epoch")
@@ -56,6 +60,7 @@ class Plain:
         self.at = (0, 0)  # epoch and batch that come next, as far as it has been read
         self.resumed: tuple[int, int] | None = None  # where an iteration begins that goes on from a place
         self.before_last: dict[str, Any] | None = None  # the place in front of the last batch of the epoch
+        self.last: weakref.ref[GeneratorType[Any, Any, Any]] | None = None  # that it was read from, if it was one
 
     def state_dict(self) -> dict[str, Any] | None:
         """Returns the place of an iterable that has a `state_dict` and a `load_state_dict`, as torchdata's loader; None for others.
@@ -75,7 +80,7 @@ class Plain:
         self.at = self.resumed = state["epoch"], state["batch"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "obj": _at_rest(self.obj)}
+        return {**self.__dict__, "obj": _at_rest(self.obj), "last": None}
 
     def __len__(self) -> int:
         return self.batches
@@ -85,6 +90,13 @@ class Plain:
         sizes = _sizes(self.obj)
         return sizes[: self.batches] if sizes is not None and len(sizes) >= self.batches else None
 
+    def _refuse_read(self, items: Iterator[Any]) -> None:
+        """Raises UsageError for a generator that an epoch before has read from."""
+        if isinstance(items, GeneratorType):
+            if self.last is not None and self.last() is items:
+                raise _once(self.obj)
+            self.last = weakref.ref(items)
+
     def epoch(self, e: int) -> Iterator[tuple[Inputs, Any]]:
         if self.resumed and self.resumed[0] < e:
             deque(self.epoch(self.resumed[0]), maxlen=0)
@@ -92,6 +104,7 @@ class Plain:
         _start_epoch(self.obj, e, start)
         with seeded(start):
             items = iter(self.obj)
+        self._refuse_read(items)
         first = self.resumed[1] if self.resumed and self.resumed[0] == e else 0
         self.resumed, self.at = None, (e, first)
         for b in range(first, self.batches):
@@ -189,6 +202,13 @@ def _start_epoch(obj: Any, e: int, k: int) -> None:
             generator.manual_seed(k)
 
 
+def _once(obj: Any) -> UsageError:
+    return UsageError(
+        f"the data ({type(obj).__name__}) can be read only once, but every epoch reads it from its beginning, and so does the look at a "
+        "first batch before the start: give a list, a DataLoader, or an object whose __iter__ begins anew"
+    )
+
+
 def _length(obj: Any) -> int | None:
     try:
         return len(obj)
@@ -198,7 +218,7 @@ def _length(obj: Any) -> int | None:
 
 def _sizes(obj: Any) -> list[int] | None:
     if isinstance(obj, (list, tuple)):
-        sizes = [len(first) for item in obj if (first := _first(item)) is not None]
+        sizes = [n for item in obj if (n := _rows(item)) is not None]
         return sizes if len(sizes) == len(obj) else None
     if not isinstance(obj, DataLoader) or isinstance(obj.dataset, IterableDataset) or type(obj.batch_sampler) is not BatchSampler:
         return None
@@ -210,11 +230,11 @@ def _sizes(obj: Any) -> list[int] | None:
     return [size] * (samples // size) + [left] * (left > 0)
 
 
-def _first(item: Any) -> Tensor | None:
-    """Returns the tensor of a batch whose first dimension counts the samples, or None."""
+def _rows(item: Any) -> int | None:
+    """Returns the rows that all inputs of a batch have, or None: where they differ, the targets decide, which may be any tree."""
     inputs = item[0] if isinstance(item, (list, tuple)) and item else None
-    inputs = inputs[0] if isinstance(inputs, (list, tuple)) and inputs else inputs
-    return inputs if isinstance(inputs, Tensor) and inputs.dim() else None
+    own = {len(x) for x in (inputs if isinstance(inputs, (list, tuple)) else [inputs]) if isinstance(x, Tensor) and x.dim()}
+    return own.pop() if len(own) == 1 else None
 
 
 def _pair(item: Any, e: int, b: int) -> tuple[Inputs, Any]:

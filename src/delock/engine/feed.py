@@ -14,7 +14,7 @@ from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.links.message import Message
 from delock.ops import Evaluate, Forward
-from delock.tensors import Tree, map_tensors, rows, split_bounds, tree_tensors
+from delock.tensors import Tree, lengths, map_tensors, rows, split_bounds
 
 
 class Feed:
@@ -81,8 +81,11 @@ class Feed:
             for _ in range(index % self.per_evaluation):
                 next(self.evaluation)
         inputs, targets = next(self.evaluation)
-        count = self.test_weights.count(targets) if self.test_weights else samples(inputs)
-        return Message(*self._moved((inputs, targets)), samples=samples(inputs), count=count)
+        n = samples(inputs, targets)
+        if not n:  # it has no mean, so the means are over the others
+            return Message(None)
+        count = self.test_weights.count(targets) if self.test_weights else n
+        return Message(*self._moved((inputs, targets)), samples=n, count=count)
 
     def _moved(self, batch: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
         inputs, targets = map_tensors(lambda leaf: leaf.to(self.device, non_blocking=True), batch)
@@ -90,13 +93,14 @@ class Feed:
 
     def _split(self, number: int, inputs: Tree, targets: Tree) -> list[Message]:
         """Splits a batch. What it counts is asked of the targets where the loader has them: on a GPU the answer would be waited for."""
-        n = samples(inputs)
+        n = samples(inputs, targets)
         if not n:
             raise UsageError(f"batch {number} has no samples, so it has no mean: leave empty batches out of the data")
         whole = self.weights.count(targets) if self.weights else n
         moved = self._moved((inputs, targets))
         if self.micro_batches == 1:
             return [Message(*moved, 1.0 if whole else 0.0, n, whole)]
+        _refuse_unsplit(number, targets, n)
         bounds = split_bounds(n, self.micro_batches)
         sizes = [end - begin for begin, end in bounds]
         counts = self._counts(number, targets, whole, n, bounds) if self.weights else sizes
@@ -118,9 +122,28 @@ class Feed:
         return counts
 
 
-def samples(inputs: Tree) -> int:
-    """Returns the samples in a batch: the first dimension of its first tensor. Raises UsageError for a batch without one."""
-    first = next(tree_tensors(inputs), None)
-    if first is None or not first.dim():
+def samples(inputs: Tree, targets: Tree = None) -> int:
+    """Returns the samples in a batch: the rows of the tensors of its inputs; where these differ, the number that the targets have, too.
+
+    Raises UsageError for a batch whose inputs have no rows, or where the targets leave it open.
+    """
+    own = lengths(inputs)
+    if not own:
         raise UsageError("a batch of inputs must hold a tensor with one row per sample")
-    return len(first)
+    both = own & lengths(targets)
+    if len(own) > 1 and len(both) != 1:
+        found, beside = " and ".join(map(str, sorted(own))), f"{len(both)} of these numbers" if both else "none of them"
+        raise UsageError(
+            f"the tensors in the inputs of a batch have {found} rows, and the targets have {beside}, so which one counts the samples is "
+            "not known: give the targets one row per sample, or keep what has none, such as a mask, in the model as a buffer"
+        )
+    return next(iter(both if len(own) > 1 else own))
+
+
+def _refuse_unsplit(number: int, targets: Tree, n: int) -> None:
+    """Raises UsageError for targets that would go whole to every part of a batch."""
+    if (found := lengths(targets)) and n not in found:
+        raise UsageError(
+            f"batch {number} has {n} samples, but its targets have {' and '.join(map(str, sorted(found)))} rows, so they cannot be split "
+            "into the parts of the batch: give them one row per sample, and flatten them in the loss"
+        )

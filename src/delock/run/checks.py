@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from delock.data.iterable import Batches
+from delock.engine.feed import samples
 from delock.errors import UsageError
 from delock.links.connect import refuse_link
+from delock.memory.sizes import Outputs
 from delock.methods import Method
 from delock.options import Execution, check_types
 from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
@@ -111,6 +113,26 @@ def refuse_untrainable(layers: list[Layer]) -> None:
             "the model has no parameter that learns, so training would change nothing: let some with requires_grad_(True), or give it a "
             "layer that has parameters"
         )
+
+
+def refuse_empty_test(request: Request) -> None:
+    """Raises UsageError for test data without a sample; it is read where the sizes of its batches are not known."""
+    if request.test is None:
+        return
+    sizes = request.test.sizes()
+    if not any(sizes if sizes is not None else (samples(*batch) for batch in request.test.epoch(0))):
+        raise UsageError("the test data has no samples, so an evaluation has no mean: give it some, or leave test out")
+
+
+def refuse_other_rows(execution: Execution, inputs: Sequence[Outputs], n: int) -> None:
+    """Raises UsageError where the first of a layer's inputs, whose rows are cut into chunks, has no row for each of `n` samples."""
+    for i, own in enumerate(inputs if execution.chunks > 1 else ()):
+        shape = own[0][0]
+        if not shape or shape[0] != n:
+            raise UsageError(
+                f"chunks cut the rows of the first tensor that a layer takes, but that of layer {i} has shape {shape} in a batch of {n} "
+                "samples: put one with a row per sample first, or leave chunks out"
+            )
 
 
 def refuse_recomputation(method: Method, execution: Execution, what: str) -> None:

@@ -25,10 +25,30 @@ def auxiliary(request: Request, K: int, shapes: Sequence[tuple[int, ...]], logit
     if given is not None and not request.method.local_losses:
         raise UsageError(f"{request.method.name} has no local losses, so it takes no heads")
     if given is not None and not isinstance(given, str):
-        if len(given) != len(wanted):
-            raise UsageError(f"{request.method.name} in {K} stages needs {len(wanted)} auxiliary heads, but {len(given)} were given")
+        _refuse_unfit(request.method.name, wanted, K, given)
         return dict(zip(wanted, given, strict=True))
     return {k: _head(request, k, shapes[k], logits) for k in wanted}
+
+
+def _refuse_unfit(method: str, wanted: range, K: int, given: Sequence[nn.Module]) -> None:
+    """Raises UsageError unless each of the stages that have a head is given one of its own."""
+    if len(given) != len(wanted):
+        which = f"for stages {', '.join(map(str, wanted))}" if len(wanted) > 1 else f"for stage {wanted[0]}" if wanted else "for no stage"
+        verb = "was" if len(given) == 1 else "were"
+        raise UsageError(
+            f"{method} in {K} stages needs {len(wanted)} auxiliary heads, {which}, but {len(given)} {verb} given: give one each"
+        )
+    for k, head in zip(wanted, given, strict=True):
+        if not isinstance(head, nn.Module):
+            raise UsageError(f"the auxiliary head of stage {k} is a {type(head).__name__}, but it must be a module")
+    owner: dict[int, int] = {}
+    for k, head in zip(wanted, given, strict=True):
+        for weight in head.parameters():
+            if owner.setdefault(id(weight), k) != k:
+                raise UsageError(
+                    f"the auxiliary heads of stages {owner[id(weight)]} and {k} share a parameter, but every stage trains its own: give "
+                    "each a head of its own, as copy.deepcopy makes it"
+                )
 
 
 def _head(request: Request, k: int, shape: tuple[int, ...], logits: tuple[int, ...]) -> nn.Module:

@@ -53,6 +53,7 @@ class StageJob:
     begin: Begin | None = None  # the checkpoint to go on from
     conditions: Mapping[str, Any] = field(default_factory=dict)  # what must be the same in a run that goes on
     example: Tree = None  # on the meta device: a batch as it enters the stage, where that is compiled
+    rows: int = 0  # samples in it
     weighed: bool = False  # the loader says what its batches weigh in means
     window: int = 256
 

@@ -77,7 +77,7 @@ def _again(request: Request, error: NonFinite) -> tuple[Any, Any] | None:
     with suppress(Exception):  # the loss is what went wrong, and is reported
         for b, (inputs, targets) in enumerate(request.train.epoch(epoch)):
             if b == place:
-                n = samples(inputs)
+                n = samples(inputs, targets)
                 begin, end = split_bounds(n, error.parts)[error.part]
                 inputs, targets = rows((inputs, targets), begin, end, n)
                 return inputs, targets

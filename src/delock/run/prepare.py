@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 
 from delock.checkpoints.directory import read
-from delock.engine.feed import samples
 from delock.errors import UsageError
 from delock.keys import key
 from delock.memory.optimizer import learned
@@ -20,7 +19,15 @@ from delock.partition.balance import balance
 from delock.partition.layers import Layer, has_batch_norm, layers, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.partition.stages import stages
-from delock.run.checks import refuse_recomputation, refuse_single_samples, refuse_unfit, refuse_unfit_codecs, refuse_untrainable
+from delock.run.checks import (
+    refuse_empty_test,
+    refuse_other_rows,
+    refuse_recomputation,
+    refuse_single_samples,
+    refuse_unfit,
+    refuse_unfit_codecs,
+    refuse_untrainable,
+)
 from delock.run.heads import auxiliary, head_cost, head_shares
 from delock.run.layout_choice import choose_layout
 from delock.run.parts import refuse_other
@@ -67,7 +74,11 @@ def _prepared(request: Request) -> PreparedRun:
     if not waits:
         refuse_untrainable(network)
     inputs, targets = next(iter(request.train.epoch(0)))
+    refuse_empty_test(request)
+    batch = Batch.of(inputs, targets)
+    refuse_other_rows(request.execution, [batch.inputs], batch.rows)
     execution, costs = choose_layout(request, network, inputs, targets)
+    refuse_other_rows(execution, [batch.inputs, *(cost.outputs for cost in costs[:-1])], batch.rows)
     for what in (layer.called(i) for i, layer in enumerate(network) if costs[i].recomputes):
         refuse_recomputation(request.method, execution, what)
     if cuts is None:
@@ -79,12 +90,9 @@ def _prepared(request: Request) -> PreparedRun:
     if has_batch_norm(normed):
         refuse_single_samples(request.train.sizes() or [], request.method.micro_batches * execution.chunks)
     shaped = {k: costs[found[k] - 1].shape for k in heads}
-    head_costs = {
-        k: head_cost(request, execution, k, head, (samples(inputs), *shaped[k]), targets) for k, head in heads.items() if shaped[k]
-    }
+    head_costs = {k: head_cost(request, execution, k, head, (batch.rows, *shaped[k]), targets) for k, head in heads.items() if shaped[k]}
     for what in (f"the head of stage {k}" for k, cost in head_costs.items() if cost.recomputes):
         refuse_recomputation(request.method, execution, what)
-    batch = Batch.of(inputs, targets)
     if waits:
         request = replace(request, optimizer=WaitingStep(request.optimizer, waits.update)) if waits.update else request
         return PreparedRun(request, network, found, costs, batch, execution, *_emulated(request, waits, [*found, len(network)], costs))

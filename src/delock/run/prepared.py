@@ -49,7 +49,7 @@ class Batch:
     def of(cls, inputs: Any, targets: Any) -> Batch:
         """Describes a loader's batch."""
         shapes = tuple((tuple(x.shape), x.dtype) for x in tensors(inputs))
-        return cls(samples(inputs), shapes, sum(x.nbytes for x in tree_tensors(targets)))
+        return cls(samples(inputs, targets), shapes, sum(x.nbytes for x in tree_tensors(targets)))
 
 
 @dataclass
@@ -126,6 +126,7 @@ class PreparedRun:
                 begin=self.begin,
                 conditions=self.conditions(),
                 example=self._entering(k) if self.execution.compile else None,
+                rows=self.batch.rows,
             )
             for k, module in enumerate(self.modules)
         ]

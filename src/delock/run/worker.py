@@ -91,7 +91,7 @@ class Worker:
 
     def rehearse(self) -> None:
         """Compiles the stage for the micro-batches of a batch, outside all measured times."""
-        for piece in pieces(self.job.example, self.job.method.micro_batches):
+        for piece in pieces(self.job.example, self.job.rows, self.job.method.micro_batches):
             self.stage.rehearse(zeros(piece, self.device))
 
     def run(self) -> None:

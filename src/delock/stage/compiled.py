@@ -83,9 +83,8 @@ def _complaint(what: str, error: Exception) -> str:
     return f"torch.compile does not take {what}: {said}; leave compile out"
 
 
-def pieces(example: Value, micro_batches: int) -> list[Value]:
-    """Returns inputs as the micro-batches of a batch have them, one of every shape; `example`: a batch on the meta device."""
-    count = len(tensors(example)[0])
+def pieces(example: Value, count: int, micro_batches: int) -> list[Value]:
+    """Returns inputs as the micro-batches of a batch have them, one of every shape; `example`: a batch of `count` on the meta device."""
     split = [rows(example, begin, end, count) for begin, end in split_bounds(count, micro_batches) if begin < end]
     return list({tuple(t.shape for t in tensors(piece)): piece for piece in split}.values())
 

@@ -147,6 +147,8 @@ class Stage:
 
     def evaluate(self, message: Message) -> Message:
         """h_{k+1} = f_k(h_k; w_k) in eval mode, at the newest weights: returns the outputs with the labels that came along."""
+        if message.values is None:  # a batch without samples
+            return message
         return replace(message, values=self.body.sent(self.body.evaluate(message.values)))
 
     def build(self, held: InFlight, weights: Weights | None, *, is_replay: bool = False) -> None:
