@@ -63,6 +63,57 @@ def test_only_the_part_that_has_the_loss_is_looked_at() -> None:
     assert "batch 1 (micro-batch 3) became nan at stage 1, after 1 update; its inputs hold 2 numbers" in told(data, GPipe(3))
 
 
+def behind_sigmoid(data: Any, method: str | Method, **options: Any) -> str:
+    """The error of a run in which an infinite input leaves the loss of its own batch finite."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 4)))
+    given = {"optimizer": partial(torch.optim.SGD, lr=0.01), "cuts": [2], "epochs": 3, "workers": "inline"} | options
+    with pytest.raises(NonFinite) as caught:
+        delock.fit(model, data, loss=mse_loss, method=method, **given)
+    return str(caught.value)
+
+
+SPOILS = ", which can spoil the weights for all batches after it: clean the data"
+
+
+@pytest.mark.parametrize("method", ["bp", "fdg", "dgl", GPipe(2)], ids=str)
+def test_an_infinite_input_whose_effect_shows_up_in_a_later_batch(method: str | Method) -> None:
+    data = vectors(6, rows=6)
+    data[1][0][2, 3] = math.inf
+    error = behind_sigmoid(data, method, heads=[nn.Linear(4, 4)] if method == "dgl" else None)
+    assert "the loss of batch 1 " not in error
+    assert error.endswith(f"; the inputs of batch 1 hold 1 number NaN or infinite{SPOILS}")
+
+
+def test_an_infinite_input_at_the_end_of_an_epoch_whose_effect_shows_up_in_the_next() -> None:
+    data = vectors(4, rows=6)
+    data[3][0][2, 3] = math.inf
+    error = behind_sigmoid(data, "bp")
+    assert error.startswith("the loss of batch 4 became nan")
+    assert error.endswith(f"; the inputs of batch 3 hold 1 number NaN or infinite{SPOILS}")
+
+
+class Sum(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] + pair[1]
+
+
+def test_the_tensor_at_fault_is_named() -> None:
+    data = [((x, x.clone()), {"y": y, "z": y.clone()}) for x, y in vectors(3)]
+    data[1][0][1][0, 0] = math.nan
+    model = seeded(lambda: nn.Sequential(Sum(), nn.Linear(4, 4), nn.Linear(4, 4)))
+    made = partial(torch.optim.SGD, lr=0.01)
+
+    def loss(out: Tensor, targets: dict[str, Tensor]) -> Tensor:
+        return mse_loss(out, targets["y"]) + mse_loss(out, targets["z"])
+
+    with pytest.raises(NonFinite, match=r"loss of batch 1 .*; its inputs\[1\] hold 1 number NaN or infinite: clean the data$"):
+        delock.fit(model, data, loss=loss, optimizer=made, cuts=[2], epochs=1, workers="inline")
+    data[1][0][1][0, 0] = 0.0
+    data[1][1]["z"][0] = math.inf
+    with pytest.raises(NonFinite, match=r"loss of batch 1 .*; its targets\['z'\] hold 4 numbers NaN or infinite: clean the data$"):
+        delock.fit(model, data, loss=loss, optimizer=made, cuts=[2], epochs=1, workers="inline")
+
+
 def huge(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.exp() * 1e30).exp().mean()
 

@@ -1,6 +1,7 @@
-"""Explains a loss that is no number: by what its batch holds, read again, and by what cannot be the cause.
+"""Explains a loss that is no number: by what its batch and those before it hold, read again, and by what cannot be the cause.
 
-The loader gives the same batch again, so nothing is looked at, and nothing is kept, before a run has failed.
+An infinite input may leave the loss of its own batch finite, and spoil the weights: the loss of a later batch is then the first to show it.
+The loader gives the same batches again, so nothing is looked at, and nothing is kept, before a run has failed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from delock.tensors import Tree, is_floating, rows, split_bounds, tree_tensors
 
 PATIENCE = 5.0  # seconds in which the batch must be found again: nobody should wait long for an error
 
+NEAR = 64  # batches of an epoch after which weights that the epoch before has spoilt would have shown
+
 REST = "the loss and the initial weights"
 
 
@@ -37,27 +40,47 @@ def explained(request: Request) -> Iterator[None]:
 
 
 def _remedy(request: Request, error: NonFinite) -> str:
-    batch = _again(request, error)
-    if batch is not None and (found := _fault(request, *batch)):
+    own, before = _again(request, error)
+    if own is not None and (found := _fault(request, *own)):
         return found
+    if before:
+        return before
     if not error.updates and request.method.planned:  # of free-running stages, those below may have made updates
-        places = "look at its inputs," if batch is None else "its inputs are finite, so look at"
+        places = "look at its inputs," if own is None else "its inputs are finite, so look at"
         return f"no update was made before it, so neither the learning rate nor staleness can be the cause: {places} {REST}"
     beta = ", or shrink the gradients (beta)" if "beta" in options(type(request.method)) else ""
     return f"lower the learning rate{',' if beta else ' or'} warm it up{beta}"
 
 
 def _fault(request: Request, inputs: Tree, targets: Tree) -> str | None:
-    """Returns what is wrong with a batch, or with a part of one, if that can be seen."""
-    for name, tree in (("inputs", inputs), ("targets", targets)):
-        if count := sum(_nonfinite(x) for x in tree_tensors(tree)):
-            return f"its {name} hold {count} number{'s' if count > 1 else ''} NaN or infinite: clean the data"
+    """Returns what is wrong with the batch of the loss, or with its part of one, if that can be seen."""
+    if found := _no_numbers(inputs, targets):
+        return f"its {found}: clean the data"
     if not isinstance(request.train, Batches) and any(_ignored(y) for y in tree_tensors(targets)):
         return (
             f"all its targets are {IGNORED}, which torch's losses leave out, so it has no mean: "
             "weigh batches by what counts, as delock.data.Batches(loader, weight=delock.nets.tokens)"
         )
     return None
+
+
+def _no_numbers(inputs: Tree, targets: Tree, of: str = "") -> str | None:
+    """Returns how many numbers of a batch are none, and in which of its tensors: "inputs[1] hold 2 numbers NaN or infinite"."""
+    for name, tree in (("inputs", inputs), ("targets", targets)):
+        found = {place: count for place, x in _places(tree, name) if (count := _nonfinite(x))}
+        if found:
+            count, where = sum(found.values()), " and ".join(found) if len(found) < 4 else name
+            return f"{where}{of} hold {count} number{'s' if count > 1 else ''} NaN or infinite"
+    return None
+
+
+def _places(tree: Tree, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of a tree, each with its place in it."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, tuple | list | dict):
+        for key, item in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _places(item, f"{name}[{key!r}]")
 
 
 def _nonfinite(x: Tensor) -> int:
@@ -68,19 +91,35 @@ def _ignored(y: Tensor) -> bool:
     return not is_floating(y) and y.numel() > 0 and bool((y == IGNORED).all())
 
 
-def _again(request: Request, error: NonFinite) -> tuple[Any, Any] | None:
-    """Returns inputs and targets that the loss is of, read again; None if they are unknown, fail to be read, or take too long."""
-    if error.batch is None or not request.method.planned:
-        return None
-    epoch, place = divmod(error.batch, len(request.train))
+def _again(request: Request, error: NonFinite) -> tuple[tuple[Any, Any] | None, str | None]:
+    """Returns the batch of the loss, read again, and what is wrong with the last bad one of those before it, which may have spoilt weights.
+
+    None for a batch that is unknown, fails to be read, or takes too long.
+    """
     until = time.monotonic() + PATIENCE
+    if error.batch is None or not request.method.planned:  # free-running stages: any batch may have been trained with
+        return None, _before(request, 0, len(request.train), until)[1]
+    epoch, place = divmod(error.batch, len(request.train))
+    own, before = _before(request, epoch, place, until)
+    if own is not None:
+        n = samples(*own)
+        begin, end = split_bounds(n, error.parts)[error.part]
+        own = rows(own, begin, end, n)
+    if not before and epoch and place < NEAR:
+        _, before = _before(request, epoch - 1, len(request.train), until)
+    return own, before
+
+
+def _before(request: Request, epoch: int, place: int, until: float) -> tuple[tuple[Any, Any] | None, str | None]:
+    """Returns the batch at that place of an epoch, and what is wrong with the last bad one of those before it."""
+    found = None
     with suppress(Exception):  # the loss is what went wrong, and is reported
         for b, (inputs, targets) in enumerate(request.train.epoch(epoch)):
             if b == place:
-                n = samples(inputs, targets)
-                begin, end = split_bounds(n, error.parts)[error.part]
-                inputs, targets = rows((inputs, targets), begin, end, n)
-                return inputs, targets
+                return (inputs, targets), found
+            number = epoch * len(request.train) + b
+            if bad := _no_numbers(inputs, targets, f" of batch {number}"):
+                found = f"the {bad}, which can spoil the weights for all batches after it: clean the data"
             if time.monotonic() > until:
                 break
-    return None
+    return None, found
