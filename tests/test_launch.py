@@ -177,7 +177,10 @@ def test_what_is_defined_in_a_notebook_is_told_so() -> None:
     code += "def target(rank, payload): pass\nrun_processes(target, [1, 2])\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert re.search(r"UsageError: a stage's process cannot rebuild what it was sent: .*'target'.*workers=\"inline\"", done.stderr)
+    assert re.search(
+        r"UsageError: the process of stage 0 cannot rebuild target, which is defined in a program without a file.*workers=\"inline\"",
+        done.stderr,
+    )
 
 
 def test_the_fork_server_can_be_started_before_torch_is_imported() -> None:

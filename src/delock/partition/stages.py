@@ -20,10 +20,18 @@ class StageModule(nn.Sequential):
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__(*(layer.module for layer in layers))
+        self.prefixes = [layer.prefix for layer in layers]
         self.training = layers[0].trains
         self.original: dict[str, str] = {
             f"{i}.{name}": under(layer.prefix, name) for i, layer in enumerate(layers) for name in state_names(layer.module)
         }
+
+    def parts_in_words(self) -> list[tuple[str, nn.Module]]:
+        """Returns the layers by the names that the user knows them by, for errors: "model.layer1.0"."""
+        modules = self._modules.values()  # not children(), which leaves out the second use of a module
+        return [
+            (f"model.{prefix}" if prefix else "model", one) for prefix, one in zip(self.prefixes, modules, strict=True) if one is not None
+        ]
 
     def original_state(self) -> dict[str, Any]:
         """Returns the `state_dict()` under the names of the unsplit model; tensors share memory with the stage."""

@@ -13,6 +13,7 @@ import torch
 
 from delock.checkpoints.directory import discard_unfinished
 from delock.errors import StageFailed
+from delock.launch.pickling import hidden_false_file
 from delock.launch.processes import OnEvent, run_processes
 from delock.launch.stopping import StopRequest
 from delock.launch.torchrun import run_torchrun
@@ -93,17 +94,18 @@ def _again(prepared: PreparedRun, options: Checkpoint, error: StageFailed, tell:
 
 def _processes(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> list[StageResult]:
     placement = prepared.request.placement
-    return run_processes(
-        run_rank,
-        prepared.jobs(),
-        threads=placement.threads,
-        pin=placement.pin,
-        port=placement.port,
-        device=prepared.request.device,
-        patience=prepared.patience(),
-        on_event=_listener(tell),
-        stop=stop,
-    )
+    with hidden_false_file():
+        return run_processes(
+            run_rank,
+            prepared.jobs(),
+            threads=placement.threads,
+            pin=placement.pin,
+            port=placement.port,
+            device=prepared.request.device,
+            patience=prepared.patience(),
+            on_event=_listener(tell),
+            stop=stop,
+        )
 
 
 def _torchrun(request: Request, tell: Tell, stop: StopRequest | None) -> tuple[Started, list[StageResult]]:
