@@ -103,5 +103,5 @@ def test_a_loss_per_sample_is_told_what_is_missing(workers: str) -> None:
 
 
 def test_what_cannot_go_to_a_process_is_named() -> None:
-    with pytest.raises(UsageError, match=r'payload\.loss.*workers="inline"'):
+    with pytest.raises(UsageError, match=r'process: loss: .*workers="inline"'):
         fit(loss=lambda out, y: weighted(out, y), workers="processes")

@@ -27,7 +27,7 @@ def pack(target: Callable[..., object], payload: object, rank: int) -> bytes:
     try:
         pickled = pickle.dumps((target, payload), protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:  # pickle raises whatever an object's own reduction raises
-        what = "the target" if _fault(target) else _path(payload, _DEPTH).removeprefix(".") or f"a {type(payload).__name__}"
+        what = "the target" if _fault(target) else _after("payload", _path(payload, _DEPTH))
         raise UsageError(f"what stage {rank} needs cannot be sent to its process: {what}: {error}. {_REMEDY}") from error
     if b"__main__" in pickled and not main_has_a_file():
         _OfThisProgram(io.BytesIO(pickled), rank).load()
@@ -93,9 +93,12 @@ def _path(value: object, depth: int) -> str:
     if depth > 0:
         for name, part in _parts(value):
             if _fault(part):
-                rest = _path(part, depth - 1)
-                return name + rest if rest[:1] in ("", ".", "[") else rest
+                return _after(name, _path(part, depth - 1))
     return ""
+
+
+def _after(name: str, rest: str) -> str:
+    return name + rest if rest[:1] in ("", ".", "[") else rest
 
 
 def _parts(value: object) -> Iterable[tuple[str, object]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,6 +66,10 @@ class StageJob:
     def start(self) -> int:
         """Returns the tick at which the stage begins."""
         return self.begin.tick if self.begin else 0
+
+    def parts_in_words(self) -> list[tuple[str, object]]:
+        """Returns what it holds by the names that the user knows it by, for errors."""
+        return [(one.name, getattr(self, one.name)) for one in fields(self)]
 
 
 @dataclass
