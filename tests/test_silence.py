@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,8 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from delock.data.iterable import Batches, as_loader
 from delock.errors import StageFailed, UsageError
-from delock.methods import Interlocking
-from delock.options import Execution
+from delock.methods import METHODS, Interlocking
+from delock.options import Execution, Placement
 from delock.records import EvaluationRecord
 
 from points import CLASSES, SGD, broken_loss, fit, network, test_data, train_data, weighted, weights
@@ -346,3 +347,24 @@ def test_a_head_for_two_stages_is_refused() -> None:
         fit(network(), cuts=[2, 4], method="dgl", heads=[one, one])
     with pytest.raises(UsageError, match="the auxiliary head of stage 1 is a str, but it must be a module"):
         fit(network(), cuts=[2, 4], method="dgl", heads=[one, "mlp"])
+
+
+# ---- options -----------------------------------------------------------------------------------------------------------------------
+
+CHOSEN: dict[str, tuple[type[Any], tuple[Any, ...]]] = {
+    **{f"Execution.{name}": (Execution, ("fp16", "FP16", "", None, 16)) for name in ("amp", "layout")},
+    "Placement.link": (Placement, ("nccl", "", None, 1)),
+    **{
+        f"{name}.{option.name}": (method, ("nonsense", "", 0.5 if isinstance(option.default, int) else "None"))
+        for name, method in METHODS.items()
+        for option in dataclasses.fields(method)
+    },
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_no_option_takes_a_word_that_it_does_not_know(case: str) -> None:
+    group, words = CHOSEN[case]
+    for word in words:
+        with pytest.raises(UsageError, match=r"but (it|every lag) must"):
+            group(**{case.split(".")[-1]: word})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from types import MappingProxyType
 from typing import ClassVar, Literal, Self
 
@@ -122,7 +123,8 @@ def in_order(order: Order, last: bool, forward: Op, backward: Iterable[Op]) -> I
 
 
 def at_least(what: str, value: float, least: float, most: float = MOST) -> None:
-    """Raises UsageError for an option below its least value, above its largest, or NaN."""
+    """Raises UsageError for an option that is no number, below its least value, above its largest, or NaN."""
+    _number(what, value)
     if not value >= least or value == float("inf"):
         raise UsageError(f"{what} is {_shown(value)}, but it must be at least {least}")
     if value > most:
@@ -134,6 +136,11 @@ def whole(what: str, value: int, least: int, most: int = MANY) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise UsageError(f"{what} is {value!r}, but it must be a whole number, at least {least}")
     at_least(what, value, least, most)
+
+
+def _number(what: str, value: object) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise UsageError(f"{what} is {value!r}, but it must be a number")
 
 
 def _shown(value: float) -> str:
@@ -150,6 +157,7 @@ def one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def fraction(what: str, value: float) -> None:
-    """Raises UsageError for a factor outside (0, 1]."""
+    """Raises UsageError for a factor that is no number, or outside (0, 1]."""
+    _number(what, value)
     if not 0 < value <= 1:
         raise UsageError(f"{what} is {value}, but it must lie in (0, 1]")

@@ -33,8 +33,7 @@ class DelayLine(Method):
 
     def __post_init__(self) -> None:
         whole("micro_batches", self.micro_batches, 1)
-        if self.ahead not in (None, "part", "mean"):
-            raise UsageError(f"ahead is {self.ahead!r}, but it must be one of part, mean, or None")
+        refuse_ahead(self.ahead)
 
     @property
     def mixed(self) -> bool:
@@ -61,3 +60,9 @@ class DelayLine(Method):
 
     def capacity(self, k: int, K: int) -> int:
         return 1 + max(self.offset(k + 1, K) - self.offset(k, K), self.delay(k, K) - self.delay(k + 1, K), 1)
+
+
+def refuse_ahead(ahead: object) -> None:
+    """Raises UsageError for a way to draw weights ahead that does not exist."""
+    if ahead not in (None, "part", "mean"):
+        raise UsageError(f"ahead is {ahead!r}, but it must be one of part, mean, or None")

@@ -50,9 +50,10 @@ class AsyncDGL(DGL):
     def __post_init__(self) -> None:
         whole("buffer", self.buffer, 1)
         whole("max_reuse", self.max_reuse, 0, MOST)
-        at_least("slow_stage", self.slow_stage, 0)
+        whole("slow_stage", self.slow_stage, 0)
         one_of("order", self.order, ("free", "sampled", "round-robin"))
-        if not 0 <= self.noise < 1:
+        at_least("noise", self.noise, 0)
+        if not self.noise < 1:
             raise UsageError(f"noise is {self.noise}, but it must lie in [0, 1): a stage is slowed by S = 1 / (1 - noise)")
         at_least("S = 1 / (1 - noise)", 1 / (1 - self.noise), 1, MOST_SLOW)
 

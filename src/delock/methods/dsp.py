@@ -43,6 +43,8 @@ class DSP(DelayLine):
         super().__post_init__()
         for what, lags in (("p", self.p), ("q", self.q)):
             every = lags if isinstance(lags, tuple) else (lags,)
+            if not all(isinstance(lag, int) for lag in every):
+                raise UsageError(f"dsp's lag {what} is {lags!r}, but it must be a whole number, or a tuple of them, one per link")
             if min(every, default=1) < 1:
                 raise UsageError(f"dsp's lag {what} is {lags}, but every lag must be at least 1: a message takes a tick; lag 0 is fr")
             at_least(f"dsp's lag {what}", max(every, default=1), 1, MANY)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from delock.errors import UsageError
-from delock.methods.delay_line import Ahead, DelayLine
+from delock.methods.base import whole
+from delock.methods.delay_line import Ahead, DelayLine, refuse_ahead
 from delock.ops import Weights
 
 
@@ -35,8 +36,8 @@ class PipeDream2BW(DelayLine):
     ahead: Ahead | None = None
 
     def __post_init__(self) -> None:
-        if self.micro_batches:
-            super().__post_init__()
+        whole("micro_batches", self.micro_batches, 0)
+        refuse_ahead(self.ahead)
 
     def fitted(self, K: int) -> PipeDream2BW:
         return self if self.micro_batches else replace(self, micro_batches=max(4, K - 1))

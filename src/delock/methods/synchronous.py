@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from delock.errors import UsageError
 from delock.methods.base import Method, whole
+from delock.methods.delay_line import refuse_ahead
 from delock.ops import Backward, Forward, Op, Update, Weights
 
 MOST_BEHIND = 1000  # every update that the weights are behind is a copy of them
@@ -39,6 +40,7 @@ class BP(Method):
     def __post_init__(self) -> None:
         whole("accumulate", self.accumulate, 1)
         whole("behind", self.behind, 0, MOST_BEHIND)
+        refuse_ahead(self.ahead)
         if self.ahead and not self.behind:
             raise UsageError("bp is not late, so nothing can be ahead: leave ahead out, or set behind")
 
