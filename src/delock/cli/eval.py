@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, is_text, shown
-from delock.cli.kept_run import Kept, found, named, read_config, weights
-from delock.cli.run_folder import CONFIG
+from delock.cli.kept_run import Kept, filled, found, named, read_config, weights
 from delock.cli.session import load_data
 from delock.cli.tables import metric_text
 from delock.cli.terminal import Terminal
 from delock.cli.workload import build_model, goals
-from delock.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,14 +75,7 @@ def described(config: TrainConfig, epoch: float | None, measures: Mapping[str, f
 
 def loaded(config: TrainConfig, data: Data | TextData, kept: Kept) -> nn.Module:
     """Returns the network with the weights. Raises UsageError if they are another network's."""
-    from delock.checkpoints.whole_model import read_model
-
-    model = build_model(config, data)
-    try:
-        model.load_state_dict(read_model(kept.path))
-    except RuntimeError as error:
-        raise UsageError(f"{kept.path} does not hold the model that {CONFIG} describes: {error}") from None
-    return model
+    return filled(lambda: build_model(config, data), config, kept.path)
 
 
 def measured(config: TrainConfig, data: Data | TextData, model: nn.Module, kept: Kept) -> dict[str, float]:

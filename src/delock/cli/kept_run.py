@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from delock.cli.config import TrainConfig, build, resolve, toml
+from delock.cli.config import TrainConfig, build, is_text, resolve, toml
+from delock.cli.config.small_file import json_object
 from delock.cli.ranks import ranks
 from delock.cli.run_folder import CHECKPOINTS, CONFIG, MODEL, SUMMARY
 from delock.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from delock.checkpoints.manifest import Manifest
+
+N = TypeVar("N", bound="nn.Module")
 
 FINAL = "final"
 
@@ -51,16 +55,32 @@ def read_config(run: Path) -> TrainConfig:
         rows = sorted(path.parent for path in run.glob(f"*/{CONFIG}"))
         hint = f"it holds several, such as {rows[0]}" if rows else f"it has no {CONFIG}; give a folder that delock train has made"
         raise UsageError(f"{run} is not the folder of a run: {hint}" if run.exists() else f"there is no run {run}")
-    return resolve(build(TrainConfig, toml.read(run / CONFIG), str(run / CONFIG)))
+    return config_of(run)
+
+
+def config_of(run: Path) -> TrainConfig:
+    """Returns the config in a run's folder. Raises UsageError, with the name of its file, for one that no run can have."""
+    path = run / CONFIG
+    values = toml.read(path)
+    try:
+        return resolve(build(TrainConfig, values, str(path)))
+    except UsageError as error:
+        raise UsageError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    """Returns what a run says of itself; nothing, if its file is missing or damaged."""
+    try:
+        return json_object(run / SUMMARY)
+    except (OSError, ValueError):
+        return {}
 
 
 def finished(run: Path) -> int | None:
     """Returns the batches of a run that has come to its end; None for any other."""
-    try:
-        told = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
-        return int(told["batches"]) if told["status"] == "finished" and (run / MODEL).is_file() else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    told = summary_of(run)
+    batches = told.get("batches")
+    return batches if isinstance(batches, int) and told.get("status") == "finished" and (run / MODEL).is_file() else None
 
 
 def weights(run: Path, name: str | None) -> Kept:
@@ -101,3 +121,25 @@ def _named(run: Path, name: str) -> Kept:
         raise UsageError(f"{run} has no checkpoint {name!r}: {there}")
     manifest = verified(run / CHECKPOINTS / name)
     return Kept(run / CHECKPOINTS / name, manifest.batches, manifest)
+
+
+def filled(make: Callable[[], N], config: TrainConfig, place: Path) -> N:
+    """Returns the network that `make` makes, with the weights in a checkpoint or a file.
+
+    Raises UsageError if they are another network's; one that is far too large for them is not made at all.
+    """
+    from delock.checkpoints.whole_model import read_model
+
+    state, size = read_model(place), config.language
+    least = 12 * (size.depth or 0) * (size.width or 0) ** 2 if is_text(config) else 0  # the matrices of the blocks
+    problem = f"{place} does not hold the model that {CONFIG} describes"
+    if least > sum(tensor.numel() for tensor in state.values()):
+        raise UsageError(
+            f"{problem}: it is smaller than depth {size.depth} and width {size.width} make it; restore {CONFIG}, or train again"
+        )
+    model = make()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(f"{problem}: {error}") from None
+    return model

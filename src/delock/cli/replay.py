@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delock.cli.arguments import parse
-from delock.cli.config import TrainConfig, build, make_method, resolve, toml
+from delock.cli.config import TrainConfig, make_method
+from delock.cli.kept_run import config_of, summary_of
 from delock.cli.ranks import ranks
-from delock.cli.run_folder import CHECKPOINTS, CONFIG, MODEL, SUMMARY, load_visits
+from delock.cli.run_folder import CHECKPOINTS, CONFIG, MODEL, TRACE, load_visits
 from delock.cli.session import fit_config
 from delock.cli.summary import evaluated, trained
 from delock.cli.terminal import Terminal
@@ -55,6 +55,8 @@ def run(words: Sequence[str]) -> int:
     config = read_config(path)
     visits, screen = load_visits(path, config.network.stages or 1), Terminal()
     begin = _begin(path, start, visits)
+    if (path / MODEL).is_file() and not any(visits):
+        raise UsageError(f"{path / TRACE} holds no visit, and the run has come to its end: restore it, or train again")
     state = repeat(config, visits, screen, begin)
     done = f"replayed {extent(visits, cuts_of(begin))}"
     if not (path / MODEL).is_file():
@@ -111,8 +113,7 @@ def cuts_of(begin: Checkpoint | None) -> tuple[Cut, ...]:
 
 def _went_on(run: Path) -> bool:
     """Returns True if a run says that it went on from a checkpoint."""
-    path = run / SUMMARY
-    return path.is_file() and bool(json.loads(path.read_text()).get("resumed_at"))
+    return bool(summary_of(run).get("resumed_at"))
 
 
 def extent(visits: Sequence[Sequence[Visit]], cuts: Sequence[Cut] = ()) -> str:
@@ -129,7 +130,7 @@ def read_config(run: Path) -> TrainConfig:
     """Returns the config of a free-running run. Raises UsageError for any other folder."""
     if not (run / CONFIG).is_file():
         raise UsageError(f"{run} is not the folder of a run: it has no {CONFIG}" if run.exists() else f"there is no run {run}")
-    config = resolve(build(TrainConfig, toml.read(run / CONFIG), str(run / CONFIG)))
+    config = config_of(run)
     method = make_method(config.algorithm)
     if not method.free_running:
         raise UsageError(f"{run} was not free-running: its plan is fixed, so delock train --config {run / CONFIG} repeats it")
@@ -162,7 +163,7 @@ def repeat(
 
 def differences(state: Mapping[str, Tensor], saved: Path) -> list[str]:
     """Returns the names of the tensors that are not equal to the last bit."""
-    from safetensors.torch import load_file
+    from delock.checkpoints.whole_model import read_model
 
-    other = load_file(saved)
+    other = read_model(saved)
     return [name for name, value in state.items() if name not in other or not value.equal(other[name])]

@@ -47,7 +47,7 @@ def load_visits(folder: Path, K: int) -> list[list[Visit]]:
         try:
             values = json.loads(line)
             stages[range(K).index(values.pop("stage"))].append(Visit(**values))
-        except (ValueError, TypeError, AttributeError, LookupError):
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
             if number < len(lines) or line.endswith("}"):
                 raise UsageError(f"line {number} of {folder / TRACE} is not a visit of one of {K} stages") from None
     return stages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from delock.cli import kept_run
 from delock.cli.arguments import parse
 from delock.cli.config import MOST_SEED, TrainConfig, check_ranges, is_text, resolved, shown
-from delock.cli.run_folder import ALPHABET, CONFIG
+from delock.cli.config.small_file import json_object
+from delock.cli.run_folder import ALPHABET
 from delock.cli.workload import build_gpt
 from delock.errors import UsageError
 
@@ -91,22 +91,21 @@ def read_alphabet(run: Path) -> Alphabet:
     """Returns the alphabet of the model's tokens."""
     from delock.data import Alphabet
 
+    path = run / ALPHABET
     try:
-        return Alphabet(json.loads((run / ALPHABET).read_text(encoding="utf-8"))["characters"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"cannot read the alphabet of the run, {run / ALPHABET}: {error}") from None
+        characters = json_object(path)["characters"]
+        if characters is not None and not isinstance(characters, str):
+            raise ValueError("its characters are no text")
+        return Alphabet(characters)
+    except KeyError:
+        raise UsageError(f"cannot read the alphabet of the run, {path}: it has no characters; restore it, or train again") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the alphabet of the run, {path}: {error}; restore it, or train again") from None
 
 
 def read_network(place: Path, config: TrainConfig, vocabulary: int) -> nn.Sequential:
     """Returns the trained network."""
-    from delock.checkpoints.whole_model import read_model
-
-    model = build_gpt(config, vocabulary)
-    try:
-        model.load_state_dict(read_model(place))
-    except RuntimeError as error:
-        raise UsageError(f"{place} does not hold the model that {CONFIG} describes: {error}") from None
-    return model
+    return kept_run.filled(lambda: build_gpt(config, vocabulary), config, place)
 
 
 def beginning(alphabet: Alphabet) -> str:

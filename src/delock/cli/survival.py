@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from types import MappingProxyType
 from delock.cli.config import TrainConfig, flat, make_method
 from delock.cli.config.flat import LONGEST, brief
 from delock.cli.config.options import CheckpointOptions
-from delock.cli.kept_run import read_config
+from delock.cli.kept_run import read_config, summary_of
 from delock.cli.ranks import ranks
 from delock.cli.run_folder import CHECKPOINTS, CONFIG, SUMMARY
 from delock.errors import UsageError
@@ -81,7 +80,7 @@ def is_over(config: TrainConfig, out: Path) -> bool:
         return False
     then = read_config(out)
     length = (config.training.epochs, config.training.batches) == (then.training.epochs, then.training.batches)
-    return length and json.loads((out / SUMMARY).read_text()).get("status") == "finished"
+    return length and summary_of(out).get("status") == "finished"
 
 
 def refuse_lost_restarts(config: TrainConfig) -> None:

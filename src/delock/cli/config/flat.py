@@ -79,12 +79,14 @@ def build(config: type[C], values: Mapping[str, Any], source: str) -> C:
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise UsageError(f"{source}: there is no option {key!r}{hint(name, known, repr)}")
+            raise UsageError(f"{source}: there is no option {brief(key)!r}{hint(name, known, repr)}")
         option = known[name]
         try:
             groups[option.group][name] = converted(value, option.kind)
         except TypeError:
-            raise UsageError(f"{source}: {key} is {value!r}, but it must be {described(option.kind)}") from None
+            raise UsageError(f"{source}: {key} is {brief(repr(value))}, but it must be {described(option.kind)}") from None
+        if isinstance(value, str | Path) and "\0" in str(value):
+            raise UsageError(f"{source}: {key} is {brief(str(value))!r}, but no text of an option has a NUL")
     kinds = get_type_hints(config)
     return config(**{group: _group(kinds[group], given) for group, given in groups.items()})
 

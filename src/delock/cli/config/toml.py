@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from delock.cli.config import small_file
 from delock.cli.config.flat import RENAMED
 from delock.errors import UsageError
 
@@ -18,8 +19,10 @@ def read(path: Path) -> dict[str, Any]:
     Raises UsageError if the file does not exist, is not TOML, or has tables.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        values = tomllib.loads(small_file.text(path))
+    except RecursionError:
+        raise UsageError(f"{path} is not a TOML file of options: its lists are nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits, too
         raise UsageError(f"{path} is not a TOML file: {error}") from None
     except OSError as error:
         raise UsageError(f"cannot read the config file {path}: {error.strerror}") from None
