@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from delock.data.iterable import Batches, as_loader
 from delock.errors import StageFailed, UsageError
 from delock.methods import METHODS, Interlocking
-from delock.options import Execution, Placement
+from delock.options import Checkpoint, Execution, Placement
 from delock.records import EvaluationRecord
 
 from points import CLASSES, SGD, broken_loss, fit, network, test_data, train_data, weighted, weights
@@ -27,7 +28,7 @@ def unchanged(says: str, model: Any = None, **options: Any) -> None:
     model = model or network()
     before = [value.clone() for value in weights(model)]
     with pytest.raises(UsageError, match=says):
-        fit(model, stages=2, **options)
+        fit(model, **({"stages": 2} | options))
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
 
 
@@ -68,6 +69,13 @@ def test_a_factory_that_takes_its_parameters_from_the_whole_model() -> None:
 
 def test_a_schedule_that_is_none() -> None:
     unchanged("the schedule factory returned None", schedule=lambda optimizer: None)
+    unchanged("the schedule factory returned a SGD", schedule=lambda optimizer: optimizer)
+
+
+def test_an_optimizer_that_would_not_train_is_refused_when_a_run_goes_on(tmp_path: Path) -> None:
+    fit(network(), cuts=[4], checkpoint=Checkpoint(tmp_path, every=2))
+    for factory, says in FACTORIES.values():
+        unchanged(says, optimizer=factory, cuts=[4], checkpoint=Checkpoint(tmp_path, resume="newest"))
 
 
 def test_a_network_in_which_nothing_learns() -> None:
@@ -100,6 +108,7 @@ def penalized(model: nn.Module, out: Tensor, target: Any) -> Tensor:
     return weighted(out, target) + sum(w.square().sum() for w in model.parameters())
 
 
+@pytest.mark.usefixtures("own_random")
 def test_a_loss_that_has_parameters_of_its_own() -> None:
     says = r"the loss computes with a parameter of its own, of shape \(3,\).*last layer of the model"
     unchanged(says, loss=Scaled())
@@ -108,6 +117,8 @@ def test_a_loss_that_has_parameters_of_its_own() -> None:
     model = network()
     unchanged("a parameter of its own", model, loss=partial(penalized, model))
     fit(loss=Scaled(learns=False))
+    learned = [(x, {**y, "weight": y["weight"].requires_grad_()}) for x, y in train_data()]
+    fit(network(), learned, cuts=[4])  # not the loss's own
 
 
 # ---- modes -------------------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ class WaitingStep:
 
     def __call__(self, params: Any, *, stage: StageFacts = ALONE) -> Optimizer:
         made = for_stage(self.optimizer, stage)(params)
-        made.register_step_post_hook(self._wait)
+        if isinstance(made, Optimizer):  # else the stage refuses it
+            made.register_step_post_hook(self._wait)
         return made
 
     def _wait(self, *_: Any) -> None:

@@ -72,7 +72,7 @@ def measure(
     device = torch.device(device)
     costs = []
     value: Value = map_tensors(lambda x: lay_out_input(execution, x.to(device)), inputs)
-    targets = map_tensors(lambda x: x.to(device), targets)
+    targets = map_tensors(lambda x: x.detach().to(device), targets)  # a loss that learns from them is no fault of its own
     wants = tuple(learns and x.is_floating_point() for x in tensors(value))  # per tensor: it needs a gradient
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         for i, layer in enumerate(layers):

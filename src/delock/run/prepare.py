@@ -36,6 +36,7 @@ from delock.run.request import Request
 from delock.run.resume import Begin, refuse_changed, settled
 from delock.run.room import make_folder, refuse_folder
 from delock.stage.learner import described
+from delock.stage.unfit import refuse_unfit_optimizer
 from delock.tensors import map_tensors
 from delock.timeline import Emulation, stage_facts
 
@@ -109,8 +110,10 @@ def refuse_other_optimizers(prepared: PreparedRun, begin: Begin) -> None:
         return
     for k, module in enumerate(prepared.modules):
         named = learned(module, prepared.heads.get(k), k)
-        now = described(for_stage(request.optimizer, facts[k])(list(named)) if named else None)
-        refuse_other(now, read(Path(begin.path), "optimizer", k, outline=True)["made"], k)
+        made = for_stage(request.optimizer, facts[k])(list(named)) if named else None
+        if named:
+            refuse_unfit_optimizer(made, named)
+        refuse_other(described(made), read(Path(begin.path), "optimizer", k, outline=True)["made"], k)
 
 
 def _refuse_misfit(simulation: Simulation, K: int, seed: int) -> None:

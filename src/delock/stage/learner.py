@@ -39,9 +39,10 @@ class Learner:
         # An alias made through .data shares the storage but not the version counter by which autograd would notice.
         self.weights: list[Any] = [nn.Parameter(w.data) if behind_graphs else w for _, w in named]
         self.names, self.factory = [name for name, _ in named], optimizer
-        self.optimizer = optimizer(list(zip(self.names, self.weights, strict=True))) if named else None
-        if named:
-            refuse_unfit_optimizer(self.optimizer, self.names, self.weights)
+        own = list(zip(self.names, self.weights, strict=True))
+        self.optimizer = optimizer(list(own)) if own else None
+        if own:
+            refuse_unfit_optimizer(self.optimizer, own)
         self.made = described(self.optimizer)  # before a schedule sets rates
         self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
         if schedule and self.optimizer:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from delock.errors import UsageError
 
 
-def refuse_unfit_optimizer(made: object, names: Sequence[str], weights: Sequence[Tensor]) -> None:
+def refuse_unfit_optimizer(made: object, named: Sequence[tuple[str, Tensor]]) -> None:
     """Raises UsageError unless a factory has made an optimizer of the weights that it was given, and of no others."""
+    names, own = [name for name, _ in named], {id(weight) for _, weight in named}
     where = f"for the parameters {names[0]} .. {names[-1]}" if len(names) > 1 else f"for the parameter {names[0]}"
     if not isinstance(made, Optimizer):
         kind = "None" if made is None else f"a {type(made).__name__}"
@@ -22,7 +23,7 @@ def refuse_unfit_optimizer(made: object, names: Sequence[str], weights: Sequence
         )
     if isinstance(made, LBFGS):
         raise UsageError("LBFGS computes the loss several times within one step, which a single stage cannot: use another optimizer")
-    own, held = set(map(id, weights)), [one for group in made.param_groups for one in group["params"]]
+    held = [one for group in made.param_groups for one in group["params"]]
     if foreign := [tuple(one.shape) for one in held if id(one) not in own]:
         raise UsageError(
             f"the optimizer that was made {where} holds a parameter of shape {foreign[0]} that is not among them, so it would not be "
@@ -39,7 +40,7 @@ def refuse_unfit_schedule(made: object) -> None:
     """Raises UsageError unless a factory has made a schedule that can be stepped once per update."""
     if isinstance(made, ReduceLROnPlateau):
         raise UsageError("ReduceLROnPlateau waits for a measure, but a schedule is stepped once per update: use another schedule")
-    if not isinstance(made, LRScheduler):
+    if isinstance(made, Optimizer) or not callable(getattr(made, "step", None)):
         kind = "None" if made is None else f"a {type(made).__name__}"
         raise UsageError(
             f"the schedule factory returned {kind}, but it must return a scheduler of torch.optim.lr_scheduler: leave schedule out for a "
