@@ -142,7 +142,7 @@ def test_a_user_error_in_a_metric_is_told() -> None:
 
     batches = [(torch.randn(6, 4), torch.randint(2, (6,)))]
     optimizer = functools.partial(torch.optim.SGD, lr=0.1)
-    with pytest.raises(StageFailed, match=r"stage 1 failed in .*evaluation, batch 0.*KeyError: 'accuracy'"):
+    with pytest.raises(KeyError, match="accuracy"):
         fit(
             nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)),
             batches,

@@ -48,7 +48,7 @@ def batches(n: int = 3) -> list[tuple[Tensor, Tensor]]:
 def fit(act: Any = torch.tanh, data: Any = None, **options: Any) -> Any:
     model = seeded(lambda: nn.Sequential(nn.Linear(4, 8), Own(act), nn.Linear(8, 3)))
     given = {"loss": cross_entropy, "optimizer": partial(torch.optim.SGD, lr=0.1), "cuts": [2], "epochs": 1, "workers": "inline"} | options
-    return delock.fit(given.pop("model", model), data or batches(), **given)
+    return delock.fit(given.pop("model", model), data or batches(), given.pop("test", None), **given)
 
 
 def refused(act: Any = torch.tanh, data: Any = None, **options: Any) -> tuple[str, BaseException | None]:
@@ -167,6 +167,101 @@ def test_labels_that_the_loss_does_not_take_are_shown_and_no_layer_is_blamed(lab
     told = str(caught.value).split("\n\n")[0]
     assert told.startswith("stage 1 failed in B2 (backward of batch 2, tick 3): ")
     assert told.endswith(given)
+
+
+# ---- factories and callbacks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "says"),
+    [
+        (partial(torch.optim.SGD, lr=-1), "SGD(lr=-1) fails at stage 0: ValueError: Invalid learning rate: -1"),
+        (partial(torch.optim.SGD, lr=0.1, momentun=0.9), "SGD(lr=0.1, momentun=0.9) fails at stage 0: TypeError: "),
+        (delock.recipes.SGD(-1.0), "SGD(lr=-1.0, momentum=0.0, weight_decay=0.0, nesterov=False) fails at stage 0: ValueError: "),
+        (raises(ZeroDivisionError("mine")), "raises.<locals>.act fails at stage 0: ZeroDivisionError: mine (test_own_code.py, line "),
+    ],
+    ids=["value", "keyword", "recipe", "own"],
+)
+def test_an_optimizer_factory_that_fails_is_named_with_its_arguments_and_the_stage(optimizer: Any, says: str) -> None:
+    for workers in ("inline", "processes") if isinstance(optimizer, delock.recipes.SGD) else ("inline",):
+        with pytest.raises(UsageError) as caught:
+            fit(torch.tanh, optimizer=optimizer, workers=workers)
+        assert str(caught.value).startswith(f"the optimizer factory {says}")
+        assert str(caught.value).endswith("; correct its arguments")
+
+
+def test_a_schedule_factory_that_fails_is_named() -> None:
+    schedule = partial(torch.optim.lr_scheduler.StepLR, step=3)
+    with pytest.raises(UsageError, match=r"^the schedule factory StepLR\(step=3\) fails at stage 0: TypeError: .*; correct its arguments$"):
+        fit(schedule=schedule)
+
+
+class Mine(Exception):
+    """The user's own."""
+
+
+def boom(*_: Any) -> Any:
+    raise Mine
+
+
+class Spoilt:
+    """Batches of which the last one cannot be read."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Any:
+        yield from batches(1)
+        boom()
+
+
+def on_a_record(event: object) -> None:
+    if not isinstance(event, delock.records.Started):
+        boom()
+
+
+def late(step: int) -> float:
+    return boom() if step else 1.0
+
+
+def scheduled(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, late)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"on_event": boom}, "on_event"),
+        ({"on_event": on_a_record}, "on_event"),
+        ({"test": batches(1), "metrics": {"hits": boom}}, "the metric 'hits'"),
+        ({"test": Spoilt()}, "the test data"),
+        ({"data": Spoilt()}, "the training data"),
+        ({"schedule": scheduled}, "the schedule"),
+    ],
+    ids=["Started", "a record", "metric", "test data", "training data", "schedule"],
+)
+def test_what_a_callback_raises_comes_out_of_a_run_in_one_process_as_it_is(options: dict[str, Any], where: str) -> None:
+    with pytest.raises(Mine) as caught:
+        fit(**options)
+    assert caught.value.__notes__ == [f"raised within {where}, which delock.fit called"]
+
+
+def test_what_on_event_raises_comes_out_of_processes_as_it_is() -> None:
+    with pytest.raises(Mine):
+        fit(torch.tanh, model=nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 3)), on_event=on_a_record, workers="processes")
+
+
+@pytest.mark.parametrize(("returned", "kind"), [("x", "a str"), (None, "None"), (torch.ones(2), "a Tensor of shape (2,)")])
+def test_a_metric_that_is_no_number_is_told_so(returned: Any, kind: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        fit(test=batches(1), metrics={"hits": lambda out, y: returned})
+    assert str(caught.value) == f"the metric 'hits' returned {kind}, but it must return one number for a batch"
+
+
+@pytest.mark.parametrize(("heads", "kind"), [(nn.Linear(8, 3), "a Linear"), ({0: nn.Linear(8, 3)}, "a dict"), (3, "an int")])
+def test_heads_that_are_no_list_are_told_which_stages_want_one(heads: Any, kind: str) -> None:
+    text, _ = refused(method="dgl", heads=heads)
+    assert text == f"heads is {kind}, but it must be the name of a head, or a list with a module for each of the stages 0"
 
 
 # ---- what cannot be sent to a process ----------------------------------------------------------------------------------------------

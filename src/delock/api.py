@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from delock.data.iterable import as_loader
-from delock.errors import UsageError
+from delock.errors import UsageError, users_own
 from delock.launch.ambient import refuse_modes
 from delock.launch.rank import backend_for
 from delock.launch.torchrun import under_torchrun
@@ -118,6 +118,7 @@ def fit(
                 method also with VisitsRecord. Under torchrun on rank 0 alone
 
     Raises UsageError for bad input, NonFinite (a UsageError) for a loss that is no number, StageFailed when a stage raises, dies or hangs.
+    What on_event raises comes out as it is; inline so does what the data, a metric or the schedule raise.
     """
     if workers not in ("processes", "inline"):
         raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
@@ -149,8 +150,17 @@ def fit(
     )
     _check(request)
     with torch.enable_grad(), explained(request):
-        started, results = carry_out(request, on_event or (lambda event: None))
+        started, results = carry_out(request, _telling(on_event))
     return collect(request, started, results)
+
+
+def _telling(on_event: Callable[[Event], None] | None) -> Callable[[Event], None]:
+    def tell(event: Event) -> None:
+        with users_own("on_event"):
+            if on_event:
+                on_event(event)
+
+    return tell
 
 
 def _check(request: Request) -> None:

@@ -1,7 +1,11 @@
 """Defines the errors that Delock raises on purpose, and shows those of the user's own code."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+OWN = "raised within "  # begins the note on an exception of the user's own code
 
 
 class DelockError(Exception):
@@ -52,3 +56,20 @@ def said(error: BaseException) -> str:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "delock")
     ]
     return words + (own[-1] if own else "")
+
+
+@contextmanager
+def users_own(what: str) -> Iterator[None]:
+    """Notes on an exception that is raised within the block that the user's own code raised it, and when that was called."""
+    try:
+        yield
+    except DelockError:
+        raise
+    except Exception as error:
+        error.add_note(f"{OWN}{what}, which delock.fit called")
+        raise
+
+
+def is_users_own(error: BaseException) -> bool:
+    """Says whether an exception passed a block of `users_own`."""
+    return any(note.startswith(OWN) for note in getattr(error, "__notes__", ()))

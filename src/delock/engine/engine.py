@@ -16,7 +16,7 @@ from delock.checkpoints.encoding import copied
 from delock.engine.agreement import Agreement
 from delock.engine.clipping import NetworkNorm
 from delock.engine.log import OpTime, StageLog, kind_of
-from delock.errors import DelockError, NonFinite, StageFailed
+from delock.errors import DelockError, NonFinite, StageFailed, is_users_own
 from delock.launch.progress import Progress
 from delock.links import Link, Message, MessageKind, MessageName, resumable
 from delock.links.message import as_values
@@ -270,7 +270,10 @@ def describe(step: Step, micro_batches: int) -> str:
 
 
 def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
-    """Executes a plan, or a window of one, over all stages in this process. Raises StageFailed when a stage raises."""
+    """Executes a plan, or a window of one, over all stages in this process. Raises StageFailed when a stage raises.
+
+    What the user's data, metrics, schedule or on_event raise comes out as it is.
+    """
     for engine in engines:
         engine.window = plan
     for k, step in walk(plan):
@@ -279,6 +282,8 @@ def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
         except DelockError:
             raise
         except Exception as error:
+            if is_users_own(error):
+                raise
             trace = "".join(traceback.format_exception(error))
             what = "".join(traceback.format_exception_only(error)).strip()
             raise StageFailed(

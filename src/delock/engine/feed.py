@@ -11,7 +11,7 @@ import torch
 from delock.checkpoints.encoding import copied
 from delock.data.iterable import Batches, place, put
 from delock.data.loader import Loader
-from delock.errors import UsageError
+from delock.errors import UsageError, users_own
 from delock.links.message import Message
 from delock.ops import Evaluate, Forward
 from delock.tensors import Tree, lengths, map_tensors, rows, split_bounds
@@ -63,12 +63,12 @@ class Feed:
             epoch, skip = divmod(number, self.per_epoch)
             iterator = iter(self.train.epoch(epoch))
             for _ in range(0 if self.placed else skip):  # after a checkpoint: the batches before are read again
-                next(iterator)
+                _read(iterator, "the training data")
             self.placed = False
             self.batches = number, iterator
         iterator = self.batches[1]
         self.batches = number + 1, iterator
-        batch = next(iterator)
+        batch = _read(iterator, "the training data")
         if self.kept:
             self.kept = False
             self.state()  # raises UsageError
@@ -79,8 +79,8 @@ class Feed:
         if index % self.per_evaluation == 0 or self.evaluation is None:
             self.evaluation = iter(self.test.epoch(0))
             for _ in range(index % self.per_evaluation):
-                next(self.evaluation)
-        inputs, targets = next(self.evaluation)
+                _read(self.evaluation, "the test data")
+        inputs, targets = _read(self.evaluation, "the test data")
         n = samples(inputs, targets)
         if not n:  # it has no mean, so the means are over the others
             return Message(None)
@@ -120,6 +120,11 @@ class Feed:
                 "must be a sum over the samples, as the number of tokens that are not ignored, and not a mean"
             )
         return counts
+
+
+def _read(iterator: Iterator[tuple[Tree, Tree]], what: str) -> tuple[Tree, Tree]:
+    with users_own(what):
+        return next(iterator)
 
 
 def samples(inputs: Tree, targets: Tree = None) -> int:

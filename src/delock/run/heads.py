@@ -16,6 +16,7 @@ from delock.partition.layers import Layer
 from delock.partition.measure import LayerCost
 from delock.run.layout_choice import measured
 from delock.run.request import Request
+from delock.tensors import kind
 
 
 def auxiliary(request: Request, K: int, shapes: Sequence[tuple[int, ...]], logits: tuple[int, ...]) -> dict[int, nn.Module]:
@@ -32,6 +33,11 @@ def auxiliary(request: Request, K: int, shapes: Sequence[tuple[int, ...]], logit
 
 def _refuse_unfit(method: str, wanted: range, K: int, given: Sequence[nn.Module]) -> None:
     """Raises UsageError unless each of the stages that have a head is given one of its own."""
+    if not isinstance(given, Sequence | nn.ModuleList | nn.Sequential):
+        raise UsageError(
+            f"heads is {kind(given)}, but it must be the name of a head, or a list with a module for each of the stages "
+            f"{', '.join(map(str, wanted))}"
+        )
     if len(given) != len(wanted):
         which = f"for stages {', '.join(map(str, wanted))}" if len(wanted) > 1 else f"for stage {wanted[0]}" if wanted else "for no stage"
         verb = "was" if len(given) == 1 else "were"
@@ -64,7 +70,7 @@ def head_cost(request: Request, execution: Execution, k: int, head: nn.Module, s
         outputs = torch.zeros(shape, dtype=next((w.dtype for w in head.parameters()), None))
         return measured(request, execution, [Layer(f"head of stage {k}", head, head.training)], outputs, targets, learns=True)[0]
     except UsageError as error:
-        raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from None
+        raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from error.__cause__
 
 
 def head_shares(

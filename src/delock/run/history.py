@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from delock.engine.log import StageLog
-from delock.execution import precision
+from delock.errors import UsageError, users_own
+from delock.execution import compute_loss, precision
 from delock.links import Message
 from delock.ops import Backward, Evaluate
 from delock.plan import Step
 from delock.records import EvaluationRecord, Event, StepRecord
 from delock.run.job import StageJob
 from delock.stage import Stage
+from delock.tensors import kind
 
 SERIES = ("losses", "counts")
 COUNTERS = ("samples", "batch_loss", "batch_count", "since", "sums", "judged", "earlier")
@@ -104,7 +106,7 @@ class History:
         measures = {"": self.job.loss, **self.job.metrics}
         if result.count:  # else it has no mean
             with precision(self.job.execution, self.device):
-                found = {name: float(measure(result.values, result.targets)) for name, measure in measures.items()}
+                found = {name: _measured(name, measure, result) for name, measure in measures.items()}
             self.sums = {name: self.sums.get(name, 0.0) + value * result.count for name, value in found.items()}
             self.judged += result.count
         if (op.batch + 1) % self.job.length.evaluation == 0:
@@ -128,3 +130,16 @@ class History:
             known = [loss for loss, count in zip(new, counts, strict=True) if count]
             return sum(known) / len(known)
         return sum(loss * count for loss, count in zip(new, counts, strict=True) if count) / sum(counts)
+
+
+def _measured(name: str, measure: Callable[[Any, Any], Any], result: Message) -> float:
+    """Returns a measure of the outputs of a batch; "" is the name of the loss. Raises UsageError for a metric that is no number."""
+    if not name:
+        return float(compute_loss(measure, result.values, result.targets))
+    with users_own(f"the metric {name!r}"):
+        found = measure(result.values, result.targets)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f" of shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else ""
+        raise UsageError(f"the metric {name!r} returned {kind(found)}{shape}, but it must return one number for a batch") from error

@@ -127,7 +127,7 @@ def _optimizers(prepared: PreparedRun, path: Path, method: Method, weights: Mapp
 
 
 def _learner(request: Request, named: Named, facts: StageFacts) -> Learner:
-    return Learner(named, for_stage(request.optimizer, facts), None, False, 1)
+    return Learner(named, for_stage(request.optimizer, facts), None, False, 1, facts.k)
 
 
 def _refuse_other_network(network: Sequence[Layer], weights: Mapping[str, Tensor]) -> None:

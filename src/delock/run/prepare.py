@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from delock.checkpoints.directory import read
-from delock.errors import UsageError
+from delock.errors import UsageError, users_own
 from delock.keys import key
 from delock.memory.optimizer import learned
 from delock.nets.emulated import Emulated, WaitingStep
@@ -36,7 +36,7 @@ from delock.run.request import Request
 from delock.run.resume import Begin, refuse_changed, settled
 from delock.run.room import make_folder, refuse_folder
 from delock.stage.learner import described
-from delock.stage.unfit import refuse_unfit_optimizer
+from delock.stage.unfit import made_by, refuse_unfit_optimizer
 from delock.tensors import map_tensors
 from delock.timeline import Emulation, stage_facts
 
@@ -74,7 +74,8 @@ def _prepared(request: Request) -> PreparedRun:
     refuse_unfit(network, K, cuts, request.method, request.train.sizes())
     if not waits:
         refuse_untrainable(network)
-    inputs, targets = next(iter(request.train.epoch(0)))
+    with users_own("the training data"):
+        inputs, targets = next(iter(request.train.epoch(0)))
     refuse_empty_test(request)
     batch = Batch.of(inputs, targets)
     refuse_other_rows(request.execution, [batch.inputs], batch.rows)
@@ -110,7 +111,7 @@ def refuse_other_optimizers(prepared: PreparedRun, begin: Begin) -> None:
         return
     for k, module in enumerate(prepared.modules):
         named = learned(module, prepared.heads.get(k), k)
-        made = for_stage(request.optimizer, facts[k])(list(named)) if named else None
+        made = made_by(for_stage(request.optimizer, facts[k]), list(named), "optimizer", k) if named else None
         if named:
             refuse_unfit_optimizer(made, named)
         refuse_other(described(made), read(Path(begin.path), "optimizer", k, outline=True)["made"], k)

@@ -12,10 +12,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from delock.errors import users_own
 from delock.ops import Update
 from delock.optim.kinds import kinds
 from delock.stage.optimizer_state import first_state, load_exactly
-from delock.stage.unfit import refuse_unfit_optimizer, refuse_unfit_schedule
+from delock.stage.unfit import made_by, refuse_unfit_optimizer, refuse_unfit_schedule
 from delock.tensors import address
 
 PLAIN = (bool, int, float, str, tuple, type(None))
@@ -25,7 +26,7 @@ ScheduleFactory = Callable[[Optimizer], LRScheduler]
 
 
 class Learner:
-    """Weights that learn. behind_graphs: the optimizer writes to them unseen by autograd, under live graphs (at="mixed")."""
+    """Weights of stage k that learn. behind_graphs: the optimizer writes to them unseen by autograd, under live graphs (at="mixed")."""
 
     def __init__(
         self,
@@ -34,17 +35,18 @@ class Learner:
         schedule: ScheduleFactory | None,
         behind_graphs: bool,
         micro_batches: int,
+        k: int,
     ) -> None:
         self.micro_batches = micro_batches
         # An alias made through .data shares the storage but not the version counter by which autograd would notice.
         self.weights: list[Any] = [nn.Parameter(w.data) if behind_graphs else w for _, w in named]
         self.names, self.factory = [name for name, _ in named], optimizer
         own = list(zip(self.names, self.weights, strict=True))
-        self.optimizer = optimizer(list(own)) if own else None
+        self.optimizer = made_by(optimizer, list(own), "optimizer", k) if own else None
         if own:
             refuse_unfit_optimizer(self.optimizer, own)
         self.made = described(self.optimizer)  # before a schedule sets rates
-        self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
+        self.schedule = made_by(schedule, self.optimizer, "schedule", k) if schedule and self.optimizer else None
         if schedule and self.optimizer:
             refuse_unfit_schedule(self.schedule)
         self.grads: list[Tensor | None] = [None] * len(named)
@@ -99,7 +101,8 @@ class Learner:
         """Counts a version, and takes a step of the schedule: the rate is a function of the stage's own number of updates."""
         self.version += 1
         if self.schedule:
-            self.schedule.step()
+            with users_own("the schedule"):
+                self.schedule.step()
 
     def first_state(self) -> dict[str, Any] | None:
         """Returns the state that the optimizer will have after its first step, for a few weights; None where that is not known."""

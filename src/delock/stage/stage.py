@@ -93,7 +93,7 @@ class Stage:
                 raise UsageError('at="mixed" does not go with compile: compiled graphs may keep tensors computed from the weights')
         named = [((names or {}).get(name, name), w) for name, w in self.body.weights.items()]
         named += [(f"heads.{k}.{name}", w) for name, w in self.head.weights.items()] if self.head else []
-        self.learner = Learner(named, optimizer, schedule, mixed, micro_batches)
+        self.learner = Learner(named, optimizer, schedule, mixed, micro_batches, k)
         self.in_flight: dict[int, InFlight] = {}  # batch ->
         self.banks = Banks(self.body)
 

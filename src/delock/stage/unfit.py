@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from delock.errors import UsageError
+from delock.errors import DelockError, UsageError, said
+
+T = TypeVar("T")
+
+
+def made_by(factory: Callable[[Any], T], given: Any, what: str, k: int) -> T:
+    """Returns factory(given). Raises UsageError for whatever the factory raises; what: "optimizer" or "schedule"; k: of the stage."""
+    try:
+        return factory(given)
+    except (torch.OutOfMemoryError, DelockError):
+        raise
+    except Exception as error:
+        raise UsageError(f"the {what} factory {_called(factory)} fails at stage {k}: {said(error)}; correct its arguments") from error
+
+
+def _called(factory: object) -> str:
+    """Returns a factory in words, as it is written: "SGD(lr=-1)"."""
+    if isinstance(factory, partial):
+        options = [f"{name}={value!r}" for name, value in factory.keywords.items() if name != "stage"]  # its facts: Delock's own
+        inner, given = _called(factory.func), ", ".join([*map(repr, factory.args), *options])
+        return f"{inner}({given})" if given else inner
+    return str(getattr(factory, "__qualname__", type(factory).__name__ if "object at 0x" in repr(factory) else repr(factory)))
 
 
 def refuse_unfit_optimizer(made: object, named: Sequence[tuple[str, Tensor]]) -> None:
