@@ -183,11 +183,17 @@ def test_labels_that_the_loss_does_not_take_are_shown_and_no_layer_is_blamed(lab
     ids=["value", "keyword", "recipe", "own"],
 )
 def test_an_optimizer_factory_that_fails_is_named_with_its_arguments_and_the_stage(optimizer: Any, says: str) -> None:
-    for workers in ("inline", "processes") if isinstance(optimizer, delock.recipes.SGD) else ("inline",):
-        with pytest.raises(UsageError) as caught:
-            fit(torch.tanh, optimizer=optimizer, workers=workers)
-        assert str(caught.value).startswith(f"the optimizer factory {says}")
-        assert str(caught.value).endswith("; correct its arguments")
+    with pytest.raises(UsageError) as caught:
+        fit(optimizer=optimizer)
+    assert str(caught.value).startswith(f"the optimizer factory {says}")
+    assert str(caught.value).endswith("; correct its arguments")
+
+
+def test_an_optimizer_factory_that_fails_in_a_process_is_named() -> None:
+    with pytest.raises(
+        UsageError, match=r"^the optimizer factory SGD\(lr=-1\) fails at stage [01]: ValueError: Invalid learning rate: -1; "
+    ):
+        fit(torch.tanh, optimizer=partial(torch.optim.SGD, lr=-1), workers="processes")
 
 
 def test_a_schedule_factory_that_fails_is_named() -> None:
