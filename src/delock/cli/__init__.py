@@ -59,9 +59,10 @@ def _leave(done: Sequence[int]) -> None:
     Otherwise Python would take apart all that torch has loaded, for half a second, and torch's threads have been seen to abort a process in
     that time.
     """
-    with suppress(OSError):  # the reader is gone
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the reader is gone
+            if stream is not None:  # the program was started without it
+                stream.flush()
     if done:
         os._exit(done[0])
 
@@ -85,6 +86,11 @@ def _run(words: Sequence[str], whole_program: bool) -> int:
             return FAILED
         except OSError as error:  # a full disk, a folder that may not be written
             _say(f"error: {error}{advice(error)}", error, "; ")
+            return FAILED
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                raise
+            _say("error: there is not enough memory for this network, or for a batch of this size: use smaller ones", error, "; ")
             return FAILED
         except SystemExit as leave:  # the parser, after --help; a rank of torchrun, after its failure
             return leave.code if isinstance(leave.code, int) else int(leave.code is not None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from delock.cli.arguments import parse
 from delock.cli.config import CompareConfig, flat
+from delock.cli.handles import refuse_few_handles
 from delock.cli.ranks import ranks
 from delock.cli.rows import PLAIN, Row, cut_alike, rows
 from delock.cli.run_folder import RunFolder, dumps
@@ -40,6 +41,8 @@ def run(words: Sequence[str]) -> int:
     if ranks():
         raise UsageError("compare starts processes of its own for every row: start it without torchrun")
     todo = rows(config)
+    for row in todo:
+        refuse_few_handles(row.config)
     model = str(todo[0].config.network.model).replace("/", "-")
     folder = RunFolder(config.output.out, f"compare-{model}", overwrite=config.output.overwrite)
     with folder.held():
@@ -49,7 +52,7 @@ def run(words: Sequence[str]) -> int:
 def _compare(config: CompareConfig, todo: Sequence[Row], folder: RunFolder) -> int:
     from delock.cli.terminal import Terminal
 
-    screen = Terminal()
+    screen = Terminal(goes_on=True)
     data = load_data(todo[0].config, screen)
     for row in todo:
         refuse(row.config, data)

@@ -39,6 +39,8 @@ def warning(folder: Path, name: str, error: OSError) -> str:
 
 def advice(error: OSError) -> str:
     """Returns the remedy to add to the message of an error that ends a command, where it is known."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "; raise the number of files that a program may have open (ulimit -n 1024)"
     known = error.filename is not None and error.errno in (*FULL, *READ_ONLY)
     return f"; {remedy(error, Path(os.fsdecode(error.filename)).parent)}" if known else ""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from unicodedata import category
 
 from delock.cli import kept_run
 from delock.cli.arguments import parse
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from delock.data import Alphabet
 
 ABOUT = """Print text from the language model of a run. RUN is the run's folder.
+
+A terminal gets control characters as \\x1b; a file or a pipe gets the text as it is.
 
 examples:
   delock train --data text --out runs/manual
@@ -65,11 +69,17 @@ def run(words: Sequence[str]) -> int:
     config, alphabet = read_config(path), read_alphabet(path)
     begin = alphabet.encode(options.prompt or beginning(alphabet))  # (T,)
     model, text = read_network(kept_run.weights(path, options.checkpoint).path, config, len(alphabet)), decoder(alphabet)
-    print(options.prompt or "", end="", flush=True)
+    shown = printable if sys.stdout is not None and sys.stdout.isatty() else str
+    print(shown(options.prompt or ""), end="", flush=True)
     for token in draws(model, begin, resolved(config.language.context), options):
-        print(text(token), end="", flush=True)
-    print(text(None))
+        print(shown(text(token)), end="", flush=True)
+    print(shown(text(None)))
     return 0
+
+
+def printable(text: str) -> str:
+    """Returns a text as a terminal may get it: control characters but line breaks and tabs, which could be commands to it, as \\x1b."""
+    return "".join(f"\\x{ord(one):02x}" if category(one) == "Cc" and one not in "\n\t" else one for one in text)
 
 
 def _check(options: SampleOptions) -> None:

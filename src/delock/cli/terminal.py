@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,11 +19,23 @@ from delock.cli.tables import Cells
 PLAIN_SECONDS = 10.0  # between two lines of a run without a terminal
 
 
-class Terminal:
-    """Shows one phase at a time: loading, measuring, training. `quiet` shows nothing (ranks above 0)."""
+class _Console(Console):
+    """Leaves it to its user what a reader that is gone means; rich itself would end the program."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False)
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+class Terminal:
+    """Shows one phase at a time: loading, measuring, training.
+
+    quiet: shows nothing (ranks above 0). goes_on: what it shows is not the result, so where it cannot be written any more, because the disk
+    is full or its reader is gone, it says so once on stderr and then shows nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False, goes_on: bool = False) -> None:
+        self._goes_on = goes_on
+        self.console = _Console(quiet=quiet, highlight=False, markup=False, emoji=False)
         if not self.console.is_terminal:
             self.console.width = 140  # a file has no width to fit
         self._bar: Progress | None = None
@@ -29,7 +44,7 @@ class Terminal:
 
     def line(self, text: str = "") -> None:
         """Prints a line of text."""
-        with _on_a_full_disk():
+        with self._written():
             self.console.print(text, soft_wrap=True)
         self._printed = time.monotonic()
 
@@ -47,7 +62,7 @@ class Terminal:
             table.add_column(name, justify="right" if i else "left", vertical="bottom", no_wrap=i > 0, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        with _on_a_full_disk():
+        with self._written():
             self.console.print(table)
 
     def phase(self, what: str, total: int | None = None) -> None:
@@ -72,19 +87,21 @@ class Terminal:
     def end(self) -> None:
         """Ends the phase."""
         if self._bar is not None:
-            self._bar.stop()
+            with self._written():
+                self._bar.stop()
             self._bar = None
 
-
-@contextmanager
-def _on_a_full_disk() -> Iterator[None]:
-    """Goes on if the text goes to a file for which there is no room: a run is worth more than its log."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Goes on without output where that is asked for: a run is worth more than its log."""
+        try:
+            yield
+        except OSError as error:
+            if not self._goes_on:
+                raise
+            self.console.quiet = True
+            with suppress(OSError):
+                print(f"warning: cannot write to standard output: {error.strerror}. The run goes on, and shows no more", file=sys.stderr)
 
 
 def _width(head: Cells, rows: Sequence[Cells]) -> int:

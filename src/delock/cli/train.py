@@ -8,6 +8,7 @@ from pathlib import Path
 
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, is_text, resolve
+from delock.cli.handles import refuse_few_handles
 from delock.cli.ranks import is_rank_zero, ranks
 from delock.cli.run_folder import RunFolder
 from delock.cli.session import load_data, train
@@ -36,6 +37,7 @@ def run(words: Sequence[str]) -> int:
     """Parses, trains, shows the results, and returns the exit code."""
     config = resolve(parse(TrainConfig, spelled_out(words), "train", ABOUT), ranks())
     refuse_lost_restarts(config)
+    refuse_few_handles(config)
     checkpoint(config, Path())  # raises UsageError before anything is loaded
     if config.output.out:
         refuse_changed(config, config.output.out)
@@ -49,7 +51,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _train(config: TrainConfig, folder: RunFolder) -> int:
-    screen = Terminal(quiet=not is_rank_zero())
+    screen = Terminal(quiet=not is_rank_zero(), goes_on=True)
     report = RunReport(config)
     try:
         train(report, load_data(config, screen), folder, screen)
