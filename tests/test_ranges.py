@@ -110,3 +110,33 @@ def test_a_large_plan_is_worked_out(capsys: pytest.CaptureFixture[str]) -> None:
 def test_no_number_is_too_long_for_its_error(make: Callable[[], object]) -> None:
     with pytest.raises(UsageError, match=re.escape("but it must be")):
         make()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--data nonsense", "--data counts only with --profile, which measures a model: leave it out, or give --profile"),
+        ("--threads 3", "--threads counts only with --profile"),
+        ("--batch-size 3", "--batch-size counts only with --profile"),
+        ("--depth 3", "--depth counts only with --profile"),
+        ("--profile mlp --backward 3", "--backward is measured with --profile: leave it out"),
+    ],
+)
+def test_a_plan_refuses_what_has_no_effect(here: Path, capsys: pytest.CaptureFixture[str], words: str, expected: str) -> None:
+    assert expected in refused(["plan", *words.split()], here, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--methods bp gpipe:micro_batches=33", "error: gpipe:micro_batches=33: gpipe splits every batch into 33 parts"),
+        ("--methods bp dsp:p=0", "error: dsp:p=0: dsp's lag p is 0, but"),
+        ("--methods bp ddg:lr=-1", "error: ddg:lr=-1: lr is -1, but it must be at least 0"),
+        ("--methods bp gpipe:micro_batches=32 --model cnn", "error: gpipe:micro_batches=32: "),
+        ("--methods bp dgl-async:order=sampled --workers processes", "error: dgl-async:order=sampled: "),
+        ("--methods bp fdg --batches 0", "error: batches is 0"),
+        ("--methods bp fdg --stages 6", "error: cannot cut a network of 5 layers into 6 stages"),
+    ],
+)
+def test_an_error_of_a_comparison_names_the_row(here: Path, capsys: pytest.CaptureFixture[str], words: str, expected: str) -> None:
+    assert expected in refused(["compare", *SMALL, *words.split()], here, capsys)

@@ -54,8 +54,7 @@ def _compare(config: CompareConfig, todo: Sequence[Row], folder: RunFolder) -> i
 
     screen = Terminal(goes_on=True)
     data = load_data(todo[0].config, screen)
-    for row in todo:
-        refuse(row.config, data)
+    _refuse_rows(todo, data)
     reports: dict[str, RunReport] = {}
     try:
         whole = _train(config, todo, data, folder, screen, reports)
@@ -74,6 +73,20 @@ def _compare(config: CompareConfig, todo: Sequence[Row], folder: RunFolder) -> i
     if folder.lost:
         raise DelockError(folder.lost)
     return int(not whole or any(report.status != "finished" for report in reports.values()))
+
+
+def _refuse_rows(todo: Sequence[Row], data: Data | TextData) -> None:
+    """Raises the first row's error, with its name unless all rows that are cut have it."""
+    wrong: dict[str, str] = {}
+    for row in todo:
+        try:
+            refuse(row.config, data)
+        except UsageError as error:
+            wrong[row.name] = str(error)
+    if wrong:
+        name, first = next(iter(wrong.items()))
+        cut = [row.name for row in todo if row.name != PLAIN]
+        raise UsageError(first if all(wrong.get(one) == first for one in cut) and len(cut) > 1 else f"{name}: {first}")
 
 
 def _train(

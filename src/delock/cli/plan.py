@@ -20,6 +20,7 @@ from delock.cli.config import (
     check_ranges,
     chosen,
     either,
+    flat,
     make_method,
     resolve,
     shown,
@@ -142,6 +143,7 @@ def run(words: Sequence[str]) -> int:
 def find(config: PlanConfig) -> Answer:
     """Unroll, measure if asked to, and time on both clocks. Raises UsageError for what does not fit."""
     check_ranges({"stages": (config.plan.stages, 1, MOST_STAGES)})
+    _refuse_idle(config)
     workload, K = chosen(_workload(config)), config.plan.stages
     config = replace(config, algorithm=workload.algorithm, update=workload.update)
     method = make_method(config.algorithm).fitted(K)
@@ -172,6 +174,18 @@ def _check(config: PlanConfig, method: Method) -> None:
     _refuse_endless(method, config.plan.stages, config.plan.slots or 0, config.algorithm.behind or 0)
     if (picture := config.plan.picture) and not picture.parent.is_dir():
         raise UsageError(f"cannot draw {picture}: there is no folder {picture.parent}; make it first")
+
+
+def _refuse_idle(config: PlanConfig) -> None:
+    """Raises UsageError for options without effect: of a measurement without one, and costs in place of which others are measured."""
+    given, usual = flat(config), flat(PlanConfig())
+    changed = {name for name in {*given, *usual} if given.get(name) != usual.get(name)}
+    measuring = [*LanguageOptions.__dataclass_fields__, *ProfileOptions.__dataclass_fields__]
+    idle = ("forward", "backward", "replay") if config.profile.profile else measuring
+    if found := next((name for name in idle if name in changed), None):
+        flag = f"--{found.replace('_', '-')}"
+        why = "is measured with --profile" if config.profile.profile else "counts only with --profile, which measures a model"
+        raise UsageError(f"{flag} {why}: leave it out{'' if config.profile.profile else ', or give --profile'}")
 
 
 def _refuse_endless(method: Method, K: int, slots: int, behind: int) -> None:

@@ -86,7 +86,21 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
         if not equals:
             raise UsageError(f"{word}: {setting!r} is not a setting; write key=value, as in adl:accumulate=2")
         given[key.replace("-", "_")] = _value(word, key.replace("-", "_"), value)
-    return resolve(build(TrainConfig, override(common, given), word))
+    try:
+        return resolve(build(TrainConfig, override(common, given), word))
+    except UsageError as error:
+        text = str(error)
+        named = text.startswith(f"{word}:") or text == _wrong_for_all(common)
+        raise UsageError(text if named else f"{word}: {text}") from None
+
+
+def _wrong_for_all(common: Mapping[str, Any]) -> str | None:
+    """Returns the error that bp has too, with the options that all rows share."""
+    try:
+        resolve(build(TrainConfig, override(common, {"method": "bp", "head": None, "correct": _not_ahead(common)}), "bp"))
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def _not_ahead(common: Mapping[str, Any]) -> list[str]:
