@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -140,11 +141,16 @@ def run_all(rank: Rank, made: dict[Any, StageJob]) -> dict[Any, StageResult]:
     results = {}
     for case, job in made.items():
         try:
-            results[case] = run_rank(rank, job)
+            results[case] = run_rank(for_one_link(rank), job)
         except Exception as error:
             error.add_note(f"in the run {case}")
             raise
     return results
+
+
+def for_one_link(rank: Rank) -> Rank:
+    """The rank with sockets that the next link may close: several links come one after the other, over the same connections."""
+    return replace(rank, peers={peer: connection.dup() for peer, connection in rank.peers.items()})
 
 
 def assert_equal(a: list[StageResult], b: list[StageResult]) -> None:

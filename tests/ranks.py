@@ -46,6 +46,7 @@ def greet(rank: Rank, payload: Any) -> tuple[int, int, Any]:
     tell_pid(rank)
     for i in range(3):
         rank.emit(("step", i))
+    rank.open_group()
     ranks = torch.tensor([rank.rank])
     dist.all_reduce(ranks)
     return rank.rank, int(ranks), payload
@@ -54,6 +55,7 @@ def greet(rank: Rank, payload: Any) -> tuple[int, int, Any]:
 def raise_in_one(rank: Rank, how: str) -> None:
     """Rank 1 raises; the others block in a receive from it that never comes."""
     tell_pid(rank)
+    rank.open_group()
     rank.progress.at("F12", "epoch 1, batch 3")
     dist.barrier()
     if rank.rank != 1:
@@ -99,6 +101,7 @@ def born_with(rank: Rank, payload: object) -> str:
 
 def slow_set_up(rank: Rank, seconds: float) -> int:
     tell_pid(rank)
+    rank.open_group()
     if rank.rank == 0:
         time.sleep(seconds)  # stands for the decoding of a data set
     rank.progress.at("F0")

@@ -59,7 +59,6 @@ pytestmark = pytest.mark.usefixtures("own_random")
         ("--limit 1438", "between 1 and the 1437 training images"),
         ("--patience -1", "patience is -1"),
         ("--link shared --method dgl-async --order sampled", "dgl-async drops messages that come too late, which only gloo can do"),
-        ("--port 70000", "port is 70000"),
         # a batch of one in front of batch norm
         ("--model cnn --limit 129", "a batch of one sample would put a single sample in front of BatchNorm"),
         ("--model cnn --method gpipe --micro-batches 20", "split into 20 micro-batches, would put a single sample in front of BatchNorm"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import tomllib
@@ -243,22 +242,6 @@ def test_an_earlier_run_is_not_written_over(here: Path, capsys: pytest.CaptureFi
     assert Path("a/notes.txt").read_text() == "mine"
     (here / "file").write_text("")
     assert main([*run[:-1], "file"]) == 2
-
-
-@pytest.mark.usefixtures("own_random")
-def test_a_port_that_is_taken_costs_no_earlier_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = ["train", *SMALL, "--batches", "1", "--out", "a", "--overwrite"]
-    assert main(run) == 0
-    before = {path: path.read_bytes() for path in Path("a").iterdir()}
-    capsys.readouterr()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        assert main([*run, "--workers", "processes", "--port", str(taken.getsockname()[1])]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: port")
-    assert "\n" not in error
-    assert {path: path.read_bytes() for path in Path("a").iterdir()} == before
 
 
 @pytest.mark.usefixtures("own_random")

@@ -31,6 +31,7 @@ class Everything(Courier):
 def talk(rank: Rank, _: None) -> list[Tensor]:
     """Rank 0 sends activations of several shapes up, rank 1 answers with errors of them."""
     other = 1 - rank.rank
+    rank.open_group()
     courier = Everything({other: 2}, rank.device, "gloo")
     link = RankLink({other: DistributedChannel(other, 2, rank.device, courier)}, rank.progress)
     got = []
@@ -58,6 +59,7 @@ def test_tensors_apart_from_their_header() -> None:
 
 def train_with_courier(rank: Rank, job: StageJob) -> StageResult:
     """run_rank, with every tensor apart."""
+    rank.open_group()
     depth = {peer: job.method.capacity(min(job.k, peer), job.K) for peer in (job.k - 1, job.k + 1) if 0 <= peer < job.K}
     courier = Everything(depth, rank.device, "gloo")
     link = RankLink({peer: DistributedChannel(peer, n, rank.device, courier) for peer, n in depth.items()}, rank.progress)

@@ -75,6 +75,7 @@ RUNS: dict[str, tuple[str, int, AsyncDGL, dict[str, Any]]] = {
     "clipped": ("conv", 3, AsyncDGL(2, 2), {"epochs": 10, "clip": 0.3}),
     "encoded": ("conv", 3, AsyncDGL(4), {"epochs": 10, "codec": VQ(codes=4, dim=2, every=3)}),
     "of two": ("tuple", 2, AsyncDGL(5), {"epochs": 10, "evaluate": False}),
+    "over gloo": ("tuple", 3, AsyncDGL(3), {"epochs": 10, "link": "gloo"}),
     "alone": ("conv", 1, AsyncDGL(5), {"epochs": 4}),
 }
 
@@ -83,7 +84,7 @@ def jobs_of(name: str) -> list[StageJob]:
     work, K, method, options = RUNS[name]
     options = dict(options)
     clip, codec = options.pop("clip", None), options.pop("codec", None)
-    made = jobs(work, K, method, **options)
+    made = jobs(work, K, method, **{"link": "auto", **options})
     return [replace(job, compression=Compression(codec or "none"), length=replace(job.length, clip=clip)) for job in made]
 
 
@@ -113,8 +114,6 @@ def assert_accounted(run: list[StageResult], turns: list[list[Visit]]) -> None:
 def impatient(rank: Rank, payload: tuple[StageJob, str]) -> StageResult:
     """A stage in a process group that waits for a second, where others wait for half an hour."""
     job, meeting = payload
-    dist.barrier()
-    dist.destroy_process_group()
     dist.init_process_group("gloo", f"file://{meeting}", timedelta(seconds=1), rank.world, rank.rank)
     return run_rank(rank, job)
 

@@ -9,7 +9,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import delock.engine.asynchronous.link
 from delock.engine.agreement import Wish
 from delock.engine.asynchronous.buffer import ReplayBuffer
 from delock.engine.asynchronous.link import DEPTH, END, FreeLink
@@ -47,6 +45,7 @@ class Neighbours:
         self.open = threading.Event()
         self.waits: list[int | None] = []
         self.links: list[FreeLink] = []
+        self.ways: Any = None
 
     def comes(self, source: int, name: MessageName, values: Any = None) -> None:
         self.come[source].put(pack(name, Message(values))[0])
@@ -74,12 +73,12 @@ class Neighbours:
 
 
 @pytest.fixture
-def neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Neighbours]:
-    """In place of the process group."""
+def neighbours() -> Iterator[Neighbours]:
+    """In place of the sockets."""
     there = Neighbours()
 
     class Sender:
-        def __init__(self, peer: int, depth: int) -> None:
+        def __init__(self, peer: int) -> None:
             self.peer = peer
 
         def send(self, packed: Tensor) -> None:
@@ -93,7 +92,7 @@ def neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Neighbours]:
             pass
 
     class Receiver:
-        def __init__(self, peer: int, depth: int, limit: Any) -> None:
+        def __init__(self, peer: int) -> None:
             self.peer = peer
 
         def receive(self) -> Tensor:
@@ -105,8 +104,7 @@ def neighbours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Neighbours]:
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(delock.engine.asynchronous.link, "Sender", Sender)
-    monkeypatch.setattr(delock.engine.asynchronous.link, "Receiver", Receiver)
+    there.ways = SimpleNamespace(sender=Sender, receiver=Receiver, abandon=lambda: None)
     yield there
     there.end()
 
@@ -121,7 +119,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 def middle(neighbours: Neighbours, size: int = 2, max_reuse: int = 0) -> FreeLink:
     """The link of stage 1 of 3, at version 5."""
-    neighbours.links.append(FreeLink(1, 3, ReplayBuffer(size, max_reuse), CPU, neighbours, lambda: 5, ReceivedCodebooks()))
+    neighbours.links.append(FreeLink(1, 3, ReplayBuffer(size, max_reuse), CPU, neighbours, lambda: 5, ReceivedCodebooks(), neighbours.ways))
     neighbours.links[-1].start()
     return neighbours.links[-1]
 
@@ -320,19 +318,14 @@ def test_what_fails_in_a_thread_is_raised_where_the_stage_waits(neighbours: Neig
         link.close()
 
 
-def test_a_program_that_ends_early_ends_the_threads(neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_ends_early_ends_the_threads(neighbours: Neighbours) -> None:
     """One waits for room, one for something to send, one for the stage above; torch lets go of those that it holds."""
     link = middle(neighbours)
     for i in range(DEPTH + 1):
         neighbours.comes(0, evaluation(i))
     until(lambda: neighbours.come[0].empty() and len(link.evaluations) == DEPTH)
 
-    class Work:
-        def wait(self, limit: timedelta) -> None:
-            neighbours.come[2].put(RuntimeError("Application timeout caused pair closure"))
-            raise RuntimeError("Timed out waiting 1ms for recv operation to complete")
-
-    monkeypatch.setattr(delock.engine.asynchronous.link.dist, "irecv", lambda tensor, peer: Work())
+    neighbours.ways.abandon = lambda: neighbours.come[2].put(ConnectionError("the connection to a neighbour was closed"))
     link._abandon()
     assert link.working == 0
 

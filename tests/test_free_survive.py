@@ -27,6 +27,7 @@ from delock.engine.asynchronous.schedule import recorded
 from delock.errors import UsageError
 from delock.launch.progress import Progress
 from delock.links.coded import ReceivedCodebooks
+from delock.links.stream import StreamWays
 from delock.methods import AsyncDGL
 from delock.ops import Forward, Update
 from delock.options import Compression, Simulation
@@ -175,7 +176,7 @@ def test_what_an_earlier_run_left_half_written_is_no_part_of_a_checkpoint(tmp_pa
 def test_between_two_marks_there_is_a_visit(tmp_path: Path) -> None:
     """Asked twice at every visit; from the second question at the sixth on, the run is to end."""
     job, asked = replace(jobs("conv", 2, METHOD)[0], checkpoint=delock.Checkpoint(tmp_path, every=3)), list[int]()
-    link = FreeLink(0, 2, ReplayBuffer(1), CPU, Progress(), lambda: 0, ReceivedCodebooks())
+    link = FreeLink(0, 2, ReplayBuffer(1), CPU, Progress(), lambda: 0, ReceivedCodebooks(), StreamWays(0, {}))
     worker = Worker(job, link, CPU, lambda event: None, asked=lambda: bool(asked))
     free_run = FreeRun(worker.engine, link, job.length, lambda record: None)
     assert isinstance(worker.saver, FreeSaver)

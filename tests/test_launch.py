@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -72,19 +71,6 @@ def test_ranks_are_bound_to_cores_of_their_own_if_there_are_enough() -> None:
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_taken_port_is_named() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=rf"port {port} cannot be used .*; give another one, or 0"):
-            run_processes(greet, [None], port=port)
-    assert run_processes(greet, [None], port=port) == [(0, 0, None)]  # free again, and used
-    assert run_processes(greet, [None], port=port) == [(0, 0, None)]  # and given back
-    with pytest.raises(UsageError, match="port 99999"):
-        run_processes(greet, [None], port=99999)
 
 
 @pytest.mark.usefixtures("own_random")

@@ -21,6 +21,7 @@ from delock.links.nccl import Courier
 from delock.links.rank_link import RankLink
 from delock.links.wire import make_dense
 
+from harness import for_one_link
 from messages import CPU, activation, check_pull_and_push, error, evaluation, numbers
 
 # -- the mailbox -------------------------------------------------------------------------------------------------------------------
@@ -65,11 +66,12 @@ class AllApart(Courier):
 
 
 def link_to(rank: Rank, depth: int = 2, kind: str = "gloo") -> RankLink:
-    return connect(kind, {1 - rank.rank: depth}, CPU, rank.progress)
+    return connect(kind, {1 - rank.rank: depth}, for_one_link(rank))
 
 
 def link_apart(rank: Rank, depth: int) -> RankLink:
     peer = 1 - rank.rank
+    rank.open_group()
     return RankLink({peer: DistributedChannel(peer, depth, CPU, AllApart({peer: depth}, CPU, "gloo"))}, rank.progress)
 
 
@@ -111,6 +113,7 @@ def test_messages_of_changing_size_between_processes() -> None:
 
 def run_ahead(rank: Rank, kind: str) -> Any:
     """Rank 0 sends n messages as fast as it may; rank 1 looks how far it has come before it takes any."""
+    rank.open_group()
     store, link, n = torch.distributed.distributed_c10d._get_default_store(), link_to(rank, 2 if kind == "gloo" else 4, kind), 40
     if rank.rank == 0:
         for b in range(n):

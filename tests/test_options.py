@@ -96,7 +96,6 @@ def test_a_config_has_the_name_of_the_method_itself() -> None:
         (lambda: Execution(layout="nhwc"), "layout is 'nhwc', but it must be one of default, channels-last, auto"),  # type: ignore[arg-type]
         (lambda: Execution(chunks=0), "chunks is 0, but it must be at least 1"),
         (lambda: Placement(threads=0), "threads is 0, but it must be at least 1"),
-        (lambda: Placement(port=70000), "port is 70000, but it must lie in 0 .. 65535"),
         (lambda: Placement(link="tcp"), "link is 'tcp', but it must be one of auto, gloo, shared"),  # type: ignore[arg-type]
         (lambda: Placement(patience=float("nan")), "patience is nan, but it must be at least 0"),
         (lambda: Compression("vp"), "no codec is called 'vp'"),

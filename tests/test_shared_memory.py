@@ -14,14 +14,13 @@ from torch import Tensor
 
 from delock.launch.failure import raised
 from delock.launch.progress import Progress
-from delock.links import Message, shared_memory
-from delock.links import connect as connecting
+from delock.links import Message, meeting, shared_memory
 from delock.links.shared_memory import RECORD, SharedChannel, SlotEvent
 from delock.links.wire import ALIGN
 
 from messages import DTYPES, activation, beside, numbers, tensors, trip
 
-pytestmark = pytest.mark.skipif(connecting._host() is None, reason="no shared memory between processes here")
+pytestmark = pytest.mark.skipif(meeting.here() is None, reason="no shared memory between processes here")
 
 
 def pair(depth: int = 2) -> tuple[SharedChannel, SharedChannel]:

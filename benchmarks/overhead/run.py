@@ -96,7 +96,8 @@ def to_and_fro(rank: Rank, payload: None) -> list[list[float]]:
     """Returns the seconds per message for each of SIZES, by bare gloo and by each of KINDS: medians of interleaved rounds."""
     torch.set_num_threads(1)
     peer = 1 - rank.rank
-    links = [connect(kind, {peer: 2}, torch.device("cpu"), rank.progress) for kind in KINDS]
+    rank.open_group()
+    links = [connect(kind, {peer: 2}, rank) for kind in KINDS]
     found = []
     for size, count in SIZES.items():
         tensor = torch.randn(size // 4)

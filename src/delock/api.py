@@ -109,7 +109,7 @@ def fit(
     workers     "processes" on this host, one per stage, or "inline", all stages in this process; under torchrun its ranks are used, and
                 each of them gets the same Result and all trained weights
     execution   how a stage computes: precision, memory layout, chunks, compilation (delock.Execution)
-    placement   threads, cores, port, link and patience of the stages' processes (delock.Placement)
+    placement   threads, cores, link and patience of the stages' processes (delock.Placement)
     compression codecs of activations and errors that travel (delock.Compression)
     simulation  stragglers, emulated stages, a run to be done again (delock.Simulation)
     report      how often losses are reported, and whether a timeline is kept (delock.Report)

@@ -96,8 +96,6 @@ class Placement:
     """Threads per stage; with workers inline of all stages together."""
     pin: bool = True
     """Give each stage's process cores of its own, where the system can."""
-    port: int = 0
-    """Port at which the processes meet; 0 is any free one."""
     link: Literal["auto", "gloo", "shared"] = "auto"
     """Between the processes: gloo (between GPUs NCCL), shared memory, or auto, shared memory where two stages are on one host."""
     patience: float = 120.0
@@ -106,8 +104,6 @@ class Placement:
     def __post_init__(self) -> None:
         check_types(self)
         at_least("threads", self.threads, 1, MOST_THREADS)
-        if not 0 <= self.port <= 65535:
-            raise UsageError(f"port is {self.port}, but it must lie in 0 .. 65535")
         one_of("link", self.link, ("auto", "gloo", "shared"))
         at_least("patience", self.patience, 0)
 

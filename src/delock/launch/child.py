@@ -11,12 +11,13 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from delock.launch.context import OF_THE_PARENT
 from delock.launch.cores import settle
@@ -25,31 +26,34 @@ from delock.launch.pickling import unpack
 from delock.launch.progress import Progress
 from delock.launch.rank import Rank, device_of
 
-HOST = "127.0.0.1"
-
 
 @dataclass(frozen=True)
 class RankConfig:
-    """Holds what a process needs to become a rank. `stacks`: the file for its Python stack, on demand and on a fatal signal.
+    """Holds what a process needs to become a rank.
 
-    saves: a SIGTERM is to save the run, so it does not end a rank.
+    folder: a private one for all ranks, with the files `stacks`, for its Python stack on demand and on a fatal signal, and `store`, where
+    a process group meets. saves: a SIGTERM is to save the run, so it does not end a rank.
     """
 
     rank: int
     world: int
-    port: int
+    folder: str
     device: str
     backend: str
     timeout: float
     threads: int
     cores: set[int] | None
-    stacks: str
     environ: Mapping[str, str]
     saves: bool = False
 
+    @property
+    def stacks(self) -> str:
+        """Returns the file for the stack of this rank."""
+        return f"{self.folder}/{self.rank}"
+
 
 class ParentPipe:
-    """Sends messages (kind, body) from the rank to its parent, whole and in order; the kind is "event", "result" or "failure"."""
+    """Sends messages (kind, body) from the rank to its parent, whole and in order; the kind is "event", "here", "result" or "failure"."""
 
     def __init__(self, up: Connection) -> None:
         self._up, self._lock = up, threading.Lock()
@@ -63,11 +67,11 @@ class ParentPipe:
         self.send("event", event)
 
 
-def main(config: RankConfig, memory: Any, stop: Any, down: Connection, up: Connection) -> None:
+def main(config: RankConfig, memory: Any, stop: Any, peers: dict[int, socket.socket], down: Connection, up: Connection) -> None:
     """Runs one target.
 
-    memory: shared bytes of its Progress; stop: a shared byte that says if the run is to end; down: brings the pickled target and payload,
-    then the permission to end.
+    memory: shared bytes of its Progress; stop: a shared byte that says if the run is to end; peers: a socket to each neighbour; down:
+    brings the pickled target and payload, then what lets it go on where ranks meet, and at its end.
     """
     _prepare(config)
     report, progress = ParentPipe(up), Progress(memoryview(memory).cast("B"))
@@ -75,16 +79,29 @@ def main(config: RankConfig, memory: Any, stop: Any, down: Connection, up: Conne
     try:
         target, payload = unpack(down.recv_bytes())
         settle(config.threads, config.cores)
-        device = device_of(config.device, config.rank)
-        _open_group(config)
-        report.send(
-            "result", target(Rank(config.rank, config.world, device, report.emit, progress, asked=lambda: stop[0] != b"\0"), payload)
+
+        def meet() -> None:
+            report.send("here", None)
+            down.recv_bytes()
+
+        rank = Rank(
+            config.rank,
+            config.world,
+            device_of(config.device, config.rank),
+            report.emit,
+            progress,
+            asked=lambda: stop[0] != b"\0",
+            peers=peers,
+            open_group=partial(_open_group, config),
+            meet=meet,
         )
+        report.send("result", target(rank, payload))
     except BaseException as error:
         _tell(report, raised(config.rank, error, progress.read()))
         threading.Event().wait()  # until the parent ends this process: leaving would raise an error in every peer
     down.recv_bytes()  # peers may still need this rank's connections; all end at the same time
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _prepare(config: RankConfig) -> None:
@@ -117,9 +134,10 @@ def _loopback() -> str:
 
 
 def _open_group(config: RankConfig) -> None:
-    limit = timedelta(seconds=config.timeout)
-    store = TCPStore(HOST, config.port, is_master=False, timeout=limit)
-    dist.init_process_group(config.backend, store=store, rank=config.rank, world_size=config.world, timeout=limit)
+    """Opens the process group, which listens on the loopback interface; its ranks meet in a file that nobody else can read."""
+    if not dist.is_initialized():
+        limit, store = timedelta(seconds=config.timeout), FileStore(f"{config.folder}/store", config.world)
+        dist.init_process_group(config.backend, store=store, rank=config.rank, world_size=config.world, timeout=limit)
 
 
 def _tell(report: ParentPipe, failure: Failure) -> None:

@@ -8,18 +8,15 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
 from delock.errors import StageFailed, UsageError
-from delock.launch.child import HOST, RankConfig, main
+from delock.launch.child import RankConfig, main
 from delock.launch.context import RankContext, context, importing_main
 from delock.launch.cores import share_cores
 from delock.launch.failure import Failure, died, first
@@ -45,7 +42,6 @@ def run_processes(
     *,
     threads: int = 1,
     pin: bool = True,
-    port: int = 0,
     device: str = "cpu",
     backend: str | None = None,
     patience: float = 60.0,
@@ -53,19 +49,20 @@ def run_processes(
     on_event: OnEvent | None = None,
     stop: StopRequest | None = None,
 ) -> list[R]:
-    """Runs target(rank, payloads[rank]) in one process per payload, joined by a process group, and returns the results in rank order.
+    """Runs target(rank, payloads[rank]) in one process per payload, and returns the results in rank order.
+
+    Neighbours are joined by sockets that nobody else can reach; nothing listens unless a target opens the process group.
 
     Target, payloads and results are pickled by value.
     threads: per process, bound to cores of their own if `pin` and there are enough cores (CPU only); data loading workers of a rank share
     its cores.
-    port: of the rendezvous on 127.0.0.1; 0 takes any free port.
     device: "cuda" gives rank r GPU r.
     patience: seconds after which the run is ended if a rank is still at one op, or all ranks wait for each other; 0 means never.
-    timeout: of the process group, in seconds.
+    timeout, backend: of the process group, if a target opens one; the time in seconds.
     stop: ends the run as signals do where nothing asks for it, when it is overdue; the targets see it in `Rank.asked`.
     on_event: called here as on_event(rank, event) for every event that a rank emits.
-    No process is left when this returns or raises. Raises UsageError for a payload that cannot be pickled, a taken port or a missing
-    device, and if the target raised one; StageFailed if a rank raised, died or hung. KeyboardInterrupt ends all ranks and propagates.
+    No process is left when this returns or raises. Raises UsageError for a payload that cannot be pickled or a missing device, and if the
+    target raised one; StageFailed if a rank raised, died or hung. KeyboardInterrupt ends all ranks and propagates.
     """
     if importing_main():
         os._exit(_NO_GUARD)  # a script without guard runs again in the rank that imports it; the parent explains
@@ -78,9 +75,9 @@ def run_processes(
     own = [target.__module__] if target.__module__.startswith("delock.") else []
     ranks = context(own)
     environ = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="delock-") as folder, _store(port) as bound:
+    with tempfile.TemporaryDirectory(prefix="delock-") as folder:
         configs = [
-            RankConfig(rank, world, bound, device, group, timeout, threads, cores[rank], f"{folder}/{rank}", environ, stop is not None)
+            RankConfig(rank, world, folder, device, group, timeout, threads, cores[rank], environ, stop is not None)
             for rank in range(world)
         ]
         team = _Team(ranks, configs, patience, stop)
@@ -89,24 +86,6 @@ def run_processes(
             return team.follow(on_event)
         finally:
             team.stop()
-
-
-@contextmanager
-def _store(port: int) -> Iterator[int]:
-    """Hosts the rendezvous on the loopback interface only, and yields its port."""
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            raise UsageError(f"port {port} cannot be used ({error}); give another one, or 0 for any free port") from error
-        listener.listen(128)
-        bound = int(listener.getsockname()[1])
-        store = TCPStore(HOST, bound, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-    try:
-        yield bound
-    finally:
-        del store  # closes the port
 
 
 class _Team:
@@ -125,14 +104,16 @@ class _Team:
         self._ups: dict[Connection, int] = {}
         self._results: dict[int, Any] = {}
         self._failures: list[Failure] = []
+        self._here = 0  # ranks that have come to where they all meet
         self._sender: threading.Thread | None = None
 
     def start(self, pickled: Sequence[bytes]) -> None:
-        for config, memory in zip(self._configs, self._memory, strict=True):
+        joined = _joined(len(self._configs))
+        for config, memory, peers in zip(self._configs, self._memory, joined, strict=True):
             theirs, down = self._ranks.Pipe(duplex=False)
             up, ours = self._ranks.Pipe(duplex=False)
             process = self._ranks.Process(
-                target=main, args=(config, memory, self._stopping, theirs, ours), name=f"delock-stage-{config.rank}"
+                target=main, args=(config, memory, self._stopping, peers, theirs, ours), name=f"delock-stage-{config.rank}"
             )
             self._processes.append(process)
             self._downs.append(down)
@@ -140,6 +121,8 @@ class _Team:
             process.start()
             theirs.close()
             ours.close()
+            for peer in peers.values():
+                peer.close()
         # In a thread: a rank reads its target only when it has imported the user's program.
         self._sender = threading.Thread(target=_send_all, args=(self._downs, pickled), daemon=True)
         self._sender.start()
@@ -179,6 +162,11 @@ class _Team:
         if kind == "event":
             if on_event is not None:
                 on_event(rank, body)
+        elif kind == "here":
+            self._here += 1
+            if self._here % len(self._configs) == 0:
+                for down in self._downs:
+                    _send(down, b"")
         elif kind == "result":
             self._results[rank] = body
         else:
@@ -248,6 +236,14 @@ class _Team:
 
     def _started(self) -> list[BaseProcess]:
         return [process for process in self._processes if process.pid is not None]
+
+
+def _joined(world: int) -> list[dict[int, socket.socket]]:
+    """Returns the ends of every rank of the sockets between neighbours: neighbour -> socket."""
+    ends: list[dict[int, socket.socket]] = [{} for _ in range(world)]
+    for below in range(world - 1):
+        ends[below][below + 1], ends[below + 1][below] = socket.socketpair()
+    return ends
 
 
 def _send_all(downs: Sequence[Connection], pickled: Sequence[bytes]) -> None:

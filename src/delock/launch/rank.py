@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,14 +23,26 @@ def _never() -> bool:
     return False
 
 
+def _open() -> None:
+    """Does nothing: torchrun's ranks have opened their group before they begin."""
+
+
+def _alone() -> None:
+    """Does nothing: there is nobody to wait for."""
+
+
 @dataclass(frozen=True)
 class Rank:
-    """Holds one worker. The default process group of torch.distributed is open while the target runs, and closed afterwards.
+    """Holds one worker.
 
     `emit(event)`: sends a picklable value to the parent's on_event(rank, event); a rank's events arrive in order.
     `progress`: to be written at every op; failures and hangs are reported from it.
     `be_patient(seconds)`: sets the longest time of an op, if it is only known when the target runs. A parent that watches knows it already.
     `asked()`: whether the run is to be saved and to end.
+    `peers`: of a run on this host that Delock has started, a stream socket to each neighbour. Nobody else can reach it.
+    `open_group()`: opens the default process group of torch.distributed, unless it is open; all ranks call it together. It is closed when
+    the target has returned.
+    `meet()`: waits until all ranks have called it.
     """
 
     rank: int
@@ -39,6 +52,9 @@ class Rank:
     progress: Progress
     be_patient: Callable[[float], None] = _known
     asked: Callable[[], bool] = _never
+    peers: Mapping[int, socket.socket] = field(default_factory=dict)
+    open_group: Callable[[], None] = _open
+    meet: Callable[[], None] = _alone
 
 
 def device_of(device: str, local_rank: int) -> torch.device:

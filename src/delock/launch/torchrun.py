@@ -88,7 +88,7 @@ def run_torchrun(
         try:
             refuse_loopback(world, local_world)  # with the store at hand, so that the ranks on other hosts hear of it
             dist.init_process_group(group, store=PrefixStore(space, store), rank=rank, world_size=world, timeout=limit)
-            result = target(Rank(rank, world, where, emit, progress, be_patient), payload_of(rank))
+            result = target(Rank(rank, world, where, emit, progress, be_patient, meet=_meet), payload_of(rank))
             watch.done()
             results = _gather(world, (result, post.emitted))
             if rank == 0:
@@ -106,6 +106,10 @@ def run_torchrun(
             raise
     dist.destroy_process_group()
     return [result for result, _ in results]
+
+
+def _meet() -> None:
+    dist.barrier()
 
 
 def _gather(world: int, own: tuple[R, int]) -> list[tuple[R, int]]:

@@ -2,85 +2,65 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 
 from delock.errors import UsageError
-from delock.launch.progress import Progress
-from delock.links.gloo import DistributedChannel
+from delock.launch.rank import Rank
+from delock.links import meeting
+from delock.links.free_ways import Ways
+from delock.links.gloo import DistributedChannel, GlooWays
 from delock.links.nccl import Courier
 from delock.links.rank_link import Channel, RankLink
 from delock.links.shared_memory import SharedChannel
-
-PATIENCE = 60.0  # seconds that a neighbour may take to connect, after both have said that they will
+from delock.links.stream import StreamWays
 
 
 def refuse_link(kind: str, device: str) -> None:
     """Raises UsageError for a kind that cannot be had on this system and device."""
     if kind == "shared" and torch.device(device).type != "cpu":
         raise UsageError(f'link is "shared", but tensors on {device} do not lie in memory that processes share: use link "auto"')
-    if kind == "shared" and _host() is None:
+    if kind == "shared" and meeting.here() is None:
         raise UsageError('link is "shared", but this system lacks what it takes (Linux with memfd_create and /proc): use link "auto"')
 
 
 def shares(kind: str, device: str) -> bool:
     """Says whether that kind joins processes of one host by memory that they share."""
-    return kind != "gloo" and torch.device(device).type == "cpu" and _host() is not None
+    return kind != "gloo" and torch.device(device).type == "cpu" and meeting.here() is not None
 
 
-def connect(kind: str, depth: dict[int, int], device: torch.device, progress: Progress) -> RankLink:
+def connect(kind: str, depth: dict[int, int], rank: Rank) -> RankLink:
     """Returns this rank's link to its neighbours, the ranks in `depth`: how many messages may wait for each. All ranks call it together.
 
     kind: "gloo", the process group (between GPUs NCCL); "shared", memory that two processes share; "auto", shared memory where both are
     on one host and the tensors on the CPU, else the process group.
     Raises UsageError where the kind is "shared" and a neighbour is on another host.
     """
-    met = _meet(depth) if kind != "gloo" and device.type == "cpu" else {}
-    if kind == "shared" and (away := depth.keys() - met.keys()):
-        pair = sorted((dist.get_rank(), min(away)))
+    near = _near(depth, rank) if shares(kind, rank.device.type) else {}
+    far = depth.keys() - near.keys()
+    if kind == "shared" and far:
+        pair = sorted((rank.rank, min(far)))
         raise UsageError(f'link is "shared", but stages {pair[0]} and {pair[1]} are on different hosts: use link "auto"')
-    courier = Courier(depth, device, "nccl") if device.type == "cuda" and "nccl" in dist.get_backend_config() else None
-    channels: dict[int, Channel] = {}
-    for peer, messages in depth.items():
-        if peer in met:
-            channels[peer] = SharedChannel(peer, messages, met[peer])
-        else:
-            channels[peer] = DistributedChannel(peer, messages, device, courier)
-    return RankLink(channels, progress)
+    channels: dict[int, Channel] = {peer: SharedChannel(peer, depth[peer], connection) for peer, connection in near.items()}
+    if far:
+        rank.open_group()
+        carried = rank.device.type == "cuda" and "nccl" in dist.get_backend_config()
+        courier = Courier(depth, rank.device, "nccl") if carried else None
+        channels |= {peer: DistributedChannel(peer, depth[peer], rank.device, courier) for peer in sorted(far)}
+    return RankLink(channels, rank.progress)
 
 
-def _meet(peers: dict[int, int]) -> dict[int, socket.socket]:
-    """Returns a socket to each neighbour on this host. Every rank listens for the one above, and calls on the one below.
-
-    The kernel picks an address outside the file system, which is free again when the socket is closed.
-    """
-    rank, host = dist.get_rank(), _host()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.settimeout(PATIENCE)
-        if host is not None:
-            listener.bind("")
-            listener.listen(1)
-        places: list[tuple[str | None, bytes]] = [(None, b"")] * dist.get_world_size()
-        dist.all_gather_object(places, (host, listener.getsockname()))
-        here = [peer for peer in sorted(peers) if host is not None and places[peer][0] == host]
-        return {peer: _call(places[peer][1]) if peer < rank else listener.accept()[0] for peer in here}
+def free_ways(kind: str, rank: Rank) -> Ways:
+    """Returns the ways of a free-running stage to its neighbours; all ranks call it together."""
+    if kind != "gloo" and (rank.peers or rank.world == 1):
+        return StreamWays(rank.rank, rank.peers)
+    rank.open_group()
+    return GlooWays(rank.rank, rank.world)
 
 
-def _call(address: bytes) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(address)
-    return connection
-
-
-def _host() -> str | None:
-    """Returns the running kernel and its network namespace, which ranks share whose sockets can meet; None where these cannot be read."""
-    if not hasattr(os, "memfd_create"):
-        return None
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/net")
-    except OSError:
-        return None
+def _near(peers: Iterable[int], rank: Rank) -> dict[int, socket.socket]:
+    """Returns a socket to each neighbour on this host: those that came with the rank, or under torchrun those that are found."""
+    return {peer: rank.peers[peer] for peer in peers} if rank.peers else meeting.meet(peers) if dist.is_initialized() else {}

@@ -13,6 +13,7 @@ The first message of a size needs a few frames, every later one fits in one, and
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from time import perf_counter
@@ -27,6 +28,8 @@ from delock.links.nccl import Courier
 from delock.links.wire import length_of, pack, unpack
 
 FIRST = 4096  # bytes of the first buffers: room for a header, little waste
+WAYS = 2  # frames under way in each direction of a free-running stage
+ENDLESS = timedelta(days=3650)  # a free-running stage that is done hears nothing until all are
 
 
 class FrameSizes:
@@ -162,3 +165,24 @@ class DistributedChannel:
         self.receiver.close()
         if self.courier:
             self.courier.close()
+
+
+class GlooWays:
+    """The ways of rank k to its neighbours over the default process group."""
+
+    def __init__(self, k: int, world: int) -> None:
+        self.neighbour = k + 1 if k + 1 < world else k - 1  # any
+
+    def sender(self, peer: int) -> Sender:
+        """Returns the way to a neighbour."""
+        return Sender(peer, WAYS)
+
+    def receiver(self, peer: int) -> Receiver:
+        """Returns the way from a neighbour; who is gone is noticed without a limit."""
+        return Receiver(peer, WAYS, ENDLESS)
+
+    def abandon(self) -> None:
+        """Ends every wait: one beyond its limit closes all connections. There may be none any more."""
+        with suppress(RuntimeError, ValueError):
+            work: Any = dist.irecv(torch.empty(1), self.neighbour)
+            work.wait(timedelta(milliseconds=1))

@@ -31,6 +31,8 @@ and a peer that is gone ends every wait for it at once. Linux only.
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
 import select
 import socket
@@ -46,10 +48,12 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from delock.errors import LinkError
 from delock.links.message import Message, MessageName
 from delock.links.wire import Buffer, MessageLayout, buffer_views, pack, unpack_borrowed
 
 LIMIT = 30 * 60  # seconds of the longest wait, as gloo's
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_ADD_SEALS") else 0  # Linux
 PAGE = 4096  # bytes: slots are of whole pages, so that messages that differ little need no new one
 RECORD = struct.Struct("=iiq")  # event, slot, bytes of a message or of a slot; the socket carries nothing else
 READ = 256 * RECORD.size  # bytes read at once
@@ -123,7 +127,7 @@ class SharedChannel:
         chosen = min(self.free, key=self.sizes.__getitem__, default=len(self.slots))
         size = -(-length // PAGE) * PAGE
         self.unannounced[chosen] = _new_memory(size)
-        self.slots[chosen : chosen + 1] = [_mapped(self.unannounced[chosen], size)]
+        self.slots[chosen : chosen + 1] = [torch.frombuffer(_mapped(self.unannounced[chosen], size), dtype=torch.uint8)]
         self.sizes[chosen : chosen + 1] = [size]
         self.buffers.pop(chosen, None)
         return chosen
@@ -215,7 +219,7 @@ class SharedChannel:
                 self.free.append(slot)
             case SlotEvent.SLOT:
                 descriptor = self.descriptors.popleft()
-                self.theirs[slot] = _mapped(descriptor, length).numpy().data
+                self.theirs[slot] = memoryview(_mapped(descriptor, length))
                 os.close(descriptor)
             case SlotEvent.BYE:
                 self.ended = True
@@ -232,12 +236,19 @@ class SharedChannel:
 
 
 def _new_memory(size: int) -> int:
-    """Returns the file descriptor of `size` bytes of memory. Raises OSError where there is no more."""
-    descriptor = os.memfd_create("delock")
+    """Returns the file descriptor of `size` bytes of memory, whose size is for good. Raises OSError where there is no more."""
+    descriptor = os.memfd_create("delock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.posix_fallocate(descriptor, 0, size)  # now: to have no page for a later write would end the process
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
     return descriptor
 
 
-def _mapped(descriptor: int, size: int) -> Tensor:
-    """Maps that memory; the descriptor need not stay open."""
-    return torch.from_file(f"/proc/self/fd/{descriptor}", shared=True, size=size, dtype=torch.uint8)
+def _mapped(descriptor: int, size: int) -> mmap.mmap:
+    """Maps that memory; the descriptor need not stay open. Raises LinkError for a file that is not of that size for good."""
+    try:
+        sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS
+    except OSError:  # no such memory at all
+        sealed = False
+    if not sealed or os.fstat(descriptor).st_size != size:
+        raise LinkError(f"a neighbour offers memory that is not {size} bytes for good: reading it could end this process")
+    return mmap.mmap(descriptor, size)

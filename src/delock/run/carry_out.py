@@ -100,7 +100,6 @@ def _processes(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> l
             prepared.jobs(),
             threads=placement.threads,
             pin=placement.pin,
-            port=placement.port,
             device=prepared.request.device,
             patience=prepared.patience(),
             on_event=_listener(tell),

@@ -15,32 +15,28 @@ import atexit
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from datetime import timedelta
 from time import perf_counter
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from delock.engine.asynchronous.buffer import Entry, ReplayBuffer
 from delock.engine.asynchronous.mark import Mark
 from delock.launch.progress import Progress
 from delock.links import Link
 from delock.links.coded import ReceivedCodebooks
-from delock.links.gloo import Receiver, Sender
+from delock.links.free_ways import Ways
 from delock.links.message import Message, MessageKind, MessageName, as_values, expect
 from delock.links.traffic import SentBytes
 from delock.links.wire import pack, unpack
 
-DEPTH = 2  # frames under way per direction, messages on their way up, and evaluation batches that wait for the stage
-LIMIT = timedelta(days=3650)  # a stage that is done hears nothing until all are; who is gone is noticed without a limit
+DEPTH = 2  # messages on their way up, and evaluation batches that wait for the stage
 GONE = 2.0  # seconds that threads have to end when the program does
 END = MessageName(MessageKind.END)
 
 
 class FreeLink(Link):
-    """Stage k's end. `version()`: the stage's number of updates, which goes along with its activations.
+    """Stage k's end. `version()`: the stage's number of updates, which goes along with its activations; `ways`: to its neighbours.
 
     `codebooks` are shown every message from below, in the order sent, by the thread that takes it.
     """
@@ -54,9 +50,10 @@ class FreeLink(Link):
         watch: Progress,
         version: Callable[[], int],
         codebooks: ReceivedCodebooks,
+        ways: Ways,
     ) -> None:
         self.k, self.K, self.buffer, self.device, self.watch, self.version = k, K, buffer, device, watch, version
-        self.codebooks = codebooks
+        self.codebooks, self.ways = codebooks, ways
         self.news = threading.Condition()  # held to read and write what follows; notified of every change
         self.evaluations: deque[tuple[MessageName, Message]] = deque()
         self.outgoing: deque[torch.Tensor] = deque()
@@ -78,7 +75,7 @@ class FreeLink(Link):
         if self.K > 1:
             atexit.register(self._abandon)
         if self.k > 0:
-            self.down = Sender(self.k - 1, DEPTH)
+            self.down = self.ways.sender(self.k - 1)
             self._run(self._take_from_below)
         if self.k + 1 < self.K:
             self._run(self._take_from_above)
@@ -182,9 +179,7 @@ class FreeLink(Link):
         with self.news:
             self.error = self.error or RuntimeError("the program ends")
             self.news.notify_all()
-        with suppress(RuntimeError, ValueError):  # a wait beyond its limit closes all connections; there may be none any more
-            work: Any = dist.irecv(torch.empty(1), self.k + 1 if self.k + 1 < self.K else self.k - 1)
-            work.wait(timedelta(milliseconds=1))
+        self.ways.abandon()
         with self.news:
             self.news.wait_for(lambda: self.working == 0, GONE)
 
@@ -206,7 +201,7 @@ class FreeLink(Link):
         threading.Thread(target=guarded, daemon=True).start()
 
     def _take_from_below(self) -> None:
-        receiver = Receiver(self.k - 1, DEPTH, LIMIT)
+        receiver = self.ways.receiver(self.k - 1)
         while not self.ended:
             name, message = unpack(receiver.receive(), self.device)
             message = self.codebooks.with_codebooks(self.k - 1, message)
@@ -227,7 +222,7 @@ class FreeLink(Link):
         receiver.close()
 
     def _take_from_above(self) -> None:
-        receiver = Receiver(self.k + 1, DEPTH, LIMIT)
+        receiver = self.ways.receiver(self.k + 1)
         receiver.receive()
         with self.news:
             self.stopped = True
@@ -235,7 +230,7 @@ class FreeLink(Link):
         receiver.close()
 
     def _send_up(self) -> None:
-        sender = Sender(self.k + 1, DEPTH)
+        sender = self.ways.sender(self.k + 1)
         while not (self.closing and self.leaving == 0):
             with self.news:
                 self._hold(lambda: bool(self.outgoing))
