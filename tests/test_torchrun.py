@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from delock.launch.torchrun import under_torchrun
-from delock.links.connect import _host
+from delock.links.meeting import here
 from delock.methods import ADL
 from test_shared_runs import trained
 
@@ -24,7 +24,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 import delock
 from delock.launch.torchrun import run_torchrun, under_torchrun
-from delock.links.connect import _host
+from delock.links.meeting import here
 from delock.methods import ADL
 from points import SGD, hits, network, test_data, train_data, weighted
 from ranks import greet
@@ -45,7 +45,7 @@ model, heard = network(), []
 result = delock.fit(model, train_data(), test_data(), loss=weighted, method=ADL(2), optimizer=SGD, epochs=2, metrics={{"hits": hits}},
                     cuts=[4], placement=delock.Placement(link="gloo"), on_event=heard.append)
 seen = {{"state": model.state_dict(), "result": repr(result), "losses": result.losses, "heard": [type(e).__name__ for e in heard]}}
-shared, state = trained("shared" if _host() is not None else "auto")
+shared, state = trained("shared" if here() is not None else "auto")
 torch.save((seen, (state, shared.losses)), sys.argv[1] + os.environ["RANK"])
 """
 ILL = f"""
@@ -94,7 +94,7 @@ def test_fit_gives_every_rank_the_same_result_and_all_weights(launched: Launched
     assert second["heard"] == []
 
 
-@pytest.mark.skipif(_host() is None, reason="no shared memory between processes here")
+@pytest.mark.skipif(here() is None, reason="no shared memory between processes here")
 def test_fit_over_shared_memory(launched: Launched) -> None:
     result, expected = trained("gloo", workers="inline")
     for state, losses in launched.shared:

@@ -36,7 +36,8 @@ def context(preload: Sequence[str] = ()) -> RankContext:
     if importing_main():
         return ranks
     ranks.set_forkserver_preload([*PRELOAD, *preload])
-    util.abstract_sockets_supported = False  # Python before 3.11.1 would listen where any user can connect (CVE-2022-42919)
+    # Python before 3.11.1 would let the server listen where any user can connect (CVE-2022-42919).
+    util.abstract_sockets_supported = False  # type: ignore[misc]
     with _signals_blocked():
         resource_tracker.ensure_running()  # first: starting it from below would unblock SIGINT again
     before = _server()
