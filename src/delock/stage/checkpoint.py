@@ -19,6 +19,7 @@ from delock.stage.stage import Stage
 from delock.tensors import address
 
 FORWARD = ("batch", "train", "source", "behind", "ahead")
+SEEN = ("clones_inputs", "recomputes", "written")  # by a module's first forward, which is not always like the later ones
 
 
 def state(stage: Stage) -> dict[str, Any]:
@@ -33,9 +34,7 @@ def state(stage: Stage) -> dict[str, Any]:
         "head": stage.head.module.state_dict() if stage.head else None,
         "volatile": {part: volatile(body.module) for part, body in _bodies(stage).items()},
         "learner": stage.learner.state(),
-        "clones_inputs": stage.body.clones_inputs,
-        "recomputes": stage.body.recomputes,
-        "written": stage.body.written,
+        "seen": {part: {name: getattr(body, name) for name in SEEN} for part, body in _bodies(stage).items()},
         "banks": {version: _detached(weights) for version, weights in stage.banks.kept.items() if version < stage.version},
         "in_flight": {batch: _saved(stage, held) for batch, held in stage.in_flight.items()},
     }
@@ -57,9 +56,9 @@ def load(stage: Stage, saved: Mapping[str, Any]) -> None:
     """Continues from `state` of an equal stage: every graph is built again at the weights it was built with, bit for bit."""
     for part, body in _bodies(stage).items():
         load_module(body.module, saved[part] or {}, saved["volatile"][part], f"{part} of stage {stage.k}")
+        for name in SEEN:
+            setattr(body, name, saved["seen"][part][name])
     stage.learner.load(saved["learner"])
-    for name in ("clones_inputs", "recomputes", "written"):
-        setattr(stage.body, name, saved[name])
     stage.banks.kept = {version: _leaves(weights) for version, weights in saved["banks"].items()}
     stage.banks.drawn = {}
     copies: dict[tuple[int, float], Tensors] = {}  # one copy for all graphs at the same weights
