@@ -73,5 +73,5 @@ def test_a_signal_to_torchrun_interrupts(program: Program) -> None:
     program.process.send_signal(signal.SIGTERM)
     said = program.ends()
     assert "has died" not in said
-    assert "interrupted; what was recorded is in a\n" in said
+    assert "interrupted; the run is saved in a/checkpoints/batch-" in said
     assert summary()["status"] == "interrupted"
