@@ -27,7 +27,7 @@ from delock.launch.sigterm import Sigterm
 
 P = TypeVar("P")
 R = TypeVar("R")
-_ROUSED = 3.0  # seconds for the main thread of rank 0 to leave its op
+_ROUSED = 5.0  # seconds for the main thread of rank 0 to leave its op
 SLACK = 5.0  # seconds for a network between hosts: after a cut of 3 s, TCP may try again after 3 s more
 
 
