@@ -15,6 +15,7 @@ from delock.engine.engine import run_here
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 from delock.links.mailbox import Mailbox
+from delock.links.stream import another
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, PACI, ZB1P, GPipe, Interlocking, Method, OneFOneB, PipeDream2BW
 from delock.options import Placement, Report
 from delock.plan import RunLength, windows
@@ -149,8 +150,8 @@ def run_all(rank: Rank, made: dict[Any, StageJob]) -> dict[Any, StageResult]:
 
 
 def for_one_link(rank: Rank) -> Rank:
-    """The rank with sockets that the next link may close: several links come one after the other, over the same connections."""
-    return replace(rank, peers={peer: connection.dup() for peer, connection in rank.peers.items()})
+    """The rank with sockets of their own for the next link, of several that come one after the other."""
+    return replace(rank, peers={peer: another(rank.rank, peer, connection) for peer, connection in sorted(rank.peers.items())})
 
 
 def assert_equal(a: list[StageResult], b: list[StageResult]) -> None:

@@ -79,7 +79,7 @@ class StreamWays:
 
     def __init__(self, k: int, peers: Mapping[int, socket.socket]) -> None:
         self.k = k
-        self.ways = {peer: (connection, _second(k, peer, connection)) for peer, connection in peers.items()}
+        self.ways = {peer: (connection, another(k, peer, connection)) for peer, connection in peers.items()}
 
     def sender(self, peer: int) -> StreamSender:
         """Returns the way to that neighbour."""
@@ -96,8 +96,8 @@ class StreamWays:
                 _hang_up(connection)
 
 
-def _second(k: int, peer: int, first: socket.socket) -> socket.socket:
-    """Returns another socket between the same two: the lower one makes the pair, and passes one end on."""
+def another(k: int, peer: int, first: socket.socket) -> socket.socket:
+    """Returns another socket between rank k and its peer, who call together: the lower one makes the pair, and passes one end on."""
     if k > peer:
         _, [descriptor, *_], _, _ = socket.recv_fds(first, 1, 1)
         return socket.socket(fileno=descriptor)
