@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import delock
-from delock.errors import LinkError
+from delock.errors import LinkError, UsageError
+from delock.launch.private_folder import LOCK, PREFIX, private_folder
 from delock.links import meeting
 from delock.links.message import Message
 from delock.links.shared_memory import RECORD, SharedChannel, SlotEvent
 from delock.links.stream import StreamReceiver, StreamSender, StreamWays
+from delock.stage.compiled import CACHE, _keep_private
 
 from messages import activation
 from workloads import Samples, class_loss, sgd
@@ -247,3 +249,37 @@ def test_a_sender_whose_peer_is_gone_says_so() -> None:
         receiver.connection.close()
         with pytest.raises(OSError, match=r"closed|reset"):
             sender.flush()
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_run_is_private_and_those_of_killed_programs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    killed, unknown, foreign = (tmp_path / f"{PREFIX}{name}" for name in ("killed", "unknown", "foreign"))
+    for folder in (killed, unknown):
+        folder.mkdir()
+    (killed / LOCK).touch()
+    foreign.symlink_to(unknown)
+    with private_folder() as first:
+        assert Path(first).stat().st_mode & 0o777 == 0o700
+        with private_folder() as second:
+            assert Path(first).exists()
+            assert sorted(tmp_path.iterdir()) == sorted([unknown, foreign, Path(first), Path(second)])
+    assert sorted(tmp_path.iterdir()) == sorted([unknown, foreign])
+
+
+def test_compiled_code_is_kept_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELOCK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(CACHE, raising=False)
+    _keep_private()
+    own = Path(os.environ[CACHE])
+    assert own.is_relative_to(tmp_path / "cache")
+    assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    with pytest.raises(UsageError, match=r"others can write into .*compiled"):
+        _keep_private()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE, str(tmp_path / "file" / "x"))
+    with pytest.raises(UsageError, match="cannot be kept"):
+        _keep_private()

@@ -26,6 +26,7 @@ import delock
 from delock.launch.torchrun import run_torchrun, under_torchrun
 from delock.links.meeting import here
 from delock.methods import ADL
+from delock.run import telling
 from points import SGD, hits, network, test_data, train_data, weighted
 from ranks import greet
 from test_shared_runs import trained
@@ -33,7 +34,7 @@ from test_shared_runs import trained
 assert under_torchrun()
 for run in range(2):  # one program may train more than once
     events = []
-    results = run_torchrun(greet, lambda rank: f"for {{rank}}", on_event=lambda rank, event: events.append((rank, event)))
+    results = run_torchrun(greet, lambda rank: f"for {{rank}}", telling, on_event=lambda rank, event: events.append((rank, event)))
     sys.stdout.write(f"results {{results}}\\n")  # whole: print writes piece by piece here, and the ranks write to one pipe
     if os.environ["RANK"] == "0":
         for rank in range(2):
@@ -53,8 +54,9 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from ranks import raise_in_one
 from delock.launch.torchrun import run_torchrun
+from delock.run import telling
 
-run_torchrun(raise_in_one, lambda rank: sys.argv[1], patience=2.0)
+run_torchrun(raise_in_one, lambda rank: sys.argv[1], telling, patience=2.0)
 """
 
 

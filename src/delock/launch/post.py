@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
-import pickle
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from delock.errors import StageFailed
 
 OnEvent: TypeAlias = Callable[[int, object], None]
+
+
+class Telling(Protocol):
+    """The form in which ranks tell each other values. What is read must not be able to run code: others may have written it."""
+
+    def pack(self, value: object) -> bytes:
+        """Returns a value as bytes."""
+
+    def unpack(self, data: bytes) -> Any:
+        """Returns the value. Raises an error for bytes that `pack` has not made."""
+
 
 _POLL = 0.05  # seconds between two looks for events
 _LAST = 2.0  # seconds for the thread to end, if it does not wait in C++
@@ -28,10 +38,10 @@ def store_name() -> str:
 class Post:
     """Sends events to rank 0 through the store of the rendezvous, over a connection that no other call holds up."""
 
-    def __init__(self, rank: int, world: int, space: str, limit: timedelta, on_event: OnEvent | None) -> None:
+    def __init__(self, rank: int, world: int, space: str, limit: timedelta, telling: Telling, on_event: OnEvent | None) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = PrefixStore(f"{space}/post", TCPStore(host, port, is_master=False, timeout=limit))
-        self._rank, self._on_event = rank, on_event
+        self._rank, self._telling, self._on_event = rank, telling, on_event
         self._lock = threading.Lock()  # one on_event at a time
         self._read, self._expected = [0] * world, [-1] * world
         self._error: Exception | None = None
@@ -48,8 +58,7 @@ class Post:
             self._hear(0, event)
             self._raise()
         else:
-            message = pickle.dumps(event, protocol=pickle.HIGHEST_PROTOCOL)
-            self.store.set(f"{self._rank}/{self.emitted}", message)  # type: ignore[arg-type]  # takes bytes
+            self.store.set(f"{self._rank}/{self.emitted}", self._telling.pack(event))  # type: ignore[arg-type]  # takes bytes
 
     def abandon(self) -> None:
         """Reads no more events: a thread that is in C++ when Python ends aborts the process."""
@@ -78,7 +87,7 @@ class Post:
         key = f"{rank}/{self._read[rank] + 1}"
         if not self.store.check([key]):
             return False
-        event = pickle.loads(self.store.get(key))
+        event = self._telling.unpack(self.store.get(key))
         self.store.delete_key(key)
         self._read[rank] += 1
         self._hear(rank, event)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from delock.launch.context import RankContext, context, importing_main
 from delock.launch.cores import share_cores
 from delock.launch.failure import Failure, died, first
 from delock.launch.pickling import pack
+from delock.launch.private_folder import private_folder
 from delock.launch.progress import Progress
 from delock.launch.rank import TIMEOUT, Rank, backend_for
 from delock.launch.stopping import StopRequest
@@ -75,7 +75,7 @@ def run_processes(
     own = [target.__module__] if target.__module__.startswith("delock.") else []
     ranks = context(own)
     environ = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="delock-") as folder:
+    with private_folder() as folder:
         configs = [
             RankConfig(rank, world, folder, device, group, timeout, threads, cores[rank], environ, stop is not None)
             for rank in range(world)

@@ -16,10 +16,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from delock.launch.addresses import refuse_loopback
 from delock.launch.cause import cause
+from delock.launch.collective import gather
 from delock.launch.cores import settle
 from delock.launch.failure import Ended, raised
 from delock.launch.heartbeats import BEAT, Heartbeats
-from delock.launch.post import OnEvent, Post, store_name
+from delock.launch.post import OnEvent, Post, Telling, store_name
 from delock.launch.progress import Progress
 from delock.launch.rank import TIMEOUT, Rank, backend_for, device_of
 from delock.launch.roll import Verdict
@@ -39,6 +40,7 @@ def under_torchrun() -> bool:
 def run_torchrun(
     target: Callable[[Rank, P], R],
     payload_of: Callable[[int], P],
+    telling: Telling,
     *,
     device: str = "cpu",
     backend: str | None = None,
@@ -50,7 +52,7 @@ def run_torchrun(
     """Runs target(rank, payload_of(rank)) on this rank of torchrun, and returns the results of all ranks in rank order, on every rank.
 
     on_event: called as on_event(rank, event) on rank 0 only, for the events of all ranks, from one thread at a time.
-    device: "cuda" is the GPU numbered LOCAL_RANK. Results and events must be picklable.
+    device: "cuda" is the GPU numbered LOCAL_RANK. telling: the form in which results and events go from rank to rank.
 
     If a target raises, its rank prints stage, op and traceback to stderr and ends with Ended, a SystemExit, of code 2 for a UsageError,
     else 1; torchrun then stops the others. An exception of `on_event` is raised on rank 0. If a rank is at one op for `patience` seconds,
@@ -67,7 +69,7 @@ def run_torchrun(
     store.set_timeout(limit)
     # Every run of a program needs keys of its own, or a group would read the addresses of the run before. All ranks count alike.
     space = f"delock/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{store.add(f'delock/runs/{rank}', 1)}"
-    post = Post(rank, world, space, limit, on_event)
+    post = Post(rank, world, space, limit, telling, on_event)
     slack = SLACK if world > local_world else 0.0
 
     def leave(culprit: int, message: str) -> None:
@@ -90,7 +92,7 @@ def run_torchrun(
             dist.init_process_group(group, store=PrefixStore(space, store), rank=rank, world_size=world, timeout=limit)
             result = target(Rank(rank, world, where, emit, progress, be_patient, meet=_meet), payload_of(rank))
             watch.done()
-            results = _gather(world, (result, post.emitted))
+            results: list[tuple[R, int]] = [telling.unpack(one) for one in gather(telling.pack((result, post.emitted)))]
             if rank == 0:
                 post.close([emitted for _, emitted in results])
             dist.barrier()  # rank 0 may host the store: the others end after it has heard them
@@ -110,12 +112,6 @@ def run_torchrun(
 
 def _meet() -> None:
     dist.barrier()
-
-
-def _gather(world: int, own: tuple[R, int]) -> list[tuple[R, int]]:
-    parts: list[tuple[R, int]] = [own] * world
-    dist.all_gather_object(parts, own)
-    return parts
 
 
 def _ended(rank: int, error: BaseException, progress: Progress, watch: Heartbeats) -> Ended:

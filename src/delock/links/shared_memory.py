@@ -31,7 +31,6 @@ and a peer that is gone ends every wait for it at once. Linux only.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import select
@@ -51,6 +50,11 @@ from torch import Tensor
 from delock.errors import LinkError
 from delock.links.message import Message, MessageName
 from delock.links.wire import Buffer, MessageLayout, buffer_views, pack, unpack_borrowed
+
+try:
+    import fcntl
+except ImportError:  # Windows has neither this nor such memory
+    fcntl = None  # type: ignore[assignment]
 
 LIMIT = 30 * 60  # seconds of the longest wait, as gloo's
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_ADD_SEALS") else 0  # Linux

@@ -11,19 +11,22 @@ import ctypes
 import json
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from delock.errors import LinkError
 from delock.links.message import Message, MessageKind, MessageName
 from delock.tensors import Tree, flatten, map_tensors, unflatten
 
 PREFIX = struct.Struct("<qBqiidqdqq")  # bytes of all; kind, batch, loss, version; weight, samples, count, agreed; bytes of the text
 KINDS = tuple(MessageKind)
 ALIGN = 64  # bytes: a cache line, and what vector loads like
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType({str(one)[6:]: one for one in vars(torch).values() if isinstance(one, torch.dtype)})
 Meta: TypeAlias = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], bool]
 """Dtype, shape and strides of a tensor; True if it travels apart from the bytes."""
 
@@ -102,6 +105,8 @@ def length_of(start: Tensor) -> int:
 def unpack(packed: Tensor, device: torch.device, fetch: Callable[[list[Tensor]], None] | None = None) -> tuple[MessageName, Message]:
     """Returns name and message on that device; on the CPU the tensors are views of `packed`. `fetch` fills tensors that travelled apart."""
     name, layout, numbers = _read_header(packed.numpy().data)
+    if fetch is None and any(place.apart for place in layout.places):
+        raise LinkError("a message says that tensors travel apart from it, where none do")
     if device.type != "cpu" and not all(place.apart for place in layout.places):
         packed = packed.to(device)
     leaves = [
@@ -162,7 +167,7 @@ def _layout(tree: Any, metas: tuple[Meta, ...]) -> MessageLayout:
 def _read_layout(text: bytes) -> MessageLayout:
     """Returns the same layout on the other side, from the header."""
     tree, listed = json.loads(text)
-    metas = [(getattr(torch, dtype), tuple(shape), tuple(strides), apart) for dtype, shape, strides, apart in listed]
+    metas = [(DTYPES[dtype], tuple(shape), tuple(strides), apart) for dtype, shape, strides, apart in listed]
     return MessageLayout(text, tree, *_places(PREFIX.size + len(text), metas))
 
 

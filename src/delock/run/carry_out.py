@@ -19,6 +19,7 @@ from delock.launch.stopping import StopRequest
 from delock.launch.torchrun import run_torchrun
 from delock.options import Checkpoint
 from delock.records import CheckpointRecord, Event, Started
+from delock.run import telling
 from delock.run.inline import run_inline
 from delock.run.job import StageResult
 from delock.run.left_out import left_out
@@ -112,6 +113,7 @@ def _torchrun(request: Request, tell: Tell, stop: StopRequest | None) -> tuple[S
         results = run_torchrun(
             partial(run_torchrun_rank, stop=stop),
             lambda rank: request,
+            telling,
             device=request.device,
             threads=request.placement.threads,
             patience=request.placement.patience,

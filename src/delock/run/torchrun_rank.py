@@ -7,12 +7,10 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from delock.errors import UsageError
 from delock.launch.ambient import Ambient
+from delock.launch.collective import gather
 from delock.launch.rank import Rank
 from delock.launch.stopping import Relay, StopRequest
 from delock.records import Started
@@ -24,6 +22,7 @@ from delock.run.prepared import PreparedRun
 from delock.run.ranks import run_rank
 from delock.run.request import Request
 from delock.run.resume import NEWEST, find, held, resumed
+from delock.run.telling import pack, unpack
 
 
 def run_torchrun_rank(rank: Rank, request: Request, stop: StopRequest | None = None) -> tuple[Started, StageResult]:
@@ -33,10 +32,8 @@ def run_torchrun_rank(rank: Rank, request: Request, stop: StopRequest | None = N
     with ExitStack() as until_the_end:
         prepared = _announced(rank, request, until_the_end) if rank.rank == 0 else None
         kept = prepared.request.checkpoint if prepared else None
-        said: list[Any] = [prepared.started(), prepared.begin, kept, time.time_ns()] if prepared else [None] * 4
-        said.append(Ambient.here())
-        torch.distributed.broadcast_object_list(said, src=0)
-        started, begin, checkpoint, token, ambient = said
+        own = (prepared.started(), prepared.begin, kept, time.time_ns(), Ambient.here()) if prepared else None
+        started, begin, checkpoint, token, ambient = unpack(gather(pack(own))[0])
         if ambient != Ambient.here():
             differ = Ambient.here().beside(ambient)
             raise UsageError(f"torch has other settings on rank {rank.rank} than on rank 0: {differ}; make them alike in the program")
@@ -48,7 +45,7 @@ def run_torchrun_rank(rank: Rank, request: Request, stop: StopRequest | None = N
         until_the_end.enter_context(explained(request))
         if stop:
             rank = replace(rank, asked=until_the_end.enter_context(Relay(rank.rank, stop, f"delock/stop/{token}")).asked)
-        return started, run_rank(rank, prepared.jobs()[rank.rank])
+        return started, replace(run_rank(rank, prepared.jobs()[rank.rank]), optimizer=None)  # which nobody asks for: it stays here
 
 
 def _announced(rank: Rank, request: Request, until_the_end: ExitStack) -> PreparedRun:
@@ -73,14 +70,12 @@ def _again(request: Request) -> Request:
 def refuse_unshared(rank: Rank, folder: Path) -> None:
     """Raises UsageError if not all ranks see the same folder of checkpoints; ranks call it together."""
     token = folder / f".token-{os.getpid()}-{time.time_ns()}"
-    said: list[Any] = [token.name]
     if rank.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         token.touch()
-    torch.distributed.broadcast_object_list(said, src=0)
-    seen: list[Any] = [None] * rank.world
     try:
-        torch.distributed.all_gather_object(seen, (folder / said[0]).exists())
+        name = Path(gather(token.name.encode())[0].decode()).name
+        seen = [unpack(one) for one in gather(pack((folder / name).exists()))]
     finally:
         if rank.rank == 0:
             token.unlink(missing_ok=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from delock.data.cache import cache_dir
 from delock.errors import UsageError
 from delock.tensors import Value, map_tensors, rows, split_bounds, tensors
 
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # of the environment
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of batch norms
 
 
@@ -44,6 +48,7 @@ class Compiled(nn.Module):
 
         Donated buffers, which a backward may overwrite, are turned off, because several backwards may need a graph.
         """
+        _keep_private()
         self.stance = "default"
         try:
             with _undonated():
@@ -63,6 +68,23 @@ def statistics(module: nn.Module) -> dict[str, Tensor]:
     they may be written while graphs of other batches hold the old ones.
     """
     return {name: buffer.data for name, buffer in module.named_buffers() if name.rpartition(".")[2] in STATISTICS}
+
+
+def _keep_private() -> None:
+    """Lets torch keep compiled code, and run it again, in a folder into which only this user can write.
+
+    Its own choice is a folder in /tmp, of a name that anybody can foresee and make first. Raises UsageError where others can write.
+    """
+    folder = Path(os.environ.setdefault(CACHE, str(cache_dir() / "compiled")))
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        raise UsageError(f"compiled code cannot be kept in {folder}: {error}; set {CACHE} to a folder of your own") from error
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise UsageError(
+            f"others can write into {folder}, from which torch.compile would run code: set {CACHE} to a folder of your own, or chmod 700 it"
+        )
 
 
 def _undonated() -> AbstractContextManager[object]:
