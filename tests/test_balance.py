@@ -11,12 +11,17 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from delock.api import fit
 from delock.errors import UsageError
 from delock.nets import build
+from delock.options import Placement
 from delock.partition.balance import balance
 from delock.partition.layers import layers
 from delock.partition.measure import LayerCost, measure
+from delock.partition.work import CPU, Work
+from delock.recipes import SGD
 
 from harness import same_state
 
@@ -47,6 +52,54 @@ def test_measured_time_follows_the_work():
     costs = measure(found, torch.randn(400, 400), torch.zeros(400, 1), nn.functional.mse_loss, repeats=5)
     assert costs[0].total_s > costs[2].total_s
     assert costs[1].out_bytes == 400 * 20 * 4
+
+
+@pytest.mark.usefixtures("own_random")
+def test_work_is_counted_by_the_operations():
+    """Products of matrices forward and twice backward, the bytes of all operations, and nothing for a view; the same every time."""
+    found = layers([nn.Linear(8, 16, bias=False), nn.Unflatten(1, (4, 4)), nn.Flatten(), nn.ReLU(), nn.Linear(16, 1, bias=False)])
+    x, y = torch.randn(4, 8), torch.zeros(4, 1)
+    one, two = ([cost.work for cost in measure(found, x, y, nn.functional.mse_loss, repeats=1, counts=True)] for _ in range(2))
+    assert one == two
+    seen = Work()
+    weight = found[0].module.weight
+    with seen:
+        out = weight.detach() @ x.t()
+        out.t().reshape(4, 4, 4)
+    assert seen.multiply_adds == 16 * 8 * 4
+    assert seen.bytes == 4 * (16 * 8 + 4 * 8 + 16 * 4)
+    assert one[1] < one[3] < one[0]
+    assert [cost.work for cost in measure(found, x, y, nn.functional.mse_loss, repeats=1)] == [0.0] * 5
+
+
+class Hides(nn.Module):
+    """Runs nothing under a dispatch mode."""
+
+    def forward(self, x):
+        if _get_current_dispatch_mode() is not None:
+            raise RuntimeError("not under a mode")
+        return 2 * x
+
+
+def test_work_that_cannot_be_seen_is_that_of_the_bytes():
+    found = layers([nn.Linear(3, 2), Hides()])
+    costs = measure(found, torch.randn(4, 3), torch.zeros(4, 2), nn.functional.mse_loss, repeats=1, counts=True)
+        layers([nn.Linear(3, 2), Hides()]), torch.randn(4, 3), torch.zeros(4, 2), nn.functional.mse_loss, repeats=1, counts=True
+    )
+    assert costs[1].work == 6 * 4 * 2 * 4 * CPU
+
+
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.parametrize("how", ["counted", "measured"])
+def test_the_cut_follows_what_is_asked_for(monkeypatch, how):
+    """The first layer has the most work, and the last one is made to take the most time."""
+    model = nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 2))
+    clock = itertools.accumulate(itertools.chain.from_iterable([0, 1, 0, 1 + 98 * (n >= 6)] for n in itertools.count()))
+    monkeypatch.setattr(sys.modules["delock.partition.measure"], "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    data = [(torch.randn(8, 4), torch.zeros(8, 2))]
+    options = {"placement": Placement(balance=how)} if how == "measured" else {}
+    result = fit(model, data, loss=nn.functional.mse_loss, method="bp", optimizer=SGD(0.1), stages=2, epochs=1, workers="inline", **options)
+    assert result.started.cuts == ((2,) if how == "counted" else (3,))
 
 
 @pytest.mark.usefixtures("own_random")

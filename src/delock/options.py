@@ -96,6 +96,8 @@ class Placement:
     """Threads per stage; with workers inline of all stages together."""
     pin: bool = True
     """Give each stage's process cores of its own, where the system can."""
+    balance: Literal["counted", "measured"] = "counted"
+    """Make stages even in counted work, with the same cuts in every run, or in measured time; cuts that are given stay as they are."""
     link: Literal["auto", "gloo", "shared"] = "auto"
     """Between the processes: gloo (between GPUs NCCL), shared memory, or auto, shared memory where two stages are on one host."""
     patience: float = 120.0
@@ -104,6 +106,7 @@ class Placement:
     def __post_init__(self) -> None:
         check_types(self)
         at_least("threads", self.threads, 1, MOST_THREADS)
+        one_of("balance", self.balance, ("counted", "measured"))
         one_of("link", self.link, ("auto", "gloo", "shared"))
         at_least("patience", self.patience, 0)
 

@@ -11,7 +11,7 @@ from delock.cli.config import TrainConfig, flat, make_method, other_kind_options
 from delock.cli.loading import load_torch
 from delock.cli.ranks import ranks
 from delock.cli.run_folder import ALPHABET, BOARD, CHECKPOINTS, CONFIG, SUMMARY, RunFolder, dumps
-from delock.cli.summary import RunReport, evaluated, gone_on, opening, summary, trained, written
+from delock.cli.summary import RunReport, cut_line, evaluated, gone_on, opening, summary, trained, written
 from delock.cli.survival import checkpoint
 from delock.cli.tables import per_second, prediction_table
 from delock.cli.tensorboard import TensorBoard
@@ -48,12 +48,15 @@ class Session:
 
     def hear(self, event: Event) -> None:
         """Handles an event of `fit`."""
+        asked = self.report.config
         self.report.hear(event)
         config = self.report.config
         match event:
             case Started():
                 self.screen.end()
                 self.screen.line(opening(config, event))
+                if where := cut_line(asked, event):
+                    self.screen.line(where)
                 self.screen.line(f"predicted: {per_second(event.samples_per_second, tokens(config))}; per stage:")
                 self.screen.table(*prediction_table(event))
                 if event.compiled:

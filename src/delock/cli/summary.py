@@ -14,6 +14,7 @@ from delock.cli.tables import metric_text, per_second
 from delock.methods import options
 from delock.records import CheckpointRecord, EvaluationRecord, Event, Result, Resumed, StageReport, Started, StepRecord, Traffic
 
+UNEVEN = 1.1  # of the mean: where the way to other cuts is told
 Status = Literal["running", "finished", "interrupted", "failed"]
 
 
@@ -103,6 +104,19 @@ def opening(config: TrainConfig, started: Started) -> str:
     layout += ", compiled" if started.compiled else ""
     emulated = ", emulated: stages wait, and nothing is learned" if config.simulation.emulate else ""
     return f"{started.method}: {config.network.model} on {config.dataset.data}, {stages}, {length}{layout}{emulated}"
+
+
+def cut_line(asked: TrainConfig, started: Started) -> str:
+    """Says where the network is cut if nobody has said it, how even that is, and the way to keep it; "" for cuts that were asked for."""
+    if len(started.stages) == 1 or asked.network.cuts is not None or asked.simulation.emulate:
+        return ""
+    seconds = [stage.forward + stage.backward + stage.head for stage in started.stages]
+    uneven = max(seconds) * len(seconds) / sum(seconds) if sum(seconds) else 1.0
+    cuts = " ".join(map(str, started.cuts))
+    how = asked.placement.balance
+    other = "" if how == "measured" or uneven < UNEVEN else "; --balance measured evens that out"
+    what = "counted work" if how == "counted" else "measured time"
+    return f"cut at {cuts}, even by {what} (--cuts {cuts} keeps it): the slowest stage takes {uneven:.2f} times the mean{other}"
 
 
 def closing(report: RunReport) -> str:

@@ -21,6 +21,7 @@ from delock.partition.copying import copied_but_for_handles
 from delock.partition.layer_memory import LayerMemory, LayerTrial, observe, root
 from delock.partition.layers import Layer
 from delock.partition.learning_loss import refuse_learning_loss
+from delock.partition.work import Work
 from delock.recomputation import Rereading
 from delock.tensors import Value, is_value, kind, map_tensors, shown, tensors
 
@@ -43,10 +44,11 @@ class LayerCost:
     outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()  # shape, with the batch, and dtype of every tensor of the output
     memory: LayerMemory | None = None  # None where it cannot be counted
     recomputes: bool = False  # it computes again in a backward, as with torch.utils.checkpoint
+    work: float = 0.0  # multiply-adds, and bytes in their place: the same in every run; 0 where it was not asked for
 
     @property
     def total_s(self) -> float:
-        """Returns the seconds of forward and backward together, the cost that `balance` takes."""
+        """Returns the seconds of forward and backward together."""
         return self.forward_s + self.backward_s
 
 
@@ -60,12 +62,14 @@ def measure(
     device: torch.device | str = "cpu",
     execution: Execution = PLAIN,
     learns: bool = False,
+    counts: bool = False,
 ) -> list[LayerCost]:
     """Measures every layer in training mode on one batch; seconds are the median of `repeats` runs, after one that warms up.
 
     inputs: a tensor or a tuple of tensors, any dtype, as the model takes them; targets: any tree of tensors, as the loss takes them.
     Memory is counted in the run that warms up. Only one layer at a time is copied and run, so weights, statistics and the random
     state stay as they are, and no more memory is needed than one layer takes.
+    counts: also count the work of every layer, in one more run.
     As in training, a backward computes the gradient of a layer's input only if something before it learns; learns: the inputs need one.
     Raises UsageError if a layer or the loss raises anything, or returns something that cannot go on from it.
     """
@@ -83,6 +87,7 @@ def measure(
                 Modes(module, layer.trains).train()
                 memory = _observed(module, value, wants, behind, device, execution)
                 runs = [_run(module, value, wants, behind, device, execution) for _ in range(repeats)]
+                work = _counted(module, value, wants, behind, device, execution) if counts else 0.0
             forwards, backwards, outs, recomputes = zip(*runs, strict=True)
             out = outs[-1]
             out_bytes = sum(x.numel() * x.element_size() for x in tensors(out))
@@ -90,7 +95,7 @@ def measure(
             shape = tuple(out.shape[1:]) if isinstance(out, Tensor) else ()
             outputs = tuple((tuple(x.shape), x.dtype) for x in tensors(out))
             medians = statistics.median(forwards), statistics.median(backwards)
-            costs.append(LayerCost(*medians, out_bytes, params, shape, outputs, memory, recomputes[0]))
+            costs.append(LayerCost(*medians, out_bytes, params, shape, outputs, memory, recomputes[0], work))
             wants = tuple(x.requires_grad for x in tensors(out))
             value = map_tensors(Tensor.detach, out)
     return costs
@@ -104,6 +109,19 @@ def _observed(
         return observe(module, value, wants, loss, device, execution)
     except Exception:
         return None
+
+
+def _counted(
+    module: nn.Module, value: Value, wants: Sequence[bool], loss: Callable[[Any], Tensor] | None, device: torch.device, execution: Execution
+) -> float:
+    """Returns the layer's work; where its operations cannot be seen, that of reading its weights and input a few times."""
+    seen = Work()
+    with seen:
+        try:
+            _run(module, value, wants, loss, device, execution)
+        except Exception:  # the timed runs have shown that the layer works: it is the look that it does not bear
+            seen.multiply_adds, seen.bytes = 0, 6 * sum(x.nbytes for x in (*tensors(value), *module.parameters()))
+    return seen.total(device.type)
 
 
 def _run(

@@ -84,7 +84,8 @@ def _prepared(request: Request) -> PreparedRun:
     for what in (layer.called(i) for i, layer in enumerate(network) if costs[i].recomputes):
         refuse_recomputation(request.method, execution, what)
     if cuts is None:
-        cuts = balance([cost.total_s for cost in costs], K, [cost.params for cost in costs])
+        counted = request.placement.balance == "counted"
+        cuts = balance([cost.work if counted else cost.total_s for cost in costs], K, [cost.params for cost in costs])
     found = tuple(resolve_cuts(network, cuts))
     refuse_unfit_codecs(request, [costs[cut - 1] for cut in found])
     heads = auxiliary(request, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)

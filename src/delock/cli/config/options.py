@@ -74,8 +74,8 @@ class NetworkOptions:
     head: Annotated[str | None, shown("by the shape of the output")] = None
     """dgl, dgl-async, interlocking: auxiliary head of stages with a loss of their own: mlp-sr, cnn, conv128-bn-conv64-bn-pool-fc, ..."""
     stages: Annotated[int | None, shown("2")] = None
-    """Number of stages; the cuts make their measured times even."""
-    cuts: Annotated[tuple[int | str, ...] | None, shown("even times", "LAYER ...")] = None
+    """Number of stages; the cuts make them even, see --balance."""
+    cuts: Annotated[tuple[int | str, ...] | None, shown("even stages", "LAYER ...")] = None
     """First layers of stages 1, 2, ..., in place of --stages: by number (5 9) or name (layer2 layer3.1)."""
 
 
