@@ -84,8 +84,6 @@ class Hides(nn.Module):
 def test_work_that_cannot_be_seen_is_that_of_the_bytes():
     found = layers([nn.Linear(3, 2), Hides()])
     costs = measure(found, torch.randn(4, 3), torch.zeros(4, 2), nn.functional.mse_loss, repeats=1, counts=True)
-        layers([nn.Linear(3, 2), Hides()]), torch.randn(4, 3), torch.zeros(4, 2), nn.functional.mse_loss, repeats=1, counts=True
-    )
     assert costs[1].work == 6 * 4 * 2 * 4 * CPU
 
 
