@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from delock.api import fit
 from delock.cli import main
 from delock.cli.run_folder import load_visits
+from delock.cli.seals import sealed
 from delock.errors import UsageError
 from delock.launch.progress import Progress
 from delock.launch.rank import Rank
@@ -84,7 +86,7 @@ def test_a_run_keeps_its_turns_and_tells_of_its_buffers(ran: Path, capsys: pytes
     assert [sum(turn.trains for turn in stage) for stage in turns] == [24] * 3
     assert [sum(turn.evaluates for turn in stage) for stage in turns] == [3] * 3
     first = json.loads((ran / "trace.jsonl").read_text().splitlines()[0])
-    assert set(first) == {"stage", "ordinal", "source", "trains", "version", "evaluates", "sent", "start", "end"}
+    assert set(first) == {"stage", "ordinal", "source", "trains", "version", "evaluates", "sent", "start", "end", "seal"}
     told = json.loads((ran / "summary.json").read_text())
     assert (told["status"], told["options"]["noise"], told["test_accuracy"] > 0.2) == ("finished", 0.5, True)
     assert "reuse_histogram" not in told["stages"][0]
@@ -113,7 +115,14 @@ def test_other_weights_are_told(copied: Path, capsys: pytest.CaptureFixture[str]
 
 def cut(folder: Path, lines: list[str]) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "trace.jsonl").write_text("".join(lines))
+    (folder / "trace.jsonl").write_text(again_sealed(lines))
+
+
+def again_sealed(lines: list[str]) -> str:
+    """Lines as a run would have written them; an incomplete one stays so."""
+    whole = [line for line in lines if line.endswith("\n")]
+    text, _ = sealed([re.sub(r', "seal": \d+', "", line) for line in whole], 0)
+    return text + "".join(lines[len(whole) :])
 
 
 def test_a_run_that_was_cut_off_is_done_again_as_far_as_it_goes(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,11 +155,41 @@ def test_a_run_of_which_nothing_is_left(copied: Path, capsys: pytest.CaptureFixt
     assert said(0, ["replay", "run"], capsys).startswith("replayed 0 visits of 3 stages, 0/0/0 updates: the run was cut off")
 
 
-@pytest.mark.parametrize("damage", ["nonsense", '{"stage": 3}', '{"stage": 0, "ordinal": 1}', "[1]", '{"stage": "0"}', "\x00\x01"])
+@pytest.mark.parametrize("damage", ['{"stage": 3}', """{"nonsense": 1}""", '{"stage": 0, "ordinal": 1}', '{"stage": "0"}'])
 def test_a_trace_that_is_damaged(copied: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = (copied / "trace.jsonl").read_text().splitlines(keepends=True)
-    (copied / "trace.jsonl").write_text("".join([*lines[:4], damage + "\n", *lines[4:]]))
+    (copied / "trace.jsonl").write_text(again_sealed([*lines[:4], damage + "\n", *lines[4:]]))
     assert said(2, ["replay", "run"], capsys) == "error: line 5 of run/trace.jsonl is not a visit of one of 3 stages"
+
+
+@pytest.mark.parametrize("how", ["lost", "doubled", "reversed", "changed", "from elsewhere", "begins late"])
+def test_lines_that_are_not_where_they_were_written(copied: Path, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of them is a visit, and would be done again as another run."""
+    lines = (copied / "trace.jsonl").read_text().splitlines(keepends=True)
+    match how:
+        case "lost":
+            odd = [*lines[:4], *lines[5:]]
+        case "doubled":
+            odd = [*lines[:5], lines[4], *lines[5:]]
+        case "reversed":
+            odd = [*lines[:4], lines[5], lines[4], *lines[6:]]
+        case "changed":
+            odd = [*lines[:4], lines[4].replace('"ordinal": ', '"ordinal": 1'), *lines[5:]]
+        case "from elsewhere":
+            odd = [*lines[:4], '{"stage": 0}\n', *lines[4:]]
+        case _:
+            odd = lines[1:]
+    (copied / "trace.jsonl").write_text("".join(odd))
+    line = {"doubled": 6, "begins late": 1}.get(how, 5)
+    assert f"error: line {line} of run/trace.jsonl is not as it was written, or not where" in said(2, ["replay", "run"], capsys)
+
+
+def test_a_model_with_a_bit_that_is_not_as_it_was(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = bytearray((copied / "model.safetensors").read_bytes())
+    whole[-3] ^= 16
+    (copied / "model.safetensors").write_bytes(whole)
+    for words in (["replay", "run"], ["eval", "run"], ["export", "run", "--out", "there"]):
+        assert "run/model.safetensors is damaged" in said(2, words, capsys)
 
 
 # -- a run that went on from a checkpoint ------------------------------------------------------------------------------------------
@@ -173,7 +212,7 @@ def test_a_run_that_went_on_is_done_again_from_a_checkpoint(here: Path, capsys: 
     updates = json.loads((newest / "manifest.json").read_text())["updates"]
     assert f", {'/'.join(str(24 - n) for n in updates)} updates" in line
     lines = (Path("run") / "trace.jsonl").read_text().splitlines(keepends=True)
-    (Path("run") / "trace.jsonl").write_text("".join(lines[3:]))
+    (Path("run") / "trace.jsonl").write_text(again_sealed(lines[3:]))
     assert "name the checkpoint that the run went on from with --from" in said(2, ["replay", "run"], capsys)
     assert "--from needs a checkpoint" in said(2, ["replay", "run", "--from"], capsys)
     assert "batch-7 is no checkpoint" in said(2, ["replay", "run", "--from", "batch-7"], capsys)
@@ -282,7 +321,7 @@ def test_ranks_of_torchrun_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> Non
     """Each of them is a process of its own, so drawn turns are refused there, too, before anything is measured."""
     monkeypatch.setattr("delock.api.under_torchrun", lambda: True)
     monkeypatch.setattr(
-        "delock.run.carry_out.run_torchrun", lambda target, spec_of, **_: target(Rank(0, 2, CPU, print, Progress()), spec_of(0))
+        "delock.run.carry_out.run_torchrun", lambda target, spec_of, telling, **_: target(Rank(0, 2, CPU, print, Progress()), spec_of(0))
     )
     with pytest.raises(UsageError, match=r"^sampled turns are taken in one process"):
         fit(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), [(None, None)], loss=nn.functional.mse_loss, method=AsyncDGL(order="sampled"),

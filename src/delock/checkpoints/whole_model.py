@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from delock.checkpoints.directory import manifest_of, read_tensors
 from delock.checkpoints.weight_index import INDEX, index, is_head, sizes, weights_file
 from delock.errors import UsageError
 
+SUM = "crc32"  # in a file's metadata
 ONE, LIMIT = "model.safetensors", 5 * 10**9  # bytes of a shard, as Hugging Face has it
 
 
@@ -28,6 +31,38 @@ def read_model(path: Path) -> dict[str, Tensor]:
         tensors, _ = read_tensors(file)
         found |= {name: tensors[name] for name in names}
     return found
+
+
+def _metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Returns the metadata of a file with these tensors."""
+    return {"format": "pt", SUM: _checksum((name, tensors[name]) for name in sorted(tensors))}
+
+
+def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Returns the CRC32 of the names, kinds, shapes and bytes of tensors, by name."""
+    crc = 0
+    for name, one in tensors:
+        crc = zlib.crc32(f"{name} {one.dtype} {list(one.shape)}".encode(), crc)
+        crc = zlib.crc32(one.contiguous().flatten().view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def _refuse_damaged(file: Path) -> None:
+    """Raises UsageError for a file whose tensors are not those that its checksum, if it has one, was taken of; one is read at a time."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            told = (opened.metadata() or {}).get(SUM)
+            if told is None or told == _checksum((name, opened.get_tensor(name)) for name in sorted(opened.keys())):
+                return
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
+    raise UsageError(f"{file} is damaged: its tensors are not as they were written; restore it, or train again")
+
+
+def dumps(state: Mapping[str, Tensor]) -> bytes:
+    """Returns a state dict as a safetensors file, with a checksum of its tensors."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    return bytes(save(tensors, _metadata(tensors)))
 
 
 def export(path: Path, target: Path, limit: int = LIMIT) -> list[Path]:
@@ -54,6 +89,7 @@ def export(path: Path, target: Path, limit: int = LIMIT) -> list[Path]:
 def _where(path: Path) -> dict[Path, dict[str, int]]:
     """Returns the files of a model, with the bytes of its tensors in them."""
     if path.is_file():
+        _refuse_damaged(path)
         return {path: sizes(path)}
     try:
         K = manifest_of(path).K
@@ -81,7 +117,8 @@ def _write(path: Path, where: Mapping[Path, Mapping[str, int]], names: Mapping[s
     def save(part: Path) -> None:
         part.touch()
         mode = part.stat().st_mode  # as the user's umask has it: save_file would make a file for its owner alone
-        save_file(dict(_read(where, names)), part, {"format": "pt"})
+        tensors = dict(_read(where, names))
+        save_file(tensors, part, _metadata(tensors))
         part.chmod(mode)
 
     return _replace(path, save)

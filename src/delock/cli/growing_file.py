@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from delock.cli.seals import sealed
+
 T = TypeVar("T")
+
+_SEAL = re.compile(rb', "seal": \d+\}')
 
 
 class GrowingFile(Generic[T]):
-    """Appends the lines of items to a file, on disk at once. `whole`: all items are kept, so that they can be written elsewhere."""
+    """Appends the lines of items to a file, on disk at once.
 
-    def __init__(self, name: str, text: Callable[[T], str], *, whole: bool) -> None:
-        self.name, self.text, self.whole = name, text, whole
+    `whole`: all items are kept, so that they can be written elsewhere. `seals`: every line, a JSON object, is sealed.
+    """
+
+    def __init__(self, name: str, text: Callable[[T], str], *, whole: bool, seals: bool = False) -> None:
+        self.name, self.text, self.whole, self.seals = name, text, whole, seals
+        self._seal = 0  # of the last line
         self._items: list[T] = []
         self._written = 0  # of the items
         self._begun = False
@@ -30,7 +39,8 @@ class GrowingFile(Generic[T]):
         """Appends what is not yet written. An OSError leaves the file as it was before, with whole lines."""
         if self._written == len(self._items):
             return
-        data = "".join(map(self.text, self._items[self._written :])).encode()
+        text, seal = self._sealed("".join(map(self.text, self._items[self._written :])), self._seal)
+        data = text.encode()
         with (folder / self.name).open("ab", buffering=0) as file:
             before = file.tell()
             try:
@@ -43,18 +53,24 @@ class GrowingFile(Generic[T]):
                 raise
         if not self.whole:
             self._items.clear()
-        self._written, self._begun = len(self._items), True
+        self._written, self._begun, self._seal = len(self._items), True, seal
 
     def cut(self, wanted: Callable[[dict[str, Any]], bool], source: Path, target: Path) -> None:
         """Keeps the lines of the file in one folder that are wanted, in another or the same one; the next lines come behind them."""
         path = source / self.name
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        if self.seals:
+            lines = [_SEAL.sub(b"}", line) for line in lines]
         kept = [line for line in lines if line.endswith(b"\n") and wanted(json.loads(line))]
-        self._earlier = b"".join(kept)
+        text, self._seal = self._sealed(b"".join(kept).decode(), 0)
+        self._earlier = text.encode()
         part = target / f".{self.name}.part"
         part.write_bytes(self._earlier)
         part.replace(target / self.name)
         self._items, self._written, self._begun = [], 0, bool(kept)
+
+    def _sealed(self, text: str, before: int) -> tuple[str, int]:
+        return sealed(text.splitlines(), before) if self.seals else (text, before)
 
     def move(self, old: Path, new: Path) -> bool:
         """Writes all lines into another folder. Returns False if earlier ones are neither kept here nor to be read in the old folder."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from delock.cli.growing_file import GrowingFile
 from delock.cli.held_folder import HeldFolder, clear
 from delock.cli.rescue import rescue, told, warning
+from delock.cli.seals import unsealed
 from delock.errors import UsageError
 from delock.records import Cut, EvaluationRecord, StepRecord, Visit, VisitsRecord
 
@@ -43,13 +44,21 @@ def load_visits(folder: Path, K: int) -> list[list[Visit]]:
     except OSError:
         raise UsageError(f"{folder} holds no {TRACE}, which a run with dgl-async and order free keeps from its first visits on") from None
     stages: list[list[Visit]] = [[] for _ in range(K)]
+    seal = 0
     for number, line in enumerate(lines, 1):
         try:
-            values = json.loads(line)
+            whole, seal = unsealed(line, seal)
+        except ValueError as error:
+            if number < len(lines) or line.endswith("}"):
+                raise UsageError(
+                    f"line {number} of {folder / TRACE} is not as it was written, or not where ({error}): restore the file, or train again"
+                ) from None
+            break
+        try:
+            values = json.loads(whole)
             stages[range(K).index(values.pop("stage"))].append(Visit(**values))
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-            if number < len(lines) or line.endswith("}"):
-                raise UsageError(f"line {number} of {folder / TRACE} is not a visit of one of {K} stages") from None
+            raise UsageError(f"line {number} of {folder / TRACE} is not a visit of one of {K} stages") from None
     return stages
 
 
@@ -73,7 +82,7 @@ class RunFolder:
         self._texts: dict[str, str] = {}
         self._state: Mapping[str, Tensor] | None = None
         self._metrics = GrowingFile[StepRecord | EvaluationRecord](METRICS, lambda record: dumps(line(record)) + "\n", whole=True)
-        self._trace = GrowingFile[VisitsRecord](TRACE, _visit_lines, whole=False)
+        self._trace = GrowingFile[VisitsRecord](TRACE, _visit_lines, whole=False, seals=True)
         self._unwritten: dict[str, OSError] = {}
         self._warned = False
 
@@ -236,10 +245,9 @@ def _visit_lines(record: VisitsRecord) -> str:
 
 
 def _save(state: Mapping[str, Tensor], folder: Path) -> None:
-    from safetensors.torch import save  # here: it loads torch
+    from delock.checkpoints.whole_model import dumps as model_bytes  # here: it loads torch
 
-    whole = save({name: value.detach().cpu().contiguous() for name, value in state.items()})
-    _replace(folder / MODEL, whole)  # save_file would make a file that only its owner may read
+    _replace(folder / MODEL, model_bytes(state))
 
 
 def _replace(path: Path, content: bytes) -> None:
