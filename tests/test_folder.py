@@ -132,6 +132,25 @@ def test_folder_makes_colours_of_grey_and_transparent(pictures):
     assert read_folder(root)[0].train.images.pixels.shape == (6, 3, 8, 8)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_folder_takes_the_upper_bits_of_deep_images(pictures, suffix):
+    """256 grey values from dark to light, in 16 bits: all of them would be white if they were cut off at 255."""
+    root, _ = pictures
+    (root / "train" / "cat" / "0.png").unlink()
+    ramp = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
+    Image.fromarray(ramp).save(root / "train" / "cat" / f"0.{suffix}")
+    found = read_folder(root)[0].train.images.pixels[0].numpy()
+    assert (found == (ramp >> 8)[None]).all()
+
+
+@pytest.mark.parametrize(("kind", "what"), [(np.float32, "floating numbers"), (np.int32, "whole numbers of 32 bits")])
+def test_folder_refuses_pixels_of_unknown_range(pictures, kind, what):
+    root, _ = pictures
+    Image.fromarray(np.ones((8, 8), kind)).save(root / "train" / "cat" / "a.tif")
+    with pytest.raises(UsageError, match=rf"the pixels of .*a\.tif are {what}"):
+        read_folder(root)
+
+
 def test_folder_resizes_only_what_differs(pictures):
     root, arrays = pictures
     picture(root / "train" / "dog" / "1.png", (20, 10))

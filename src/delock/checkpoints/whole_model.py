@@ -35,12 +35,13 @@ def read_model(path: Path) -> dict[str, Tensor]:
 
 def _metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Returns the metadata of a file with these tensors."""
-    return {"format": "pt", SUM: _checksum((name, tensors[name]) for name in sorted(tensors))}
+    kind = {"format": "pt"}
+    return {**kind, SUM: _checksum(kind, ((name, tensors[name]) for name in sorted(tensors)))}
 
 
-def _checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Returns the CRC32 of the names, kinds, shapes and bytes of tensors, by name."""
-    crc = 0
+def _checksum(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Returns the CRC32 of the metadata, and of the names, kinds, shapes and bytes of tensors, by name."""
+    crc = zlib.crc32(repr(sorted((key, value) for key, value in metadata.items() if key != SUM)).encode())
     for name, one in tensors:
         crc = zlib.crc32(f"{name} {one.dtype} {list(one.shape)}".encode(), crc)
         crc = zlib.crc32(one.contiguous().flatten().view(torch.uint8).numpy().data, crc)
@@ -51,8 +52,9 @@ def _refuse_damaged(file: Path) -> None:
     """Raises UsageError for a file whose tensors are not those that its checksum, if it has one, was taken of; one is read at a time."""
     try:
         with safe_open(file, framework="pt") as opened:
-            told = (opened.metadata() or {}).get(SUM)
-            if told is None or told == _checksum((name, opened.get_tensor(name)) for name in sorted(opened.keys())):
+            metadata = opened.metadata() or {}
+            tensors = ((name, opened.get_tensor(name)) for name in sorted(opened.keys()))
+            if not metadata.keys() - {"format"} or metadata.get(SUM) == _checksum(metadata, tensors):
                 return
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from delock.data.source import OnProgress
 from delock.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CHUNK = 64  # files per task of the pool: enough to hide what a task costs, few enough to show progress
 
@@ -52,13 +56,28 @@ def _own_size(file: Path) -> int:
     return int(height)
 
 
+def _eight_bits(image: Image.Image, file: Path) -> Image.Image:
+    """Returns an image of 16 bits with their upper 8: Pillow would make all that is above 255 white.
+
+    Raises UsageError for pixels that are deeper.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has at most 16
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        what = "whole numbers of 32 bits" if image.mode == "I" else "floating numbers"
+        raise UsageError(f"the pixels of {file} are {what}, and what is white among them is not known: convert it to 8 or 16 bits")
+    return image
+
+
 def _read(file: Path, size: int | None, *, resize: bool, first: Path) -> NDArray[np.uint8]:
     """Returns one image as (H, W, 3) uint8."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as opened:
-            image = opened.convert("RGB")
+            image = _eight_bits(opened, file).convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # raised by PIL's readers
         raise UsageError(f"cannot read the image {file}: {error}. Repair or remove it") from error
     if size is not None and image.size != (size, size):

@@ -36,6 +36,9 @@ RENAMED: Mapping[str, str] = MappingProxyType({"steps": "batches", "straggle": "
 """Names that options once had, and have in the files of older runs."""
 
 
+GONE: Mapping[str, str] = MappingProxyType({"port": "stages on one host meet without one"})
+"""Options that there were once, with the reason why they are not needed; files of older runs may have them."""
+
 LONGEST = 100  # characters
 
 
@@ -104,6 +107,8 @@ def _group(kind: type[C], given: Mapping[str, Any]) -> C:
 
 def hint(name: str, known: Collection[str], spelled: Callable[[str], str], joint: str = "; ") -> str:
     """Returns the remedy for a name that is not an option: today's name, or the nearest."""
+    if name in GONE:
+        return f" any more: {GONE[name]}"
     if RENAMED.get(name) in known:
         return f" any more: it is called {spelled(RENAMED[name])}"
     near = get_close_matches(name, known, n=1)

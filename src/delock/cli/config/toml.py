@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from delock.cli.config import small_file
-from delock.cli.config.flat import RENAMED
+from delock.cli.config.flat import GONE, RENAMED
 from delock.errors import UsageError
 
 
@@ -30,7 +30,7 @@ def read(path: Path) -> dict[str, Any]:
         if isinstance(value, dict):
             raise UsageError(f"{path}: [{name}] begins a table, but all options stand at the top level: take that line out")
     names = {name: name.replace("-", "_") for name in values}
-    return {RENAMED.get(names[name], names[name]): value for name, value in values.items()}
+    return {RENAMED.get(names[name], names[name]): value for name, value in values.items() if names[name] not in GONE}
 
 
 def write(values: Mapping[str, Any], comment: str) -> str:
