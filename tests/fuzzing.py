@@ -75,10 +75,10 @@ VALID: dict[str, list[str]] = {
     "beta1": [],
 }
 METHODS = [
-    "bp", "bp --accumulate 2", "gpipe --micro-batches 2", "1f1b", "zb1p --micro-batches 3", "ddg --micro-batches 2 --ahead part", "fr", "fdg",
-    "fdg --beta 0.5 --at mixed", "fdg --order backward-first", "adl --accumulate 2 --reduce mean", "dsp --p 1 --q 1", "2bw", "paci", "dgl",
-    "interlocking --n-wise 2 --combine sum", "dgl-async --order sampled --buffer 2",
-]  # fmt: skip
+    *("bp", "bp --accumulate 2", "gpipe --micro-batches 2", "1f1b", "zb1p --micro-batches 3", "ddg --micro-batches 2 --ahead part"),
+    *("fr", "fdg", "fdg --beta 0.5 --at mixed", "fdg --order backward-first", "adl --accumulate 2 --reduce mean", "dsp --p 1 --q 1"),
+    *("2bw", "paci", "dgl", "interlocking --n-wise 2 --combine sum", "dgl-async --order sampled --buffer 2"),
+]
 NUMBERS = ["x", "", "nan", "-7", "1e99", "9" * 30, "--", "0x10", "1;2", "½"]
 
 
@@ -119,13 +119,17 @@ def damaged(whole: bytes, draw: random.Random) -> bytes:
     """Bytes that differ somewhere: changed, left out, put in, doubled, cut off."""
     while True:
         at, count = draw.randrange(len(whole)), draw.randrange(1, 9)
-        other = {
-            0: lambda: whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :],
-            1: lambda: whole[:at] + whole[at + count :],
-            2: lambda: whole[:at] + draw.randbytes(count) + whole[at:],
-            3: lambda: whole[: at + count] + whole[at:],
-            4: lambda: whole[:at],
-        }[draw.randrange(5)]()
+        match draw.randrange(5):
+            case 0:
+                other = whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
+            case 1:
+                other = whole[:at] + whole[at + count :]
+            case 2:
+                other = whole[:at] + draw.randbytes(count) + whole[at:]
+            case 3:
+                other = whole[: at + count] + whole[at:]
+            case _:
+                other = whole[:at]
         if other != whole:
             return other
 
@@ -174,6 +178,10 @@ def _parses(text: bytes) -> bool:
     return True
 
 
+FORMATS = [*(("png", mode) for mode in ("RGB", "L", "P", "RGBA", "1")), ("jpg", "RGB"), ("jpg", "CMYK"), ("bmp", "L"), ("webp", "RGB")]
+SHORT = ["--model", "mlp", "--batch-size", "2", "--batches", "2"]
+
+
 def images(draw: random.Random, folder: Path) -> Iterator[Input]:
     """Folders of images in every mode, and with a file that Pillow cannot read."""
     root = folder / "pictures"
@@ -182,25 +190,11 @@ def images(draw: random.Random, folder: Path) -> Iterator[Input]:
             (root / part / name).mkdir(parents=True, exist_ok=True)
             for i in range(2):
                 Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(root / part / name / f"{i}.png")
-    words = [
-        "train",
-        "--data",
-        "folder",
-        "--data-dir",
-        str(root),
-        "--image-size",
-        "8",
-        "--model",
-        "mlp",
-        "--batch-size",
-        "2",
-        "--batches",
-        "2",
-    ]
+    words = ["train", "--data", "folder", "--data-dir", str(root), "--image-size", "8", *SHORT]
     while True:
         drawn = draw.randrange(10**6)
         pixels = np.random.default_rng(drawn).integers(0, 256, (draw.randrange(1, 20), draw.randrange(1, 20), 3), dtype=np.uint8)
-        kind, mode = draw.choice([("png", "RGB"), ("png", "L"), ("png", "P"), ("png", "RGBA"), ("png", "1"), ("jpg", "RGB"), ("jpg", "CMYK"), ("bmp", "L"), ("gif", "P"), ("webp", "RGB")])  # fmt: skip
+        kind, mode = draw.choice(FORMATS)
         content = io.BytesIO()
         Image.fromarray(pixels).convert(mode).save(content, {"jpg": "jpeg"}.get(kind, kind))
         odd = draw.random() < 0.5
@@ -282,7 +276,8 @@ def traces(run: Path) -> Callable[[random.Random, Path], Iterator[Input]]:
                     del values["seal"]
                     bare = [re.sub(r', "seal": \d+', "", line) for line in lines]
                     bare[n] = json.dumps(values) + "\n"
-                    trace.write_text(sealed(bare, 0)[0] if draw.random() < 0.3 and "x" in bare[n] else "".join([*lines[:n], bare[n], *lines[n + 1 :]]))  # fmt: skip
+                    whole = "x" in bare[n] and draw.random() < 0.3  # sealed by somebody who knows how
+                    trace.write_text(sealed(bare, 0)[0] if whole else "".join([*lines[:n], bare[n], *lines[n + 1 :]]))
             yield Input(["replay", str(own)], valid, f"line {n}, way {how}")
 
     return drawn
