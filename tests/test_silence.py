@@ -379,3 +379,9 @@ def test_no_option_takes_a_word_that_it_does_not_know(case: str) -> None:
     for word in words:
         with pytest.raises(UsageError, match=r"but (it|every lag) must"):
             group(**{case.split(".")[-1]: word})
+
+
+@pytest.mark.parametrize("seed", [2**64, -1, 1.5, "7", True])
+def test_a_seed_that_is_none(seed: Any) -> None:
+    with pytest.raises(UsageError, match="seed is"):
+        fit(seed=seed)

@@ -17,6 +17,7 @@ from delock.launch.ambient import refuse_modes
 from delock.launch.rank import backend_for
 from delock.launch.torchrun import under_torchrun
 from delock.methods import Method, make
+from delock.methods.base import whole
 from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
 from delock.records import Event, Result
 from delock.run.carry_out import carry_out
@@ -122,6 +123,7 @@ def fit(
     """
     if workers not in ("processes", "inline"):
         raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
+    whole("seed", seed, 0, 2**63 - 1)
     request = Request(
         model=model,
         train=as_loader(train, seed),
