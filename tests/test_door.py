@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -48,7 +49,7 @@ class Look(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.batch += 1
-        if self.batch == 3 and os.getppid() != 0:
+        if self.batch == 3 and parent_process() is not None:
             family = [os.getpid(), os.getppid(), *children(os.getppid())]
             Path(self.out).write_text(json.dumps([one for pid in family for one in listening(pid)]))
         return x
@@ -95,6 +96,72 @@ def test_gloo_listens_where_it_is_asked_for(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "seen").read_text())
     assert found
     assert all(one.startswith("tcp 0100007F:") for one in found)
+
+
+AN_ATTACK = f"""
+import json, os, socket, sys, tempfile
+os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
+pids, names, done = json.loads(sys.argv[1]), json.loads(sys.argv[2]), []
+
+def attempt(what, act):
+    try:
+        act()
+        done.append(what)
+    except OSError:
+        pass
+
+def call(name):
+    with socket.socket(socket.AF_UNIX) as one:
+        one.connect(name)
+
+for pid in pids:
+    attempt(f"signal {{pid}}", lambda: os.kill(pid, 0))
+    for what in ("mem", "environ", "maps"):
+        attempt(f"read {{what}} of {{pid}}", lambda: open(f"/proc/{{pid}}/{{what}}", "rb").read(1))
+    attempt(f"list the files of {{pid}}", lambda: os.listdir(f"/proc/{{pid}}/fd"))
+    for descriptor in range(40):
+        attempt(f"open file {{descriptor}} of {{pid}}", lambda: open(f"/proc/{{pid}}/fd/{{descriptor}}", "rb"))
+for name in names:
+    attempt(f"call {{name}}", lambda: call(name))
+folders = [one.path for one in os.scandir(tempfile.gettempdir()) if one.name.startswith(("delock-run-", "pymp-"))]
+assert folders, "there is no folder to attack"
+for folder in folders:
+    attempt(f"list {{folder}}", lambda: os.listdir(folder))
+    attempt(f"write into {{folder}}", lambda: open(folder + "/store", "w"))
+    attempt(f"rename {{folder}}", lambda: os.rename(folder, folder + "x"))
+print(json.dumps(done))
+"""
+
+
+class Attacked(nn.Module):
+    """The identity; in its third batch another user attacks the run, and it notes what that user has been able to do."""
+
+    def __init__(self, out: str) -> None:
+        super().__init__()
+        self.out, self.batch = out, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batch += 1
+        if self.batch == 3 and os.geteuid() == 0 and parent_process() is not None:
+            server = os.getppid()
+            pids = [server, *children(server), os.getppid()]
+            names = [
+                line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if line.split()[-1].startswith(("/", "@"))
+            ]
+            ours = [name for name in names if "pymp-" in name or "delock" in name or name.startswith("@")]
+            words = [sys.executable, "-c", AN_ATTACK, json.dumps(pids), json.dumps(ours)]
+            Path(self.out).write_text(subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout)
+        return x
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("method", ["fdg", "dgl-async"])
+def test_another_user_can_neither_reach_nor_end_nor_change_a_run(tmp_path: Path, method: str) -> None:
+    model = nn.Sequential(nn.Linear(12, 16), Attacked(str(tmp_path / "done")), nn.Linear(16, 16), nn.Linear(16, 10))
+    data = Samples("vector", 48, 8, torch.float32)
+    options: dict[str, Any] = {"heads": "linear"} if method == "dgl-async" else {}
+    delock.fit(model, data, loss=class_loss, cuts=[2, 3], optimizer=sgd, epochs=2, method=method, **options)
+    assert json.loads((tmp_path / "done").read_text()) == []
 
 
 # -- where ranks of torchrun meet --------------------------------------------------------------------------------------------------
