@@ -145,10 +145,8 @@ class Attacked(nn.Module):
         if self.batch == 3 and os.geteuid() == 0 and parent_process() is not None:
             server = os.getppid()
             pids = [server, *children(server), os.getppid()]
-            names = [
-                line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if line.split()[-1].startswith(("/", "@"))
-            ]
-            ours = [name for name in names if "pymp-" in name or "delock" in name or name.startswith("@")]
+            names = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()]
+            ours = [name for name in names if any(part in name for part in ("pymp-", "delock", "listener-"))]
             words = [sys.executable, "-c", AN_ATTACK, json.dumps(pids), json.dumps(ours)]
             Path(self.out).write_text(subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout)
         return x
