@@ -16,6 +16,7 @@ from delock.errors import DelockError
 from delock.records import CheckpointRecord, Event
 
 from harness import in_the_same_processes
+from leftovers import children, soon
 from odd_layers import Case
 from pairs import METHODS, OPTIONS, K, covering, few, inline, keep_all, made, plain, resumed, same
 
@@ -49,6 +50,7 @@ def goes_on(case: Case, folder: Path) -> None:
 
 def complaints(cases: Sequence[Case]) -> Iterator[str]:
     """Runs them all, and says which have failed."""
+    before = children()
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -56,9 +58,15 @@ def complaints(cases: Sequence[Case]) -> Iterator[str]:
             except (AssertionError, DelockError, RuntimeError) as error:
                 yield f"{case}: {type(error).__name__} {error}"
     gc.collect()
-    with suppress(ChildProcessError):  # workers of torchdata that nobody has waited for
+    soon(lambda: reaped() and not children() - before)
+
+
+def reaped() -> bool:
+    """Waits for workers of torchdata that have ended, which nobody else does."""
+    with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
+    return True
 
 
 @pytest.mark.usefixtures("own_random")
