@@ -85,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> Result:
         loss=weighted_squares,
         metrics={"distance": weighted_distance},
         method=method,
-        cuts=[3],  # stage 1 begins with layer 3; stages=2 would cut where the measured times are even
+        cuts=[3],  # stage 1 begins with layer 3; stages=2 would make the stages even in counted work
         optimizer=partial(torch.optim.SGD, lr=0.005, momentum=0.9),
         schedule=partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.05, total_iters=updates),
         epochs=asked.epochs,

@@ -10,6 +10,8 @@ from typing import Literal
 
 from share import Here, Turn, TurnReport
 
+from delock.launch.rank import Rank
+from delock.links.stream import another
 from delock.methods import ADL, DDG, DGL, FDG, Method
 from delock.ops import Backward
 from delock.options import Placement
@@ -35,9 +37,14 @@ def _turn(here: Here, job: StageJob, n: int) -> TurnReport:
     """
     batches = FROM + n + job.method.delay(0, job.K) + 1
     module, head = copy.deepcopy((job.module, job.head))
-    result = run_rank(here.rank, replace(job, module=module, head=head, length=RunLength(batches)))
+    result = run_rank(_for_one_run(here.rank), replace(job, module=module, head=head, length=RunLength(batches)))
     ends = [span.end for span in result.spans if isinstance(span.op, Backward)]
     return TurnReport((ends[FROM + n] - ends[FROM]) / n, result.losses)
+
+
+def _for_one_run(rank: Rank) -> Rank:
+    """Returns the rank with sockets of its own, which a run closes at its end: the next turn is another run."""
+    return replace(rank, peers={peer: another(rank.rank, peer, connection) for peer, connection in rank.peers.items()})
 
 
 OURS: dict[str, Callable[[Here], Turn]] = {f"{method}, {link}": partial(ours, method, link) for method in METHODS for link in LINKS}

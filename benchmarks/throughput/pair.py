@@ -50,6 +50,7 @@ class Turned:
 
 def pair(rank: Rank, task: Task) -> None:
     """Takes part in everything, and emits every outcome at once."""
+    rank.open_group()
     here = Here(rank, WORKS[task.share.work], task.share)
     turns: dict[str, tuple[Turn, int]] = {}
     for name in task.names:
