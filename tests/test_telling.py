@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,6 +79,12 @@ def test_tensors_come_back() -> None:
     found = unpack(pack({**value, "again": [value["w"]]}))
     assert all(torch.equal(found[name], one) and found[name].dtype == one.dtype for name, one in value.items())
     assert found["again"][0] is found["w"]
+
+
+def test_numbers_are_plain_ones() -> None:
+    found = unpack(pack([np.float64(0.5), np.float32(0.25), np.int64(3), True]))
+    assert found == [0.5, 0.25, 3, True]
+    assert [type(one) for one in found] == [float, float, int, bool]
 
 
 def test_a_path_is_a_text() -> None:

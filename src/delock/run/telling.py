@@ -13,6 +13,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_type_hints
@@ -86,6 +87,12 @@ def _plain(value: Any) -> Any:
             return {"class": "dtype", "fields": {"name": str(value)[6:]}}
         case Path():
             return str(value)
+        case bool() | None:
+            return value
+        case Integral():  # those of numpy, too
+            return int(value)
+        case Real():
+            return float(value)
         case Mapping():
             return {key: _plain(one) for key, one in value.items()}
         case tuple() | list():
