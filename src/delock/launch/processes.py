@@ -7,7 +7,7 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -108,8 +108,7 @@ class _Team:
         self._sender: threading.Thread | None = None
 
     def start(self, pickled: Sequence[bytes]) -> None:
-        joined = _joined(len(self._configs))
-        for config, memory, peers in zip(self._configs, self._memory, joined, strict=True):
+        for config, memory, peers in zip(self._configs, self._memory, _joined(len(self._configs)), strict=True):
             theirs, down = self._ranks.Pipe(duplex=False)
             up, ours = self._ranks.Pipe(duplex=False)
             process = self._ranks.Process(
@@ -238,12 +237,15 @@ class _Team:
         return [process for process in self._processes if process.pid is not None]
 
 
-def _joined(world: int) -> list[dict[int, socket.socket]]:
-    """Returns the ends of every rank of the sockets between neighbours: neighbour -> socket."""
-    ends: list[dict[int, socket.socket]] = [{} for _ in range(world)]
-    for below in range(world - 1):
-        ends[below][below + 1], ends[below + 1][below] = socket.socketpair()
-    return ends
+def _joined(world: int) -> Iterator[dict[int, socket.socket]]:
+    """Yields each rank's ends of the sockets between neighbours, neighbour -> socket, which are made as they are needed."""
+    down: socket.socket | None = None
+    for rank in range(world):
+        ends = {rank - 1: down} if down else {}
+        down = None
+        if rank + 1 < world:
+            ends[rank + 1], down = socket.socketpair()
+        yield ends
 
 
 def _send_all(downs: Sequence[Connection], pickled: Sequence[bytes]) -> None:
