@@ -307,6 +307,6 @@ def test_the_worked_example() -> None:
 def test_the_line_of_a_trace() -> None:
     [line] = re.findall(r"```json\n(.*)\n```", PAGE)
     values = json.loads(line)
-    assert list(values) == ["stage", *(field.name for field in fields(Visit))]
+    assert list(values) == ["stage", *(field.name for field in fields(Visit)), "seal"]
     told = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", PAGE.split("## The trace")[1], re.MULTILINE))))
     assert set(values) <= told

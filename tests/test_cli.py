@@ -95,7 +95,7 @@ def test_nothing_heavy_is_loaded_for_help_and_plans() -> None:
 
 def test_a_run_in_processes_loads_torch_and_what_it_shows_here_nothing_else_heavy(here: Path) -> None:
     """Each of these takes a tenth of a second to two; an optimizer, which loads torch's compiler, is built by the stages alone."""
-    done = alone("train", "--model", "mlp", "--epochs", "1", "--limit", "64", modules=True)
+    done = alone("train", "--model", "mlp", "--epochs", "1", "--limit", "64", "--cuts", "2", modules=True)
     assert done.stdout.splitlines()[-1] == "['torch', 'rich']", done.stderr
 
 

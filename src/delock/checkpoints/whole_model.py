@@ -33,12 +33,6 @@ def read_model(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the metadata of a file with these tensors."""
-    kind = {"format": "pt"}
-    return {**kind, SUM: _checksum(kind, ((name, tensors[name]) for name in sorted(tensors)))}
-
-
 def _checksum(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Returns the CRC32 of the metadata, and of the names, kinds, shapes and bytes of tensors, by name."""
     crc = zlib.crc32(repr(sorted((key, value) for key, value in metadata.items() if key != SUM)).encode())
@@ -64,7 +58,7 @@ def _refuse_damaged(file: Path) -> None:
 def dumps(state: Mapping[str, Tensor]) -> bytes:
     """Returns a state dict as a safetensors file, with a checksum of its tensors."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    return bytes(save(tensors, _metadata(tensors)))
+    return bytes(save(tensors, {SUM: _checksum({}, ((name, tensors[name]) for name in sorted(tensors)))}))  # one entry: they have no order
 
 
 def export(path: Path, target: Path, limit: int = LIMIT) -> list[Path]:
@@ -119,8 +113,7 @@ def _write(path: Path, where: Mapping[Path, Mapping[str, int]], names: Mapping[s
     def save(part: Path) -> None:
         part.touch()
         mode = part.stat().st_mode  # as the user's umask has it: save_file would make a file for its owner alone
-        tensors = dict(_read(where, names))
-        save_file(tensors, part, _metadata(tensors))
+        save_file(dict(_read(where, names)), part, {"format": "pt"})
         part.chmod(mode)
 
     return _replace(path, save)

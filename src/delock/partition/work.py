@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from delock.tensors import tree_tensors
 
@@ -22,6 +21,9 @@ class Work(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        from torch.utils.flop_counter import flop_registry  # here: it takes a tenth of a second to load, and cuts may be given
+
+        self.formulas = flop_registry
         self.multiply_adds = self.bytes = 0
 
     @classmethod
@@ -33,7 +35,7 @@ class Work(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             self.bytes += sum(one.nbytes for tree in (args, kwargs, out) for one in tree_tensors(tree) if not one.is_sparse)
-        if count := flop_registry.get(func._overloadpacket):
+        if count := self.formulas.get(func._overloadpacket):
             self.multiply_adds += int(count(*args, **(kwargs or {}), out_val=out)) // 2
         return out
 
