@@ -89,8 +89,9 @@ def again(heard: Listener, method: AsyncDGL = METHOD, start: Path | None = None,
 def assert_sound(done: Run, heard: Listener, folder: Path, method: AsyncDGL = METHOD, evaluated: int = EVALUATED, **more: Any) -> None:
     """The visits that count are those of one run, and done again they give its bits: from the first, and from every checkpoint."""
     model, result = done
-    assert [stage.updates for stage in result.stages] == [BATCHES] * len(heard.turns)
-    assert_in_order(heard.turns, method, BATCHES, evaluated)
+    batches = more.get("batches", BATCHES)
+    assert [stage.updates for stage in result.stages] == [batches] * len(heard.turns)
+    assert_in_order(heard.turns, method, batches, evaluated)
     assert_counted(result.stages, heard.turns)
     starts = [None, *newest_first(folder)]
     assert len(starts) > 1
@@ -289,12 +290,13 @@ def test_the_best_evaluation_is_kept_and_a_time_may_be_given(tmp_path: Path) -> 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("K", [2, 3])
 def test_a_run_survives_the_death_of_a_stage(tmp_path: Path, K: int, seed: int) -> None:
-    method, killer = AsyncDGL(3, slow_stage=seed, noise=0.5), Killer(10 * K + seed, K)
+    method, killer = AsyncDGL(3, slow_stage=seed, noise=0.5), Killer(10 * K + seed, K, 240)
     heard = Listener(K, killer)
-    done = free(tmp_path, K, heard, method, keeps={"every": 3, "keep": 10, "restarts": 1})
+    done = free(tmp_path, K, heard, method, keeps={"every": 3, "keep": 10, "restarts": 1}, batches=240)
     assert killer.killed
     assert len(heard.resumed) == 1
-    assert_sound(done, heard, tmp_path, method)
+    assert any(cut.held for cut in heard.resumed[0].cuts), "no replay buffer held a batch"
+    assert_sound(done, heard, tmp_path, method, 10 * EVALUATED, batches=240)
 
 
 @pytest.mark.slow
