@@ -13,6 +13,7 @@ from torch import nn
 
 from delock.data.iterable import as_loader
 from delock.errors import UsageError, users_own
+from delock.keys import MOST_SEED
 from delock.launch.ambient import refuse_modes
 from delock.launch.rank import backend_for
 from delock.launch.torchrun import under_torchrun
@@ -123,7 +124,7 @@ def fit(
     """
     if workers not in ("processes", "inline"):
         raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
-    whole("seed", seed, 0, 2**63 - 1)
+    whole("seed", seed, 0, MOST_SEED)
     request = Request(
         model=model,
         train=as_loader(train, seed),

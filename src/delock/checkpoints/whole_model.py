@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +29,9 @@ def read_model(path: Path) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for file, names in _where(path).items():
-        tensors, _ = read_tensors(file)
+        tensors, metadata = read_tensors(file)
+        if path.is_file():  # those of a checkpoint have their sums in its manifest
+            _refuse_damaged(file, metadata, _sorted(tensors, tensors.__getitem__))
         found |= {name: tensors[name] for name in names}
     return found
 
@@ -42,23 +45,20 @@ def _checksum(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]
     return f"{crc:08x}"
 
 
-def _refuse_damaged(file: Path) -> None:
-    """Raises UsageError for a file whose tensors are not those that its checksum, if it has one, was taken of; one is read at a time."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = ((name, opened.get_tensor(name)) for name in sorted(opened.keys()))
-            if not metadata.keys() - {"format"} or metadata.get(SUM) == _checksum(metadata, tensors):
-                return
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error
-    raise UsageError(f"{file} is damaged: its tensors are not as they were written; restore it, or train again")
+def _sorted(names: Iterable[str], get: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, get(name)) for name in sorted(names))
+
+
+def _refuse_damaged(file: Path, metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises UsageError for a file whose tensors, in the order of their names, are not those that its checksum, if any, was taken of."""
+    if metadata.keys() - {"format"} and metadata.get(SUM) != _checksum(metadata, tensors):
+        raise UsageError(f"{file} is damaged: its tensors are not as they were written; restore it, or train again")
 
 
 def dumps(state: Mapping[str, Tensor]) -> bytes:
     """Returns a state dict as a safetensors file, with a checksum of its tensors."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    return bytes(save(tensors, {SUM: _checksum({}, ((name, tensors[name]) for name in sorted(tensors)))}))  # one entry: they have no order
+    return bytes(save(tensors, {SUM: _checksum({}, _sorted(tensors, tensors.__getitem__))}))  # one entry: they have no order
 
 
 def export(path: Path, target: Path, limit: int = LIMIT) -> list[Path]:
@@ -68,6 +68,9 @@ def export(path: Path, target: Path, limit: int = LIMIT) -> list[Path]:
     index. No more than a shard is held in memory. Raises UsageError as `read_model`, and for a target that exists.
     """
     where = _where(path)
+    if path.is_file():
+        with _opened(path) as opened:
+            _refuse_damaged(path, opened.metadata() or {}, _sorted(opened.keys(), opened.get_tensor))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{target} exists: give another --out, or remove it")
     if target.suffix == ".safetensors":
@@ -85,7 +88,6 @@ def export(path: Path, target: Path, limit: int = LIMIT) -> list[Path]:
 def _where(path: Path) -> dict[Path, dict[str, int]]:
     """Returns the files of a model, with the bytes of its tensors in them."""
     if path.is_file():
-        _refuse_damaged(path)
         return {path: sizes(path)}
     try:
         K = manifest_of(path).K
@@ -124,12 +126,19 @@ def _read(where: Mapping[Path, Mapping[str, int]], names: Mapping[str, int] | li
         wanted = [name for name in own if name in names]
         if not wanted:
             continue
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in wanted:
-                    yield name, opened.get_tensor(name)
-        except SafetensorError as error:
-            raise UsageError(f"{file} cannot be read: {error}") from error
+        with _opened(file) as opened:
+            for name in wanted:
+                yield name, opened.get_tensor(name)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Opens a safetensors file. Raises UsageError for a file, or within the block for a tensor, that cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> Path:

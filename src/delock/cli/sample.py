@@ -11,11 +11,12 @@ from unicodedata import category
 
 from delock.cli import kept_run
 from delock.cli.arguments import parse
-from delock.cli.config import MOST_SEED, TrainConfig, check_ranges, is_text, resolved, shown
+from delock.cli.config import TrainConfig, check_ranges, is_text, resolved, shown
 from delock.cli.config.small_file import json_object
 from delock.cli.run_folder import ALPHABET
 from delock.cli.workload import build_gpt
 from delock.errors import UsageError
+from delock.keys import MOST_SEED
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

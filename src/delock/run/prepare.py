@@ -79,13 +79,13 @@ def _prepared(request: Request) -> PreparedRun:
     refuse_empty_test(request)
     batch = Batch.of(inputs, targets)
     refuse_other_rows(request.execution, [batch.inputs], batch.rows)
-    execution, costs = choose_layout(request, network, inputs, targets)
+    counts = cuts is None and K > 1 and request.placement.balance == "counted"
+    execution, costs = choose_layout(request, network, inputs, targets, counts=counts)
     refuse_other_rows(execution, [batch.inputs, *(cost.outputs for cost in costs[:-1])], batch.rows)
     for what in (layer.called(i) for i, layer in enumerate(network) if costs[i].recomputes):
         refuse_recomputation(request.method, execution, what)
     if cuts is None:
-        counted = request.placement.balance == "counted"
-        cuts = balance([cost.work if counted else cost.total_s for cost in costs], K, [cost.params for cost in costs])
+        cuts = balance([cost.work if counts else cost.total_s for cost in costs], K, [cost.params for cost in costs])
     found = tuple(resolve_cuts(network, cuts))
     refuse_unfit_codecs(request, [costs[cut - 1] for cut in found])
     heads = auxiliary(request, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)

@@ -12,11 +12,10 @@ from delock.cli.config.options import (
     NetworkOptions,
     TrainConfig,
 )
-from delock.cli.config.resolve import MOST_SEED, check_ranges, chosen, make_method, resolve
+from delock.cli.config.resolve import check_ranges, chosen, make_method, resolve
 from delock.cli.config.update import UpdateOptions
 
 __all__ = [
-    "MOST_SEED",
     "AlgorithmOptions",
     "CompareConfig",
     "DatasetOptions",

@@ -13,11 +13,11 @@ from delock.cli.config.options import AlgorithmOptions, NetworkOptions, TrainCon
 from delock.cli.config.update import UpdateOptions, filled
 from delock.codecs import spelled
 from delock.errors import UsageError
+from delock.keys import MOST_SEED
 from delock.methods import METHODS, Method, make, options
 from delock.methods.base import MOST, at_least
 from delock.options import Compression
 
-MOST_SEED = 2**63 - 1
 MOST_STAGES = 1000
 MOST_FLOAT = 1e38  # float32 ends there
 
