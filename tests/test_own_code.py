@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("own_random")
 
 
 class Own(nn.Module):
-    """A layer that does what it is told."""
+    """A layer that calls a given function."""
 
     def __init__(self, act: Callable[[Tensor], Any]) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ from torch import nn
 
 from delock.api import fit
 from delock.cli import main
+from delock.cli.growing_file import GrowingFile
 from delock.cli.run_folder import load_visits
 from delock.cli.seals import sealed
 from delock.errors import UsageError
@@ -182,6 +183,19 @@ def test_lines_that_are_not_where_they_were_written(copied: Path, how: str, caps
     (copied / "trace.jsonl").write_text("".join(odd))
     line = {"doubled": 6, "begins late": 1}.get(how, 5)
     assert f"error: line {line} of run/trace.jsonl is not as it was written, or not where" in said(2, ["replay", "run"], capsys)
+
+
+def test_a_damaged_trace_is_not_sealed_again(tmp_path: Path) -> None:
+    """When a run goes on, its trace is cut back and written anew: a line that was moved would be in its place then."""
+    first, second = sealed(['{"stage": 0}', '{"stage": 1}'], 0)[0].splitlines(keepends=True)
+    trace, file = tmp_path / "trace.jsonl", GrowingFile[str]("trace.jsonl", str, whole=False, seals=True)
+    trace.write_text(first + second + second[:5])
+    file.cut(lambda values: values["stage"] == 1, tmp_path, tmp_path)
+    assert trace.read_text() == sealed(['{"stage": 1}'], 0)[0]
+    trace.write_text(second + first)
+    with pytest.raises(UsageError, match=r"line 1 of .*trace\.jsonl is not as it was written"):
+        file.cut(lambda values: True, tmp_path, tmp_path)
+    assert trace.read_text() == second + first
 
 
 def test_a_model_with_a_bit_that_is_not_as_it_was(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:

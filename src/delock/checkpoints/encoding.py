@@ -5,7 +5,7 @@
     (a, b)                          {"tuple": [a, b]}
     {1: a, "x": b}                  {"dict": [[1, a], ["x", b]]}; a key is None, a bool, an int, a text, or a tuple of these
     a tensor                        {"tensor": "7", "strides": [3, 1]}; the same name twice is the same tensor twice.
-                                    "offset": 60 beside them if it begins so many bytes behind a multiple of LINE, as a part of a batch does
+                                    "offset": 60 says that it begins 60 bytes behind a multiple of LINE, as a part of a batch may
 
 All other kinds of values are refused by the place at which they lie.
 

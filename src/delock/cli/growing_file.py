@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from delock.cli.seals import sealed
+from delock.cli.seals import read, sealed
 
 T = TypeVar("T")
-
-_SEAL = re.compile(rb', "seal": \d+\}')
 
 
 class GrowingFile(Generic[T]):
@@ -56,18 +53,22 @@ class GrowingFile(Generic[T]):
         self._written, self._begun, self._seal = len(self._items), True, seal
 
     def cut(self, wanted: Callable[[dict[str, Any]], bool], source: Path, target: Path) -> None:
-        """Keeps the lines of the file in one folder that are wanted, in another or the same one; the next lines come behind them."""
+        """Keeps the lines of the file in one folder that are wanted, in another or the same one; the next lines come behind them.
+
+        Raises UsageError for a sealed line that is not as it was written.
+        """
         path = source / self.name
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if self.seals:
-            lines = [_SEAL.sub(b"}", line) for line in lines]
-        kept = [line for line in lines if line.endswith(b"\n") and wanted(json.loads(line))]
-        text, self._seal = self._sealed(b"".join(kept).decode(), 0)
+        kept = [line for line in self._lines(path) if wanted(json.loads(line))] if path.exists() else []
+        text, self._seal = self._sealed("".join(f"{line}\n" for line in kept), 0)
         self._earlier = text.encode()
         part = target / f".{self.name}.part"
         part.write_bytes(self._earlier)
         part.replace(target / self.name)
         self._items, self._written, self._begun = [], 0, bool(kept)
+
+    def _lines(self, path: Path) -> list[str]:
+        """Returns the whole lines of the file, without seals; what follows the last one is a line that was cut off."""
+        return read(path) if self.seals else path.read_bytes().decode().split("\n")[:-1]
 
     def _sealed(self, text: str, before: int) -> tuple[str, int]:
         return sealed(text.splitlines(), before) if self.seals else (text, before)

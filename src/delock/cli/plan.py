@@ -189,7 +189,7 @@ def _refuse_idle(config: PlanConfig) -> None:
 
 
 def _refuse_endless(method: Method, K: int, slots: int, behind: int) -> None:
-    """Raises UsageError for a plan with so many ops that working them out would take longer than a user waits."""
+    """Raises UsageError for a plan with more ops than can be worked out at once."""
     ops = sum(1 for _ in islice(chain.from_iterable(method.tick(0, k, K) for k in range(K)), MOST_OPS + 1))  # of one tick
     ticks = method.span(K) + 8 * method.batches_per_update + behind + slots // method.micro_batches
     if ops * ticks > MOST_OPS:

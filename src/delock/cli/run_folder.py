@@ -14,10 +14,10 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from delock.cli import seals
 from delock.cli.growing_file import GrowingFile
 from delock.cli.held_folder import HeldFolder, clear
 from delock.cli.rescue import rescue, told, warning
-from delock.cli.seals import unsealed
 from delock.errors import UsageError
 from delock.records import Cut, EvaluationRecord, StepRecord, Visit, VisitsRecord
 
@@ -40,22 +40,13 @@ def load_visits(folder: Path, K: int) -> list[list[Visit]]:
     Raises UsageError if the file does not exist or has any other content.
     """
     try:
-        lines = (folder / TRACE).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = seals.read(folder / TRACE)
     except OSError:
         raise UsageError(f"{folder} holds no {TRACE}, which a run with dgl-async and order free keeps from its first visits on") from None
     stages: list[list[Visit]] = [[] for _ in range(K)]
-    seal = 0
     for number, line in enumerate(lines, 1):
         try:
-            whole, seal = unsealed(line, seal)
-        except ValueError as error:
-            if number < len(lines) or line.endswith("}"):
-                raise UsageError(
-                    f"line {number} of {folder / TRACE} is not as it was written, or not where ({error}): restore the file, or train again"
-                ) from None
-            break
-        try:
-            values = json.loads(whole)
+            values = json.loads(line)
             stages[range(K).index(values.pop("stage"))].append(Visit(**values))
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
             raise UsageError(f"line {number} of {folder / TRACE} is not a visit of one of {K} stages") from None

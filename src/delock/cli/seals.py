@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
+
+from delock.errors import UsageError
 
 _SEALED = re.compile(r'(\{.*), "seal": (\d{1,10})\}')
 
@@ -31,3 +34,23 @@ def unsealed(line: str, before: int) -> tuple[str, int]:
     if zlib.crc32(whole.encode(), before) != seal:
         raise ValueError("its seal does not fit")
     return whole, seal
+
+
+def read(path: Path) -> list[str]:
+    """Returns the lines of a file without their seals; an incomplete last one, of a run that was cut off, is left out.
+
+    Raises OSError, and UsageError for a line that is not as it was written, or not where.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found, seal = [], 0
+    for number, line in enumerate(lines, 1):
+        try:
+            whole, seal = unsealed(line, seal)
+        except ValueError as error:
+            if number < len(lines) or line.endswith("}"):
+                raise UsageError(
+                    f"line {number} of {path} is not as it was written, or not where ({error}): restore the file, or train again"
+                ) from None
+            break
+        found.append(whole)
+    return found

@@ -14,7 +14,7 @@ from delock.cli.tables import metric_text, per_second
 from delock.methods import options
 from delock.records import CheckpointRecord, EvaluationRecord, Event, Result, Resumed, StageReport, Started, StepRecord, Traffic
 
-UNEVEN = 1.1  # of the mean: where the way to other cuts is told
+UNEVEN = 1.1  # the slowest stage over the mean: from here on the line names the way to more even stages
 Status = Literal["running", "finished", "interrupted", "failed"]
 
 

@@ -1,7 +1,7 @@
 """Lets neighbouring ranks of torchrun that are on one host find each other: they say over the process group where they listen.
 
-Anybody on the host may call at such an address, so whoever comes is looked at: only a process of the same user that brings the run's token
-is let in, and the next one may come after it. What the group brings is read as JSON.
+Any process of the host can call at such an address, so every caller is checked: only one of the same user that brings the run's token is
+let in. A caller that is sent away does not end the wait. What the group brings is read as JSON.
 """
 
 from __future__ import annotations
