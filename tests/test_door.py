@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import parent_process
@@ -26,7 +27,7 @@ from delock.links import meeting
 from delock.links.message import Message
 from delock.links.shared_memory import RECORD, SharedChannel, SlotEvent
 from delock.links.stream import StreamReceiver, StreamSender, StreamWays
-from delock.stage.compiled import CACHE, _keep_private
+from delock.stage.compiled import CACHE, HEADERS, _keep_private, _options, headers_dir
 
 from messages import activation
 from workloads import Samples, class_loss, sgd
@@ -320,7 +321,7 @@ def test_a_sender_whose_peer_is_gone_says_so() -> None:
 
 
 def test_the_folder_of_a_run_is_private_and_those_of_killed_programs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     killed, unknown, foreign = (tmp_path / f"{PREFIX}{name}" for name in ("killed", "unknown", "foreign"))
     for folder in (killed, unknown):
         folder.mkdir()
@@ -334,13 +335,30 @@ def test_the_folder_of_a_run_is_private_and_those_of_killed_programs_go(tmp_path
     assert sorted(tmp_path.iterdir()) == sorted([unknown, foreign])
 
 
-def test_compiled_code_is_kept_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_compiled_headers_are_private_or_not_made(monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    """A torch that does not tell where it keeps them compiles without them."""
+    from torch._inductor import codecache, list_options
+
+    if not told:
+        monkeypatch.delattr(codecache, HEADERS[0], raising=False)
+    options = _options()
+    assert options.keys() <= set(list_options())
+    assert options.get("cpp_cache_precompile_headers", True) is (headers_dir() is not None)
+
+
+@pytest.mark.parametrize("before", [None, "torchinductor_root"])
+def test_compiled_code_is_kept_where_nobody_else_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    """Also where torch has chosen a folder in /tmp, as it does when its compiler is loaded."""
     monkeypatch.setenv("DELOCK_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(CACHE, raising=False)
+    if before:
+        monkeypatch.setenv(CACHE, str(Path(tempfile.gettempdir(), before)))
     _keep_private()
     own = Path(os.environ[CACHE])
     assert own.is_relative_to(tmp_path / "cache")
     assert own.stat().st_mode & 0o777 == 0o700
+    assert headers_dir() in (None, str(own / "precompiled_headers"))
     own.chmod(0o777)
     with pytest.raises(UsageError, match=r"others can write into .*compiled"):
         _keep_private()

@@ -185,6 +185,15 @@ def test_lines_that_are_not_where_they_were_written(copied: Path, how: str, caps
     assert f"error: line {line} of run/trace.jsonl is not as it was written, or not where" in said(2, ["replay", "run"], capsys)
 
 
+@pytest.mark.parametrize("end", [1, 3, 40])
+def test_a_trace_of_a_whole_run_without_its_end(copied: Path, end: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Visits that are left could be done again, but they are not the run."""
+    lines = (copied / "trace.jsonl").read_text().splitlines(keepends=True)
+    (copied / "trace.jsonl").write_text("".join(lines)[:-20] if end == 1 else "".join(lines[:-end]))
+    error = f"error: run/trace.jsonl holds {len(lines) - end} of the run's {len(lines)} visits: {end} {'is' if end == 1 else 'are'} missing"
+    assert said(2, ["replay", "run"], capsys).startswith(error)
+
+
 def test_a_damaged_trace_is_not_sealed_again(tmp_path: Path) -> None:
     """When a run goes on, its trace is cut back and written anew: a line that was moved would be in its place then."""
     first, second = sealed(['{"stage": 0}', '{"stage": 1}'], 0)[0].splitlines(keepends=True)

@@ -23,6 +23,7 @@ class GrowingFile(Generic[T]):
     def __init__(self, name: str, text: Callable[[T], str], *, whole: bool, seals: bool = False) -> None:
         self.name, self.text, self.whole, self.seals = name, text, whole, seals
         self._seal = 0  # of the last line
+        self.lines = 0  # in the file
         self._items: list[T] = []
         self._written = 0  # of the items
         self._begun = False
@@ -51,6 +52,7 @@ class GrowingFile(Generic[T]):
         if not self.whole:
             self._items.clear()
         self._written, self._begun, self._seal = len(self._items), True, seal
+        self.lines += text.count("\n")
 
     def cut(self, wanted: Callable[[dict[str, Any]], bool], source: Path, target: Path) -> None:
         """Keeps the lines of the file in one folder that are wanted, in another or the same one; the next lines come behind them.
@@ -64,7 +66,7 @@ class GrowingFile(Generic[T]):
         part = target / f".{self.name}.part"
         part.write_bytes(self._earlier)
         part.replace(target / self.name)
-        self._items, self._written, self._begun = [], 0, bool(kept)
+        self._items, self._written, self._begun, self.lines = [], 0, bool(kept), len(kept)
 
     def _lines(self, path: Path) -> list[str]:
         """Returns the whole lines of the file, without seals; what follows the last one is a line that was cut off."""

@@ -55,8 +55,9 @@ def run(words: Sequence[str]) -> int:
     config = read_config(path)
     visits, screen = load_visits(path, config.network.stages or 1), Terminal()
     begin = _begin(path, start, visits)
-    if (path / MODEL).is_file() and not any(visits):
-        raise UsageError(f"{path / TRACE} holds no visit, and the run has come to its end: restore it, or train again")
+    cuts_of(begin)
+    if (path / MODEL).is_file():
+        _refuse_incomplete(path, sum(map(len, visits)))
     state = repeat(config, visits, screen, begin)
     done = f"replayed {extent(visits, cuts_of(begin))}"
     if not (path / MODEL).is_file():
@@ -65,11 +66,7 @@ def run(words: Sequence[str]) -> int:
     different = differences(state, path / MODEL)
     if different:
         some = ", ".join(different[:3])
-        hint = (
-            ""
-            if start or not _went_on(path)
-            else "; the run went on from a checkpoint, perhaps with another length: begin there with --from"
-        )
+        hint = "" if start else _hint(path)
         raise DelockError(f"{done}: {len(different)} of {len(state)} tensors differ from those of the run, such as {some}{hint}")
     screen.line(f"{done}: the weights equal those of the run, to the last bit")
     return 0
@@ -111,9 +108,26 @@ def cuts_of(begin: Checkpoint | None) -> tuple[Cut, ...]:
     return cuts(found.path, found.manifest)
 
 
-def _went_on(run: Path) -> bool:
-    """Returns True if a run says that it went on from a checkpoint."""
-    return bool(summary_of(run).get("resumed_at"))
+def _refuse_incomplete(run: Path, there: int) -> None:
+    """Raises UsageError if a run that has come to its end has made more visits than its trace holds."""
+    told = summary_of(run).get("visits")
+    if isinstance(told, int) and there < told:
+        missing = f"{told - there:,} {'is' if told - there == 1 else 'are'} missing"
+        raise UsageError(f"{run / TRACE} holds {there:,} of the run's {told:,} visits: {missing}; restore the file, or train again")
+    if not there:
+        raise UsageError(f"{run / TRACE} holds no visit, and the run has come to its end: restore it, or train again")
+
+
+def _hint(run: Path) -> str:
+    """Returns what may help where the weights of a run that went on from a checkpoint differ."""
+    from delock.checkpoints.directory import name_of
+
+    batches = summary_of(run).get("resumed_at")
+    if not isinstance(batches, list) or not batches or not isinstance(batches[-1], int):
+        return ""
+    name = name_of(batches[-1])
+    advice = f"begin there with --from {name}" if (run / CHECKPOINTS / name).is_dir() else f"{name}, where it began, is gone"
+    return f"; the run went on from a checkpoint, perhaps with another length: {advice}"
 
 
 def extent(visits: Sequence[Sequence[Visit]], cuts: Sequence[Cut] = ()) -> str:

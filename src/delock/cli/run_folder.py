@@ -146,6 +146,11 @@ class RunFolder:
         self._trace.add(record)
         self.attempt(TRACE, self._trace.flush, self.path)
 
+    @property
+    def visits(self) -> int:
+        """Returns the lines of trace.jsonl."""
+        return self._trace.lines
+
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Saves the weights under their names in the unsplit model."""
         self._state = state

@@ -1,6 +1,7 @@
 """Seals the lines of a file: each ends with the CRC32 of itself and of all lines before it.
 
-So a line that was lost, doubled, moved or changed is seen when the file is read. Only a missing end is not.
+So a line that was lost, doubled, moved or changed is seen when the file is read. A missing end is not: for that the summary says how many
+lines there are.
 """
 
 from __future__ import annotations

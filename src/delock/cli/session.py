@@ -117,7 +117,8 @@ class Session:
         if self.board:
             self.folder.attempt(BOARD, self.board.close)
         if self.folder.opened:
-            self.folder.write(SUMMARY, dumps(summary(self.report), indent=2) + "\n")
+            traced = {"visits": self.folder.visits} if self.folder.visits else {}  # a trace without its end is no longer whole
+            self.folder.write(SUMMARY, dumps({**summary(self.report), **traced}, indent=2) + "\n")
             self.folder.settle()
         self.screen.end()
 

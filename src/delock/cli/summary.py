@@ -114,7 +114,8 @@ def cut_line(asked: TrainConfig, started: Started) -> str:
     uneven = max(seconds) * len(seconds) / sum(seconds) if sum(seconds) else 1.0
     cuts = " ".join(map(str, started.cuts))
     how = asked.placement.balance
-    other = "" if how == "measured" or uneven < UNEVEN else "; --balance measured evens that out"
+    fixed = how == "measured" or all(stage.layers == 1 for stage in started.stages)  # there are no other cuts
+    other = "" if fixed or uneven < UNEVEN else "; --balance measured cuts by time instead"
     what = "counted work" if how == "counted" else "measured time"
     return f"cut at {cuts}, even by {what} (--cuts {cuts} keeps it): the slowest stage takes {uneven:.2f} times the mean{other}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from delock.errors import UsageError
 from delock.tensors import Value, map_tensors, rows, split_bounds, tensors
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # of the environment
+HEADERS = ("_HEADER_DIR", "_HEADER_LOCK_DIR")  # names of torch._inductor.codecache, which not every torch has
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of batch norms
 
 
@@ -35,7 +37,7 @@ class Compiled(nn.Module):
             return inner(given)  # type: ignore[no-any-return]
 
         run.__code__ = run.__code__.replace()  # torch keeps what it compiled, of which there may be eight, by code object
-        self.run = torch.compile(run, dynamic=False, options={"fallback_random": True})
+        self.run = torch.compile(run, dynamic=False, options=_options())
         self.stance: Literal["default", "eager_on_recompile"] = "eager_on_recompile"
 
     def forward(self, given: Value) -> Value:
@@ -70,12 +72,34 @@ def statistics(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.data for name, buffer in module.named_buffers() if name.rpartition(".")[2] in STATISTICS}
 
 
+def _options() -> dict[str, bool]:
+    """Returns torch's options for compiling. Where its compiled headers cannot be led into the private folder, it does without them."""
+    return {"fallback_random": True} if headers_dir() else {"fallback_random": True, "cpp_cache_precompile_headers": False}
+
+
+def headers_dir() -> str | None:
+    """Returns the folder of torch's compiled headers: one in /tmp, whatever the environment says. None if torch does not tell it."""
+    from torch._inductor import codecache
+
+    return getattr(codecache, HEADERS[0], None)
+
+
 def _keep_private() -> None:
     """Lets torch keep compiled code, and run it again, in a folder into which only this user can write.
 
-    Its own choice is a folder in /tmp, of a name that anybody can foresee and make first. Raises UsageError where others can write.
+    Its own choice is a folder in /tmp, of a name that anybody can foresee and make first; it may be in the environment already, because
+    torch puts it there when it loads its compiler. Raises UsageError where others can write.
     """
-    folder = Path(os.environ.setdefault(CACHE, str(cache_dir() / "compiled")))
+    given = os.environ.get(CACHE)
+    if given is None or (Path(given).parent == Path(tempfile.gettempdir()) and Path(given).name.startswith("torchinductor_")):
+        os.environ[CACHE] = str(cache_dir() / "compiled")
+    folder = Path(os.environ[CACHE])
+    if headers_dir():
+        from torch._inductor import codecache
+
+        headers = folder / "precompiled_headers"
+        for name, path in zip(HEADERS, (headers, headers / "locks"), strict=True):
+            setattr(codecache, name, str(path))
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
