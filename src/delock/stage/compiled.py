@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -72,7 +72,7 @@ def statistics(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.data for name, buffer in module.named_buffers() if name.rpartition(".")[2] in STATISTICS}
 
 
-def _options() -> dict[str, bool]:
+def _options() -> dict[str, str | int | bool | Callable[..., object]]:
     """Returns torch's options for compiling. Where its compiled headers cannot be led into the private folder, it does without them."""
     return {"fallback_random": True} if headers_dir() else {"fallback_random": True, "cpp_cache_precompile_headers": False}
 
