@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
+from delock.data.call import Call
+
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
@@ -29,6 +31,15 @@ class Loader(Protocol):
         Another call, in any order and from any process, gives the same batches.
         """
         ...
+
+
+def call_of(loader: Loader) -> Call | None:
+    """Returns how a model is called with the inputs of the loader's batches, once one was read; None: with the inputs, as a chain is.
+
+    With a Call the inputs are all its tensors in order, in a tuple, or the one alone: model(*args, **kwargs) where
+    args, kwargs = call.arguments(delock.tensors.tensors(inputs)).
+    """
+    return getattr(loader, "call", None)
 
 
 @dataclass(frozen=True)
