@@ -82,7 +82,7 @@ def takes(model: nn.Module | Sequence[nn.Module], *, loss: bool = True) -> Takes
         found = inspect.signature(model.forward).parameters.values()
     except ValueError:  # compiled code has none
         return Takes(False, (), None, True, loss)
-    inside = next((one for name in WRAPPED if (one := model._modules.get(name)) is not None), None)  # some answer for what they wrap
+    inside = next((one for name, one in model.named_children() if name in WRAPPED), None)  # some wrappers answer for what they wrap
     if inside is not None and all(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in found):
         return takes(inside, loss=loss)
     by_place = [one for one in found if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
