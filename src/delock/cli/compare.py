@@ -8,8 +8,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from delock.cli.arguments import parse
-from delock.cli.config import CompareConfig, flat
+from delock.cli.config import CompareConfig, flat, resolved
 from delock.cli.handles import refuse_few_handles
+from delock.cli.models.names import in_a_folder
 from delock.cli.ranks import ranks
 from delock.cli.rows import PLAIN, Row, cut_alike, rows
 from delock.cli.run_folder import RunFolder, dumps
@@ -20,8 +21,8 @@ from delock.errors import DelockError, UsageError
 from delock.records import Started
 
 if TYPE_CHECKING:
+    from delock.cli.models.facts import Loaded
     from delock.cli.terminal import Terminal
-    from delock.data import Data, TextData
 
 FIGURES = ("compare.png", "compare.svg")
 ABOUT = """Train a network with several methods, and lay the results side by side.
@@ -43,8 +44,9 @@ def run(words: Sequence[str]) -> int:
     todo = rows(config)
     for row in todo:
         refuse_few_handles(row.config)
-    model = str(todo[0].config.network.model).replace("/", "-")
-    folder = RunFolder(config.output.out, f"compare-{model}", overwrite=config.output.overwrite)
+    folder = RunFolder(
+        config.output.out, f"compare-{in_a_folder(resolved(todo[0].config.network.model))}", overwrite=config.output.overwrite
+    )
     with folder.held():
         return _compare(config, todo, folder)
 
@@ -75,7 +77,7 @@ def _compare(config: CompareConfig, todo: Sequence[Row], folder: RunFolder) -> i
     return int(not whole or any(report.status != "finished" for report in reports.values()))
 
 
-def _refuse_rows(todo: Sequence[Row], data: Data | TextData) -> None:
+def _refuse_rows(todo: Sequence[Row], data: Loaded) -> None:
     """Raises the first row's error, with its name unless all rows that are cut have it."""
     wrong: dict[str, str] = {}
     for row in todo:
@@ -90,7 +92,7 @@ def _refuse_rows(todo: Sequence[Row], data: Data | TextData) -> None:
 
 
 def _train(
-    config: CompareConfig, todo: Sequence[Row], data: Data | TextData, folder: RunFolder, screen: Terminal, reports: dict[str, RunReport]
+    config: CompareConfig, todo: Sequence[Row], data: Loaded, folder: RunFolder, screen: Terminal, reports: dict[str, RunReport]
 ) -> bool:
     """Trains every row into its own folder, and returns False if one of these could not be written.
 

@@ -14,11 +14,12 @@ from delock.cli.session import load_data
 from delock.cli.tables import metric_text
 from delock.cli.terminal import Terminal
 from delock.cli.workload import build_model, goals
+from delock.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from delock.data import Data, TextData
+    from delock.cli.models.facts import Loaded
     from delock.options import Execution
 
 ABOUT = """Evaluate the weights of a run on its test data, in one process. RUN is the folder of a run, or of a checkpoint.
@@ -59,6 +60,8 @@ def run(words: Sequence[str]) -> int:
     for note in kept.notes:
         screen.line(note)
     data = load_data(config, screen)
+    if data.test is None:
+        raise UsageError(f"{config.dataset.data} has no test data to evaluate on: let the function return some")
     measures = measured(config, data, loaded(config, data, kept), kept)
     screen.end()
     epoch = kept.batches / len(data.train) if kept.batches is not None else None
@@ -73,12 +76,12 @@ def described(config: TrainConfig, epoch: float | None, measures: Mapping[str, f
     return "  ".join([*when, f"test loss {measures['']:.4f}{' nats' if is_text(config) else ''}", *metrics])
 
 
-def loaded(config: TrainConfig, data: Data | TextData, kept: Kept) -> nn.Module:
+def loaded(config: TrainConfig, data: Loaded, kept: Kept) -> nn.Module:
     """Returns the network with the weights. Raises UsageError if they are another network's."""
     return filled(lambda: build_model(config, data), config, kept.path)
 
 
-def measured(config: TrainConfig, data: Data | TextData, model: nn.Module, kept: Kept) -> dict[str, float]:
+def measured(config: TrainConfig, data: Loaded, model: nn.Module, kept: Kept) -> dict[str, float]:
     """Returns the means over the test data, of the loss as "" and of the metrics by name, as a run's evaluation has them."""
     import torch
 
@@ -91,7 +94,7 @@ def measured(config: TrainConfig, data: Data | TextData, model: nn.Module, kept:
 
     backend_for(config.machine.device, None, 1)
     device, execution, seed = torch.device(config.machine.device), _execution(config, kept), config.training.seed
-    loss, metrics = goals(config)
+    loss, metrics = goals(config, data)
     function = ModuleFunction(model, (0,), device, execution)
     feed, sums, total = Feed(as_loader(data.train, seed), as_loader(data.test, seed), 1, device), dict[str, float](), 0.0
     with _as_a_stage(config.placement.threads):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delock.cli.config import TrainConfig, build, is_text, resolve, toml
 from delock.cli.config.small_file import json_object
+from delock.cli.models.kept_files import changed
 from delock.cli.ranks import ranks
 from delock.cli.run_folder import CHECKPOINTS, CONFIG, MODEL, SUMMARY
 from delock.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from delock.checkpoints.manifest import Manifest
 
@@ -30,7 +31,7 @@ class Kept:
     path: Path
     batches: int | None  # trained; None if that is not known any more
     manifest: Manifest | None = None  # of a checkpoint
-    notes: tuple[str, ...] = ()  # damaged ones that were passed over
+    notes: tuple[str, ...] = ()  # what a user should know of them: damaged ones were passed over, a file has changed
 
 
 def named(words: Sequence[str], command: str) -> tuple[Path | None, Sequence[str]]:
@@ -86,10 +87,14 @@ def finished(run: Path) -> int | None:
 def weights(run: Path, name: str | None) -> Kept:
     """Returns the weights of that name, by default the latest ones that are not damaged.
 
-    name: of a checkpoint, or "final" for those of the run's end. Raises UsageError if there are none.
+    name: of a checkpoint, or "final" for those of the run's end. The notes also say which of the files that the model was made from have
+    changed. Raises UsageError if there are none.
     """
-    if name is not None:
-        return _named(run, name)
+    kept = _latest(run) if name is None else _named(run, name)
+    return replace(kept, notes=(*kept.notes, *changed(run)))
+
+
+def _latest(run: Path) -> Kept:
     from delock.checkpoints.directory import newest_first, verified
 
     end, notes = finished(run), list[str]()
@@ -139,7 +144,16 @@ def filled(make: Callable[[], N], config: TrainConfig, place: Path) -> N:
         )
     model = make()
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(with_ties(model, state))
     except RuntimeError as error:
         raise UsageError(f"{problem}: {error}") from None
     return model
+
+
+def with_ties(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a state with all names of tensors that the model shares, of which the stages keep one."""
+    names: dict[int, list[str]] = {}
+    for name, one in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        names.setdefault(id(one), []).append(name)
+    tied = {name: state[there[0]] for same in names.values() if (there := [one for one in same if one in state]) for name in same}
+    return {**tied, **state}

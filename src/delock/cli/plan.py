@@ -44,7 +44,9 @@ examples:
   delock plan --method ddg --stages 4 --picture ddg.svg
   delock plan --method ddg --micro-batches 4 --stages 4 --optimizer adamw --correct spike
   delock plan --method fdg --profile resnet20 --data synthetic
-  delock plan --method fdg --profile gpt --data text --depth 8"""
+  delock plan --method fdg --profile gpt --data text --depth 8
+  delock plan --method fdg --profile hf/config.json --data text
+  delock plan --method fdg --profile own.py:network --data own.py:batches"""
 
 
 HALVES = ", b backward to the input alone, w to the weights"
@@ -89,9 +91,9 @@ class ProfileOptions:
     """Costs measured instead, in seconds, on one batch."""
 
     profile: Annotated[str | None, shown("none")] = None
-    """Model whose layers are measured, and cut so that the stages' times are even."""
+    """Model whose layers are measured, and cut so that the stages' times are even; all names of train's --model."""
     data: str = "digits"
-    """Data set that the batch is taken from; synthetic needs no files; text for gpt."""
+    """Data set that the batch is taken from; synthetic needs no files; text for gpt; all names of train's --data."""
     data_dir: Annotated[Path | None, shown("the cache")] = None
     """Folder of the images."""
     image_size: Annotated[int | None, shown("as they are")] = None

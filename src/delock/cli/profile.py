@@ -33,7 +33,7 @@ def measure_model(config: TrainConfig, method: Method, K: int, *, threads: int) 
     from delock.run.request import Request
 
     data = load_data(config)
-    loss, _ = goals(config)
+    loss, _ = goals(config, data)
     epoch = len(data.train)
     optimizer, _ = recipe(config, method, epoch, epoch)
     placement = Placement(threads=threads)

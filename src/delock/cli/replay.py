@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, make_method
 from delock.cli.kept_run import config_of, summary_of
+from delock.cli.models.kept_files import changed
 from delock.cli.ranks import ranks
 from delock.cli.run_folder import CHECKPOINTS, CONFIG, MODEL, TRACE, load_visits
 from delock.cli.session import fit_config
@@ -58,6 +59,8 @@ def run(words: Sequence[str]) -> int:
     cuts_of(begin)
     if (path / MODEL).is_file():
         _refuse_incomplete(path, sum(map(len, visits)))
+    for note in changed(path):
+        screen.line(note)
     state = repeat(config, visits, screen, begin)
     done = f"replayed {extent(visits, cuts_of(begin))}"
     if not (path / MODEL).is_file():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from delock.cli import seals
 from delock.cli.growing_file import GrowingFile
 from delock.cli.held_folder import HeldFolder, clear
+from delock.cli.models.kept_files import FILES
 from delock.cli.rescue import rescue, told, warning
 from delock.errors import UsageError
 from delock.records import Cut, EvaluationRecord, StepRecord, Visit, VisitsRecord
@@ -31,7 +32,21 @@ CHECKPOINTS = "checkpoints"
 ALPHABET = "alphabet.json"  # of a language model: what its tokens stand for
 TIMELINE, PICTURES = "timeline.json", ("timeline.png", "timeline.svg")  # with --trace
 TRACE = "trace.jsonl"  # of a free-running run: its plan as it happened
-OURS = (CONFIG, METRICS, SUMMARY, MODEL, ALPHABET, TRACE, TIMELINE, *PICTURES, "compare.json", "compare.md", "compare.png", "compare.svg")
+OURS = (
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    MODEL,
+    ALPHABET,
+    TRACE,
+    TIMELINE,
+    *PICTURES,
+    "compare.json",
+    "compare.md",
+    "compare.png",
+    "compare.svg",
+    FILES,
+)
 
 
 def load_visits(folder: Path, K: int) -> list[list[Visit]]:

@@ -13,8 +13,9 @@ from delock.cli import kept_run
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, check_ranges, is_text, resolved, shown
 from delock.cli.config.small_file import json_object
+from delock.cli.models.facts import Facts
 from delock.cli.run_folder import ALPHABET
-from delock.cli.workload import build_gpt
+from delock.cli.workload import build_for
 from delock.errors import UsageError
 from delock.keys import MOST_SEED
 
@@ -69,7 +70,10 @@ def run(words: Sequence[str]) -> int:
     _check(options)
     config, alphabet = read_config(path), read_alphabet(path)
     begin = alphabet.encode(options.prompt or beginning(alphabet))  # (T,)
-    model, text = read_network(kept_run.weights(path, options.checkpoint).path, config, len(alphabet)), decoder(alphabet)
+    kept, text = kept_run.weights(path, options.checkpoint), decoder(alphabet)
+    for note in kept.notes:
+        print(note, file=sys.stderr)
+    model = read_network(kept.path, config, len(alphabet))
     shown = printable if sys.stdout is not None and sys.stdout.isatty() else str
     print(shown(options.prompt or ""), end="", flush=True)
     for token in draws(model, begin, resolved(config.language.context), options):
@@ -114,9 +118,9 @@ def read_alphabet(run: Path) -> Alphabet:
         raise UsageError(f"cannot read the alphabet of the run, {path}: {error}; restore it, or train again") from None
 
 
-def read_network(place: Path, config: TrainConfig, vocabulary: int) -> nn.Sequential:
+def read_network(place: Path, config: TrainConfig, vocabulary: int) -> nn.Module:
     """Returns the trained network."""
-    return kept_run.filled(lambda: build_gpt(config, vocabulary), config, place)
+    return kept_run.filled(lambda: build_for(config, Facts(vocabulary=vocabulary, context=config.language.context)), config, place)
 
 
 def beginning(alphabet: Alphabet) -> str:
@@ -124,7 +128,7 @@ def beginning(alphabet: Alphabet) -> str:
     return "\n" if alphabet.characters is None or "\n" in alphabet.characters else alphabet.characters[0]
 
 
-def draws(model: nn.Sequential, begin: Tensor, context: int, options: SampleOptions) -> Iterator[int]:
+def draws(model: nn.Module, begin: Tensor, context: int, options: SampleOptions) -> Iterator[int]:
     """Yields the tokens after those of the prompt (T,), each as soon as it is drawn."""
     import torch
 
@@ -134,7 +138,7 @@ def draws(model: nn.Sequential, begin: Tensor, context: int, options: SampleOpti
     tokens = begin[None]  # (1, T)
     for _ in range(options.tokens):
         seen = tokens[:, -context:]
-        tokens = generate(model, seen, 1, generator=generator, temperature=options.temperature, top_k=options.top_k)
+        tokens = generate(model, seen, 1, generator=generator, temperature=options.temperature, top_k=options.top_k, context=context)
         yield int(tokens[0, -1])
 
 

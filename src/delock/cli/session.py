@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from delock.cli.config import TrainConfig, flat, make_method, other_kind_options, tokens, toml
 from delock.cli.loading import load_torch
+from delock.cli.models.kept_files import FILES, checksums
 from delock.cli.ranks import ranks
 from delock.cli.run_folder import ALPHABET, BOARD, CHECKPOINTS, CONFIG, SUMMARY, RunFolder, dumps
 from delock.cli.summary import RunReport, cut_line, evaluated, gone_on, opening, summary, trained, written
@@ -24,13 +25,13 @@ from delock.records import CheckpointRecord, EvaluationRecord, Event, Result, Re
 if TYPE_CHECKING:
     from torch import nn
 
-    from delock.data import Data, TextData
+    from delock.cli.models.facts import Loaded
     from delock.options import Checkpoint
 
 NOT_REPEATED = ("out", "overwrite", "config", "resume")  # config.toml says how to repeat a run, not where an earlier one was kept
 
 
-def load_data(config: TrainConfig, screen: Terminal) -> Data | TextData:
+def load_data(config: TrainConfig, screen: Terminal) -> Loaded:
     """Loads the data set of a config, with its progress on the screen."""
     screen.phase(f"loading {config.dataset.data}")
     load_torch()
@@ -42,9 +43,10 @@ def load_data(config: TrainConfig, screen: Terminal) -> Data | TextData:
 class Session:
     """Records one run: events go to the screen and into the folder, and `end` writes the summary."""
 
-    def __init__(self, report: RunReport, data: Data | TextData, folder: RunFolder, screen: Terminal) -> None:
+    def __init__(self, report: RunReport, data: Loaded, folder: RunFolder, screen: Terminal) -> None:
         self.report, self.data, self.folder, self.screen = report, data, folder, screen
         self.board: TensorBoard | None = None
+        self.files = checksums(report.config.network.model, report.config.dataset.data)
 
     def hear(self, event: Event) -> None:
         """Handles an event of `fit`."""
@@ -109,6 +111,8 @@ class Session:
             self.folder.write(CONFIG, toml.write(values, "delock train --config FILE repeats this run"))
             if isinstance(self.data, TextData):
                 self.folder.write(ALPHABET, dumps({"characters": self.data.alphabet.characters}) + "\n")
+            if self.files:
+                self.folder.write(FILES, dumps(self.files, indent=2) + "\n")
             if config.output.tensorboard:
                 self.board = self.folder.attempt(BOARD, TensorBoard, self.folder.path)
 
@@ -123,7 +127,7 @@ class Session:
         self.screen.end()
 
 
-def train(report: RunReport, data: Data | TextData, folder: RunFolder, screen: Terminal) -> None:
+def train(report: RunReport, data: Loaded, folder: RunFolder, screen: Terminal) -> None:
     """Trains as the report's resolved config says, and records the run in the report.
 
     The folder gets its files as they are made, and a summary however the run ends; errors and KeyboardInterrupt propagate to the caller.
@@ -147,7 +151,7 @@ def train(report: RunReport, data: Data | TextData, folder: RunFolder, screen: T
         session.end()
 
 
-def refuse(config: TrainConfig, data: Data | TextData) -> None:
+def refuse(config: TrainConfig, data: Loaded) -> None:
     """Raises UsageError for a resolved config that cannot be trained: an unknown model or device, too few layers, a batch of one."""
     from delock.launch.rank import backend_for
     from delock.partition.layers import layers
@@ -163,7 +167,7 @@ def refuse(config: TrainConfig, data: Data | TextData) -> None:
 
 def fit_config(
     config: TrainConfig,
-    data: Data | TextData,
+    data: Loaded,
     model: nn.Module,
     on_event: Callable[[Event], None],
     replay: Sequence[Sequence[Visit]] | None = None,
@@ -175,7 +179,7 @@ def fit_config(
 
     training, machine = config.training, config.machine
     method = make_method(config.algorithm)
-    loss, metrics = goals(config)
+    loss, metrics = goals(config, data)
     epoch = len(data.train)
     optimizer, schedule = recipe(config, method, epoch, training.batches or epoch * (training.epochs or 0))
     return fit(

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from delock import __version__
-from delock.cli.config import TrainConfig, is_text, make_method, tokens
+from delock.cli.config import TrainConfig, is_own, is_text, make_method, tokens
 from delock.cli.tables import metric_text, per_second
 from delock.methods import options
 from delock.records import CheckpointRecord, EvaluationRecord, Event, Result, Resumed, StageReport, Started, StepRecord, Traffic
@@ -61,7 +61,9 @@ def settled(config: TrainConfig, cuts: tuple[int, ...]) -> TrainConfig:
 
 
 def measure(config: TrainConfig) -> str:
-    """Returns the metric by which a run is judged; for text smaller is better."""
+    """Returns the metric by which a run is judged; for text, and for data of the user's, smaller is better."""
+    if is_own(config):
+        return "loss"
     if not is_text(config):
         return "accuracy"
     return "bits_per_byte" if config.language.level == "byte" else "bits_per_character"
@@ -99,7 +101,8 @@ def opening(config: TrainConfig, started: Started) -> str:
     where = {"processes": processes, "inline": "in this process", "torchrun": "on torchrun's ranks"}
     stages = f"{K} stages {where[started.workers]}" if K > 1 else f"uncut {where[started.workers]}"
     epochs = f"{started.epochs:.4g} epoch" + ("s" if started.epochs != 1 else "")
-    length = f"{epochs} ({started.batches} batches of {config.dataset.batch_size})"
+    sized = "" if is_own(config) else f" of {config.dataset.batch_size}"
+    length = f"{epochs} ({started.batches} batches{sized})"
     layout = f", {started.layout}" if started.layout != "default" else ""
     layout += ", compiled" if started.compiled else ""
     emulated = ", emulated: stages wait, and nothing is learned" if config.simulation.emulate else ""

@@ -12,6 +12,7 @@ from delock.cli.config import TrainConfig, flat, make_method
 from delock.cli.config.flat import LONGEST, brief
 from delock.cli.config.options import CheckpointOptions
 from delock.cli.kept_run import read_config, summary_of
+from delock.cli.models.kept_files import changed
 from delock.cli.ranks import ranks
 from delock.cli.run_folder import CHECKPOINTS, CONFIG, SUMMARY
 from delock.errors import UsageError
@@ -65,6 +66,8 @@ def refuse_changed(config: TrainConfig, out: Path) -> None:
     run = out if resume == NEWEST else path.parent if path.name == CHECKPOINTS else path.parent.parent
     if not (run / CONFIG).is_file():
         return
+    if different := changed(run):
+        raise UsageError(f"{different[0]}: restore it, or begin a new run")
     then, now = flat(read_config(run)), flat(config)
     chief = ("method", "model", "data", "optimizer")  # others follow from them
     for name in sorted({*then, *now} - FREE, key=lambda name: (name not in chief, name)):

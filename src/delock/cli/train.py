@@ -7,8 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from delock.cli.arguments import parse
-from delock.cli.config import TrainConfig, is_text, resolve
+from delock.cli.config import TrainConfig, is_text, resolve, resolved
 from delock.cli.handles import refuse_few_handles
+from delock.cli.models.names import in_a_folder
 from delock.cli.ranks import is_rank_zero, ranks
 from delock.cli.run_folder import RunFolder
 from delock.cli.session import load_data, train
@@ -26,6 +27,9 @@ examples:
   delock train --method adl --accumulate 4 --stages 4 --epochs 10
   delock train --data folder --data-dir DIR --model resnet20 --batch-size 128
   delock train --data text --text book.txt --stages 4
+  delock train --model timm/resnet10t --data folder --data-dir DIR
+  delock train --model hf/config.json --data text --stages 4
+  delock train --model own.py:network --data own.py:batches
   delock train --method ddg --micro-batches 4 --optimizer adamw --correct spike
   delock train --config runs/RUN/config.toml --seed 1
   delock train --resume runs/RUN
@@ -44,7 +48,7 @@ def run(words: Sequence[str]) -> int:
         if is_over(config, config.output.out):
             print(f"the run in {config.output.out} is finished; --epochs or --batches make it longer")
             return 0
-    name = f"{config.algorithm.method}-{config.network.model}".replace("/", "-")
+    name = f"{config.algorithm.method}-{in_a_folder(resolved(config.network.model))}"
     folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite, goes_on=config.survival.resume is not None)
     with folder.held() if is_rank_zero() else nullcontext():
         return _train(config, folder)

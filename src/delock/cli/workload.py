@@ -1,4 +1,4 @@
-"""Makes what a config names: data, network, loss and metrics, for images and for text. Its functions load torch."""
+"""Makes what a config names: data, network, loss and metrics, for images, for text and for the user's own. Its functions load torch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from delock.cli.config import TrainConfig, UpdateOptions, is_text, resolved
+from delock.cli.config import DatasetOptions, TrainConfig, UpdateOptions, is_own, is_text, resolved
+from delock.cli.config.defaults import IMAGES
+from delock.cli.models.facts import SIZES, Facts, OwnData, facts, wanted
+from delock.cli.models.names import HF, TIMM, TORCHVISION, is_elsewhere, is_file
 from delock.cli.summary import measure
+from delock.errors import UsageError
 from delock.methods import Method
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from delock.data import Data, TextData
+    from delock.cli.models.facts import Loaded
     from delock.optim.rates import Schedule
 
 
-def load_data(config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> Data | TextData:
+def load_data(config: TrainConfig, on_progress: Callable[[int, int], None] | None = None) -> Loaded:
     """Returns the data set of a resolved config."""
     from delock.data import load, load_text
 
     options, seed = config.dataset, config.training.seed
+    if is_own(config):
+        from delock.cli.models.own_data import load_own
+
+        usual = {"batch_size": IMAGES["batch_size"], "test_batch_size": DatasetOptions().test_batch_size}
+        return load_own(options.data, seed, {name: (getattr(options, name), value) for name, value in usual.items()})
     if is_text(config):
         return load_text(
             config.language.text,
@@ -46,22 +55,44 @@ def load_data(config: TrainConfig, on_progress: Callable[[int, int], None] | Non
     )
 
 
-def build_model(config: TrainConfig, data: Data | TextData) -> nn.Module:
+def build_model(config: TrainConfig, data: Loaded) -> nn.Module:
     """Returns the network of a resolved config, for this data."""
-    from delock.data import TextData
-    from delock.nets import build
+    return build_for(config, facts(data))
 
-    if isinstance(data, TextData):
-        return build_gpt(config, data.vocabulary)
-    network = config.network
-    return build(
-        resolved(network.model),
-        classes=data.classes,
-        in_channels=data.channels,
-        image_size=data.image_size,
-        dropout=network.dropout,
-        seed=config.training.seed,
-    )
+
+def build_for(config: TrainConfig, of: Facts) -> nn.Module:
+    """Returns the network of a resolved config, for data of which these facts are known."""
+    from delock.nets import MODELS, build
+
+    model, seed = resolved(config.network.model), config.training.seed
+    if is_file(model):
+        return _built_by_the_user(model, of, seed)
+    if model.startswith(HF):
+        from delock.cli.models.hugging_face import build_hf
+
+        return build_hf(model, of, seed, "own" if is_own(config) else "text" if is_text(config) else "images")
+    if model.startswith((TIMM, TORCHVISION)) and model not in MODELS:
+        from delock.cli.models.vision import build_vision
+
+        return build_vision(model, of, seed)
+    if is_text(config):
+        return build_gpt(config, wanted(model, of, "vocabulary")["vocabulary"])
+    known = wanted(model, of, *SIZES) if model in MODELS else dict.fromkeys(SIZES, 1)  # `build` refuses an unknown name
+    size = {"in_channels": known["channels"], "image_size": known["image_size"]}
+    return build(model, classes=known["classes"], **size, dropout=config.network.dropout, seed=seed)
+
+
+def _built_by_the_user(model: str, of: Facts, seed: int) -> nn.Module:
+    from torch import nn
+
+    from delock.cli.models.own_code import call
+    from delock.data.iterable import seeded
+
+    with seeded(seed):
+        made = call(model, of.known())
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"{model} returned a {type(made).__name__}, but it must return a torch.nn.Module")
+    return made
 
 
 def build_gpt(config: TrainConfig, vocabulary: int) -> nn.Sequential:
@@ -80,14 +111,19 @@ def build_gpt(config: TrainConfig, vocabulary: int) -> nn.Sequential:
     )
 
 
-def goals(config: TrainConfig) -> tuple[Callable[[Any, Any], Any], dict[str, Callable[[Any, Any], Any]]]:
-    """Returns the loss, and the metrics by name."""
+def goals(config: TrainConfig, data: Loaded) -> tuple[Any, dict[str, Callable[[Any, Any], Any]]]:
+    """Returns the loss, None where the model computes its own, and the metrics by name."""
+    if isinstance(data, OwnData):
+        return data.loss, {}
     from torch.nn.functional import cross_entropy
 
-    from delock.nets import bits, nats
+    from delock.nets import OfLogits, bits, nats
     from delock.recipes import accuracy
 
-    return (nats, {measure(config): bits}) if is_text(config) else (cross_entropy, {measure(config): accuracy})
+    loss, metric = (nats, bits) if is_text(config) else (cross_entropy, accuracy)
+    if is_elsewhere(config.network.model):
+        return OfLogits(loss), {measure(config): OfLogits(metric)}
+    return loss, {measure(config): metric}
 
 
 def optimizer_factory(options: UpdateOptions) -> Callable[..., Optimizer]:

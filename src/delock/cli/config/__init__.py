@@ -3,7 +3,7 @@
 from delock.cli.config import toml
 from delock.cli.config.defaults import either, resolved, shown
 from delock.cli.config.flat import build, flat, override, table
-from delock.cli.config.kinds import is_text, other_kind_options, tokens
+from delock.cli.config.kinds import is_own, is_text, other_kind_options, tokens
 from delock.cli.config.options import (
     AlgorithmOptions,
     CompareConfig,
@@ -28,6 +28,7 @@ __all__ = [
     "chosen",
     "either",
     "flat",
+    "is_own",
     "is_text",
     "make_method",
     "other_kind_options",

@@ -68,7 +68,8 @@ class NetworkOptions:
     """The network and its cuts."""
 
     model: Annotated[str | None, either("model")] = None
-    """resnet8, resnet20, wrn-16-4, cnn, mlp, torchvision/resnet18, ...; for text gpt."""
+    """resnet8, resnet20, wrn-16-4, cnn, mlp, ...; for text gpt. Of elsewhere: torchvision/NAME, timm/NAME, hf/CONFIG (a config.json of
+    transformers, a folder with one, or ORG/NAME on the hub), FILE.py:FUNCTION, which returns a module."""
     dropout: float = 0.0
     """Dropout rate, for models that have dropout."""
     head: Annotated[str | None, shown("by the shape of the output")] = None
@@ -84,7 +85,8 @@ class DatasetOptions:
     """The data. Order and augmentation are the same for every method and number of stages."""
 
     data: str = "digits"
-    """digits, cifar10, cifar100, mnist, fashion-mnist, folder (DIR/train/CLASS/*.jpg) or synthetic images, or text."""
+    """digits, cifar10, cifar100, mnist, fashion-mnist, folder (DIR/train/CLASS/*.jpg) or synthetic images, or text; or
+    FILE.py:FUNCTION, which returns (train, test, loss) as fit takes them."""
     data_dir: Annotated[Path | None, shown("the cache")] = None
     """Directory of the images."""
     download: bool = False
