@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from delock.checkpoints.whole_model import dumps, read_model
 from delock.cli.config import TrainConfig, build, resolve
 from delock.cli.kept_run import with_ties
 from delock.cli.models.facts import Facts
@@ -153,3 +154,11 @@ def test_a_model_of_transformers_writes_tokens(here: Path) -> None:
     model.eval()
     for i in range(4):
         assert written[0, 3 + i] == model(written[:, i : i + 3]).logits[0, -1].argmax()
+
+
+def test_the_weights_of_a_run_are_written_under_all_names(here: Path) -> None:
+    model = build_hf("hf/gpt2.json", TEXT, 0, "text")
+    (here / "model.safetensors").write_bytes(dumps(model.state_dict()))
+    state = read_model(here / "model.safetensors")
+    assert list(state) == sorted(model.state_dict())
+    assert all(torch.equal(state[name], one) for name, one in model.state_dict().items())

@@ -56,8 +56,13 @@ def _refuse_damaged(file: Path, metadata: Mapping[str, str], tensors: Iterable[t
 
 
 def dumps(state: Mapping[str, Tensor]) -> bytes:
-    """Returns a state dict as a safetensors file, with a checksum of its tensors."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    """Returns a state dict as a safetensors file, with a checksum of its tensors; a tied weight is there under each of its names."""
+    tensors, seen = dict[str, Tensor](), set[int]()
+    for name, value in state.items():
+        one = value.detach().cpu().contiguous()
+        place = one.untyped_storage().data_ptr()
+        tensors[name] = one.clone() if place in seen else one  # the format has no two names for one place
+        seen.add(place)
     return bytes(save(tensors, {SUM: _checksum({}, _sorted(tensors, tensors.__getitem__))}))  # one entry: they have no order
 
 
