@@ -287,9 +287,9 @@ def test_a_stream_needs_the_number_of_batches():
     [
         ([torch.ones(2)], "batch 0 of epoch 7 of the data is a Tensor, not a pair"),
         ([(torch.ones(2), torch.ones(2), torch.ones(2))], "is a tuple of 3, not a pair"),
-        ([{"x": 1, "y": 2}], "is a dict of 2, not a pair"),
+        ([{"x": 1, "y": 2}], "batch 0 of epoch 7 of the data has no entry 'labels' among 'x', 'y'"),
         ([([1.0, 2.0], 3)], "inputs of batch 0 .* are a list, not a tensor"),
-        ([(np.ones(3), 3)], "are a ndarray, not a tensor"),
+        ([(np.array(["text"]), 3)], "batch 0 .* of the data: an array of <U4 cannot become a tensor"),
     ],
 )
 def test_items_that_are_no_pairs_are_refused(obj, says):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from delock.data.iterable import as_loader
-from delock.engine.feed import Feed, samples
+from delock.data.loader import samples
+from delock.engine.feed import Feed
 from delock.errors import UsageError
 from delock.links.message import Message
 from delock.ops import Evaluate, Forward

@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from delock.data.iterable import as_loader
+from delock.data.call import takes
+from delock.data.iterable import evaluation_loader, train_loader
 from delock.errors import UsageError, users_own
 from delock.keys import MOST_SEED
 from delock.launch.ambient import refuse_modes
@@ -63,7 +64,7 @@ def fit(
     train: Any,
     test: Any = None,
     *,
-    loss: Loss,
+    loss: Loss | None = None,
     optimizer: OptimizerFactory,
     method: str | Method = "fdg",
     schedule: ScheduleFactory | None = None,
@@ -93,15 +94,19 @@ def fit(
 
     model       an nn.Sequential, one of delock.nets or torchvision's ResNets, or a list of modules; every part takes one argument, a
                 tensor or a tuple of tensors of any dtype, and returns the same
-    train, test batches (inputs, targets), e.g. a DataLoader: inputs a tensor or a tuple of them, targets tensors in tuples, lists, dicts
-    loss        loss(outputs, targets) -> the mean over the batch, a scalar; metrics likewise, by name, as numbers
+    train, test batches, e.g. a DataLoader: pairs (inputs, targets), targets tensors in tuples, lists, dicts; or dicts of the arguments of
+                the model's forward by their names, with the targets as "labels"; delock.data.Batches says what others are. test may be a
+                dict of several, by name: metrics are then called NAME/accuracy, and test_loss is that of the first
+    loss        loss(outputs, targets) -> the mean over the batch, a scalar; metrics likewise, by name, as numbers. Without a loss the model
+                takes the targets, too, and computes its own
     optimizer   called by every stage with its [(name in the unsplit model, parameter), ...], returns a torch.optim.Optimizer, so
                 parameter groups may be made by name: functools.partial(torch.optim.SGD, lr=0.1) will do
     method      a method of delock.methods, or its name
     schedule    called by every stage with its optimizer, returns a scheduler of torch.optim.lr_scheduler; it is stepped once per update
     stages      K; by default 2, the length of a list of modules, or torchrun's number of ranks; cuts: index or name of the first layer of
                 each stage but the first; by default those that minimise the measured time of the most expensive stage
-    epochs      the length of the run, or batches: batches of `train`; eval_every: batches between evaluations (default: an epoch)
+    epochs      the length of the run, or batches: batches of `train`, which needs no length then; eval_every: batches between evaluations
+                (default: an epoch; of data without a length the run)
     clip        largest norm of a gradient: of the whole network's for synchronous methods, of each stage's for the others
     heads       for methods with local losses: the auxiliary head of every stage but the last, as modules (stage output -> what `loss`
                 takes) or by a name of delock.nets.heads; by default chosen from the shape of the stage's output. Given modules
@@ -125,10 +130,13 @@ def fit(
     if workers not in ("processes", "inline"):
         raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
     whole("seed", seed, 0, MOST_SEED)
+    taken = takes(model, loss=loss is not None)
+    if loss is None and taken.chain:
+        raise UsageError("loss is missing, and a chain of modules computes none: give fit a loss(outputs, targets)")
     request = Request(
         model=model,
-        train=as_loader(train, seed),
-        test=None if test is None else as_loader(test, seed),
+        train=train_loader(train, seed, taken, batches),
+        test=None if test is None else evaluation_loader(test, seed, taken),
         loss=loss,
         method=make(method) if isinstance(method, str) else method,
         optimizer=optimizer,

@@ -95,7 +95,10 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRecord:
-    """Holds one evaluation of the whole test set."""
+    """Holds one evaluation of the whole test set, or of several.
+
+    Several have names: metrics holds the loss and the metrics of each as "NAME/loss", "NAME/accuracy"; test_loss is that of the first.
+    """
 
     batches: int  # trained so far
     epoch: float

@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor
 
 from delock.data.call import Call
+from delock.errors import UsageError
+from delock.tensors import Tree, lengths
 
 Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
 
@@ -33,13 +35,81 @@ class Loader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LoadedBatch:
+    """Holds a batch as a loader gives it, and the number of its samples where a rule says it."""
+
+    inputs: Inputs
+    targets: Tree = None
+    counted: int | None = None
+
+    @property
+    def samples(self) -> int:
+        """Returns the number of samples. Raises UsageError where neither a rule nor the rows say it."""
+        return samples(self.inputs, self.targets) if self.counted is None else self.counted
+
+
+class Reader:
+    """The base of the loaders that know more of a batch than its inputs and targets.
+
+    call: how a model is called with the inputs, once a batch was read; None: with the inputs, as a chain is.
+    """
+
+    call: Call | None = None
+
+    def loaded(self, e: int) -> Iterator[LoadedBatch]:
+        """Yields the batches of epoch e."""
+        raise NotImplementedError
+
+    def epoch(self, e: int) -> Iterator[tuple[Inputs, Any]]:
+        """Yields the batches of epoch e as pairs."""
+        return ((batch.inputs, batch.targets) for batch in self.loaded(e))
+
+
+def loaded(loader: Loader, e: int) -> Iterator[LoadedBatch]:
+    """Yields the batches of epoch e of any loader, with the number of their samples."""
+    if isinstance(loader, Reader):
+        return loader.loaded(e)
+    return (LoadedBatch(inputs, targets) for inputs, targets in loader.epoch(e))
+
+
 def call_of(loader: Loader) -> Call | None:
     """Returns how a model is called with the inputs of the loader's batches, once one was read; None: with the inputs, as a chain is.
 
     With a Call the inputs are all its tensors in order, in a tuple, or the one alone: model(*args, **kwargs) where
     args, kwargs = call.arguments(delock.tensors.tensors(inputs)).
     """
-    return getattr(loader, "call", None)
+    return loader.call if isinstance(loader, Reader) else None
+
+
+def place(loader: Any) -> dict[str, Any] | None:
+    """Returns the place of data, if it knows one (`state_dict`)."""
+    known = all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+    return loader.state_dict() if known else None
+
+
+def put(loader: Any, state: dict[str, Any]) -> None:
+    """Lets data go on from a place."""
+    loader.load_state_dict(state)
+
+
+def samples(inputs: Tree, targets: Tree = None) -> int:
+    """Returns the samples in a batch: the rows of the tensors of its inputs; where these differ, the number that the targets have, too.
+
+    Raises UsageError for a batch whose inputs have no rows, or where the targets leave it open.
+    """
+    own = lengths(inputs)
+    if not own:
+        raise UsageError("a batch of inputs must hold a tensor with one row per sample")
+    both = own & lengths(targets)
+    if len(own) > 1 and len(both) != 1:
+        found, beside = " and ".join(map(str, sorted(own))), f"{len(both)} of these numbers" if both else "none of them"
+        raise UsageError(
+            f"the tensors in the inputs of a batch have {found} rows, and the targets have {beside}, so which one counts the samples is "
+            "not known: give the targets one row per sample, keep what has none, such as a mask, in the model as a buffer, or say it with "
+            "delock.data.Batches(loader, samples=...)"
+        )
+    return next(iter(both if len(own) > 1 else own))
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from delock.checkpoints.encoding import copied
-from delock.data.iterable import Batches, place, put
-from delock.data.loader import Loader
+from delock.data.iterable import Batches, weigher
+from delock.data.loader import LoadedBatch, Loader, loaded, place, put
+from delock.data.named_sets import sets_of
 from delock.errors import UsageError, users_own
 from delock.links.message import Message
 from delock.ops import Evaluate, Forward
 from delock.tensors import Tree, lengths, map_tensors, rows, split_bounds
+
+T = TypeVar("T")
 
 
 class Feed:
@@ -26,12 +29,12 @@ class Feed:
 
     def __init__(self, train: Loader, test: Loader | None, micro_batches: int, device: torch.device) -> None:
         self.train, self.test, self.micro_batches, self.device = train, test, micro_batches, device
-        self.weights = train if isinstance(train, Batches) else None
-        self.test_weights = test if isinstance(test, Batches) else self.weights
+        self.weights = weigher(train)
+        self.tests = [*sets_of(test).values()] if test is not None else []
         self.per_epoch = len(train)
-        self.per_evaluation = len(test) if test is not None else 0
-        self.batches: tuple[int, Iterator[tuple[Tree, Tree]]] | None = None  # (number of the next, iterator)
-        self.evaluation: Iterator[tuple[Tree, Tree]] | None = None
+        self.per_evaluation = sum(map(len, self.tests))
+        self.batches: tuple[int, Iterator[LoadedBatch]] | None = None  # (number of the next, iterator)
+        self.evaluation: Iterator[tuple[LoadedBatch, Batches | None]] | None = None
         self.split: list[Message] = []
         self.kept = False  # the loader's place must fit into a checkpoint; it is asked once it has given a batch
         self.placed = False  # the loader has been put to its place, and need not be read up to it
@@ -55,13 +58,13 @@ class Feed:
             return self._evaluation(op.batch)
         batch, place = divmod(op.batch, self.micro_batches)
         if place == 0 or not self.split:
-            self.split = self._split(batch, *self._batch(batch))
+            self.split = self._split(batch, self._batch(batch))
         return self.split[place]
 
-    def _batch(self, number: int) -> tuple[Tree, Tree]:
+    def _batch(self, number: int) -> LoadedBatch:
         if self.batches is None or self.batches[0] != number or number % self.per_epoch == 0:
             epoch, skip = divmod(number, self.per_epoch)
-            iterator = iter(self.train.epoch(epoch))
+            iterator = iter(loaded(self.train, epoch))
             for _ in range(0 if self.placed else skip):  # after a checkpoint: the batches before are read again
                 _read(iterator, "the training data")
             self.placed = False
@@ -75,32 +78,37 @@ class Feed:
         return batch
 
     def _evaluation(self, index: int) -> Message:
-        assert self.test is not None
         if index % self.per_evaluation == 0 or self.evaluation is None:
-            self.evaluation = iter(self.test.epoch(0))
+            self.evaluation = self._tested()
             for _ in range(index % self.per_evaluation):
                 _read(self.evaluation, "the test data")
-        inputs, targets = _read(self.evaluation, "the test data")
-        n = samples(inputs, targets)
+        batch, weights = _read(self.evaluation, "the test data")
+        n = batch.samples
         if not n:  # it has no mean, so the means are over the others
             return Message(None)
-        count = self.test_weights.count(targets) if self.test_weights else n
-        return Message(*self._moved((inputs, targets)), samples=n, count=count)
+        count = weights.count(batch.targets) if weights else n
+        return Message(*self._moved((batch.inputs, batch.targets)), samples=n, count=count)
+
+    def _tested(self) -> Iterator[tuple[LoadedBatch, Batches | None]]:
+        """Yields the batches of the test sets, each with what weighs it."""
+        for test in self.tests:
+            for batch in loaded(test, 0):
+                yield batch, weigher(test) or self.weights
 
     def _moved(self, batch: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
         inputs, targets = map_tensors(lambda leaf: leaf.to(self.device, non_blocking=True), batch)
         return tuple(inputs) if isinstance(inputs, list) else inputs, targets
 
-    def _split(self, number: int, inputs: Tree, targets: Tree) -> list[Message]:
+    def _split(self, number: int, batch: LoadedBatch) -> list[Message]:
         """Splits a batch. What it counts is asked of the targets where the loader has them: on a GPU the answer would be waited for."""
-        n = samples(inputs, targets)
+        n, inputs, targets = batch.samples, batch.inputs, batch.targets
         if not n:
             raise UsageError(f"batch {number} has no samples, so it has no mean: leave empty batches out of the data")
         whole = self.weights.count(targets) if self.weights else n
         moved = self._moved((inputs, targets))
         if self.micro_batches == 1:
             return [Message(*moved, 1.0 if whole else 0.0, n, whole)]
-        _refuse_unsplit(number, targets, n)
+        _refuse_unsplit(number, inputs, targets, n)
         bounds = split_bounds(n, self.micro_batches)
         sizes = [end - begin for begin, end in bounds]
         counts = self._counts(number, targets, whole, n, bounds) if self.weights else sizes
@@ -122,31 +130,18 @@ class Feed:
         return counts
 
 
-def _read(iterator: Iterator[tuple[Tree, Tree]], what: str) -> tuple[Tree, Tree]:
+def _read(iterator: Iterator[T], what: str) -> T:
     with users_own(what):
         return next(iterator)
 
 
-def samples(inputs: Tree, targets: Tree = None) -> int:
-    """Returns the samples in a batch: the rows of the tensors of its inputs; where these differ, the number that the targets have, too.
-
-    Raises UsageError for a batch whose inputs have no rows, or where the targets leave it open.
-    """
-    own = lengths(inputs)
-    if not own:
-        raise UsageError("a batch of inputs must hold a tensor with one row per sample")
-    both = own & lengths(targets)
-    if len(own) > 1 and len(both) != 1:
-        found, beside = " and ".join(map(str, sorted(own))), f"{len(both)} of these numbers" if both else "none of them"
+def _refuse_unsplit(number: int, inputs: Tree, targets: Tree, n: int) -> None:
+    """Raises UsageError for inputs or targets that would go whole to every part of a batch."""
+    if n not in lengths(inputs):
         raise UsageError(
-            f"the tensors in the inputs of a batch have {found} rows, and the targets have {beside}, so which one counts the samples is "
-            "not known: give the targets one row per sample, or keep what has none, such as a mask, in the model as a buffer"
+            f"batch {number} has {n} samples, but none of its inputs has a row for each, so it cannot be split into parts: use a method "
+            "that does not split batches"
         )
-    return next(iter(both if len(own) > 1 else own))
-
-
-def _refuse_unsplit(number: int, targets: Tree, n: int) -> None:
-    """Raises UsageError for targets that would go whole to every part of a batch."""
     if (found := lengths(targets)) and n not in found:
         raise UsageError(
             f"batch {number} has {n} samples, but its targets have {' and '.join(map(str, sorted(found)))} rows, so they cannot be split "

@@ -144,7 +144,7 @@ class Saver:
         shared |= {"made_with": self.made_with, "options": job.conditions}
         try:
             parts.write(writer, state, rest, job.names)
-            known = _known(rest["history"]) if job.k == job.K - 1 else {}
+            known = _known(rest["history"], next(iter(job.tests), "")) if job.k == job.K - 1 else {}
             whole = writer.done(state["stage"]["learner"]["version"], shared, known)
             if whole:
                 prune(folder, self.options.keep, self.options.judged)
@@ -241,9 +241,14 @@ def _load_counts(sent: SentBytes, saved: Mapping[int, Mapping[str, int]]) -> Non
         sent.to[peer] = ByteCounts(**counts)
 
 
-def _known(history: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the last stage alone knows: batches whose losses it has seen, and the measures of the last evaluation."""
+def _known(history: Mapping[str, Any], first: str) -> dict[str, Any]:
+    """Returns what the last stage alone knows: batches whose losses it has seen, and the measures of the last evaluation.
+
+    first: the name of the first of several test sets, whose measures are found without it, too.
+    """
     evaluations = history["evaluations"]
     last = {"loss": evaluations[-1]["test_loss"], **evaluations[-1]["metrics"]} if evaluations else {}
+    if first:
+        last |= {name.removeprefix(f"{first}/"): value for name, value in last.items() if name.startswith(f"{first}/")}
     counts = {"trained": len(history["losses"]), "evaluations": len(evaluations)}
     return {**counts, "measures": {name: value for name, value in last.items() if math.isfinite(value)}}

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from delock.data.iterable import Batches
-from delock.engine.feed import samples
-from delock.errors import UsageError
+from delock.data.iterable import weigher
+from delock.data.loader import call_of, loaded
+from delock.data.named_sets import sets_of
+from delock.errors import UsageError, users_own
 from delock.links.connect import refuse_link
 from delock.memory.sizes import Outputs
 from delock.methods import Method
@@ -60,6 +61,7 @@ def refuse_unsavable(request: Request) -> None:
             raise UsageError(f"checkpoint does not go with {what}: leave one of them out")
     if request.checkpoint and request.checkpoint.judged:
         name, known = request.checkpoint.judged[0], ["loss", *request.metrics]
+        known += [f"{one}/{measure}" for one in sets_of(request.test) if one for measure in known] if request.test is not None else []
         if request.test is None:
             raise UsageError("best asks for the best evaluation, but there is no test data: give it, or leave best out")
         if name not in known:
@@ -86,7 +88,7 @@ def refuse_uncapturable(request: Request) -> None:
     for name, given in beside.items():
         if given:
             raise UsageError(f"captured does not go with {name}: leave one of them out")
-    if isinstance(request.train, Batches):
+    if weigher(request.train):
         raise UsageError("captured ticks take every batch to weigh the same, but the data has weights: leave Batches or captured out")
     if len(sizes := sorted(set(request.train.sizes() or []), reverse=True)) > 1:
         raise UsageError(
@@ -116,12 +118,23 @@ def refuse_untrainable(layers: list[Layer]) -> None:
 
 
 def refuse_empty_test(request: Request) -> None:
-    """Raises UsageError for test data without a sample; it is read where the sizes of its batches are not known."""
-    if request.test is None:
-        return
-    sizes = request.test.sizes()
-    if not any(sizes if sizes is not None else (samples(*batch) for batch in request.test.epoch(0))):
-        raise UsageError("the test data has no samples, so an evaluation has no mean: give it some, or leave test out")
+    """Raises UsageError for test data without a sample, or that calls the model otherwise than the training data.
+
+    It is read where the sizes of its batches are not known; of data that calls the model by its arguments the first batch is.
+    """
+    for name, test in sets_of(request.test).items() if request.test is not None else ():
+        which, sizes = f"test data {name!r}" if name else "test data", test.sizes()
+        if not any(sizes if sizes is not None else (batch.samples for batch in loaded(test, 0))):
+            raise UsageError(f"the {which} has no samples, so an evaluation has no mean: give it some, or leave test out")
+        call = call_of(request.train)
+        if call is None:
+            continue
+        with users_own("the test data"):
+            next(iter(loaded(test, 0)))
+        if (other := call_of(test)) is not None and other != call:
+            raise UsageError(
+                f"the {which} gives the model {other.words()}, but the training data gives it {call.words()}: let both give it the same"
+            )
 
 
 def refuse_other_rows(execution: Execution, inputs: Sequence[Outputs], n: int) -> None:

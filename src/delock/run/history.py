@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from delock.stage import Stage
 from delock.tensors import kind
 
 SERIES = ("losses", "counts")
-COUNTERS = ("samples", "batch_loss", "batch_count", "since", "sums", "judged", "earlier")
+COUNTERS = ("samples", "batch_loss", "batch_count", "since", "sums", "judged", "means", "earlier")
 
 
 class History:
@@ -36,8 +37,10 @@ class History:
         self.samples = 0
         self.batch_loss = self.batch_count = 0.0
         self.since = 0  # losses already averaged into a record
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, float] = {}  # of the test set that is being read
         self.judged = 0.0
+        self.means: dict[str, dict[str, float]] = {}  # of the test sets of this evaluation that have been read
+        self.ends = _ends(job)
         self.earlier = 0.0  # seconds of training in other stages, before the run went on in these
         self.paused = 0.0  # seconds of training when the evaluation in progress began
 
@@ -94,7 +97,7 @@ class History:
             self.losses += [math.nan] * missing
             self.counts += [0.0] * missing
             self.batch_loss = self.batch_count = 0.0
-            self.sums, self.judged = {}, 0.0
+            self.sums, self.judged, self.means = {}, 0.0, {}
         self.earlier = seconds
 
     def output(self, step: Step, result: Message) -> None:
@@ -109,10 +112,16 @@ class History:
                 found = {name: _measured(name, measure, result) for name, measure in measures.items()}
             self.sums = {name: self.sums.get(name, 0.0) + value * result.count for name, value in found.items()}
             self.judged += result.count
-        if (op.batch + 1) % self.job.length.evaluation == 0:
-            means = {name: self.sums[name] / self.judged if self.judged else math.nan for name in measures}
-            self._record(means.pop(""), means, self.paused)
+        read = op.batch % self.job.length.evaluation + 1
+        if read in self.ends:
+            self.means[self.ends[read]] = {name: self.sums[name] / self.judged if self.judged else math.nan for name in measures}
             self.sums, self.judged = {}, 0.0
+        if read == self.job.length.evaluation:
+            loss, metrics = next(iter(self.means.values()))[""], dict[str, float]()
+            for one, means in self.means.items():
+                metrics |= {f"{one}/{name or 'loss'}" if one else name: mean for name, mean in means.items() if one or name}
+            self._record(loss, metrics, self.paused)
+            self.means = {}
 
     def _record(self, test_loss: float, metrics: dict[str, float], seconds: float) -> None:
         train_loss = self._mean_since()
@@ -130,6 +139,12 @@ class History:
             known = [loss for loss, count in zip(new, counts, strict=True) if count]
             return sum(known) / len(known)
         return sum(loss * count for loss, count in zip(new, counts, strict=True) if count) / sum(counts)
+
+
+def _ends(job: StageJob) -> dict[int, str]:
+    """Returns the name of each test set by the number of batches of an evaluation at its end."""
+    tests = job.tests or {"": job.length.evaluation}
+    return dict(zip(accumulate(tests.values()), tests, strict=True))
 
 
 def _measured(name: str, measure: Callable[[Any, Any], Any], result: Message) -> float:

@@ -42,6 +42,7 @@ class StageJob:
     seed: int
     train: Loader | None = None
     test: Loader | None = None
+    tests: Mapping[str, int] = field(default_factory=dict)  # batches of the test sets, by name; one without a name is called ""
     head: nn.Module | None = None  # auxiliary, of a stage with a loss of its own
     execution: Execution = field(default_factory=Execution)
     placement: Placement = field(default_factory=Placement)

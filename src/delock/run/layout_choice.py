@@ -33,6 +33,6 @@ def measured(
     before, plain = torch.get_num_threads(), replace(execution, compile=False)
     try:
         torch.set_num_threads(request.placement.threads)
-        return measure(layers, inputs, targets, request.loss, device=request.device, execution=plain, learns=learns, counts=counts)
+        return measure(layers, inputs, targets, request.criterion, device=request.device, execution=plain, learns=learns, counts=counts)
     finally:
         torch.set_num_threads(before)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delock.data.iterable import Batches
-from delock.engine.feed import samples
+from delock.data.iterable import weigher
+from delock.data.loader import LoadedBatch, loaded
 from delock.errors import NonFinite
 from delock.methods import options
 from delock.nets.gpt import IGNORED
@@ -56,7 +56,7 @@ def _fault(request: Request, inputs: Tree, targets: Tree) -> str | None:
     """Returns what is wrong with the batch of the loss, or with its part of one, if that can be seen."""
     if found := _no_numbers(inputs, targets):
         return f"its {found}: clean the data"
-    if not isinstance(request.train, Batches) and any(_ignored(y) for y in tree_tensors(targets)):
+    if not weigher(request.train) and any(_ignored(y) for y in tree_tensors(targets)):
         return (
             f"all its targets are {IGNORED}, which torch's losses leave out, so it has no mean: "
             "weigh batches by what counts, as delock.data.Batches(loader, weight=delock.nets.tokens)"
@@ -100,25 +100,26 @@ def _again(request: Request, error: NonFinite) -> tuple[tuple[Any, Any] | None, 
     if error.batch is None or not request.method.planned:  # free-running stages: any batch may have been trained with
         return None, _before(request, 0, len(request.train), until)[1]
     epoch, place = divmod(error.batch, len(request.train))
-    own, before = _before(request, epoch, place, until)
-    if own is not None:
-        n = samples(*own)
+    whole, before = _before(request, epoch, place, until)
+    own = None
+    if whole is not None:
+        n = whole.samples
         begin, end = split_bounds(n, error.parts)[error.part]
-        own = rows(own, begin, end, n)
+        own = rows((whole.inputs, whole.targets), begin, end, n)
     if not before and epoch and place < NEAR:
         _, before = _before(request, epoch - 1, len(request.train), until)
     return own, before
 
 
-def _before(request: Request, epoch: int, place: int, until: float) -> tuple[tuple[Any, Any] | None, str | None]:
+def _before(request: Request, epoch: int, place: int, until: float) -> tuple[LoadedBatch | None, str | None]:
     """Returns the batch at that place of an epoch, and what is wrong with the last bad one of those before it."""
     found = None
     with suppress(Exception):  # the loss is what went wrong, and is reported
-        for b, (inputs, targets) in enumerate(request.train.epoch(epoch)):
+        for b, batch in enumerate(loaded(request.train, epoch)):
             if b == place:
-                return (inputs, targets), found
+                return batch, found
             number = epoch * len(request.train) + b
-            if bad := _no_numbers(inputs, targets, f" of batch {number}"):
+            if bad := _no_numbers(batch.inputs, batch.targets, f" of batch {number}"):
                 found = f"the {bad}, which can spoil the weights for all batches after it: clean the data"
             if time.monotonic() > until:
                 break

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from delock.codecs import Codec
-from delock.data.iterable import Batches
-from delock.engine.feed import samples
+from delock.data.iterable import weigher
+from delock.data.loader import LoadedBatch
+from delock.data.named_sets import sets_of
 from delock.links.connect import shares
 from delock.memory.optimizer import fixed_bytes, learned, optimizer_bytes
 from delock.memory.peaks import PeakBytes, peaks, repeating
@@ -46,10 +47,10 @@ class Batch:
     targets: int
 
     @classmethod
-    def of(cls, inputs: Any, targets: Any) -> Batch:
-        """Describes a loader's batch."""
+    def of(cls, inputs: Any, targets: Any, counted: int | None = None) -> Batch:
+        """Describes a loader's batch; counted: its samples, where a rule of the user's counts them."""
         shapes = tuple((tuple(x.shape), x.dtype) for x in tensors(inputs))
-        return cls(samples(inputs, targets), shapes, sum(x.nbytes for x in tree_tensors(targets)))
+        return cls(LoadedBatch(inputs, targets, counted).samples, shapes, sum(x.nbytes for x in tree_tensors(targets)))
 
 
 @dataclass
@@ -108,14 +109,15 @@ class PreparedRun:
                 method=request.method,
                 length=replace(self.length, first=first),
                 per_epoch=len(request.train),
-                weighed=isinstance(request.train, Batches),
+                weighed=weigher(request.train) is not None,
                 optimizer=request.optimizer,
                 schedule=request.schedule,
-                loss=request.loss,
+                loss=request.criterion,
                 metrics=request.metrics,
                 seed=request.seed,
                 train=request.train if k == 0 else None,
                 test=request.test if k == 0 else None,
+                tests={name: len(one) for name, one in sets_of(request.test).items()} if request.test is not None else {},
                 head=self.heads.get(k),
                 execution=self.execution,
                 placement=request.placement,

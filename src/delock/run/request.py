@@ -26,7 +26,7 @@ class Request:
     model: nn.Module | Sequence[nn.Module]
     train: Loader
     test: Loader | None
-    loss: Loss
+    loss: Loss | None
     method: Method
     optimizer: OptimizerFactory
     schedule: ScheduleFactory | None = None
@@ -47,6 +47,13 @@ class Request:
     simulation: Simulation = field(default_factory=Simulation)
     report: Report = field(default_factory=Report)
     checkpoint: Checkpoint | None = None
+
+    @property
+    def criterion(self) -> Loss:
+        """Returns the loss. Raises UsageError if there is none, neither given nor the model's own."""
+        if self.loss is None:
+            raise UsageError(f"loss is missing, and a {type(self.model).__name__} computes none: give fit a loss(outputs, targets)")
+        return self.loss
 
     def length(self) -> RunLength:
         """Returns the length of the run. Raises UsageError unless exactly one of epochs and batches says it."""

@@ -14,6 +14,7 @@ from delock import codecs
 from delock.checkpoints.directory import discard_unfinished, newest_first, verified
 from delock.checkpoints.folder_lock import FolderLock
 from delock.checkpoints.manifest import Manifest
+from delock.data.endless import Stream
 from delock.errors import UsageError
 from delock.methods import spelled
 from delock.options import Checkpoint
@@ -142,7 +143,7 @@ def conditions(request: Request, cuts: Sequence[int], samples: int, layout: str)
         "compile": execution.compile,
         "codec": codecs.spelled(compression.activations),
         "error_codec": codecs.spelled(compression.errors),
-        "batches per epoch": len(request.train),
+        "batches per epoch": None if isinstance(request.train, Stream) else len(request.train),
         "samples of a batch": samples,
         "eval_every": length.every,
         "test batches": length.evaluation,
