@@ -85,7 +85,8 @@ def measured(config: TrainConfig, data: Loaded, model: nn.Module, kept: Kept) ->
     """Returns the means over the test data, of the loss as "" and of the metrics by name, as a run's evaluation has them."""
     import torch
 
-    from delock.data.iterable import as_loader
+    from delock.data.call import Takes
+    from delock.data.iterable import evaluation_loader, train_loader
     from delock.engine.feed import Feed
     from delock.execution import precision
     from delock.launch.rank import backend_for
@@ -96,7 +97,8 @@ def measured(config: TrainConfig, data: Loaded, model: nn.Module, kept: Kept) ->
     device, execution, seed = torch.device(config.machine.device), _execution(config, kept), config.training.seed
     loss, metrics = goals(config, data)
     function = ModuleFunction(model, (0,), device, execution)
-    feed, sums, total = Feed(as_loader(data.train, seed), as_loader(data.test, seed), 1, device), dict[str, float](), 0.0
+    train = train_loader(data.train, seed, Takes(), config.training.batches)
+    feed, sums, total = Feed(train, evaluation_loader(data.test, seed, Takes()), 1, device), dict[str, float](), 0.0
     with _as_a_stage(config.placement.threads):
         for i in range(feed.per_evaluation):
             message = feed(Evaluate(i))

@@ -31,7 +31,9 @@ def load_data(config: TrainConfig, on_progress: Callable[[int, int], None] | Non
         from delock.cli.models.own_data import load_own
 
         usual = {"batch_size": IMAGES["batch_size"], "test_batch_size": DatasetOptions().test_batch_size}
-        return load_own(options.data, seed, {name: (getattr(options, name), value) for name, value in usual.items()})
+        return load_own(
+            options.data, seed, {name: (getattr(options, name), value) for name, value in usual.items()}, config.training.batches
+        )
     if is_text(config):
         return load_text(
             config.language.text,
@@ -86,7 +88,7 @@ def _built_by_the_user(model: str, of: Facts, seed: int) -> nn.Module:
     from torch import nn
 
     from delock.cli.models.own_code import call
-    from delock.data.iterable import seeded
+    from delock.data.seeding import seeded
 
     with seeded(seed):
         made = call(model, of.known())

@@ -33,7 +33,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class OwnData:
-    """Holds data that a function of the user has returned: loaders, the loss (None: the model computes its own), and facts it gave."""
+    """Holds data that a function of the user has returned: a loader, test data as `fit` takes them, the loss, and facts it gave.
+
+    Without a loss the model computes its own.
+    """
 
     train: Any
     test: Any

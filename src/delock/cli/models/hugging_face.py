@@ -19,7 +19,7 @@ from torch import nn
 
 from delock.cli.models.facts import Facts
 from delock.cli.models.names import HF
-from delock.data.iterable import seeded
+from delock.data.seeding import seeded
 from delock.errors import UsageError, said
 from delock.nets.logits import logits
 from delock.partition.layers import listed

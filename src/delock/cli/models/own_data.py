@@ -8,19 +8,20 @@ from typing import Any
 
 from delock.cli.models import own_code
 from delock.cli.models.facts import Facts, OwnData
-from delock.data import as_loader
-from delock.data.iterable import seeded
+from delock.data.call import Takes
+from delock.data.iterable import train_loader
+from delock.data.seeding import seeded
 from delock.errors import UsageError
 
 PARTS = ("train", "test", "loss")
 FORM = "it must return (train, test), (train, test, loss), or a dict with these names"
 
 
-def load_own(name: str, seed: int, sizes: Mapping[str, tuple[int, int]]) -> OwnData:
+def load_own(name: str, seed: int, sizes: Mapping[str, tuple[int, int]], batches: int | None) -> OwnData:
     """Returns the data of FILE.py:FUNCTION, called with the seed and the sizes of batches as far as it takes them.
 
-    sizes: by name, as the user has them, with their defaults. Raises UsageError for a size that was given and is not taken, and for
-    another result than FORM says.
+    sizes: by name, as the user has them, with their defaults. batches: of the run, for training data without a length. Raises UsageError
+    for a size that was given and is not taken, and for another result than FORM says.
     """
     for size, (value, usual) in sizes.items():
         if value != usual and not own_code.takes(name, size):
@@ -33,7 +34,7 @@ def load_own(name: str, seed: int, sizes: Mapping[str, tuple[int, int]]) -> OwnD
     train, test = found.get("train"), found.get("test")
     if train is None:
         raise UsageError(f"{name} returned no training data: {FORM}")
-    return OwnData(as_loader(train, seed), None if test is None else as_loader(test, seed), found.get("loss"), Facts(**told), name)
+    return OwnData(train_loader(train, seed, Takes(), batches), test, found.get("loss"), Facts(**told), name)
 
 
 def _parts(name: str, result: Any) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from delock.cli.models.facts import SIZES, Facts, wanted
 from delock.cli.models.names import TIMM, TORCHVISION
-from delock.data.iterable import seeded
+from delock.data.seeding import seeded
 from delock.errors import UsageError, said
 
 AUXILIARY = ("googlenet", "inception_v3")  # have classifiers in the middle, which would add outputs in training
