@@ -1,0 +1,209 @@
+"""Cuts the graphs of a model into pieces: one module for what lies between two places where it can be cut."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg, map_aggregate
+
+from delock.errors import UsageError
+from delock.partition.graph.segment import Program, Segment, as_number, as_size, as_tensor
+from delock.partition.graph.traced import Guard, Traced
+from delock.partition.graph.values import Line, blocks, line, starts
+
+ENOUGH = 12  # places to cut; finer ones are looked for only where there are fewer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Holds a piece: the module that it begins with, by path, and the piece as a module. The first piece begins with ""."""
+
+    begins: str
+    module: Segment
+
+
+def pieces(traced: Traced, wanted: Sequence[str] = ()) -> list[Piece]:
+    """Returns the pieces of a model. wanted: paths of modules in front of which there must be a cut.
+
+    Raises UsageError for a wanted one in front of which none is possible.
+    """
+    lines = {mode: line(traced, mode) for mode in traced.graphs}
+    names, places = boundaries(traced, lines, wanted)
+    owned: set[int] = set()
+    made = [
+        Piece(names[i - 1] if i else "", _segment(traced, lines, {mode: (edges[i], edges[i + 1]) for mode, edges in places.items()}, owned))
+        for i in range(len(names) + 1)
+    ]
+    _leftover(traced.model, made, owned)
+    return made
+
+
+def boundaries(traced: Traced, lines: dict[bool, Line], wanted: Sequence[str]) -> tuple[list[str], dict[bool, list[int]]]:
+    """Returns the modules in front of which the model is cut, and the edges of the pieces in each graph."""
+    begun = {mode: starts(one) for mode, one in lines.items()}
+    legal = {path: at for path in begun[True] if (at := _place(path, lines, begun))}
+    for path in wanted:
+        if path in begun[True] and path not in legal:
+            raise UsageError(f"the model cannot be cut in front of {path}: {_why(path, lines, begun)}")
+    chosen: list[str] = []
+    for level in blocks(traced.model, begun[True]):
+        chosen = _ordered({path: legal[path] for path in level if path in legal}, wanted)
+        if len(chosen) >= ENOUGH:
+            break
+    chosen = _ordered({path: legal[path] for path in legal if path in chosen or path in wanted}, wanted)
+    edges = {mode: [0, *(legal[path][mode] for path in chosen), len(lines[mode].work)] for mode in lines}
+    return chosen, edges
+
+
+def _place(path: str, lines: dict[bool, Line], begun: dict[bool, dict[str, int]]) -> dict[bool, int]:
+    """Returns the place in front of a module in every graph, or nothing if one of them cannot be cut there."""
+    if any(path not in begun[mode] for mode in lines):
+        return {}
+    places = {mode: begun[mode][path] for mode in lines}
+    return places if all(at > 0 and lines[mode].cuttable(at) for mode, at in places.items()) else {}
+
+
+def _why(path: str, lines: dict[bool, Line], begun: dict[bool, dict[str, int]]) -> str:
+    if any(path not in begun[mode] for mode in lines):
+        return "it takes part in training only, or in evaluation only"
+    if any(begun[mode][path] == 0 for mode in lines):
+        return "it is the first"
+    return "a value that cannot be sent between stages is in use there, or state that is written on both sides"
+
+
+def _ordered(places: dict[str, dict[bool, int]], wanted: Sequence[str]) -> list[str]:
+    """Returns the paths in order, one for each place; where the graphs disagree about the order, the later one is left out."""
+    found: list[str] = []
+    for path, at in sorted(places.items(), key=lambda one: (one[1][True], one[0] not in wanted, -one[0].count("."))):
+        before = places[found[-1]] if found else {mode: 0 for mode in at}
+        if all(at[mode] > before[mode] for mode in at):
+            found.append(path)
+    return found
+
+
+def _segment(traced: Traced, lines: dict[bool, Line], between: dict[bool, tuple[int, int]], owned: set[int]) -> Segment:
+    parts: dict[str, Any] = {}
+    programs = {mode: Program(_part(traced, lines[mode], *between[mode], parts, owned)) for mode in lines}
+    owned.update(id(t) for t in _tensors(parts))
+    return Segment(parts, programs)
+
+
+def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, Any], owned: set[int]) -> fx.Graph:
+    """Returns the graph of a piece, and adds what it needs to `parts`. owned: tensors of earlier pieces."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    last = end == len(found.work)
+    entering = found.inputs if begin == 0 else found.main_first(found.alive(begin))
+    leaving = list(found.output) if last else found.main_first(found.alive(end))
+    for node in entering:
+        env[node] = graph.placeholder(node.name)
+    if begin == 0 and traced.guards:
+        graph.call_function(check, (tuple(one.sizes for one in traced.guards), *env.values()))
+    raw = dict(env)
+    work = found.work[begin:end]
+    needed = {one for node in [*work, *leaving] for one in (node.all_input_nodes if node in found.span and node in work else [])} | set(leaving)
+    for node in entering:
+        kind = found.facts.kinds.get(node.name)
+        if kind in ("int", "size") and begin and node in needed:
+            env[node] = graph.call_function(as_number if kind == "int" else as_size, (env[node],))
+        elif begin and node in needed and node.name in found.facts.floats and node.name not in found.facts.learns:
+            env[node] = graph.call_method("detach", (env[node],))  # as in the model: kernels differ where a gradient is asked for
+    for node in sorted((n for n in needed if n.op == "get_attr"), key=lambda n: n.name):
+        if found.travels.get(node, node) not in env:
+            env[found.travels.get(node, node)] = _attribute(traced, graph, node, parts, owned, copied=node in found.copied)
+        env[node] = env[found.travels.get(node, node)]
+    for node in work:
+        if node.op == "call_module":
+            parts[str(node.target)] = traced.model.get_submodule(str(node.target))
+        env[node] = _moved(graph, node, env)
+    out = []
+    for node in leaving:
+        if not last and found.facts.kinds.get(node.name) in ("int", "size"):
+            out.append(raw[node] if node in raw and begin else graph.call_function(as_tensor, (env[node],)))
+        else:
+            out.append(env[node])
+    graph.output(tuple(out))
+    return graph
+
+
+def _moved(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Copies a node, with its device in place of one that tracing has written down."""
+    new = graph.node_copy(node, lambda one: env[one])
+    if any(isinstance(one, torch.device) for one in _constants((node.args, node.kwargs))):
+        with graph.inserting_before(new):
+            place = graph.create_node("get_attr", "place")
+        new.args = map_aggregate(new.args, lambda one: place if isinstance(one, torch.device) else one)
+        new.kwargs = map_aggregate(new.kwargs, lambda one: place if isinstance(one, torch.device) else one)
+    return new
+
+
+def _constants(tree: Any) -> list[Any]:
+    found: list[Any] = []
+    map_aggregate(tree, lambda one: found.append(one))
+    return found
+
+
+def _attribute(traced: Traced, graph: fx.Graph, node: fx.Node, parts: dict[str, Any], owned: set[int], *, copied: bool) -> fx.Node:
+    """Returns a node that reads a parameter, buffer or constant of the piece, and adds that to `parts`."""
+    path, value = str(node.target), traced.state(str(node.target))
+    if not copied:
+        path = traced.names[id(value)]
+        parts[path] = value
+        return graph.create_node("get_attr", path)
+    if path in traced.constants or id(value) in owned:
+        path = f"copies.{path.replace('.', '_')}"
+        parts[path] = (value.clone(), False)
+    else:
+        owner = traced.model.get_submodule(path.rpartition(".")[0])
+        parts[path] = (value, path.rpartition(".")[2] not in owner._non_persistent_buffers_set)
+    return graph.create_node("get_attr", path)
+
+
+def check(guards: tuple[tuple[int | str, ...], ...], *inputs: Tensor) -> None:
+    """Raises UsageError for inputs of sizes for which the graph was not traced."""
+    named: dict[str, int] = {}
+    for i, (sizes, one) in enumerate(zip(guards, inputs, strict=True)):
+        same = len(sizes) == one.dim() and all(
+            size == (named.setdefault(size, now) if isinstance(size, str) and size.isidentifier() else now if isinstance(size, str) else size)
+            if not isinstance(size, str)
+            else named.setdefault(size, now) == now
+            for size, now in zip(sizes, one.shape, strict=False)
+        )
+        if not same:
+            raise UsageError(
+                f"input {i} of the model has shape {tuple(one.shape)}, but it was traced for ({', '.join(map(str, sizes))}): a size that "
+                "changes must change in the first batch and its rows alone; pad to one length"
+            )
+
+
+def _tensors(parts: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            found += [*part.parameters(), *part.buffers()]
+        else:
+            found.append(part[0] if isinstance(part, tuple) else part)
+    return found
+
+
+def _leftover(model: nn.Module, made: Sequence[Piece], owned: set[int]) -> None:
+    """Gives state that no graph uses, and further names of what one does, to the piece with its like, by default the first."""
+    from delock.partition.graph.segment import put
+
+    homes = {id(t): piece.module for piece in made for t in itertools.chain(piece.module.parameters(), piece.module.buffers())}
+    there = {name for piece in made for name, _ in _named(piece.module)}
+    for name, tensor in _named(model):
+        if name in there:
+            continue
+        home = homes.get(id(tensor), made[0].module)
+        owner, _, last = name.rpartition(".")
+        persistent = last not in model.get_submodule(owner)._non_persistent_buffers_set
+        put(home, name, tensor if isinstance(tensor, nn.Parameter) else (tensor, persistent))
+
+
+def _named(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

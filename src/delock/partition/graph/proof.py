@@ -1,0 +1,134 @@
+"""Proves a split: outputs, gradients and buffers of the pieces, one after the other, are those of the model, to the last bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from delock.execution import Modes
+from delock.partition.graph.root import Call, root, shadow
+from delock.tensors import is_floating, tensors
+
+SEED = 20_261_127  # any number: both are given the same, so that dropout draws the same
+
+
+@dataclass
+class Outcome:
+    """Holds what one run has given: output tensors, gradients by the names of parameters, buffers by name."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], inputs: Sequence[Tensor]) -> str:
+    """Returns the first thing in which the pieces differ from the model, in training or in eval mode; "" if there is none."""
+    for training in (True, False):
+        own, cut = shadow(model), _copies(pieces)
+        for one in (own, *cut):
+            _set_mode(one, training, model.training)
+        with torch.random.fork_rng(devices=[]):
+            whole = _whole(own, call, inputs, training)
+            parts = _parts(cut, inputs, training)
+        if found := _compared(whole, parts):
+            return f"{found} in {'training' if training else 'evaluation'}"
+    return ""
+
+
+def _copies(pieces: Sequence[nn.Module]) -> list[nn.Module]:
+    memo = {id(weight): weight for piece in pieces for weight in piece.parameters()}
+    return copy.deepcopy(list(pieces), memo)
+
+
+def _set_mode(module: nn.Module, training: bool, whole: bool) -> None:
+    modes = Modes(module, whole)
+    modes.train() if training else module.eval()
+
+
+def _whole(model: nn.Module, call: Call, inputs: Sequence[Tensor], training: bool) -> Outcome:
+    torch.default_generator.manual_seed(SEED)
+    with torch.set_grad_enabled(training):
+        outputs = root(model, call, len(inputs))(*(x.clone() for x in inputs))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = _gradients(outputs, list(named.values()), _errors(outputs)) if training else []
+    return Outcome(outputs, _given(named, gradients), dict(model.named_buffers()))
+
+
+def _parts(pieces: Sequence[nn.Module], inputs: Sequence[Tensor], training: bool) -> Outcome:
+    held: list[tuple[list[Tensor], tuple[Tensor, ...]]] = []
+    values: Sequence[Tensor] = [x.detach() for x in inputs]
+    torch.default_generator.manual_seed(SEED)
+    for i, piece in enumerate(pieces):
+        leaves = _leaves(values, training and i > 0)
+        with torch.set_grad_enabled(training):
+            out = tensors(piece(tuple(x.clone() for x in leaves)))
+        held.append((leaves, out))
+        values = [x.detach() for x in out]
+    gradients = dict[str, Tensor]()
+    errors = _errors(held[-1][1])
+    for piece, (leaves, out) in zip(reversed(pieces), reversed(held), strict=True):
+        if not training:
+            break
+        named = {name: p for name, p in piece.named_parameters() if p.requires_grad}
+        inner = [x for x in leaves if x.requires_grad]
+        found = _gradients(out, [*inner, *named.values()], errors)
+        gradients |= _given(named, found[len(inner) :])
+        errors = _to_inputs(leaves, found)
+    buffers = {name: b for piece in pieces for name, b in piece.named_buffers() if not name.startswith("copies.")}
+    return Outcome(held[-1][1], gradients, buffers)
+
+
+def _leaves(values: Sequence[Tensor], training: bool) -> list[Tensor]:
+    return [x.detach().clone().requires_grad_(training and is_floating(x)) for x in values]
+
+
+def _errors(outputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Returns an error for each floating output: numbers that differ from place to place."""
+    errors: list[Tensor | None] = []
+    for x in outputs:
+        wave = torch.arange(x.numel(), dtype=torch.float32, device=x.device).sin().add(1.5).reshape(x.shape)
+        errors.append(wave.to(x.dtype) if is_floating(x) else None)
+    return errors
+
+
+def _gradients(outputs: Sequence[Tensor], wanted: Sequence[Tensor], errors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    pairs = [(x, e) for x, e in zip(outputs, errors, strict=True) if x.requires_grad and e is not None]
+    if not pairs or not wanted:
+        return [None] * len(wanted)
+    roots, seeds = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(roots, wanted, seeds, allow_unused=True))
+
+
+def _to_inputs(leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns an error per input of a piece, as stages send them: zeros where the output does not depend on it."""
+    source = iter(found)
+    return [(e if (e := next(source)) is not None else torch.zeros_like(x)) if x.requires_grad else None for x in leaves]
+
+
+def _given(named: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    return {name: g for name, g in zip(named, gradients, strict=False) if g is not None}
+
+
+def _compared(whole: Outcome, parts: Outcome) -> str:
+    if len(whole.outputs) != len(parts.outputs):
+        return "the number of tensors that it returns"
+    for i, (a, b) in enumerate(zip(whole.outputs, parts.outputs, strict=True)):
+        if not same(a, b):
+            return f"output {i}"
+    for name, buffer in whole.buffers.items():
+        if name in parts.buffers and not same(buffer, parts.buffers[name]):
+            return f"the buffer {name}"
+    for name, gradient in whole.gradients.items():
+        other = parts.gradients.get(name)
+        if not same(gradient, torch.zeros_like(gradient) if other is None else other):
+            return f"the gradient of {name}"
+    return ""
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Returns True for equal tensors; NaN equals NaN."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b) or torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))

@@ -1,0 +1,130 @@
+"""Splits a model: one tracer after the other, until the pieces are proved to be the model."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from delock.errors import UsageError, said
+from delock.execution import Modes
+from delock.partition.graph.cutter import Piece, pieces
+from delock.partition.graph.exported import exported
+from delock.partition.graph.proof import difference
+from delock.partition.graph.root import Call, root, shadow
+from delock.partition.graph.structure import Structure
+from delock.partition.graph.symbolic import symbolic
+from delock.partition.graph.traced import Traced, observe
+from delock.tensors import rows
+
+OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), "<")
+
+
+@dataclass
+class Split:
+    """Holds a model in pieces. structures: of its output in both modes, by mode. how: the tracer that found it."""
+
+    pieces: list[Piece]
+    structures: dict[bool, Structure]
+    how: str
+    refused: list[str] = field(default_factory=list)  # tracers before, and why not
+
+
+def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, stages: int, wanted: Sequence[str] = ()) -> Split:
+    """Returns the model in pieces, at least as many as stages if there are so many.
+
+    inputs: tensors of a batch of `count` samples. wanted: modules in front of which there must be a cut. Raises UsageError where no tracer
+    finds pieces that compute what the model computes: it quotes the line of the model's code at which tracing ended.
+    """
+    examples = [resized(inputs, count, count + 1 if count == 1 else count), resized(inputs, count, count + 1 if count < 3 else count - 1)]
+    structures = {mode: _structure(model, call, examples[0], mode) for mode in (True, False)}
+    best: Split | None = None
+    failed: list[str] = []
+    for how, trace in (("torch.fx", _symbolic), ("torch.export", _exported)):
+        try:
+            traced = trace(model, call, examples[0])
+            for mode in (True, False):
+                traced.facts[mode] = observe(_in_mode(model, mode), traced.graphs[mode], traced.constants, examples[0])
+            made = pieces(traced, wanted)
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            failed.append(f"{how}: {_where(error)}")
+            continue
+        unlike = next((d for one in examples if (d := difference(model, call, [piece.module for piece in made], one))), "")
+        if unlike:
+            failed.append(f"{how}: the pieces do not compute what the model computes, first seen in {unlike}")
+            continue
+        if best is None or len(made) > len(best.pieces):
+            best = Split(made, structures, how, list(failed))
+        if len(made) >= max(stages, 2):
+            break
+    if best is None:
+        raise UsageError(_refusal(model, failed))
+    return best
+
+
+def resized(inputs: Sequence[Tensor], count: int, wanted: int) -> list[Tensor]:
+    """Returns a batch of another number of samples: the first ones, or the first one once more."""
+    if wanted <= count:
+        return [rows(x, 0, wanted, count).clone() for x in inputs]
+    return [torch.cat([x, x[: wanted - count]]) if x.dim() and len(x) == count else x.clone() for x in inputs]
+
+
+def _symbolic(model: nn.Module, call: Call, inputs: Sequence[Tensor]) -> Traced:
+    graphs, constants, structure = symbolic(model, call, len(inputs))
+    return Traced(model, graphs, constants, structure)
+
+
+def _exported(model: nn.Module, call: Call, inputs: Sequence[Tensor]) -> Traced:
+    graphs, constants, structure, guards = exported(model, call, inputs, max(len(x) for x in inputs if x.dim()))
+    return Traced(model, graphs, constants, structure, guards)
+
+
+def _in_mode(model: nn.Module, training: bool) -> nn.Module:
+    own = shadow(model)
+    Modes(own, model.training).train() if training else own.eval()
+    return own
+
+
+def _structure(model: nn.Module, call: Call, inputs: Sequence[Tensor], mode: bool) -> Structure:
+    """Returns the structure of the model's output. Raises UsageError for a model that fails on its first batch."""
+    under = root(_in_mode(model, mode), call, len(inputs))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            under(*(x.clone() for x in inputs))
+    except (torch.OutOfMemoryError, UsageError):
+        raise
+    except Exception as error:
+        raise UsageError(f"the model ({type(model).__name__}) fails on its first batch: {said(error)}") from error
+    return under.structure
+
+
+def _where(error: BaseException) -> str:
+    """Returns what went wrong, with the innermost line of the model's own code."""
+    frames = [frame for one in _chain(error) for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(OWN)]
+    place = f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    return f"{said(error).splitlines()[0][:200]}{place}"
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found[::-1]
+
+
+def _refusal(model: nn.Module, failed: Sequence[str]) -> str:
+    children = ", ".join(f"{name} ({type(child).__name__})" for name, child in list(model.named_children())[:8])
+    return (
+        f"cannot cut a {type(model).__name__} into stages, because its forward cannot be traced ({'; '.join(failed)}): "
+        f"decide on sizes and options, not on values, or give an nn.Sequential of its parts: {children}"
+    )
+
+
+Tracing = Callable[[nn.Module, Call, Sequence[Tensor]], Traced]

@@ -1,0 +1,61 @@
+"""Takes what a model returns apart into tensors, and puts it together again: tuples, lists, dicts, named tuples, dataclasses, ModelOutputs.
+
+    tensor ("t", i) · tuple ("u", item...) · list ("l", item...) · constant ("c", value) · mapping or object ("o", class, (name, item)...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+from delock.errors import UsageError
+from delock.tensors import kind
+
+Structure = tuple[Any, ...]
+
+
+def take_apart(value: Any, is_leaf: Callable[[Any], bool] = lambda one: isinstance(one, Tensor)) -> tuple[list[Any], Structure]:
+    """Returns the tensors of a value in order, and its structure. Raises UsageError for an object of another kind."""
+    leaves: list[Any] = []
+    return leaves, _structure(value, leaves, is_leaf)
+
+
+def put_together(structure: Structure, leaves: Sequence[Any]) -> Any:
+    """Returns the value that `take_apart` took apart, with these tensors."""
+    match structure:
+        case ("t", i):
+            return leaves[i]
+        case ("c", value):
+            return value
+        case ("o", cls, *items):
+            return _made(cls, {name: put_together(item, leaves) for name, item in items})
+        case (mark, *items):
+            made = [put_together(item, leaves) for item in items]
+            return tuple(made) if mark == "u" else made
+    raise AssertionError(structure)
+
+
+def _structure(value: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) -> Structure:
+    if is_leaf(value):
+        leaves.append(value)
+        return ("t", len(leaves) - 1)
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        named = list(value.items())
+    elif hasattr(value, "_fields"):
+        named = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, tuple | list):
+        return ("u" if isinstance(value, tuple) else "l", *(_structure(one, leaves, is_leaf) for one in value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        named = [(one.name, getattr(value, one.name)) for one in fields(value)]
+    elif value is None or isinstance(value, bool | int | float | str):
+        return ("c", value)
+    else:
+        raise UsageError(f"the model returns {kind(value)}, and only tensors in tuples, lists, dicts and dataclasses can leave it")
+    return ("o", type(value), *((name, _structure(one, leaves, is_leaf)) for name, one in named))
+
+
+def _made(cls: type[Any], named: dict[str, Any]) -> Any:
+    return cls(named) if issubclass(cls, Mapping) and not is_dataclass(cls) else cls(**named)

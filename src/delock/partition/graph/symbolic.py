@@ -1,0 +1,120 @@
+"""Traces a model by torch.fx: modules of torch.nn, and others without parts, stay modules, so that dropout and batch norm keep their modes.
+
+A module whose forward cannot be traced stays whole as well, and is called as it is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from delock.partition.graph.root import MODEL, Call, root, shadow
+from delock.partition.graph.structure import Structure
+
+ATTEMPTS = 40
+
+
+class Tracer(fx.Tracer):
+    """Traces down to modules of torch.nn and modules without parts.
+
+    whole: paths of further modules that are called as they are; opened: of modules that are traced into nevertheless. `failed`: the
+    innermost module in which tracing has failed.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, whole: set[str], opened: set[str]) -> None:
+        super().__init__()
+        self.whole, self.opened, self.failed = whole, opened, ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Returns True for a module that is called as it is."""
+        path = module_qualified_name
+        if path in self.opened or path == MODEL and m._modules:
+            return False
+        return path in self.whole or not m._modules or of_torch(m)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Traces a call, and notes the innermost module in which it fails."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
+
+
+def of_torch(module: nn.Module) -> bool:
+    """Returns True for a module of torch.nn and for one made from it, as timm's batch norm with an activation."""
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return False
+    return any(base.__module__.startswith("torch.nn.modules") and base is not nn.Module for base in type(module).__mro__)
+
+
+def symbolic(model: nn.Module, call: Call, count: int) -> tuple[dict[bool, fx.Graph], dict[str, Tensor], Structure]:
+    """Returns the graphs of both modes, constants, and the structure of the output. Raises whatever tracing raises."""
+    opened: set[str] = set()
+    graphs, constants, structure = _both(model, call, count, opened)
+    if shared := tied(model, graphs[True]):
+        opened = {f"{MODEL}.{path}" for path in shared}
+        try:
+            graphs, constants, structure = _both(model, call, count, opened)
+        except Exception:  # they stay modules, and no cut can come between them
+            return graphs, constants, structure
+    return graphs, constants, structure
+
+
+def _both(model: nn.Module, call: Call, count: int, opened: set[str]) -> tuple[dict[bool, fx.Graph], dict[str, Tensor], Structure]:
+    graphs: dict[bool, fx.Graph] = {}
+    constants: dict[str, Tensor] = {}
+    for mode in (True, False):
+        graphs[mode], found, structure = _traced(model, call, count, opened, mode)
+        for target, value in found.items():
+            constants[f"{target}_{mode}"] = value
+    return graphs, constants, structure
+
+
+def _traced(
+    model: nn.Module, call: Call, count: int, opened: set[str], training: bool
+) -> tuple[fx.Graph, dict[str, Tensor], Structure]:
+    """Returns the graph of one mode. Modules that cannot be traced are kept whole, one after the other."""
+    whole: set[str] = set()
+    while True:
+        own = shadow(model)
+        if not training:
+            own.eval()
+        under = root(own, call, count, lambda one: isinstance(one, Tensor | fx.Proxy))
+        tracer = Tracer(whole, opened)
+        try:
+            graph = tracer.trace(under)
+            break
+        except Exception:
+            if tracer.failed in ("", MODEL) or len(whole) == ATTEMPTS or tracer.failed in opened:
+                raise
+            whole.add(tracer.failed)
+    return graph, _strip(graph, under, training), under.structure
+
+
+def _strip(graph: fx.Graph, under: nn.Module, training: bool) -> dict[str, Tensor]:
+    """Names targets by their paths in the model; returns the constants that the tracer has put aside."""
+    constants: dict[str, Tensor] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" or (node.op == "get_attr" and node.target.startswith(f"{MODEL}.")):
+            node.target = node.target.removeprefix(f"{MODEL}.")
+        elif node.op == "get_attr":
+            constants[node.target] = getattr(under, node.target)
+            node.target = f"{node.target}_{training}"
+    return constants
+
+
+def tied(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """Returns the paths of modules that share a parameter with another part of the graph, as each called twice does."""
+    users: dict[int, list[str]] = defaultdict(list)  # parameter -> modules, once per call; "" for one that is used directly
+    for node in graph.nodes:
+        if node.op == "call_module":
+            for weight in model.get_submodule(node.target).parameters():
+                users[id(weight)].append(node.target)
+        elif node.op == "get_attr" and node.target in dict(model.named_parameters(remove_duplicate=False)):
+            users[id(model.get_parameter(node.target))].append("")
+    return {path for paths in users.values() if len(paths) > 1 for path in paths if path}

@@ -1,0 +1,162 @@
+"""The order of a graph's work, and the values alive between any two places in it: what a stage would have to send."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from delock.partition.graph.traced import Facts, Traced, path_of
+
+
+@dataclass
+class Line:
+    """Holds one graph as a line of work. A place is an index of `work`: a cut there comes before it.
+
+    A parameter that several places use is a value from its first use on, and travels like any other. Buffers that nobody writes, and
+    constants, are copied to where they are used.
+    """
+
+    graph: fx.Graph
+    facts: Facts
+    inputs: list[fx.Node]
+    work: list[fx.Node]  # all but inputs, attributes and the output
+    output: tuple[fx.Node, ...]
+    travels: dict[fx.Node, fx.Node] = field(default_factory=dict)  # attribute -> the first attribute with the same parameter
+    copied: set[fx.Node] = field(default_factory=set)  # attributes that are copied to every stage that needs them
+    span: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)  # of a value: the place that makes it, the last that uses it
+    closed: list[tuple[int, int]] = field(default_factory=list)  # no cut can come behind the first place, up to the second
+
+    def alive(self, place: int) -> list[fx.Node]:
+        """Returns the values made before a place and used from it on, in the order in which they are made."""
+        return [node for node, (made, last) in self.span.items() if made < place <= last]
+
+    def cuttable(self, place: int) -> bool:
+        """Returns True if everything alive there can be sent, and would be the same behind the cut."""
+        if any(first < place <= last for first, last in self.closed):
+            return False
+        alive, kinds = self.alive(place), self.facts.kinds
+        if not alive or any(kinds.get(node.name, "tensor") == "other" for node in alive):
+            return False
+        if not any(kinds.get(node.name) == "tensor" and node.name in self.facts.floats for node in alive):
+            return False
+        return not self._torn(alive, place)
+
+    def _torn(self, alive: list[fx.Node], place: int) -> bool:
+        """Returns True if two of the values share memory that is written to later: sent, they would be two."""
+        shared: dict[int, int] = defaultdict(int)
+        for node in alive:
+            if at := self.facts.storage.get(node.name):
+                shared[at] += 1
+        numbers = {node: i for i, node in enumerate(self.graph.nodes)}
+        begin = numbers[self.work[place]]
+        return any(count > 1 and any(i >= begin for i in self.facts.writes.get(at, ())) for at, count in shared.items())
+
+    def main_first(self, alive: list[fx.Node]) -> list[fx.Node]:
+        """Returns the values with the main activation in front and sizes at the end: the newest floating tensor that no parameter is."""
+        floats = [n for n in alive if n.name in self.facts.floats and n.op != "get_attr"]
+        main = max(floats, key=lambda n: self.span[n][0], default=None)
+        tensors = [n for n in alive if self.facts.kinds.get(n.name) == "tensor" and n is not main]
+        return [*([main] if main else []), *tensors, *(n for n in alive if self.facts.kinds.get(n.name) != "tensor")]
+
+
+def line(traced: Traced, mode: bool) -> Line:
+    """Returns the graph of a mode as a line."""
+    graph, facts = traced.graphs[mode], traced.facts[mode]
+    nodes = list(graph.nodes)
+    output = next(node for node in nodes if node.op == "output")
+    work = [node for node in nodes if node.op not in ("placeholder", "get_attr", "output")]
+    found = Line(graph, facts, [n for n in nodes if n.op == "placeholder"], work, tuple(output.args[0]))  # type: ignore[arg-type]
+    places = {node: i for i, node in enumerate(work)}
+    end = len(work)
+
+    def uses(node: fx.Node) -> list[int]:
+        return [places.get(user, end) for user in node.users]
+
+    parameters, first = {id(p) for p in traced.model.parameters()}, dict[int, fx.Node]()
+    buffers: dict[int, list[int]] = defaultdict(list)
+    written = {id(b) for name, b in traced.model.named_buffers() if name in facts.written}
+    spans: dict[fx.Node, list[int]] = defaultdict(list)
+    for node in nodes:
+        if node.op != "get_attr" or not node.users:
+            continue
+        value = traced.state(str(node.target))
+        if id(value) in parameters:
+            owner = first.setdefault(id(value), node)
+            found.travels[node] = owner
+            spans[owner] += uses(node)
+        else:
+            found.copied.add(node)
+            if id(value) in written:
+                buffers[id(value)] += uses(node)
+    _close_modules(traced.model, work, places, spans, first, buffers, written)
+    for node, at in spans.items():
+        found.span[node] = min(at), max(at)
+    for node in found.inputs:
+        found.span[node] = -1, max(uses(node), default=-1)
+    for node in work:
+        found.span[node] = places[node], max(uses(node), default=-1)
+    found.span = dict(sorted(found.span.items(), key=lambda one: one[1][0]))
+    found.closed = [(min(at), max(at)) for at in buffers.values() if len(set(at)) > 1]
+    return found
+
+
+def _close_modules(
+    model: nn.Module,
+    work: list[fx.Node],
+    places: dict[fx.Node, int],
+    spans: dict[fx.Node, list[int]],
+    first: dict[int, fx.Node],
+    closed: dict[int, list[int]],
+    written: set[int],
+) -> None:
+    """Notes, for state that whole modules use beside others, between which places no cut can come."""
+    for node in work:
+        if node.op != "call_module":
+            continue
+        module = model.get_submodule(str(node.target))
+        for tensor in (*module.parameters(), *(b for b in module.buffers() if id(b) in written)):
+            closed[id(tensor)].append(places[node])
+    for key, node in first.items():
+        if key in closed:  # a parameter of a module that is also used directly
+            closed[key] += spans[node]
+
+
+def starts(found: Line) -> dict[str, int]:
+    """Returns the place at which each module of the model begins, by path."""
+    begun: dict[str, int] = {}
+    for place, node in enumerate(found.work):
+        for path in path_of(node):
+            begun.setdefault(path, place)
+    return begun
+
+
+def computes(node: fx.Node) -> bool:
+    """Returns True for a node that is more than a size."""
+    return node.op != "call_function" or node.target is not torch.ops.aten.sym_size.int
+
+
+def blocks(model: nn.Module, begun: dict[str, int]) -> Iterator[list[str]]:
+    """Yields the modules in front of which one may cut, coarse first: children of lists and sequences and their neighbours, then deeper."""
+    containers = nn.Sequential | nn.ModuleList | nn.ModuleDict
+    depth = 1
+    while True:
+        found = [path for path in begun if 0 < _nesting(model, path, containers) <= depth]
+        yield found
+        if not any(_nesting(model, path, containers) > depth for path in begun):
+            break
+        depth += 1
+    yield list(begun)
+
+
+def _nesting(model: nn.Module, path: str, containers: type) -> int:
+    """Returns in how many containers a module lies, if it is a child of one or stands beside one; else 0."""
+    parts = path.split(".")
+    above = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    inside = sum(isinstance(one, containers) for one in above)
+    if isinstance(above[-1], containers):
+        return inside
+    return inside + 1 if any(isinstance(one, containers) for one in above[-1].children()) else 0
