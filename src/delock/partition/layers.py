@@ -14,10 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from delock.errors import UsageError
 from delock.nets.group import Group
 
-ACCEPTED = (
-    "accepted are an nn.Sequential that keeps nn.Sequential's forward, a list of modules (called one after the other), "
-    "a network of delock.nets, and a torchvision ResNet; wrap the parts of any other model in an nn.Sequential"
-)
+ACCEPTED = "a model is a module, or a list of modules that are called one after the other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +22,31 @@ class Layer:
     """Holds one layer: the smallest piece of a model that is never cut.
 
     `prefix`: the module's path in the unsplit model ("layer1.0"), or "" for a module without state that only the adapter added.
-    `trains`: the model was in training mode, so what of the layer was not stays as it is.
+    `trains`: the model was in training mode, so what of the layer was not stays as it is. `begins`: the path of the module that it begins
+    with, where it is a piece of a traced model, whose parts have their paths in the unsplit model already.
     """
 
     prefix: str
     module: nn.Module
     trains: bool = True
+    begins: str = ""
+
+    @property
+    def name(self) -> str:
+        """Returns the path of the module that the layer is or begins with; "" for one that only the adapter added."""
+        return self.prefix or self.begins
 
     def called(self, i: int) -> str:
         """Returns what an error calls layer i of a model."""
         kind = type(self.module).__name__
-        return f"layer {i} ({self.prefix}, {kind})" if self.prefix else f"layer {i} ({kind})"
+        return f"layer {i} ({self.name}, {kind})" if self.name else f"layer {i} ({kind})"
+
+
+def is_chain(model: object) -> bool:
+    """Returns True for a model that `layers` takes apart as it is: its parts are called one after the other."""
+    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
+        return _is_plain(model) or _is_torchvision_resnet(model)
+    return True
 
 
 def layers(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
@@ -149,7 +160,7 @@ def _names(layers: Sequence[Layer]) -> list[str]:
 def _index(layers: Sequence[Layer], cut: int | str) -> int:
     if isinstance(cut, int):
         return cut
-    names = [layer.prefix for layer in layers]
+    names = [layer.name for layer in layers]
     if cut and cut in names:
         return names.index(cut)
     inside = [i for i, name in enumerate(names) if cut and name.startswith(f"{cut}.")]

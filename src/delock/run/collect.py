@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from delock.partition.layers import layers
 from delock.partition.stages import stages
 from delock.records import Result, Started
 from delock.run.job import StageResult
@@ -31,7 +30,7 @@ def collect(request: Request, started: Started, results: Sequence[StageResult]) 
 
 
 def _load(request: Request, cuts: tuple[int, ...], results: Sequence[StageResult]) -> None:
-    for k, (module, result) in enumerate(zip(stages(layers(request.model), cuts), results, strict=True)):
+    for k, (module, result) in enumerate(zip(stages(request.network.layers(), cuts), results, strict=True)):
         load_module(module, result.state, result.volatile["module"], f"module of stage {k}")
     if request.heads is not None and not isinstance(request.heads, str):
         for head, k in zip(request.heads, request.method.headed(len(results)), strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from delock.checkpoints.directory import read
+from delock.data.call import Call
 from delock.errors import UsageError, users_own
 from delock.keys import key
 from delock.memory.optimizer import learned
@@ -16,7 +17,7 @@ from delock.nets.emulated import Emulated, WaitingStep
 from delock.optim.stage_facts import for_stage
 from delock.options import Simulation
 from delock.partition.balance import balance
-from delock.partition.layers import Layer, has_batch_norm, layers, resolve_cuts
+from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.partition.stages import stages
 from delock.run.checks import (
@@ -37,7 +38,7 @@ from delock.run.resume import Begin, refuse_changed, settled
 from delock.run.room import make_folder, refuse_folder
 from delock.stage.learner import described
 from delock.stage.unfit import made_by, refuse_unfit_optimizer
-from delock.tensors import map_tensors
+from delock.tensors import Value, map_tensors, tensors
 from delock.timeline import Emulation, stage_facts
 
 
@@ -65,19 +66,26 @@ def _prepared(request: Request) -> PreparedRun:
     request.length()  # raises UsageError
     if request.execution.compile and waits:
         raise UsageError("emulated stages compute nothing, so there is nothing to compile: leave compile or emulate out")
-    network = layers(request.model)
-    K = _number_of_stages(request, len(network))
+    K = _number_of_stages(request)
     request = replace(request, method=request.method.fitted(K))
     if request.simulation.slow and any(request.method.slowdown(k) > 1 for k in range(K)):
         raise UsageError("noise and slow both make stages slower: use one of them")
     _refuse_misfit(request.simulation, K, request.seed)
-    refuse_unfit(network, K, cuts, request.method, request.train.sizes())
-    if not waits:
-        refuse_untrainable(network)
+    if request.network.chain:
+        _refuse_network(request, K)
     with users_own("the training data"):
         inputs, targets = next(iter(request.train.epoch(0)))
     refuse_empty_test(request)
     batch = Batch.of(inputs, targets)
+    if not request.network.chain:
+        request.network.trace(_call(request, inputs), inputs, batch.rows, K, [cut for cut in cuts or () if isinstance(cut, str)])
+        _refuse_network(request, K)
+    network = request.network.layers()
+    request = replace(
+        request,
+        loss=request.network.loss(request.loss),
+        metrics={name: request.network.on_output(metric) for name, metric in request.metrics.items()},
+    )
     refuse_other_rows(request.execution, [batch.inputs], batch.rows)
     counts = cuts is None and K > 1 and request.placement.balance == "counted"
     execution, costs = choose_layout(request, network, inputs, targets, counts=counts)
@@ -103,6 +111,20 @@ def _prepared(request: Request) -> PreparedRun:
     shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
     entering = map_tensors(lambda x: x.to("meta"), inputs) if execution.compile else None
     return PreparedRun(request, network, found, costs, batch, execution, modules, heads, head_costs, shares, inputs=entering)
+
+
+def _refuse_network(request: Request, K: int) -> None:
+    """Raises UsageError for a network that is too small for its stages, or in which nothing learns."""
+    network = request.network.layers()
+    refuse_unfit(network, K, request.cuts, request.method, request.train.sizes())
+    if not request.simulation.waits:
+        refuse_untrainable(network)
+
+
+def _call(request: Request, inputs: Value) -> Call:
+    """Returns the way in which the model is called: as the loader says, else with one argument per tensor."""
+    found: Call | None = getattr(request.train, "call", None)
+    return found or Call.of(tensors(inputs), {})[0]
 
 
 def refuse_other_optimizers(prepared: PreparedRun, begin: Begin) -> None:
@@ -140,7 +162,7 @@ def _emulated(
     return modules, {k: Emulated(shapes[-1], 0.0, 0.0) for k in request.method.headed(len(ends))}
 
 
-def _number_of_stages(request: Request, layers: int) -> int:
+def _number_of_stages(request: Request) -> int:
     if request.cuts is not None:
         K = len(request.cuts) + 1
         if request.stages not in (None, K):
@@ -148,4 +170,4 @@ def _number_of_stages(request: Request, layers: int) -> int:
         return K
     if request.stages is not None:
         return request.stages
-    return layers if isinstance(request.model, list | tuple | nn.ModuleList) else 2
+    return len(request.model) if isinstance(request.model, list | tuple | nn.ModuleList) else 2

@@ -12,6 +12,7 @@ from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.methods import Method
 from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
+from delock.partition.network import Network
 from delock.plan import RunLength
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 
@@ -47,6 +48,11 @@ class Request:
     simulation: Simulation = field(default_factory=Simulation)
     report: Report = field(default_factory=Report)
     checkpoint: Checkpoint | None = None
+    network: Network = None  # type: ignore[assignment]  # of the model: its layers, once they are known
+
+    def __post_init__(self) -> None:
+        if self.network is None:
+            object.__setattr__(self, "network", Network(self.model))
 
     @property
     def criterion(self) -> Loss:

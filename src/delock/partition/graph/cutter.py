@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg, map_aggregate
+from torch.fx.node import map_aggregate
 
 from delock.errors import UsageError
 from delock.partition.graph.segment import Program, Segment, as_number, as_size, as_tensor
-from delock.partition.graph.traced import Guard, Traced
+from delock.partition.graph.traced import Traced
 from delock.partition.graph.values import Line, blocks, line, starts
 
 ENOUGH = 12  # places to cut; finer ones are looked for only where there are fewer
@@ -80,7 +80,7 @@ def _ordered(places: dict[str, dict[bool, int]], wanted: Sequence[str]) -> list[
     """Returns the paths in order, one for each place; where the graphs disagree about the order, the later one is left out."""
     found: list[str] = []
     for path, at in sorted(places.items(), key=lambda one: (one[1][True], one[0] not in wanted, -one[0].count("."))):
-        before = places[found[-1]] if found else {mode: 0 for mode in at}
+        before = places[found[-1]] if found else dict.fromkeys(at, 0)
         if all(at[mode] > before[mode] for mode in at):
             found.append(path)
     return found
@@ -105,7 +105,9 @@ def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, An
         graph.call_function(check, (tuple(one.sizes for one in traced.guards), *env.values()))
     raw = dict(env)
     work = found.work[begin:end]
-    needed = {one for node in [*work, *leaving] for one in (node.all_input_nodes if node in found.span and node in work else [])} | set(leaving)
+    needed = {one for node in [*work, *leaving] for one in (node.all_input_nodes if node in found.span and node in work else [])} | set(
+        leaving
+    )
     for node in entering:
         kind = found.facts.kinds.get(node.name)
         if kind in ("int", "size") and begin and node in needed:
@@ -168,7 +170,8 @@ def check(guards: tuple[tuple[int | str, ...], ...], *inputs: Tensor) -> None:
     named: dict[str, int] = {}
     for i, (sizes, one) in enumerate(zip(guards, inputs, strict=True)):
         same = len(sizes) == one.dim() and all(
-            size == (named.setdefault(size, now) if isinstance(size, str) and size.isidentifier() else now if isinstance(size, str) else size)
+            size
+            == (named.setdefault(size, now) if isinstance(size, str) and size.isidentifier() else now if isinstance(size, str) else size)
             if not isinstance(size, str)
             else named.setdefault(size, now) == now
             for size, now in zip(sizes, one.shape, strict=False)

@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
 
+from delock.data.call import Call
 from delock.errors import UsageError
-from delock.partition.graph.root import MODEL, Call, root, shadow
+from delock.partition.graph.root import MODEL, root, shadow
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.traced import Guard
 
@@ -39,7 +40,10 @@ def exported(
 
 def _program(under: nn.Module, inputs: Sequence[Tensor], rows: int) -> Any:
     """Exports with free sizes of batches, and of sequences where that is possible."""
-    wide = [{0: Dim.AUTO, 1: Dim.AUTO} if one.dim() > 1 and not one.is_floating_point() and one.shape[1] > 1 else _free(one, rows) for one in inputs]
+    wide = [
+        {0: Dim.AUTO, 1: Dim.AUTO} if one.dim() > 1 and not one.is_floating_point() and one.shape[1] > 1 else _free(one, rows)
+        for one in inputs
+    ]
     narrow = [_free(one, rows) for one in inputs]
     for shapes in [wide, narrow] if wide != narrow else [narrow]:
         try:

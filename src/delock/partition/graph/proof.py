@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from delock.data.call import Call
 from delock.execution import Modes
-from delock.partition.graph.root import Call, root, shadow
+from delock.partition.graph.root import root, shadow
 from delock.tensors import is_floating, tensors
 
 SEED = 20_261_127  # any number: both are given the same, so that dropout draws the same

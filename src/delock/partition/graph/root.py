@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
+from delock.data.call import Call
 from delock.partition.graph.structure import Structure, take_apart
 
 MODEL = "model"  # the name of the model under the root
-
-
-class Call(Protocol):
-    """Says how a model is called with the tensors of a batch."""
-
-    def arguments(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns positional and named arguments."""
-        ...
 
 
 class Root(nn.Module):

@@ -71,7 +71,7 @@ class Segment(nn.Module):
             put(self, path, part)
 
     def forward(self, given: Value) -> Value:
-        made = self.programs[self.training].run(self, *tensors(given))
+        made: tuple[Tensor, ...] = self.programs[self.training].run(self, *tensors(given))
         return made[0] if len(made) == 1 else made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Segment:

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from delock.data.call import Call
 from delock.errors import UsageError, said
 from delock.execution import Modes
 from delock.partition.graph.cutter import Piece, pieces
 from delock.partition.graph.exported import exported
 from delock.partition.graph.proof import difference
-from delock.partition.graph.root import Call, root, shadow
+from delock.partition.graph.root import root, shadow
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.symbolic import symbolic
 from delock.partition.graph.traced import Traced, observe
@@ -50,12 +51,12 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
             for mode in (True, False):
                 traced.facts[mode] = observe(_in_mode(model, mode), traced.graphs[mode], traced.constants, examples[0])
             made = pieces(traced, wanted)
+            unlike = next((d for one in examples if (d := difference(model, call, [piece.module for piece in made], one))), "")
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
             failed.append(f"{how}: {_where(error)}")
             continue
-        unlike = next((d for one in examples if (d := difference(model, call, [piece.module for piece in made], one))), "")
         if unlike:
             failed.append(f"{how}: the pieces do not compute what the model computes, first seen in {unlike}")
             continue

@@ -1,6 +1,6 @@
 """Takes what a model returns apart into tensors, and puts it together again: tuples, lists, dicts, named tuples, dataclasses, ModelOutputs.
 
-    tensor ("t", i) · tuple ("u", item...) · list ("l", item...) · constant ("c", value) · mapping or object ("o", class, (name, item)...)
+tensor ("t", i) · tuple ("u", item...) · list ("l", item...) · constant ("c", value) · mapping or object ("o", class, (name, item)...)
 """
 
 from __future__ import annotations
@@ -58,4 +58,5 @@ def _structure(value: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) ->
 
 
 def _made(cls: type[Any], named: dict[str, Any]) -> Any:
-    return cls(named) if issubclass(cls, Mapping) and not is_dataclass(cls) else cls(**named)
+    made: Callable[..., Any] = cls
+    return made(named) if issubclass(cls, Mapping) and not is_dataclass(cls) else made(**named)

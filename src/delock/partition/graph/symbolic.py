@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from delock.partition.graph.root import MODEL, Call, root, shadow
+from delock.data.call import Call
+from delock.partition.graph.root import MODEL, root, shadow
 from delock.partition.graph.structure import Structure
 
 ATTEMPTS = 40
@@ -32,7 +33,7 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Returns True for a module that is called as it is."""
         path = module_qualified_name
-        if path in self.opened or path == MODEL and m._modules:
+        if path in self.opened or (path == MODEL and m._modules):
             return False
         return path in self.whole or not m._modules or of_torch(m)
 
@@ -75,9 +76,7 @@ def _both(model: nn.Module, call: Call, count: int, opened: set[str]) -> tuple[d
     return graphs, constants, structure
 
 
-def _traced(
-    model: nn.Module, call: Call, count: int, opened: set[str], training: bool
-) -> tuple[fx.Graph, dict[str, Tensor], Structure]:
+def _traced(model: nn.Module, call: Call, count: int, opened: set[str], training: bool) -> tuple[fx.Graph, dict[str, Tensor], Structure]:
     """Returns the graph of one mode. Modules that cannot be traced are kept whole, one after the other."""
     whole: set[str] = set()
     while True:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from delock.errors import UsageError
 from delock.partition.graph.structure import Structure
-from delock.tensors import address, tree_tensors
+from delock.tensors import address, kind, tree_tensors
 
 Kind = Literal["tensor", "int", "size", "other"]
 
@@ -78,7 +79,9 @@ def observe(model: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor], 
     for name, value in constants.items():
         model.__dict__[name] = value
     with torch.random.fork_rng(devices=[]):
-        _Watching(model, graph, facts).run(*(x.clone() for x in inputs))
+        made = _Watching(model, graph, facts).run(*(x.clone() for x in inputs))
+    if not all(isinstance(one, Tensor) for one in made):
+        raise UsageError(f"the graph returns {kind(made)}, and only tensors can leave it")
     now = dict(model.named_buffers())
     facts.written = {name for name, was in before.items() if not _equal(now.get(name), was)}
     return facts

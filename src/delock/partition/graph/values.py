@@ -11,6 +11,8 @@ from torch import fx, nn
 
 from delock.partition.graph.traced import Facts, Traced, path_of
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 @dataclass
 class Line:
@@ -69,7 +71,7 @@ def line(traced: Traced, mode: bool) -> Line:
     nodes = list(graph.nodes)
     output = next(node for node in nodes if node.op == "output")
     work = [node for node in nodes if node.op not in ("placeholder", "get_attr", "output")]
-    found = Line(graph, facts, [n for n in nodes if n.op == "placeholder"], work, tuple(output.args[0]))  # type: ignore[arg-type]
+    found = Line(graph, facts, [n for n in nodes if n.op == "placeholder"], work, tuple(output.args[0]))
     places = {node: i for i, node in enumerate(work)}
     end = len(work)
 
@@ -141,22 +143,21 @@ def computes(node: fx.Node) -> bool:
 
 def blocks(model: nn.Module, begun: dict[str, int]) -> Iterator[list[str]]:
     """Yields the modules in front of which one may cut, coarse first: children of lists and sequences and their neighbours, then deeper."""
-    containers = nn.Sequential | nn.ModuleList | nn.ModuleDict
     depth = 1
     while True:
-        found = [path for path in begun if 0 < _nesting(model, path, containers) <= depth]
+        found = [path for path in begun if 0 < _nesting(model, path) <= depth]
         yield found
-        if not any(_nesting(model, path, containers) > depth for path in begun):
+        if not any(_nesting(model, path) > depth for path in begun):
             break
         depth += 1
     yield list(begun)
 
 
-def _nesting(model: nn.Module, path: str, containers: type) -> int:
+def _nesting(model: nn.Module, path: str) -> int:
     """Returns in how many containers a module lies, if it is a child of one or stands beside one; else 0."""
     parts = path.split(".")
     above = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
-    inside = sum(isinstance(one, containers) for one in above)
-    if isinstance(above[-1], containers):
+    inside = sum(isinstance(one, CONTAINERS) for one in above)
+    if isinstance(above[-1], CONTAINERS):
         return inside
-    return inside + 1 if any(isinstance(one, containers) for one in above[-1].children()) else 0
+    return inside + 1 if any(isinstance(one, CONTAINERS) for one in above[-1].children()) else 0
