@@ -10,6 +10,7 @@ from torch import nn
 
 from delock.checkpoints.directory import read
 from delock.data.call import Call
+from delock.data.loader import call_of
 from delock.errors import UsageError, users_own
 from delock.keys import key
 from delock.memory.optimizer import learned
@@ -123,8 +124,7 @@ def _refuse_network(request: Request, K: int) -> None:
 
 def _call(request: Request, inputs: Value) -> Call:
     """Returns the way in which the model is called: as the loader says, else with one argument per tensor."""
-    found: Call | None = getattr(request.train, "call", None)
-    return found or Call.of(tensors(inputs), {})[0]
+    return call_of(request.train) or Call.of(tensors(inputs), {})[0]
 
 
 def refuse_other_optimizers(prepared: PreparedRun, begin: Begin) -> None:

@@ -30,7 +30,7 @@ class Traced:
     constants: dict[str, Tensor]
     structure: Structure
     guards: tuple[Guard, ...] = ()
-    facts: dict[bool, Facts] = field(default_factory=dict)
+    facts: dict[bool, Seen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = {id(weight): name for name, weight in self.model.named_parameters()}  # the first name of each
@@ -48,7 +48,7 @@ class Guard:
 
 
 @dataclass
-class Facts:
+class Seen:
     """Holds what one run of a graph has shown of its values."""
 
     kinds: dict[str, Kind] = field(default_factory=dict)  # of every node, by name
@@ -72,9 +72,9 @@ def path_of(node: fx.Node) -> tuple[str, ...]:
     return tuple(p.removeprefix("model.") for p in paths if p.startswith("model."))
 
 
-def observe(model: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Facts:
+def observe(model: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Seen:
     """Runs a graph once, on a model that may be written to, and returns what was seen."""
-    facts = Facts()
+    facts = Seen()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for name, value in constants.items():
         model.__dict__[name] = value
@@ -88,7 +88,7 @@ def observe(model: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor], 
 
 
 class _Watching(fx.Interpreter):
-    def __init__(self, model: nn.Module, graph: fx.Graph, facts: Facts) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, facts: Seen) -> None:
         super().__init__(model, graph=graph)
         self.facts, self.index = facts, {node: i for i, node in enumerate(graph.nodes)}
 

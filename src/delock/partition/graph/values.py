@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from delock.partition.graph.traced import Facts, Traced, path_of
+from delock.partition.graph.traced import Seen, Traced, path_of
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -23,7 +23,7 @@ class Line:
     """
 
     graph: fx.Graph
-    facts: Facts
+    facts: Seen
     inputs: list[fx.Node]
     work: list[fx.Node]  # all but inputs, attributes and the output
     output: tuple[fx.Node, ...]
