@@ -49,7 +49,7 @@ def loader(model: nn.Module, data: Any, *, loss: bool = True) -> Loader:
 
 
 def called(model: nn.Module, data: Any, *, loss: bool = True) -> tuple[Tensor, Any, Call]:
-    """What the model returns for the first batch, called as the loader says; the targets; the call, which can be pickled."""
+    """Calls the model with the first batch as the loader says: its result, the targets, and the call."""
     made = loader(model, data, loss=loss)
     ((inputs, targets), *_) = made.epoch(0)
     call = call_of(made)
