@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -302,3 +303,59 @@ def test_parts_are_the_rows_of_what_the_rule_counts() -> None:
         assert torch.equal(message.targets["of"], t)
         assert torch.equal(message.targets["y"], y)
         assert (message.samples, message.weight) == (2, 0.5)
+
+
+# ---- trained -----------------------------------------------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """Has several arguments, and computes its loss if it is given labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.middle = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, labels: Tensor | None = None, scale: float = 1.0) -> Any:
+        h = self.table(ids)
+        for layer in self.middle:
+            h = h + torch.tanh(layer(h)) * (1 if mask is None else mask[..., None])
+        logits = self.out(h) * scale
+        return logits if labels is None else {"loss": token_loss(logits, labels), "logits": logits}
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def tagger() -> Tagger:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Tagger()
+
+
+def sentences() -> list[dict[str, Any]]:
+    """Uneven batches with the labels in front, a mask, and a constant."""
+    g = torch.Generator().manual_seed(0)
+    drawn = [(torch.randint(11, (2, n, 5), generator=g), torch.rand(n, 5, generator=g).round()) for n in (4, 4, 3, 2, 4)]
+    return [{"labels": y, "scale": 2.0, "mask": mask, "ids": x} for (x, y), mask in drawn]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["a loss", "its own loss"])
+def test_a_model_of_several_arguments_trains_as_plain_pytorch(own: bool) -> None:
+    plain, optimizer = (model := tagger()), torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in sentences():
+        optimizer.zero_grad()
+        given = {name: one for name, one in batch.items() if own or name != "labels"}
+        (plain(**given)["loss"] if own else token_loss(plain(**given), batch["labels"])).backward()
+        optimizer.step()
+    model = tagger()
+    arrays = [{name: one if isinstance(one, float) else one.numpy() for name, one in batch.items()} for batch in sentences()]
+    result = delock.fit(
+        model, arrays, {"valid": sentences()[:2], "other": arrays}, loss=None if own else token_loss, method="bp", stages=2, epochs=1,
+        optimizer=partial(torch.optim.SGD, lr=0.1), workers="inline",
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    with torch.no_grad():
+        wanted = [float(model(**batch)["loss"]) for batch in sentences()[:2]]
+    assert result.evaluations[-1].metrics["valid/loss"] == result.evaluations[-1].test_loss == pytest.approx(sum(wanted) / 2)
