@@ -152,9 +152,12 @@ def train(report: RunReport, data: Loaded, folder: RunFolder, screen: Terminal) 
 
 
 def refuse(config: TrainConfig, data: Loaded) -> None:
-    """Raises UsageError for a resolved config that cannot be trained: an unknown model or device, too few layers, a batch of one."""
+    """Raises UsageError for a resolved config that cannot be trained: an unknown model or device, too few layers, a batch of one.
+
+    The layers of a model that is no chain are known later, when it has been traced.
+    """
     from delock.launch.rank import backend_for
-    from delock.partition.layers import layers
+    from delock.partition.layers import is_chain, layers
     from delock.run.checks import refuse_unfit, refuse_wrong_link
 
     network, machine = config.network, config.machine
@@ -162,7 +165,8 @@ def refuse(config: TrainConfig, data: Loaded) -> None:
     method.fits_workers(machine.workers if ranks() is None else "torchrun")
     backend_for(machine.device, None, K if machine.workers == "processes" else 1)
     refuse_wrong_link(method, config.placement.link, machine.device)
-    refuse_unfit(layers(build_model(config, data)), K, network.cuts, method, data.train.sizes())
+    if is_chain(model := build_model(config, data)):
+        refuse_unfit(layers(model), K, network.cuts, method, data.train.sizes())
 
 
 def fit_config(
