@@ -61,6 +61,24 @@ def images():
     batch = torch.zeros(4, 1, 4, 4), torch.zeros(4, dtype=torch.int64)
     return {"train": [batch], "test": [batch], "loss": nn.functional.cross_entropy, "classes": 3, "channels": 1, "image_size": 4}
 
+class Judge(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = Block(4, 8), Block(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x, labels=None):
+        h = self.first(x)
+        found = self.last(h + self.second(h))
+        return {"found": found, "loss": None if labels is None else loss(found, labels)}
+
+def judge():
+    return Judge()
+
+def dicts(batch_size, seed):
+    rows = [{"x": x, "labels": y} for x, y in points(batch_size, seed)[0].dataset]
+    loader = DataLoader(rows, batch_size=batch_size)
+    return {"train": loader, "test": {"near": loader, "far": [{"x": 9 * torch.ones(2, 4), "labels": torch.ones(2, 1)}]}}
+
 def unknown():
     return {"train": [], "tests": []}
 
@@ -154,6 +172,19 @@ def test_a_file_that_has_changed_ends_no_evaluation_but_a_run_that_goes_on(here:
     assert main(["eval", "run"]) == 0
     assert capsys.readouterr().out.startswith("own_things.py has changed since the run in run began (its CRC32 was ")
     assert "own_things.py has changed" in refused(["train", "--resume", "run", "--batches", "8"], here, capsys)
+
+
+def test_a_network_that_is_no_chain_computes_its_own_loss_on_several_test_sets(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compared, it has the bits of plain PyTorch; evaluated, the losses of the run."""
+    words = ["--model", "own_things.py:judge", "--data", "own_things.py:dicts", "--batch-size", "6", "--workers", "inline"]
+    assert main(["compare", *words, "--batches", "5", "--lr", "0.01", "--methods", "bp", "--out", "both"]) == 0
+    bp, plain_ = ((here / "both" / name / "model.safetensors").read_bytes() for name in ("bp", "plain"))
+    assert bp == plain_
+    told = json.loads((here / "both" / "bp" / "summary.json").read_text())
+    capsys.readouterr()
+    assert main(["eval", "both/bp"]) == 0
+    losses = f"test near/loss {told['test_near/loss']:.3f}  test far/loss {told['test_far/loss']:.3f}"
+    assert f"test loss {told['test_loss']:.4f}  {losses}\n" in capsys.readouterr().out
 
 
 def test_data_without_a_test_trains(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

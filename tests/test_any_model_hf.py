@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from delock.checkpoints.whole_model import dumps, read_model
+from delock.cli import main
 from delock.cli.config import TrainConfig, build, resolve
 from delock.cli.kept_run import with_ties
 from delock.cli.models.facts import Facts
@@ -162,3 +164,63 @@ def test_the_weights_of_a_run_are_written_under_all_names(here: Path) -> None:
     state = read_model(here / "model.safetensors")
     assert list(state) == sorted(model.state_dict())
     assert all(torch.equal(state[name], one) for name, one in model.state_dict().items())
+
+
+# -- trained ---------------------------------------------------------------------------------------------------------------------------
+
+
+SMALL = ["--data", "text", "--text", "t.txt", "--context", "8", "--batch-size", "4", "--lr", "0.01", "--method", "bp", "--stages", "2"]
+
+
+def test_a_run_is_evaluated_sampled_and_read_by_transformers(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder that is exported has in transformers, by its own loss, the loss that the run had; its weights are tied."""
+    transformers = pytest.importorskip("transformers")
+    words = ["train", "--model", "hf/gpt2.json", *SMALL, "--workers", "inline", "--checkpoint-every", "4", "--out", "run"]
+    assert main([*words, "--batches", "8"]) == 0
+    told = json.loads((here / "run" / "summary.json").read_text())
+    assert list(json.loads((here / "run" / "files.json").read_text())) == ["gpt2.json"]
+    capsys.readouterr()
+    assert main(["eval", "run"]) == 0
+    assert (
+        f"test loss {told['test_loss']:.4f} nats  test bits per character {told['test_bits_per_character']:.3f}" in capsys.readouterr().out
+    )
+    assert main(["sample", "run", "--tokens", "5", "--checkpoint", "batch-00000004"]) == 0
+    assert main(["export", "run", "--hf", "last"]) == 0
+    assert main(["export", "run", "--hf", "middle", "--checkpoint", "batch-00000004"]) == 0
+    data = load_data(config(data="text", text="t.txt", context=8, batch_size=4))
+    means, total = 0.0, 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(here / "last", local_files_only=True)
+    for inputs, targets in data.test.epoch(0):
+        window = torch.cat([inputs, targets[:, -1:]], 1)
+        means += len(inputs) * theirs(window, labels=window).loss.item()
+        total += len(inputs)
+    assert means / total == pytest.approx(told["test_loss"], rel=1e-6)
+    middle = transformers.AutoModelForCausalLM.from_pretrained(here / "middle", local_files_only=True)
+    assert middle.lm_head.weight is middle.transformer.wte.weight
+    assert not equal(middle, theirs)
+
+
+def test_a_model_of_transformers_is_planned(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["plan", "--profile", "hf/gpt2.json", "--data", "text", "--text", "t.txt", "--context", "8", "--stages", "3", "--json"]) == 0
+    )
+    profile = json.loads(capsys.readouterr().out)["profile"]
+    assert (profile["model"], len(profile["parameters"])) == ("hf/gpt2.json", 3)
+    assert sum(profile["parameters"]) == sum(
+        p.numel() for p in build_hf("hf/gpt2.json", Facts(vocabulary=12, context=8), 0, "text").parameters()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bp", "ddg", "fdg", "adl"])
+def test_processes_have_the_numbers_of_one(here: Path, method: str) -> None:
+    for workers in ("inline", "processes"):
+        words = ["train", "--model", "hf/gpt2.json", *SMALL, "--stages", "4", "--method", method, "--batches", "6", "--workers", workers]
+        assert main([*words, "--out", workers, "--checkpoint-every", "4"]) == 0
+    shutil.rmtree(here / "processes" / "checkpoints" / "batch-00000006", ignore_errors=True)
+    shutil.copytree(here / "processes", here / "resumed")
+    assert main(["train", "--resume", "resumed", "--batches", "9"]) == 0
+    assert main([*words, "--batches", "9", "--out", "whole"]) == 0
+    assert (here / "resumed" / "model.safetensors").read_bytes() == (here / "whole" / "model.safetensors").read_bytes()
+    one, many = ((here / name / "model.safetensors").read_bytes() for name in ("inline", "processes"))
+    assert one == many

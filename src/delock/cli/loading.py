@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from types import MappingProxyType
 
+from delock.cli.models.names import HF, TIMM, TORCHVISION
 from delock.cli.ranks import ranks
 
 STAGES = ("delock.run.ranks", "delock.nets", "delock.recipes")  # what a stage's process needs
+ELSEWHERE = MappingProxyType(
+    {TORCHVISION: "torchvision.models", TIMM: "timm", HF: "transformers.modeling_outputs"}
+)  # and these models' too
 
 
 def start_server(words: Sequence[str]) -> None:
@@ -18,7 +23,8 @@ def start_server(words: Sequence[str]) -> None:
     if ranks() is None and not set(words) & {"inline", "--workers=inline", "-h", "--help"}:
         from delock.launch.context import context
 
-        context(STAGES)
+        named = [word.removeprefix("--model=") for word in words]
+        context([*STAGES, *(module for family, module in ELSEWHERE.items() if any(name.startswith(family) for name in named))])
 
 
 def load_torch() -> None:
