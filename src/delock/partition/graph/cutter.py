@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from delock.errors import UsageError
+from delock.partition.graph.guards import Guards
 from delock.partition.graph.segment import Program, Segment, as_number, as_size, as_tensor
 from delock.partition.graph.traced import Traced
 from delock.partition.graph.values import Line, blocks, line, starts
@@ -27,13 +28,14 @@ class Piece:
     module: Segment
 
 
-def pieces(traced: Traced, wanted: Sequence[str] = ()) -> list[Piece]:
-    """Returns the pieces of a model. wanted: paths of modules in front of which there must be a cut.
+def pieces(traced: Traced, wanted: Sequence[str] = (), only: Collection[str] | None = None) -> list[Piece]:
+    """Returns the pieces of a model.
 
+    wanted: modules, by path, in front of which there must be a cut; only: all in front of which there may be one.
     Raises UsageError for a wanted one in front of which none is possible.
     """
     lines = {mode: line(traced, mode) for mode in traced.graphs}
-    names, places = boundaries(traced, lines, wanted)
+    names, places = boundaries(traced, lines, wanted, only)
     owned: set[int] = set()
     made = [
         Piece(names[i - 1] if i else "", _segment(traced, lines, {mode: (edges[i], edges[i + 1]) for mode, edges in places.items()}, owned))
@@ -43,19 +45,24 @@ def pieces(traced: Traced, wanted: Sequence[str] = ()) -> list[Piece]:
     return made
 
 
-def boundaries(traced: Traced, lines: dict[bool, Line], wanted: Sequence[str]) -> tuple[list[str], dict[bool, list[int]]]:
+def boundaries(
+    traced: Traced, lines: dict[bool, Line], wanted: Sequence[str], only: Collection[str] | None = None
+) -> tuple[list[str], dict[bool, list[int]]]:
     """Returns the modules in front of which the model is cut, and the edges of the pieces in each graph."""
     begun = {mode: starts(one) for mode, one in lines.items()}
     legal = {path: at for path in begun[True] if (at := _place(path, lines, begun))}
     for path in wanted:
         if path in begun[True] and path not in legal:
             raise UsageError(f"the model cannot be cut in front of {path}: {_why(path, lines, begun)}")
+    rank: dict[str, int] = dict.fromkeys(wanted, -1)  # of several that begin at one place, the one of the coarsest level gives the name
     chosen: list[str] = []
-    for level in blocks(traced.model, begun[True]):
-        chosen = _ordered({path: legal[path] for path in level if path in legal}, wanted)
+    for level, paths in enumerate(blocks(traced.model, begun[True])):
+        for path in paths:
+            rank.setdefault(path, level)
+        chosen = _ordered({path: at for path, at in legal.items() if path in rank}, rank)
         if len(chosen) >= ENOUGH:
             break
-    chosen = _ordered({path: legal[path] for path in legal if path in chosen or path in wanted}, wanted)
+    chosen = [path for path in chosen if only is None or path in only]
     edges = {mode: [0, *(legal[path][mode] for path in chosen), len(lines[mode].work)] for mode in lines}
     return chosen, edges
 
@@ -76,10 +83,10 @@ def _why(path: str, lines: dict[bool, Line], begun: dict[bool, dict[str, int]]) 
     return "a value that cannot be sent between stages is in use there, or state that is written on both sides"
 
 
-def _ordered(places: dict[str, dict[bool, int]], wanted: Sequence[str]) -> list[str]:
+def _ordered(places: dict[str, dict[bool, int]], rank: Mapping[str, int]) -> list[str]:
     """Returns the paths in order, one for each place; where the graphs disagree about the order, the later one is left out."""
     found: list[str] = []
-    for path, at in sorted(places.items(), key=lambda one: (one[1][True], one[0] not in wanted, -one[0].count("."))):
+    for path, at in sorted(places.items(), key=lambda one: (one[1][True], rank[one[0]], -one[0].count("."))):
         before = places[found[-1]] if found else dict.fromkeys(at, 0)
         if all(at[mode] > before[mode] for mode in at):
             found.append(path)
@@ -88,12 +95,12 @@ def _ordered(places: dict[str, dict[bool, int]], wanted: Sequence[str]) -> list[
 
 def _segment(traced: Traced, lines: dict[bool, Line], between: dict[bool, tuple[int, int]], owned: set[int]) -> Segment:
     parts: dict[str, Any] = {}
-    programs = {mode: Program(_part(traced, lines[mode], *between[mode], parts, owned)) for mode in lines}
+    programs = {mode: Program(_part(traced, lines[mode], *between[mode], parts, owned, traced.guards.get(mode))) for mode in lines}
     owned.update(id(t) for t in _tensors(parts))
     return Segment(parts, programs)
 
 
-def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, Any], owned: set[int]) -> fx.Graph:
+def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, Any], owned: set[int], guards: Guards | None) -> fx.Graph:
     """Returns the graph of a piece, and adds what it needs to `parts`. owned: tensors of earlier pieces."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     last = end == len(found.work)
@@ -101,8 +108,8 @@ def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, An
     leaving = list(found.output) if last else found.main_first(found.alive(end))
     for node in entering:
         env[node] = graph.placeholder(node.name)
-    if begin == 0 and traced.guards:
-        graph.call_function(check, (tuple(one.sizes for one in traced.guards), *env.values()))
+    if begin == 0 and guards:
+        graph.call_function(guards, tuple(env.values()))
     raw = dict(env)
     work = found.work[begin:end]
     needed = {one for node in [*work, *leaving] for one in (node.all_input_nodes if node in found.span and node in work else [])} | set(
@@ -163,24 +170,6 @@ def _attribute(traced: Traced, graph: fx.Graph, node: fx.Node, parts: dict[str, 
         owner = traced.model.get_submodule(path.rpartition(".")[0])
         parts[path] = (value, path.rpartition(".")[2] not in owner._non_persistent_buffers_set)
     return graph.create_node("get_attr", path)
-
-
-def check(guards: tuple[tuple[int | str, ...], ...], *inputs: Tensor) -> None:
-    """Raises UsageError for inputs of sizes for which the graph was not traced."""
-    named: dict[str, int] = {}
-    for i, (sizes, one) in enumerate(zip(guards, inputs, strict=True)):
-        same = len(sizes) == one.dim() and all(
-            size
-            == (named.setdefault(size, now) if isinstance(size, str) and size.isidentifier() else now if isinstance(size, str) else size)
-            if not isinstance(size, str)
-            else named.setdefault(size, now) == now
-            for size, now in zip(sizes, one.shape, strict=False)
-        )
-        if not same:
-            raise UsageError(
-                f"input {i} of the model has shape {tuple(one.shape)}, but it was traced for ({', '.join(map(str, sizes))}): a size that "
-                "changes must change in the first batch and its rows alone; pad to one length"
-            )
 
 
 def _tensors(parts: dict[str, Any]) -> list[Tensor]:

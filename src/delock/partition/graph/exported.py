@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,39 +16,36 @@ from torch.export.graph_signature import InputKind
 
 from delock.data.call import Call
 from delock.errors import UsageError
-from delock.partition.graph.root import MODEL, root, shadow
+from delock.partition.graph.guards import Guards
+from delock.partition.graph.regions import keep_regions
+from delock.partition.graph.root import MODEL, in_mode, root
 from delock.partition.graph.structure import Structure
-from delock.partition.graph.traced import Guard
 
-CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")  # said by Guard instead
+CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")  # said by Guards instead
 
 
 def exported(
     model: nn.Module, call: Call, inputs: Sequence[Tensor], rows: int
-) -> tuple[dict[bool, fx.Graph], dict[str, Tensor], Structure, tuple[Guard, ...]]:
+) -> tuple[dict[bool, fx.Graph], dict[str, Tensor], Structure, dict[bool, Guards]]:
     """Returns the graphs of both modes, constants, the structure of the output, and the sizes for which the graphs hold.
 
     rows: samples in the inputs; at least two, because a size of one is taken for fixed. Raises whatever torch.export raises.
     """
     graphs: dict[bool, fx.Graph] = {}
     constants: dict[str, Tensor] = {}
+    guards: dict[bool, Guards] = {}
     for mode in (True, False):
-        own = shadow(model)
-        if not mode:
-            own.eval()
-        under = root(own, call, len(inputs))
-        program = _program(under, inputs, rows)
-        graphs[mode], guards = _graph(program, constants, mode)
+        under = root(in_mode(model, mode), call, len(inputs))
+        with _quiet(), torch.set_grad_enabled(mode):
+            program = _program(under, inputs, rows)
+        graphs[mode], guards[mode] = _graph(program, constants, mode)
     return graphs, constants, under.structure, guards
 
 
 def _program(under: nn.Module, inputs: Sequence[Tensor], rows: int) -> Any:
     """Exports with free sizes of batches, and of sequences where that is possible."""
-    wide = [
-        {0: Dim.AUTO, 1: Dim.AUTO} if one.dim() > 1 and not one.is_floating_point() and one.shape[1] > 1 else _free(one, rows)
-        for one in inputs
-    ]
-    narrow = [_free(one, rows) for one in inputs]
+    narrow = [{0: Dim.AUTO} if one.dim() and len(one) == rows else {} for one in inputs]
+    wide = [{**free, 1: Dim.AUTO} if _is_sequence(one) else free for one, free in zip(inputs, narrow, strict=True)]
     for shapes in [wide, narrow] if wide != narrow else [narrow]:
         try:
             return torch.export.export(under, tuple(inputs), dynamic_shapes={f"x{i}": one for i, one in enumerate(shapes)}, strict=False)
@@ -54,20 +55,34 @@ def _program(under: nn.Module, inputs: Sequence[Tensor], rows: int) -> Any:
     raise AssertionError
 
 
-def _free(one: Tensor, rows: int) -> dict[int, Any]:
-    return {0: Dim.AUTO} if one.dim() and len(one) == rows else {}
+def _is_sequence(one: Tensor) -> bool:
+    return one.dim() > 1 and not one.is_floating_point() and one.shape[1] > 1
 
 
-def _graph(program: Any, constants: dict[str, Tensor], mode: bool) -> tuple[fx.Graph, tuple[Guard, ...]]:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what torch.export prints when it fails, the whole graph, to itself: the error is told."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _graph(program: Any, constants: dict[str, Tensor], mode: bool) -> tuple[fx.Graph, Guards]:
     """Returns the program's graph with weights and buffers as attributes of the model, and the sizes of its inputs."""
     graph: fx.Graph = program.graph
+    keep_regions(graph, program.graph_module, 0 if mode else 50)
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
-    guards = []
+    shapes: list[tuple[int | str, ...]] = []
+    guards = _conditions(list(placeholders.values()), program.range_constraints)
     for spec in program.graph_signature.input_specs:
         node = placeholders[spec.arg.name]
         if spec.kind == InputKind.USER_INPUT:
-            shape = node.meta["val"].shape
-            guards.append(Guard(tuple(size if isinstance(size, int) else str(size) for size in shape)))
+            shapes.append(tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape))
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             _as_attribute(graph, node, spec.target.removeprefix(f"{MODEL}."))
         elif spec.kind == InputKind.CONSTANT_TENSOR:
@@ -76,13 +91,30 @@ def _graph(program: Any, constants: dict[str, Tensor], mode: bool) -> tuple[fx.G
             _as_attribute(graph, node, name)
         else:
             raise UsageError(f"torch.export gives the model an input of kind {spec.kind}")
-    for spec in program.graph_signature.output_specs:
-        if spec.kind.name != "USER_OUTPUT":
-            raise UsageError(f"torch.export gives the model an output of kind {spec.kind}")
+    if other := [spec.kind for spec in program.graph_signature.output_specs if spec.kind.name != "USER_OUTPUT"]:
+        raise UsageError(f"torch.export gives the model an output of kind {other[0]}")
     for node in reversed(graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "").split(".")[0] in CHECKS:
             graph.erase_node(node)
-    return graph, tuple(guards)
+    return graph, Guards(tuple(shapes), *guards)
+
+
+def _conditions(placeholders: Sequence[fx.Node], ranges: Any) -> tuple[dict[str, tuple[int, float]], tuple[str, ...]]:
+    """Returns the ranges of sizes, and what tracing took for granted of them."""
+    modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in placeholders)
+    shapes = next((mode.shape_env for mode in modes if mode is not None and mode.shape_env is not None), None)
+    known = {str(name): (int(found.lower), _number(found.upper)) for name, found in ranges.items()}
+    if shapes is None:
+        return known, ()
+    import sympy
+    from torch.utils._sympy.printers import PythonPrinter
+
+    found = [shapes.simplify(guard.expr) for guard in shapes.guards]  # sizes that are always equal have one name
+    return known, tuple(dict.fromkeys(PythonPrinter().doprint(expr) for expr in found if expr not in (True, sympy.true)))
+
+
+def _number(most: Any) -> float:
+    return float(str(most)) if str(most).isdecimal() else float("inf")  # "int_oo"
 
 
 def _as_attribute(graph: fx.Graph, node: fx.Node, target: str) -> None:

@@ -26,28 +26,26 @@ class Outcome:
     buffers: dict[str, Tensor]
 
 
-def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], inputs: Sequence[Tensor]) -> str:
-    """Returns the first thing in which the pieces differ from the model, in training or in eval mode; "" if there is none."""
-    for training in (True, False):
-        own, cut = shadow(model), _copies(pieces)
-        for one in (own, *cut):
-            _set_mode(one, training, model.training)
-        with torch.random.fork_rng(devices=[]):
-            whole = _whole(own, call, inputs, training)
-            parts = _parts(cut, inputs, training)
-        if found := _compared(whole, parts):
-            return f"{found} in {'training' if training else 'evaluation'}"
+def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], examples: Sequence[Sequence[Tensor]]) -> str:
+    """Returns the first thing in which the pieces differ from the model; "" if there is none.
+
+    They take several steps on the same copies, in training and then in eval mode: a difference may show only after a step, as with buffers,
+    or with what a forward leaves in Python's attributes.
+    """
+    own, cut = shadow(model), _copies(pieces)
+    modes = [Modes(one, model.training) for one in (own, *cut)]
+    with torch.random.fork_rng(devices=[]):
+        for training, inputs in [(True, one) for one in (*examples, examples[0])] + [(False, one) for one in examples]:
+            for mode in modes:
+                mode.train() if training else mode.module.eval()
+            if found := _compared(_whole(own, call, inputs, training), _parts(cut, inputs, training)):
+                return f"{found} in {'training' if training else 'evaluation'}"
     return ""
 
 
 def _copies(pieces: Sequence[nn.Module]) -> list[nn.Module]:
     memo = {id(weight): weight for piece in pieces for weight in piece.parameters()}
     return copy.deepcopy(list(pieces), memo)
-
-
-def _set_mode(module: nn.Module, training: bool, whole: bool) -> None:
-    modes = Modes(module, whole)
-    modes.train() if training else module.eval()
 
 
 def _whole(model: nn.Module, call: Call, inputs: Sequence[Tensor], training: bool) -> Outcome:
@@ -123,9 +121,8 @@ def _compared(whole: Outcome, parts: Outcome) -> str:
     for name, buffer in whole.buffers.items():
         if name in parts.buffers and not same(buffer, parts.buffers[name]):
             return f"the buffer {name}"
-    for name, gradient in whole.gradients.items():
-        other = parts.gradients.get(name)
-        if not same(gradient, torch.zeros_like(gradient) if other is None else other):
+    for name in (*whole.gradients, *parts.gradients):
+        if name not in parts.gradients or name not in whole.gradients or not same(whole.gradients[name], parts.gradients[name]):
             return f"the gradient of {name}"
     return ""
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from delock.data.call import Call
+from delock.errors import UsageError, said
+from delock.execution import Modes
 from delock.partition.graph.structure import Structure, take_apart
 
 MODEL = "model"  # the name of the model under the root
@@ -21,6 +23,7 @@ class Root(nn.Module):
         super().__init__()
         self.model, self.call, self.is_leaf = model, call, is_leaf or (lambda one: isinstance(one, Tensor))
         self.structure: Structure = ()
+        self.training = model.training
 
     def run(self, *given: Any) -> tuple[Any, ...]:
         """Returns the tensors of what the model returns."""
@@ -35,14 +38,26 @@ def root(model: nn.Module, call: Call, count: int, is_leaf: Callable[[Any], bool
     space: dict[str, Any] = {}
     exec(f"def forward(self, {names}):\n    return self.run({names})\n", space)
     made: Root = type("Root", (Root,), {"forward": space["forward"]})(model, call, is_leaf)
-    return made.train(model.training) if model.training == made.training else _with_mode(made, model.training)
-
-
-def _with_mode(made: Root, training: bool) -> Root:
-    made.training = training  # not train(), which would change the model's parts
     return made
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """Returns a copy with the model's own parameters and copies of all else: tracing may leave its marks there."""
-    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    """Returns a copy with the model's own parameters and copies of all else: tracing may leave its marks there.
+
+    Raises UsageError for a model that cannot be copied.
+    """
+    memo: dict[int, Any] = {id(weight): weight for weight in model.parameters()}
+    for module in model.modules():  # a tensor computed from weights, as by the old weight_norm, cannot be copied with its graph
+        memo |= {id(one): one.detach() for one in vars(module).values() if isinstance(one, Tensor) and not one.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # copying raises whatever an object's own reduction raises
+        raise UsageError(f"a {type(model).__name__} cannot be copied, which tracing needs: {said(error)}") from error
+
+
+def in_mode(model: nn.Module, training: bool) -> nn.Module:
+    """Returns a `shadow` in the mode in which the model is trained, or in eval mode."""
+    own = shadow(model)
+    modes = Modes(own, model.training)
+    modes.train() if training else own.eval()
+    return own

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from delock.data.call import Call
 from delock.errors import UsageError, said
-from delock.execution import Modes
 from delock.partition.graph.cutter import Piece, pieces
 from delock.partition.graph.exported import exported
 from delock.partition.graph.proof import difference
-from delock.partition.graph.root import root, shadow
+from delock.partition.graph.root import in_mode, root
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.symbolic import symbolic
 from delock.partition.graph.traced import Traced, observe
@@ -49,9 +48,8 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
         try:
             traced = trace(model, call, examples[0])
             for mode in (True, False):
-                traced.facts[mode] = observe(_in_mode(model, mode), traced.graphs[mode], traced.constants, examples[0])
-            made = pieces(traced, wanted)
-            unlike = next((d for one in examples if (d := difference(model, call, [piece.module for piece in made], one))), "")
+                traced.facts[mode] = observe(in_mode(model, mode), traced.graphs[mode], traced.constants, examples[0])
+            made, unlike = _proved(traced, call, examples, wanted)
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -67,6 +65,25 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
     if best is None:
         raise UsageError(_refusal(model, failed))
     return best
+
+
+def _proved(traced: Traced, call: Call, examples: Sequence[Sequence[Tensor]], wanted: Sequence[str]) -> tuple[list[Piece], str]:
+    """Returns pieces that compute what the model computes, and "", or what differs. Cuts that change something are left out."""
+
+    def unlike(made: Sequence[Piece], given: Sequence[Sequence[Tensor]]) -> str:
+        return difference(traced.model, call, [piece.module for piece in made], given)
+
+    made = pieces(traced, wanted)
+    if not (found := unlike(made, examples)):
+        return made, ""
+    names = [piece.begins for piece in made[1:]]
+    if whole := unlike(pieces(traced, (), ()), examples):
+        return made, whole
+    good = [name for name in names if not unlike(pieces(traced, wanted, (name,)), examples[:1])]
+    if bad := [name for name in wanted if name in names and name not in good]:
+        raise UsageError(f"the model cannot be cut in front of {bad[0]}: {found} would be another")
+    made = pieces(traced, wanted, good)
+    return made, unlike(made, examples)
 
 
 def resized(inputs: Sequence[Tensor], count: int, wanted: int) -> list[Tensor]:
@@ -86,15 +103,9 @@ def _exported(model: nn.Module, call: Call, inputs: Sequence[Tensor]) -> Traced:
     return Traced(model, graphs, constants, structure, guards)
 
 
-def _in_mode(model: nn.Module, training: bool) -> nn.Module:
-    own = shadow(model)
-    Modes(own, model.training).train() if training else own.eval()
-    return own
-
-
 def _structure(model: nn.Module, call: Call, inputs: Sequence[Tensor], mode: bool) -> Structure:
     """Returns the structure of the model's output. Raises UsageError for a model that fails on its first batch."""
-    under = root(_in_mode(model, mode), call, len(inputs))
+    under = root(in_mode(model, mode), call, len(inputs))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             under(*(x.clone() for x in inputs))

@@ -1,5 +1,7 @@
 """Takes what a model returns apart into tensors, and puts it together again: tuples, lists, dicts, named tuples, dataclasses, ModelOutputs.
 
+An object of another kind becomes None.
+
 tensor ("t", i) · tuple ("u", item...) · list ("l", item...) · constant ("c", value) · mapping or object ("o", class, (name, item)...)
 """
 
@@ -11,14 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from delock.errors import UsageError
-from delock.tensors import kind
-
 Structure = tuple[Any, ...]
 
 
 def take_apart(value: Any, is_leaf: Callable[[Any], bool] = lambda one: isinstance(one, Tensor)) -> tuple[list[Any], Structure]:
-    """Returns the tensors of a value in order, and its structure. Raises UsageError for an object of another kind."""
+    """Returns the tensors of a value in order, and its structure."""
     leaves: list[Any] = []
     return leaves, _structure(value, leaves, is_leaf)
 
@@ -53,7 +52,7 @@ def _structure(value: Any, leaves: list[Any], is_leaf: Callable[[Any], bool]) ->
     elif value is None or isinstance(value, bool | int | float | str):
         return ("c", value)
     else:
-        raise UsageError(f"the model returns {kind(value)}, and only tensors in tuples, lists, dicts and dataclasses can leave it")
+        return ("c", None)  # as a cache for generation, which training has no use for
     return ("o", type(value), *((name, _structure(one, leaves, is_leaf)) for name, one in named))
 
 

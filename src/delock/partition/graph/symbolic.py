@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from delock.data.call import Call
-from delock.partition.graph.root import MODEL, root, shadow
+from delock.partition.graph.root import MODEL, in_mode, root
 from delock.partition.graph.structure import Structure
 
 ATTEMPTS = 40
@@ -80,13 +81,11 @@ def _traced(model: nn.Module, call: Call, count: int, opened: set[str], training
     """Returns the graph of one mode. Modules that cannot be traced are kept whole, one after the other."""
     whole: set[str] = set()
     while True:
-        own = shadow(model)
-        if not training:
-            own.eval()
-        under = root(own, call, count, lambda one: isinstance(one, Tensor | fx.Proxy))
+        under = root(in_mode(model, training), call, count, lambda one: isinstance(one, Tensor | fx.Proxy))
         tracer = Tracer(whole, opened)
         try:
-            graph = tracer.trace(under)
+            with torch.set_grad_enabled(training):
+                graph = tracer.trace(under)
             break
         except Exception:
             if tracer.failed in ("", MODEL) or len(whole) == ATTEMPTS or tracer.failed in opened:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from delock.errors import UsageError
+from delock.partition.graph.guards import Guards
 from delock.partition.graph.structure import Structure
 from delock.tensors import address, kind, tree_tensors
 
@@ -29,7 +30,7 @@ class Traced:
     graphs: dict[bool, fx.Graph]
     constants: dict[str, Tensor]
     structure: Structure
-    guards: tuple[Guard, ...] = ()
+    guards: dict[bool, Guards] = field(default_factory=dict)
     facts: dict[bool, Seen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -40,13 +41,6 @@ class Traced:
         return self.constants[path] if path in self.constants else lookup(self.model, path)
 
 
-@dataclass(frozen=True)
-class Guard:
-    """Says which sizes a traced graph is for: of every dimension of an input a number, or the name of one that may change."""
-
-    sizes: tuple[int | str, ...]
-
-
 @dataclass
 class Seen:
     """Holds what one run of a graph has shown of its values."""
@@ -55,6 +49,7 @@ class Seen:
     storage: dict[str, int] = field(default_factory=dict)  # address of its memory
     floats: set[str] = field(default_factory=set)  # names of floating tensors
     learns: set[str] = field(default_factory=set)  # of these, those that need a gradient
+    strided: set[str] = field(default_factory=set)  # of these, those whose elements do not fill their memory: sent, they would be others
     writes: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))  # address -> indices of the nodes that write there
     written: set[str] = field(default_factory=set)  # paths of buffers that the run changed
 
@@ -78,7 +73,7 @@ def observe(model: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor], 
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for name, value in constants.items():
         model.__dict__[name] = value
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(model.training):
         made = _Watching(model, graph, facts).run(*(x.clone() for x in inputs))
     if not all(isinstance(one, Tensor) for one in made):
         raise UsageError(f"the graph returns {kind(made)}, and only tensors can leave it")
@@ -106,6 +101,8 @@ class _Watching(fx.Interpreter):
                 self.facts.floats.add(n.name)
             if value.requires_grad:
                 self.facts.learns.add(n.name)
+                if not dense(value):
+                    self.facts.strided.add(n.name)
         return value
 
 
@@ -113,6 +110,16 @@ def _values(node: fx.Node, env: Mapping[fx.Node, Any]) -> Iterator[Tensor]:
     found: list[Any] = []
     map_arg((node.args, node.kwargs), lambda one: found.append(env.get(one)))
     yield from tree_tensors(found)
+
+
+def dense(tensor: Tensor) -> bool:
+    """Returns True if the elements of a tensor fill its memory without gaps and overlaps, in any order, as those of channels_last do."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: (pair[1], pair[0])):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def kind_of(value: object) -> Kind:

@@ -43,6 +43,8 @@ class Line:
         alive, kinds = self.alive(place), self.facts.kinds
         if not alive or any(kinds.get(node.name, "tensor") == "other" for node in alive):
             return False
+        if any(node.name in self.facts.strided for node in alive):
+            return False
         if not any(kinds.get(node.name) == "tensor" and node.name in self.facts.floats for node in alive):
             return False
         return not self._torn(alive, place)
@@ -80,7 +82,8 @@ def line(traced: Traced, mode: bool) -> Line:
 
     parameters, first = {id(p) for p in traced.model.parameters()}, dict[int, fx.Node]()
     buffers: dict[int, list[int]] = defaultdict(list)
-    written = {id(b) for name, b in traced.model.named_buffers() if name in facts.written}
+    names = {name for one in traced.facts.values() for name in one.written}  # in either mode
+    written = {id(b) for name, b in traced.model.named_buffers() if name in names}
     spans: dict[fx.Node, list[int]] = defaultdict(list)
     for node in nodes:
         if node.op != "get_attr" or not node.users:

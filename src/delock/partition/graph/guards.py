@@ -1,0 +1,58 @@
+"""Refuses inputs of sizes for which a graph was not traced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from delock.errors import UsageError
+
+KNOWN: Mapping[str, Any] = MappingProxyType({"math": math, "max": max, "min": min, "abs": abs, "int": int, "float": float, "round": round})
+
+
+@dataclass(eq=False)
+class Guards:
+    """Checks the inputs of a traced graph.
+
+    sizes: of every input, per dimension a number or the name of a size that may change; the same name is the same number everywhere.
+    ranges: the least and the largest number for a name. conditions: on the names, as Python expressions, which tracing took for granted.
+    It can be called in a graph: its name and module are those of a function.
+    """
+
+    sizes: tuple[tuple[int | str, ...], ...]
+    ranges: dict[str, tuple[int, float]] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
+    seen: set[tuple[Any, ...]] = field(default_factory=set)
+    __name__ = "refuse_other_sizes"
+
+    def __call__(self, *inputs: Tensor) -> None:
+        """Raises UsageError for inputs of other sizes."""
+        key = tuple(x.shape for x in inputs)
+        if key in self.seen:
+            return
+        if problem := self._problem(inputs):
+            found = ", ".join(str(tuple(x.shape)) for x in inputs)
+            raise UsageError(
+                f"the model was traced for inputs of other sizes ({problem}) than {found}: give it a first batch of the common size, and "
+                "pad to one length what may not change"
+            )
+        self.seen.add(key)
+
+    def _problem(self, inputs: Sequence[Tensor]) -> str:
+        named: dict[str, int] = {}
+        for i, (sizes, x) in enumerate(zip(self.sizes, inputs, strict=True)):
+            pairs = zip(sizes, x.shape, strict=False)
+            if len(sizes) != x.dim() or any(now != (named.setdefault(size, now) if isinstance(size, str) else size) for size, now in pairs):
+                return f"input {i} of ({', '.join(map(str, sizes))})"
+        for name, (least, most) in self.ranges.items():
+            if name in named and not least <= named[name] <= most:
+                return f"{name} from {least} to {most}"
+        for condition in self.conditions:
+            if not eval(condition, {"__builtins__": {}, **KNOWN}, named):
+                return condition
+        return ""
