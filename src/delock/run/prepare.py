@@ -10,7 +10,7 @@ from torch import nn
 
 from delock.checkpoints.directory import read
 from delock.data.call import Call
-from delock.data.loader import call_of
+from delock.data.loader import call_of, loaded
 from delock.errors import UsageError, users_own
 from delock.keys import key
 from delock.memory.optimizer import learned
@@ -75,9 +75,10 @@ def _prepared(request: Request) -> PreparedRun:
     if request.network.chain:
         _refuse_network(request, K)
     with users_own("the training data"):
-        inputs, targets = next(iter(request.train.epoch(0)))
+        first = next(iter(loaded(request.train, 0)))
+    inputs, targets = first.inputs, first.targets
     refuse_empty_test(request)
-    batch = Batch.of(inputs, targets)
+    batch = Batch.of(inputs, targets, first.counted)
     if not request.network.chain:
         request.network.trace(_call(request, inputs), inputs, batch.rows, K, [cut for cut in cuts or () if isinstance(cut, str)])
         _refuse_network(request, K)

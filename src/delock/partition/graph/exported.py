@@ -25,18 +25,19 @@ CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "s
 
 
 def exported(
-    model: nn.Module, call: Call, inputs: Sequence[Tensor], rows: int
+    model: nn.Module, call: Call, inputs: Sequence[Tensor], rows: int, known: bool
 ) -> tuple[dict[bool, fx.Graph], dict[str, Tensor], Structure, dict[bool, Guards]]:
     """Returns the graphs of both modes, constants, the structure of the output, and the sizes for which the graphs hold.
 
-    rows: samples in the inputs; at least two, because a size of one is taken for fixed. Raises whatever torch.export raises.
+    rows: samples in the inputs; at least two, because a size of one is taken for fixed. known: the model is told that it is exported, and
+    may compute in another way then. Raises whatever torch.export raises.
     """
     graphs: dict[bool, fx.Graph] = {}
     constants: dict[str, Tensor] = {}
     guards: dict[bool, Guards] = {}
     for mode in (True, False):
         under = root(in_mode(model, mode), call, len(inputs))
-        with _quiet(), torch.set_grad_enabled(mode):
+        with _quiet(), torch.set_grad_enabled(mode), as_if_exported(known):
             program = _program(under, inputs, rows)
         graphs[mode], guards[mode] = _graph(program, constants, mode)
     return graphs, constants, under.structure, guards
@@ -57,6 +58,17 @@ def _program(under: nn.Module, inputs: Sequence[Tensor], rows: int) -> Any:
 
 def _is_sequence(one: Tensor) -> bool:
     return one.dim() > 1 and not one.is_floating_point() and one.shape[1] > 1
+
+
+@contextlib.contextmanager
+def as_if_exported(known: bool) -> Iterator[None]:
+    """Answers, within the block, for models that ask torch.compiler if they are being exported."""
+    before = torch.compiler.is_exporting, torch.compiler.is_compiling
+    torch.compiler.is_exporting = torch.compiler.is_compiling = lambda: known
+    try:
+        yield
+    finally:
+        torch.compiler.is_exporting, torch.compiler.is_compiling = before
 
 
 @contextlib.contextmanager
@@ -106,11 +118,10 @@ def _conditions(placeholders: Sequence[fx.Node], ranges: Any) -> tuple[dict[str,
     known = {str(name): (int(found.lower), _number(found.upper)) for name, found in ranges.items()}
     if shapes is None:
         return known, ()
-    import sympy
     from torch.utils._sympy.printers import PythonPrinter
 
-    found = [shapes.simplify(guard.expr) for guard in shapes.guards]  # sizes that are always equal have one name
-    return known, tuple(dict.fromkeys(PythonPrinter().doprint(expr) for expr in found if expr not in (True, sympy.true)))
+    printed = (PythonPrinter().doprint(shapes.simplify(guard.expr)) for guard in shapes.guards)  # sizes that are always equal have one name
+    return known, tuple(dict.fromkeys(one for one in printed if one != "True"))
 
 
 def _number(most: Any) -> float:

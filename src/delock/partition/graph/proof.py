@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from delock.data.call import Call
 from delock.execution import Modes
-from delock.partition.graph.root import root, shadow
+from delock.partition.graph.exported import as_if_exported
+from delock.partition.graph.root import in_mode, root, shadow
 from delock.tensors import is_floating, tensors
 
 SEED = 20_261_127  # any number: both are given the same, so that dropout draws the same
@@ -26,8 +27,10 @@ class Outcome:
     buffers: dict[str, Tensor]
 
 
-def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], examples: Sequence[Sequence[Tensor]]) -> str:
+def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], examples: Sequence[Sequence[Tensor]], told: bool = False) -> str:
     """Returns the first thing in which the pieces differ from the model; "" if there is none.
+
+    told: from the model when it knows that it is exported; that in turn may differ from the model in rounding.
 
     They take several steps on the same copies, in training and then in eval mode: a difference may show only after a step, as with buffers,
     or with what a forward leaves in Python's attributes.
@@ -38,8 +41,17 @@ def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], exampl
         for training, inputs in [(True, one) for one in (*examples, examples[0])] + [(False, one) for one in examples]:
             for mode in modes:
                 mode.train() if training else mode.module.eval()
-            if found := _compared(_whole(own, call, inputs, training), _parts(cut, inputs, training)):
+            with as_if_exported(told):
+                whole = _whole(own, call, inputs, training)
+            if found := _compared(whole, _parts(cut, inputs, training), same):
                 return f"{found} in {'training' if training else 'evaluation'}"
+        if told:
+            for mode in modes:
+                mode.train()
+            plain = _whole(in_mode(model, True), call, examples[0], True)
+            with as_if_exported(True):
+                whole = _whole(in_mode(model, True), call, examples[0], True)
+            return _compared(plain, whole, close)
     return ""
 
 
@@ -112,17 +124,17 @@ def _given(named: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> d
     return {name: g for name, g in zip(named, gradients, strict=False) if g is not None}
 
 
-def _compared(whole: Outcome, parts: Outcome) -> str:
+def _compared(whole: Outcome, parts: Outcome, alike: Callable[[Tensor, Tensor], bool]) -> str:
     if len(whole.outputs) != len(parts.outputs):
         return "the number of tensors that it returns"
     for i, (a, b) in enumerate(zip(whole.outputs, parts.outputs, strict=True)):
-        if not same(a, b):
+        if not alike(a, b):
             return f"output {i}"
     for name, buffer in whole.buffers.items():
-        if name in parts.buffers and not same(buffer, parts.buffers[name]):
+        if name in parts.buffers and not alike(buffer, parts.buffers[name]):
             return f"the buffer {name}"
     for name in (*whole.gradients, *parts.gradients):
-        if name not in parts.gradients or name not in whole.gradients or not same(whole.gradients[name], parts.gradients[name]):
+        if name not in parts.gradients or name not in whole.gradients or not alike(whole.gradients[name], parts.gradients[name]):
             return f"the gradient of {name}"
     return ""
 
@@ -130,3 +142,10 @@ def _compared(whole: Outcome, parts: Outcome) -> str:
 def same(a: Tensor, b: Tensor) -> bool:
     """Returns True for equal tensors; NaN equals NaN."""
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b) or torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Returns True for tensors that are equal but for rounding."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return not a.numel() or bool((a - b).abs().max() <= 1e-4 * a.abs().max()) if is_floating(a) else same(a, b)

@@ -26,12 +26,16 @@ OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), "<")
 
 @dataclass
 class Split:
-    """Holds a model in pieces. structures: of its output in both modes, by mode. how: the tracer that found it."""
+    """Holds a model in pieces. structures: of its output in both modes, by mode. how: the tracer that found it.
+
+    told: the pieces are what the model computes when it knows that it is exported, which is the same but for rounding.
+    """
 
     pieces: list[Piece]
     structures: dict[bool, Structure]
     how: str
     refused: list[str] = field(default_factory=list)  # tracers before, and why not
+    told: bool = False
 
 
 def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, stages: int, wanted: Sequence[str] = ()) -> Split:
@@ -44,12 +48,14 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
     structures = {mode: _structure(model, call, examples[0], mode) for mode in (True, False)}
     best: Split | None = None
     failed: list[str] = []
-    for how, trace in (("torch.fx", _symbolic), ("torch.export", _exported)):
+    for how, trace, told in TRACERS:
+        if told and best:  # it would be another way of computing the same
+            break
         try:
-            traced = trace(model, call, examples[0])
+            traced = trace(model, call, examples[0], told)
             for mode in (True, False):
                 traced.facts[mode] = observe(in_mode(model, mode), traced.graphs[mode], traced.constants, examples[0])
-            made, unlike = _proved(traced, call, examples, wanted)
+            made, unlike = _proved(traced, call, examples, wanted, told)
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -59,7 +65,7 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
             failed.append(f"{how}: the pieces do not compute what the model computes, first seen in {unlike}")
             continue
         if best is None or len(made) > len(best.pieces):
-            best = Split(made, structures, how, list(failed))
+            best = Split(made, structures, how, list(failed), told)
         if len(made) >= max(stages, 2):
             break
     if best is None:
@@ -67,11 +73,11 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
     return best
 
 
-def _proved(traced: Traced, call: Call, examples: Sequence[Sequence[Tensor]], wanted: Sequence[str]) -> tuple[list[Piece], str]:
+def _proved(traced: Traced, call: Call, examples: Sequence[Sequence[Tensor]], wanted: Sequence[str], told: bool) -> tuple[list[Piece], str]:
     """Returns pieces that compute what the model computes, and "", or what differs. Cuts that change something are left out."""
 
     def unlike(made: Sequence[Piece], given: Sequence[Sequence[Tensor]]) -> str:
-        return difference(traced.model, call, [piece.module for piece in made], given)
+        return difference(traced.model, call, [piece.module for piece in made], given, told)
 
     made = pieces(traced, wanted)
     if not (found := unlike(made, examples)):
@@ -93,13 +99,13 @@ def resized(inputs: Sequence[Tensor], count: int, wanted: int) -> list[Tensor]:
     return [torch.cat([x, x[: wanted - count]]) if x.dim() and len(x) == count else x.clone() for x in inputs]
 
 
-def _symbolic(model: nn.Module, call: Call, inputs: Sequence[Tensor]) -> Traced:
+def _symbolic(model: nn.Module, call: Call, inputs: Sequence[Tensor], told: bool) -> Traced:
     graphs, constants, structure = symbolic(model, call, len(inputs))
     return Traced(model, graphs, constants, structure)
 
 
-def _exported(model: nn.Module, call: Call, inputs: Sequence[Tensor]) -> Traced:
-    graphs, constants, structure, guards = exported(model, call, inputs, max(len(x) for x in inputs if x.dim()))
+def _exported(model: nn.Module, call: Call, inputs: Sequence[Tensor], told: bool) -> Traced:
+    graphs, constants, structure, guards = exported(model, call, inputs, max(len(x) for x in inputs if x.dim()), told)
     return Traced(model, graphs, constants, structure, guards)
 
 
@@ -139,4 +145,9 @@ def _refusal(model: nn.Module, failed: Sequence[str]) -> str:
     )
 
 
-Tracing = Callable[[nn.Module, Call, Sequence[Tensor]], Traced]
+TRACERS: tuple[tuple[str, Callable[[nn.Module, Call, Sequence[Tensor], bool], Traced], bool], ...] = (
+    ("torch.fx", _symbolic, False),
+    ("torch.export", _exported, False),
+    ("torch.export", _exported, True),
+)
+"""Name, tracer, and if the model is told that it is exported: some, as those of transformers, mask attention in another way then."""
