@@ -42,13 +42,6 @@ class Call:
             raise UsageError(f"the model is given {found.words()}, where it was given {self.words()} before")
         return tensors
 
-    def having(self, name: str, value: bool) -> Call:
-        """Returns the call with one more named constant, if it has no argument of that name."""
-        whole, args, kwargs = self.shape
-        if name in dict(kwargs[1:]):
-            return self
-        return Call((whole, args, (*kwargs, (name, ("c", repr(value), value)))))
-
     def words(self) -> str:
         """Returns the arguments in words: "(tensor, mask=tensor, use_cache=False)"."""
         _, args, kwargs = self.shape

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from delock.data.call import Call
+from delock.errors import UsageError
 from delock.partition.graph.outputs import OnOutput, by_count, own_loss
 from delock.partition.graph.split import Split, split
 from delock.partition.graph.structure import Structure
 from delock.partition.layers import Layer, is_chain, layers
 from delock.tensors import Value, tensors
 
-CACHE = "use_cache"  # the argument by which a forward of transformers is told to keep keys and values for generation
+DETECTION = "torchvision.models.detection"
 ONE: Structure = ("t", 0)
 
 
@@ -45,7 +45,9 @@ class Network:
         if self.found is not None:
             return
         assert isinstance(self.model, nn.Module)
-        self.split = split(self.model, without_cache(self.model, call), tensors(inputs), count, stages, wanted)
+        if any(base.__module__.startswith(DETECTION) for base in type(self.model).__mro__):
+            raise UsageError(f"a {type(self.model).__name__} detects objects: boxes, whose number follows from values, are out of scope")
+        self.split = split(self.model, call, tensors(inputs), count, stages, wanted)
         self.found = [Layer("", piece.module, self.model.training, piece.begins) for piece in self.split.pieces]
 
     def on_output(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -57,8 +59,3 @@ class Network:
     def loss(self, given: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor] | None:
         """Returns the loss as the last stage calls it: the one that is given, or a traced model's own. A chain has none."""
         return self.on_output(given or own_loss) if given or self.split else None
-
-
-def without_cache(model: nn.Module, call: Call) -> Call:
-    """Returns the call without a cache for generation, where forward can be told so: training has no use for it."""
-    return call.having(CACHE, False) if CACHE in inspect.signature(model.forward).parameters else call

@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def exported(
     guards: dict[bool, Guards] = {}
     for mode in (True, False):
         under = root(in_mode(model, mode), call, len(inputs))
-        with _quiet(), torch.set_grad_enabled(mode), as_if_exported(known):
+        with _quiet(), torch.set_grad_enabled(mode), answering(exporting=known):
             program = _program(under, inputs, rows)
         graphs[mode], guards[mode] = _graph(program, constants, mode)
     return graphs, constants, under.structure, guards
@@ -61,14 +62,16 @@ def _is_sequence(one: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def as_if_exported(known: bool) -> Iterator[None]:
-    """Answers, within the block, for models that ask torch.compiler if they are being exported."""
-    before = torch.compiler.is_exporting, torch.compiler.is_compiling
-    torch.compiler.is_exporting = torch.compiler.is_compiling = lambda: known
+def answering(**known: bool) -> Iterator[None]:
+    """Answers, within the block, models that ask torch.compiler if they are being exported or compiled."""
+    before = {name: getattr(torch.compiler, f"is_{name}") for name in known}
+    for name, answer in known.items():
+        setattr(torch.compiler, f"is_{name}", partial(bool, answer))
     try:
         yield
     finally:
-        torch.compiler.is_exporting, torch.compiler.is_compiling = before
+        for name, function in before.items():
+            setattr(torch.compiler, f"is_{name}", function)
 
 
 @contextlib.contextmanager
@@ -94,7 +97,7 @@ def _graph(program: Any, constants: dict[str, Tensor], mode: bool) -> tuple[fx.G
     for spec in program.graph_signature.input_specs:
         node = placeholders[spec.arg.name]
         if spec.kind == InputKind.USER_INPUT:
-            shapes.append(tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape))
+            shapes.append(tuple(int(size) if size.isdecimal() else size for size in map(str, node.meta["val"].shape)))
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             _as_attribute(graph, node, spec.target.removeprefix(f"{MODEL}."))
         elif spec.kind == InputKind.CONSTANT_TENSOR:

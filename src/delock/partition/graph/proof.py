@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from delock.data.call import Call
 from delock.execution import Modes
-from delock.partition.graph.exported import as_if_exported
+from delock.partition.graph.exported import answering
 from delock.partition.graph.root import in_mode, root, shadow
 from delock.tensors import is_floating, tensors
 
@@ -41,7 +42,7 @@ def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], exampl
         for training, inputs in [(True, one) for one in (*examples, examples[0])] + [(False, one) for one in examples]:
             for mode in modes:
                 mode.train() if training else mode.module.eval()
-            with as_if_exported(told):
+            with answering(exporting=True, compiling=True) if told else nullcontext():
                 whole = _whole(own, call, inputs, training)
             if found := _compared(whole, _parts(cut, inputs, training), same):
                 return f"{found} in {'training' if training else 'evaluation'}"
@@ -49,7 +50,7 @@ def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], exampl
             for mode in modes:
                 mode.train()
             plain = _whole(in_mode(model, True), call, examples[0], True)
-            with as_if_exported(True):
+            with answering(exporting=True, compiling=True):
                 whole = _whole(in_mode(model, True), call, examples[0], True)
             return _compared(plain, whole, close)
     return ""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +13,13 @@ from delock.errors import UsageError, said
 from delock.partition.graph.cutter import Piece, pieces
 from delock.partition.graph.exported import exported
 from delock.partition.graph.proof import difference
+from delock.partition.graph.refusals import Failure, failure, refusal
 from delock.partition.graph.root import in_mode, root
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.symbolic import symbolic
 from delock.partition.graph.traced import Traced, observe
+from delock.partition.graph.unwritten import Unwritten
 from delock.tensors import rows
-
-OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), "<")
 
 
 @dataclass
@@ -34,7 +32,7 @@ class Split:
     pieces: list[Piece]
     structures: dict[bool, Structure]
     how: str
-    refused: list[str] = field(default_factory=list)  # tracers before, and why not
+    refused: list[Failure] = field(default_factory=list)  # tracers before, and why not
     told: bool = False
 
 
@@ -47,7 +45,7 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
     examples = [resized(inputs, count, count + 1 if count == 1 else count), resized(inputs, count, count + 1 if count < 3 else count - 1)]
     structures = {mode: _structure(model, call, examples[0], mode) for mode in (True, False)}
     best: Split | None = None
-    failed: list[str] = []
+    failed: list[Failure] = []
     for how, trace, told in TRACERS:
         if told and best:  # it would be another way of computing the same
             break
@@ -59,17 +57,17 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
-            failed.append(f"{how}: {_where(error)}")
+            failed.append(failure(how, error))
             continue
         if unlike:
-            failed.append(f"{how}: the pieces do not compute what the model computes, first seen in {unlike}")
+            failed.append(Failure(how, f"in pieces it would compute something else, first seen in {unlike}"))
             continue
         if best is None or len(made) > len(best.pieces):
             best = Split(made, structures, how, list(failed), told)
         if len(made) >= max(stages, 2):
             break
     if best is None:
-        raise UsageError(_refusal(model, failed))
+        raise UsageError(refusal(model, failed))
     return best
 
 
@@ -110,39 +108,16 @@ def _exported(model: nn.Module, call: Call, inputs: Sequence[Tensor], told: bool
 
 
 def _structure(model: nn.Module, call: Call, inputs: Sequence[Tensor], mode: bool) -> Structure:
-    """Returns the structure of the model's output. Raises UsageError for a model that fails on its first batch."""
+    """Returns the structure of the model's output. Raises UsageError if the model fails on its first batch, or writes to its weights."""
     under = root(in_mode(model, mode), call, len(inputs))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), Unwritten(model):
             under(*(x.clone() for x in inputs))
     except (torch.OutOfMemoryError, UsageError):
         raise
     except Exception as error:
         raise UsageError(f"the model ({type(model).__name__}) fails on its first batch: {said(error)}") from error
     return under.structure
-
-
-def _where(error: BaseException) -> str:
-    """Returns what went wrong, with the innermost line of the model's own code."""
-    frames = [frame for one in _chain(error) for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(OWN)]
-    place = f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    return f"{said(error).splitlines()[0][:200]}{place}"
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found[::-1]
-
-
-def _refusal(model: nn.Module, failed: Sequence[str]) -> str:
-    children = ", ".join(f"{name} ({type(child).__name__})" for name, child in list(model.named_children())[:8])
-    return (
-        f"cannot cut a {type(model).__name__} into stages, because its forward cannot be traced ({'; '.join(failed)}): "
-        f"decide on sizes and options, not on values, or give an nn.Sequential of its parts: {children}"
-    )
 
 
 TRACERS: tuple[tuple[str, Callable[[nn.Module, Call, Sequence[Tensor], bool], Traced], bool], ...] = (

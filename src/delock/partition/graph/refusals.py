@@ -1,0 +1,59 @@
+"""Says in the user's words why a model could not be cut: the line of its code at which tracing ended, and its parts."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from delock.errors import UsageError, said
+
+OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), "<")
+ON_VALUES = ("data-dependent", "control flow", "guard on")  # in torch's words
+MOST = 160  # characters of torch's words
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Holds why one tracer failed. place: file and line of the model's code, and the line itself; "" where none is known."""
+
+    how: str
+    reason: str
+    place: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.how}: {self.reason}{self.place and f' at {self.place}'}"
+
+
+def failure(how: str, error: BaseException) -> Failure:
+    """Returns what went wrong, with the innermost line of the model's own code."""
+    chain = _chain(error)
+    frames = [frame for one in chain for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(OWN)]
+    frames = frames if not isinstance(error, UsageError) else []
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
+    words = str(error) if isinstance(error, UsageError) else said(error)
+    first = words.strip().splitlines()[0] if words.strip() else type(error).__name__
+    return Failure(how, first[:MOST], place)
+
+
+def refusal(model: nn.Module, failed: Sequence[Failure]) -> str:
+    """Returns the whole sentence; of several failures the last that knows a line is told, else the last."""
+    told = next((one for one in reversed(failed) if one.place), failed[-1])
+    on_value = any(words in told.reason for words in ON_VALUES)
+    why = f"its forward decides on a value at {told.place}" if on_value and told.place else f"its forward cannot be traced ({told})"
+    remedy = "decide on sizes and options instead, move that line into a part that stays whole" if on_value else "change that"
+    children = ", ".join(f"{name} ({type(child).__name__})" for name, child in list(model.named_children())[:8])
+    parts = f", or give an nn.Sequential of its parts: {children}" if children else ""
+    return f"cannot cut a {type(model).__name__} into stages: {why}; {remedy}{parts}"
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found[::-1]
