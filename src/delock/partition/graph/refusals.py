@@ -18,7 +18,7 @@ MOST = 160  # characters of torch's words
 
 
 @dataclass(frozen=True)
-class Failure:
+class Obstacle:
     """Holds why one tracer failed. place: file and line of the model's code, and the line itself; "" where none is known."""
 
     how: str
@@ -29,7 +29,7 @@ class Failure:
         return f"{self.how}: {self.reason}{self.place and f' at {self.place}'}"
 
 
-def failure(how: str, error: BaseException) -> Failure:
+def obstacle(how: str, error: BaseException) -> Obstacle:
     """Returns what went wrong, with the innermost line of the model's own code."""
     chain = _chain(error)
     frames = [frame for one in chain for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(OWN)]
@@ -37,10 +37,10 @@ def failure(how: str, error: BaseException) -> Failure:
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
     words = str(error) if isinstance(error, UsageError) else said(error)
     first = words.strip().splitlines()[0] if words.strip() else type(error).__name__
-    return Failure(how, first[:MOST], place)
+    return Obstacle(how, first[:MOST], place)
 
 
-def refusal(model: nn.Module, failed: Sequence[Failure]) -> str:
+def refusal(model: nn.Module, failed: Sequence[Obstacle]) -> str:
     """Returns the whole sentence; of several failures the last that knows a line is told, else the last."""
     told = next((one for one in reversed(failed) if one.place), failed[-1])
     on_value = any(words in told.reason for words in ON_VALUES)

@@ -13,7 +13,7 @@ from delock.errors import UsageError, said
 from delock.partition.graph.cutter import Piece, pieces
 from delock.partition.graph.exported import exported
 from delock.partition.graph.proof import difference
-from delock.partition.graph.refusals import Failure, failure, refusal
+from delock.partition.graph.refusals import Obstacle, obstacle, refusal
 from delock.partition.graph.root import in_mode, root
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.symbolic import symbolic
@@ -32,7 +32,7 @@ class Split:
     pieces: list[Piece]
     structures: dict[bool, Structure]
     how: str
-    refused: list[Failure] = field(default_factory=list)  # tracers before, and why not
+    refused: list[Obstacle] = field(default_factory=list)  # tracers before, and why not
     told: bool = False
 
 
@@ -45,7 +45,7 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
     examples = [resized(inputs, count, count + 1 if count == 1 else count), resized(inputs, count, count + 1 if count < 3 else count - 1)]
     structures = {mode: _structure(model, call, examples[0], mode) for mode in (True, False)}
     best: Split | None = None
-    failed: list[Failure] = []
+    failed: list[Obstacle] = []
     for how, trace, told in TRACERS:
         if told and best:  # it would be another way of computing the same
             break
@@ -57,10 +57,10 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except Exception as error:
-            failed.append(failure(how, error))
+            failed.append(obstacle(how, error))
             continue
         if unlike:
-            failed.append(Failure(how, f"in pieces it would compute something else, first seen in {unlike}"))
+            failed.append(Obstacle(how, f"in pieces it would compute something else, first seen in {unlike}"))
             continue
         if best is None or len(made) > len(best.pieces):
             best = Split(made, structures, how, list(failed), told)
