@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from delock import codecs, data, draw, nets, optim, options, plan, recipes, timeline
     from delock.api import fit
     from delock.codecs import BF16, INT8, VQ
+    from delock.nets.cut_point import CutPoint
     from delock.options import Compression, Execution, Placement, Report, Simulation
     from delock.timeline import Emulation, Slowdown
 
@@ -54,6 +55,7 @@ __all__ = [
     "AsyncDGL",
     "Checkpoint",
     "Compression",
+    "CutPoint",
     "DelockError",
     "Emulation",
     "Execution",
@@ -89,6 +91,7 @@ LATER = MappingProxyType(
         **dict.fromkeys(("BF16", "INT8", "VQ"), "delock.codecs"),
         **dict.fromkeys(("Checkpoint", "Compression", "Execution", "Placement", "Report", "Simulation"), "delock.options"),
         **dict.fromkeys(("Emulation", "Slowdown"), "delock.timeline"),
+        "CutPoint": "delock.nets.cut_point",
         "fit": "delock.api",
     }
 )

@@ -98,17 +98,54 @@ class Placement:
     """Give each stage's process cores of its own, where the system can."""
     balance: Literal["counted", "measured"] = "counted"
     """Make stages even in counted work, with the same cuts in every run, or in measured time; cuts that are given stay as they are."""
+    stage_memory: int | str | tuple[int | str, ...] | None = None
+    """Most bytes that a stage may need, as 16G or 900Mi, for all or one per stage: cuts are chosen, or checked, by predicted memory."""
     link: Literal["auto", "gloo", "shared"] = "auto"
     """Between the processes: gloo (between GPUs NCCL), shared memory, or auto, shared memory where two stages are on one host."""
     patience: float = 120.0
     """Seconds without any progress after which the run is ended, more where one op is measured to take long; 0 is never."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.stage_memory, list):
+            object.__setattr__(self, "stage_memory", tuple(self.stage_memory))
         check_types(self)
+        if isinstance(self.stage_memory, int | str):
+            object.__setattr__(self, "stage_memory", (self.stage_memory,))
         at_least("threads", self.threads, 1, MOST_THREADS)
         one_of("balance", self.balance, ("counted", "measured"))
+        for one in self._limits:
+            count_bytes(one)
         one_of("link", self.link, ("auto", "gloo", "shared"))
         at_least("patience", self.patience, 0)
+
+    def limits(self, K: int) -> tuple[int, ...] | None:
+        """Returns the most bytes that each of K stages may need. Raises UsageError for another number of limits than stages."""
+        count = len(self._limits)
+        if not count:
+            return None
+        if count not in (1, K):
+            raise UsageError(f"stage_memory has {count} limits, but there are {K} stages: give one for all, or one for each")
+        return tuple(map(count_bytes, self._limits)) * (K // count)
+
+    @property
+    def _limits(self) -> tuple[int | str, ...]:
+        return self.stage_memory if isinstance(self.stage_memory, tuple) else ()
+
+
+BYTES: Mapping[str, int] = MappingProxyType(
+    {"": 1, **{x: 1000 ** (i + 1) for i, x in enumerate("KMGT")}, **{f"{x}i": 1024 ** (i + 1) for i, x in enumerate("KMGT")}}
+)
+
+
+def count_bytes(given: object) -> int:
+    """Returns a number of bytes, which text may say in units: 16G, 1.5GB, 900Mi. Raises UsageError for others."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?i?)B?", given.strip(), re.IGNORECASE) if isinstance(given, str) else None
+    unit = found[2].capitalize() if found else ""
+    said = float(found[1]) * BYTES[unit] if found and unit in BYTES else 0
+    count = given if isinstance(given, int) and not isinstance(given, bool) else said
+    if count < 1:
+        raise UsageError(f"stage_memory is {given!r}, but it must be a number of bytes, such as 16G (10^9) or 16Gi (2^30), at least 1")
+    return int(count)
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,10 @@ def _group(kind: type[Any], values: Any) -> type[Any]:
 
 
 def _as_text(kind: Any) -> Any:
-    """Returns the type, or text if text may stand for an object."""
+    """Returns the type, or text if text may stand for an object; one value or several is a number of values."""
     inner = get_args(kind)
+    if several := next((one for one in inner if get_origin(one) is tuple and len(inner) > 2), None):
+        return Annotated[several | None, shown("none", "VALUE ...")]
     if get_origin(kind) is Annotated or str not in inner or all(one in WORDS for one in inner):
         return kind
     return Annotated[str | None, shown("none")] if NoneType in inner else str

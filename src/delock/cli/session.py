@@ -157,7 +157,7 @@ def refuse(config: TrainConfig, data: Loaded) -> None:
     The layers of a model that is no chain are known later, when it has been traced.
     """
     from delock.launch.rank import backend_for
-    from delock.partition.layers import is_chain, layers
+    from delock.partition.network import Network
     from delock.run.checks import refuse_unfit, refuse_wrong_link
 
     network, machine = config.network, config.machine
@@ -165,8 +165,10 @@ def refuse(config: TrainConfig, data: Loaded) -> None:
     method.fits_workers(machine.workers if ranks() is None else "torchrun")
     backend_for(machine.device, None, K if machine.workers == "processes" else 1)
     refuse_wrong_link(method, config.placement.link, machine.device)
-    if is_chain(model := build_model(config, data)):
-        refuse_unfit(layers(model), K, network.cuts, method, data.train.sizes())
+    model = Network(build_model(config, data))
+    model.open(model.wanted(network.cuts, K))
+    if model.chain:
+        refuse_unfit(model.layers(), K, network.cuts, method, data.train.sizes())
 
 
 def fit_config(

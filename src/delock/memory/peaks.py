@@ -107,15 +107,20 @@ def peaks(method: Method, stages: Sequence[StageBytes], batches: int, *, saves: 
     saves: the run is saved in checkpoints.
     """
     K = len(stages)
+    columns = first_columns(method, K, batches)
+    return [stage_peak(columns, k, sizes, saves=saves, mixed=method.fitted(K).mixed) for k, sizes in enumerate(stages)]
+
+
+def first_columns(method: Method, K: int, batches: int) -> Sequence[Sequence[Step]]:
+    """Returns every stage's steps in the first batches, after which none holds more than before."""
     method = method.fitted(K)
-    columns = unroll(method, K, min(batches, repeating(method, K))).columns
-    found = [
-        peak(column, StageMemory(k, sizes, saves=saves, mixed=method.mixed))
-        for k, (column, sizes) in enumerate(zip(columns, stages, strict=True))
-    ]
-    return [
-        _with_late(one, sizes, under_way(columns, k)) if saves else one for k, (one, sizes) in enumerate(zip(found, stages, strict=True))
-    ]
+    return unroll(method, K, min(batches, repeating(method, K))).columns
+
+
+def stage_peak(columns: Sequence[Sequence[Step]], k: int, sizes: StageBytes, *, saves: bool, mixed: bool) -> PeakBytes:
+    """Returns the prediction for stage k from the steps of all stages."""
+    found = peak(columns[k], StageMemory(k, sizes, saves=saves, mixed=mixed))
+    return _with_late(found, sizes, under_way(columns, k)) if saves else found
 
 
 def _with_late(peak: PeakBytes, sizes: StageBytes, late: tuple[int, int]) -> PeakBytes:

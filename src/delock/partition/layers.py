@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from delock.errors import UsageError
+from delock.nets.cut_point import CutPoint
 from delock.nets.group import Group
 
 ACCEPTED = "a model is a module, or a list of modules that are called one after the other"
@@ -23,13 +24,16 @@ class Layer:
 
     `prefix`: the module's path in the unsplit model ("layer1.0"), or "" for a module without state that only the adapter added.
     `trains`: the model was in training mode, so what of the layer was not stays as it is. `begins`: the path of the module that it begins
-    with, where it is a piece of a traced model, whose parts have their paths in the unsplit model already.
+    with, where it is a piece of a traced model, whose parts have their paths in the unsplit model already. `also`: further names of the
+    place in front of it, as of a CutPoint; `ties`: parameters of earlier pieces that are sent to it.
     """
 
     prefix: str
     module: nn.Module
     trains: bool = True
     begins: str = ""
+    also: tuple[str, ...] = ()
+    ties: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,7 +57,8 @@ def layers(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
     """Returns the layers of a model in the order of its forward; the modules are the model's own, not copies.
 
     An nn.Sequential gives its children; if a child is a `Group`, or the only child and a Sequential, it gives that child's children
-    instead. A list gives its elements, named "0", "1", ... A torchvision ResNet gives stem, residual blocks and classifier.
+    instead. A list gives its elements, named "0", "1", ... A torchvision ResNet gives stem, residual blocks and classifier. A CutPoint
+    among them is no layer, but a name of the place in front of the next one.
     Raises UsageError for any other model, for an empty one, and for one with state outside its layers.
     """
     if isinstance(model, (list, tuple, nn.ModuleList)):
@@ -64,6 +69,7 @@ def layers(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
         found = list(_resnet(model))
     else:
         raise UsageError(f"cannot cut a {type(model).__name__} into stages: {ACCEPTED}")
+    found = _named_by_cut_points(found)
     if not found:
         raise UsageError("cannot train an empty network: the model has no layer")
     if isinstance(model, nn.Module) and (lost := set(state_names(model)) - set(_names(found))):
@@ -73,10 +79,23 @@ def layers(model: nn.Module | Sequence[nn.Module]) -> list[Layer]:
     return [replace(layer, trains=trains) for layer in found]
 
 
+def _named_by_cut_points(found: Sequence[Layer]) -> list[Layer]:
+    kept: list[Layer] = []
+    names: tuple[str, ...] = ()
+    for layer in found:
+        if isinstance(layer.module, CutPoint):
+            names += (layer.prefix,)
+        else:
+            kept.append(replace(layer, also=names))
+            names = ()
+    return kept
+
+
 def resolve_cuts(layers: Sequence[Layer], cuts: Sequence[int | str]) -> list[int]:
     """Returns the index of the first layer of each later stage: K - 1 strictly increasing numbers in 1 .. len(layers) - 1.
 
-    A cut is an index, also as a string, or a name: the prefix of a layer ("layer2.0") or of a group ("layer2" means its first layer).
+    A cut is an index, also as a string, or a name: that of a layer ("layer2.0"), of a CutPoint, or of a group ("layer2" means its first
+    layer).
     Raises UsageError for an unknown name, an index out of range, cuts out of order, and more stages than layers.
     """
     if len(cuts) >= len(layers):
@@ -163,13 +182,26 @@ def _index(layers: Sequence[Layer], cut: int | str) -> int:
     names = [layer.name for layer in layers]
     if cut and cut in names:
         return names.index(cut)
-    inside = [i for i, name in enumerate(names) if cut and name.startswith(f"{cut}.")]
+    inside = [i for i, layer in enumerate(layers) if cut and (cut in layer.also or layer.name.startswith(f"{cut}."))]
     if inside:
         return inside[0]
     if cut.strip().removeprefix("-").isdecimal():
         return int(cut)
-    near = difflib.get_close_matches(cut, filter(None, names), n=1, cutoff=0)
+    if whole := around(layers, cut):
+        raise UsageError(f"{cut} lies inside {whole}, which is called as a whole: cut in front of a layer")
+    known = [*filter(None, names), *(name for layer in layers for name in (*layer.also, *_parts(layer)))]
+    near = difflib.get_close_matches(cut, known, n=1, cutoff=0)
     raise UsageError(f"no layer is called {cut!r}: did you mean {near[0]!r}?" if near else f"no layer is called {cut!r}")
+
+
+def around(layers: Sequence[Layer], name: str) -> str:
+    """Returns what an error calls the layer of a chain that a module lies inside of, by its path; "" if there is none."""
+    return next((layer.called(i) for i, layer in enumerate(layers) if name in _parts(layer)), "")
+
+
+def _parts(layer: Layer) -> list[str]:
+    """Returns the paths of the modules inside a layer of a chain."""
+    return [under(layer.prefix, path) for path, _ in layer.module.named_modules() if path] if layer.prefix else []
 
 
 def listed(names: Sequence[str]) -> str:

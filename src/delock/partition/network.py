@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from delock.data.call import Call
 from delock.errors import UsageError
+from delock.nets.cut_point import cut_points
+from delock.partition.graph.cutter import ENOUGH
 from delock.partition.graph.outputs import OnOutput, by_count, own_loss
 from delock.partition.graph.split import Split, split
 from delock.partition.graph.structure import Structure
-from delock.partition.layers import Layer, is_chain, layers
+from delock.partition.layers import Layer, around, is_chain, layers
 from delock.tensors import Value, tensors
 
 DETECTION = "torchvision.models.detection"
@@ -27,28 +29,49 @@ class Network:
 
     def __init__(self, model: nn.Module | Sequence[nn.Module]) -> None:
         self.model = model
-        self.found: list[Layer] | None = layers(model) if is_chain(model) else None
+        self.chain = is_chain(model)  # it is taken apart without tracing
+        self.found: list[Layer] | None = layers(model) if self.chain else None
         self.split: Split | None = None
-
-    @property
-    def chain(self) -> bool:
-        """Returns True for a model that is taken apart without tracing."""
-        return is_chain(self.model)
+        self.opened = ""  # of a chain that is traced nevertheless: the layer to be cut inside
 
     def layers(self) -> list[Layer]:
         """Returns the layers, after `trace` if the model is no chain."""
         assert self.found is not None
         return self.found
 
-    def trace(self, call: Call, inputs: Value, count: int, stages: int, wanted: Sequence[str] = ()) -> None:
-        """Traces a model that is no chain, on a batch of `count` samples. Raises UsageError if it cannot be cut."""
+    def marks(self) -> list[str]:
+        """Returns the paths of the CutPoints in the model."""
+        return cut_points(self.model if isinstance(self.model, nn.Module) else nn.ModuleList(self.model))
+
+    def wanted(self, cuts: Sequence[int | str] | None, stages: int) -> list[str]:
+        """Returns the names in front of which there must be a cut: those of the cuts, or without cuts all CutPoints."""
+        return [cut for cut in cuts if isinstance(cut, str)] if cuts is not None else self.marks() if stages > 1 else []
+
+    def open(self, wanted: Sequence[str]) -> None:
+        """Lets a chain be traced as any other model if a wanted cut lies inside one of its layers. A list of modules has no forward."""
+        if self.found and self.chain and isinstance(self.model, nn.Module):
+            self.opened = next((whole for name in wanted if (whole := around(self.found, name))), "")
+            self.chain = not self.opened
+            self.found = self.found if self.chain else None
+
+    def trace(self, call: Call, inputs: Value, count: int, stages: int, wanted: Sequence[str] = (), enough: float = ENOUGH) -> None:
+        """Traces a model that is no chain, on a batch of `count` samples. Raises UsageError if it cannot be cut.
+
+        wanted: modules in front of which there must be a cut; enough: the number of cuts for which no finer places are looked for.
+        """
         if self.found is not None:
             return
         assert isinstance(self.model, nn.Module)
         if any(base.__module__.startswith(DETECTION) for base in type(self.model).__mro__):
             raise UsageError(f"a {type(self.model).__name__} detects objects: boxes, whose number follows from values, are out of scope")
-        self.split = split(self.model, call, tensors(inputs), count, stages, wanted)
-        self.found = [Layer("", piece.module, self.model.training, piece.begins) for piece in self.split.pieces]
+        wanted = [name for name in wanted if not name.strip().removeprefix("-").isdecimal() or name in dict(self.model.named_modules())]
+        try:
+            self.split = split(self.model, call, tensors(inputs), count, stages, wanted, enough)
+        except UsageError as error:
+            if not self.opened:
+                raise
+            raise UsageError(f"a cut lies inside {self.opened}, and for that the whole chain must be traced: {error}") from error
+        self.found = [Layer("", one.module, self.model.training, one.begins, one.also, one.ties) for one in self.split.pieces]
 
     def on_output(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Returns a loss or metric as the last stage calls it."""

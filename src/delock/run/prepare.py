@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,26 +11,20 @@ from delock.checkpoints.directory import read
 from delock.data.call import Call
 from delock.data.loader import call_of, loaded
 from delock.errors import UsageError, users_own
-from delock.keys import key
 from delock.memory.optimizer import learned
-from delock.nets.emulated import Emulated, WaitingStep
 from delock.optim.stage_facts import for_stage
 from delock.options import Simulation
-from delock.partition.balance import balance
-from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
-from delock.partition.measure import LayerCost
-from delock.partition.stages import stages
+from delock.partition.graph.cutter import ENOUGH
 from delock.run.checks import (
     refuse_empty_test,
     refuse_other_rows,
     refuse_recomputation,
-    refuse_single_samples,
     refuse_unfit,
-    refuse_unfit_codecs,
     refuse_untrainable,
 )
-from delock.run.heads import auxiliary, head_cost, head_shares
+from delock.run.choose_cuts import cut_network
 from delock.run.layout_choice import choose_layout
+from delock.run.measured_network import MeasuredNetwork
 from delock.run.parts import refuse_other
 from delock.run.prepared import Batch, PreparedRun
 from delock.run.request import Request
@@ -39,8 +32,8 @@ from delock.run.resume import Begin, refuse_changed, settled
 from delock.run.room import make_folder, refuse_folder
 from delock.stage.learner import described
 from delock.stage.unfit import made_by, refuse_unfit_optimizer
-from delock.tensors import Value, map_tensors, tensors
-from delock.timeline import Emulation, stage_facts
+from delock.tensors import Value, tensors
+from delock.timeline import stage_facts
 
 
 def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
@@ -63,15 +56,28 @@ def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
 
 
 def _prepared(request: Request) -> PreparedRun:
+    measured = measured_network(request)
+    return cut_network(measured, request.cuts)
+
+
+def measured_network(request: Request, *, counts: bool = False, enough: float = ENOUGH) -> MeasuredNetwork:
+    """Checks what can be checked before the network is cut, and measures its layers on a first batch. Raises UsageError.
+
+    counts: the work is counted even if no cuts are to be found by it; enough: the number of places to cut for which a model that is traced
+    gets no finer layers.
+    """
     waits, cuts = request.simulation.waits, request.cuts
     request.length()  # raises UsageError
     if request.execution.compile and waits:
         raise UsageError("emulated stages compute nothing, so there is nothing to compile: leave compile or emulate out")
     K = _number_of_stages(request)
+    request.placement.limits(K)  # raises UsageError
     request = replace(request, method=request.method.fitted(K))
     if request.simulation.slow and any(request.method.slowdown(k) > 1 for k in range(K)):
         raise UsageError("noise and slow both make stages slower: use one of them")
     _refuse_misfit(request.simulation, K, request.seed)
+    wanted = request.network.wanted(cuts, K)
+    request.network.open(wanted)
     if request.network.chain:
         _refuse_network(request, K)
     with users_own("the training data"):
@@ -80,7 +86,7 @@ def _prepared(request: Request) -> PreparedRun:
     refuse_empty_test(request)
     batch = Batch.of(inputs, targets, first.counted)
     if not request.network.chain:
-        request.network.trace(_call(request, inputs), inputs, batch.rows, K, [cut for cut in cuts or () if isinstance(cut, str)])
+        request.network.trace(_call(request, inputs), inputs, batch.rows, K, wanted, enough)
         _refuse_network(request, K)
     network = request.network.layers()
     request = replace(
@@ -89,30 +95,13 @@ def _prepared(request: Request) -> PreparedRun:
         metrics={name: request.network.on_output(metric) for name, metric in request.metrics.items()},
     )
     refuse_other_rows(request.execution, [batch.inputs], batch.rows)
-    counts = cuts is None and K > 1 and request.placement.balance == "counted"
+    counts = counts or (cuts is None and K > 1 and request.placement.balance == "counted")
     execution, costs = choose_layout(request, network, inputs, targets, counts=counts)
     refuse_other_rows(execution, [batch.inputs, *(cost.outputs for cost in costs[:-1])], batch.rows)
     for what in (layer.called(i) for i, layer in enumerate(network) if costs[i].recomputes):
         refuse_recomputation(request.method, execution, what)
-    if cuts is None:
-        cuts = balance([cost.work if counts else cost.total_s for cost in costs], K, [cost.params for cost in costs])
-    found = tuple(resolve_cuts(network, cuts))
-    refuse_unfit_codecs(request, [costs[cut - 1] for cut in found])
-    heads = auxiliary(request, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
-    normed = [*(network if execution.chunks > 1 else ()), *(Layer(f"heads.{k}", head, head.training) for k, head in heads.items())]
-    if has_batch_norm(normed):
-        refuse_single_samples(request.train.sizes() or [], request.method.micro_batches * execution.chunks)
-    shaped = {k: costs[found[k] - 1].shape for k in heads}
-    head_costs = {k: head_cost(request, execution, k, head, (batch.rows, *shaped[k]), targets) for k, head in heads.items() if shaped[k]}
-    for what in (f"the head of stage {k}" for k, cost in head_costs.items() if cost.recomputes):
-        refuse_recomputation(request.method, execution, what)
-    if waits:
-        request = replace(request, optimizer=WaitingStep(request.optimizer, waits.update)) if waits.update else request
-        return PreparedRun(request, network, found, costs, batch, execution, *_emulated(request, waits, [*found, len(network)], costs))
-    modules = stages(network, found)
-    shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], inputs)
-    entering = map_tensors(lambda x: x.to("meta"), inputs) if execution.compile else None
-    return PreparedRun(request, network, found, costs, batch, execution, modules, heads, head_costs, shares, inputs=entering)
+    marks = request.network.marks() if cuts is None else ()
+    return MeasuredNetwork(request, K, network, costs, batch, execution, inputs, targets, marks)
 
 
 def _refuse_network(request: Request, K: int) -> None:
@@ -125,7 +114,7 @@ def _refuse_network(request: Request, K: int) -> None:
 
 def _call(request: Request, inputs: Value) -> Call:
     """Returns the way in which the model is called: as the loader says, else with one argument per tensor."""
-    return call_of(request.train) or Call.of(tensors(inputs), {})[0]
+    return call_of(request.train) or Call.of((inputs,) if request.network.opened else tensors(inputs), {})[0]
 
 
 def refuse_other_optimizers(prepared: PreparedRun, begin: Begin) -> None:
@@ -146,21 +135,6 @@ def _refuse_misfit(simulation: Simulation, K: int, seed: int) -> None:
     simulation.straggler(K, seed)
     if simulation.replay is not None and len(simulation.replay) != K:
         raise UsageError(f"visits of {len(simulation.replay)} stages cannot be done again by {K}: cut the network as it was cut then")
-
-
-def _emulated(
-    request: Request, waits: Emulation, ends: Sequence[int], costs: Sequence[LayerCost]
-) -> tuple[list[Emulated], dict[int, nn.Module]]:
-    """Returns stages that wait, and heads that cost nothing, with outputs as large as the real ones."""
-    share = 1 / request.method.micro_batches
-    shapes = [costs[end - 1].shape for end in ends]
-    if not all(shapes):
-        raise UsageError("a stage whose output is a tuple cannot be emulated: cut elsewhere")
-    modules = [
-        Emulated(shape, share * waits.forward, share * waits.backward, jitter=waits.jitter, seed=key(request.seed, "emulate", k))
-        for k, shape in enumerate(shapes)
-    ]
-    return modules, {k: Emulated(shapes[-1], 0.0, 0.0) for k in request.method.headed(len(ends))}
 
 
 def _number_of_stages(request: Request) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,59 +13,87 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from delock.errors import UsageError
+from delock.nets.cut_point import cut_points
 from delock.partition.graph.guards import Guards
 from delock.partition.graph.segment import Program, Segment, as_number, as_size, as_tensor
 from delock.partition.graph.traced import Traced
-from delock.partition.graph.values import Line, blocks, line, starts
+from delock.partition.graph.values import Line, blocks, calls, line, starts
 
 ENOUGH = 12  # places to cut; finer ones are looked for only where there are fewer
 
 
+class NoCutError(UsageError):
+    """Raised if the model cannot be cut where it was asked for. unknown: there is no such place in any graph of the model."""
+
+    def __init__(self, message: str, *, unknown: bool = False) -> None:
+        super().__init__(message)
+        self.unknown = unknown
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Holds a piece: the module that it begins with, by path, and the piece as a module. The first piece begins with ""."""
+    """Holds a piece: the module that it begins with, by path, and the piece as a module. The first piece begins with "".
+
+    also: all modules that begin where it does, with CutPoints in front of them; ties: parameters of earlier pieces that it is sent.
+    """
 
     begins: str
     module: Segment
+    also: tuple[str, ...] = ()
+    ties: tuple[str, ...] = ()
 
 
-def pieces(traced: Traced, wanted: Sequence[str] = (), only: Collection[str] | None = None) -> list[Piece]:
+def pieces(traced: Traced, wanted: Sequence[str] = (), only: Collection[str] | None = None, enough: float = ENOUGH) -> list[Piece]:
     """Returns the pieces of a model.
 
-    wanted: modules, by path, in front of which there must be a cut; only: all in front of which there may be one.
-    Raises UsageError for a wanted one in front of which none is possible.
+    wanted: modules, by path, in front of which there must be a cut; only: all in front of which there may be one; enough: the number of
+    cuts for which no finer places are looked for. Raises NoCutError for a wanted one in front of which none is possible.
     """
     lines = {mode: line(traced, mode) for mode in traced.graphs}
-    names, places = boundaries(traced, lines, wanted, only)
+    names, places, also = boundaries(traced, lines, wanted, only, enough)
     owned: set[int] = set()
-    made = [
-        Piece(names[i - 1] if i else "", _segment(traced, lines, {mode: (edges[i], edges[i + 1]) for mode, edges in places.items()}, owned))
-        for i in range(len(names) + 1)
-    ]
+    made = []
+    for i, name in enumerate(["", *names]):
+        between = {mode: (edges[i], edges[i + 1]) for mode, edges in places.items()}
+        ties = _ties(traced, lines[True], places[True][i]) if i else ()
+        made.append(Piece(name, _segment(traced, lines, between, owned), also.get(name, ()), ties))
     _leftover(traced.model, made, owned)
     return made
 
 
 def boundaries(
-    traced: Traced, lines: dict[bool, Line], wanted: Sequence[str], only: Collection[str] | None = None
-) -> tuple[list[str], dict[bool, list[int]]]:
-    """Returns the modules in front of which the model is cut, and the edges of the pieces in each graph."""
-    begun = {mode: starts(one) for mode, one in lines.items()}
+    traced: Traced, lines: dict[bool, Line], wanted: Sequence[str], only: Collection[str] | None, enough: float = ENOUGH
+) -> tuple[list[str], dict[bool, list[int]], dict[str, tuple[str, ...]]]:
+    """Returns the modules in front of which the model is cut, the edges of the pieces in each graph, and other names of the same places."""
+    marks = cut_points(traced.model)
+    begun = {mode: starts(one, marks) for mode, one in lines.items()}
+    for known in begun.values():
+        known |= {path: first for path in wanted if path not in known and (first := _first_inside(path, known)) is not None}
     legal = {path: at for path in begun[True] if (at := _place(path, lines, begun))}
     for path in wanted:
-        if path in begun[True] and path not in legal:
-            raise UsageError(f"the model cannot be cut in front of {path}: {_why(path, lines, begun)}")
-    rank: dict[str, int] = dict.fromkeys(wanted, -1)  # of several that begin at one place, the one of the coarsest level gives the name
+        _refuse(path, traced, lines, begun, legal, marks)
+    rank = dict.fromkeys(wanted, -2) | dict.fromkeys(marks, -1)  # of several that begin at one place, the coarsest gives the name
     chosen: list[str] = []
     for level, paths in enumerate(blocks(traced.model, begun[True])):
         for path in paths:
             rank.setdefault(path, level)
         chosen = _ordered({path: at for path, at in legal.items() if path in rank}, rank)
-        if len(chosen) >= ENOUGH:
+        if len(chosen) >= enough:
             break
+    there = [legal[path] for path in chosen]
+    if lost := next((path for path in wanted if legal[path] not in there), None):
+        raise NoCutError(
+            f"the model cannot be cut in front of {lost}: its order among the others is another in training than in evaluation"
+        )
     chosen = [path for path in chosen if only is None or path in only]
     edges = {mode: [0, *(legal[path][mode] for path in chosen), len(lines[mode].work)] for mode in lines}
-    return chosen, edges
+    also = {path: tuple(other for other, at in legal.items() if at == legal[path]) for path in chosen}
+    return chosen, edges, also
+
+
+def _first_inside(path: str, begun: Mapping[str, int]) -> int | None:
+    """Returns where the first part of a module begins that is not called itself, as a ModuleList."""
+    return min((at for other, at in begun.items() if other.startswith(f"{path}.")), default=None)
 
 
 def _place(path: str, lines: dict[bool, Line], begun: dict[bool, dict[str, int]]) -> dict[bool, int]:
@@ -72,7 +101,31 @@ def _place(path: str, lines: dict[bool, Line], begun: dict[bool, dict[str, int]]
     if any(path not in begun[mode] for mode in lines):
         return {}
     places = {mode: begun[mode][path] for mode in lines}
-    return places if all(at > 0 and lines[mode].cuttable(at) for mode, at in places.items()) else {}
+    return places if all(at > 0 and not lines[mode].obstacle(at) for mode, at in places.items()) else {}
+
+
+def _refuse(
+    path: str,
+    traced: Traced,
+    lines: dict[bool, Line],
+    begun: dict[bool, dict[str, int]],
+    legal: Mapping[str, object],
+    marks: Sequence[str],
+) -> None:
+    """Raises NoCutError for a name in front of which no cut is possible, and for a CutPoint that stands in several places."""
+    if path in legal:
+        if path in marks and (count := max(calls(one, path) for one in lines.values())) > 1:
+            raise NoCutError(f"the CutPoint {path} is called {count} times in a forward, but marks one place: use one for each place")
+        return
+    if not any(path in known for known in begun.values()):
+        modules = dict(traced.model.named_modules())
+        if path not in modules:
+            near = difflib.get_close_matches(path, legal, n=1, cutoff=0)
+            raise NoCutError(f"no module is called {path!r}" + (f": did you mean {near[0]!r}?" if near else ""), unknown=True)
+        whole = next((str(n.target) for n in lines[True].work if n.op == "call_module" and path.startswith(f"{n.target}.")), "")
+        why = f"it lies inside {whole}, which is called as a whole" if whole else "the forward does not call it"
+        raise NoCutError(f"the model cannot be cut in front of {path}: {why}")
+    raise NoCutError(f"the model cannot be cut in front of {path}: {_why(path, lines, begun)}")
 
 
 def _why(path: str, lines: dict[bool, Line], begun: dict[bool, dict[str, int]]) -> str:
@@ -80,7 +133,12 @@ def _why(path: str, lines: dict[bool, Line], begun: dict[bool, dict[str, int]]) 
         return "it takes part in training only, or in evaluation only"
     if any(begun[mode][path] == 0 for mode in lines):
         return "it is the first"
-    return "a value that cannot be sent between stages is in use there, or state that is written on both sides"
+    return next(why for mode in lines if (why := lines[mode].obstacle(begun[mode][path])))
+
+
+def _ties(traced: Traced, found: Line, place: int) -> tuple[str, ...]:
+    """Returns the parameters that would cross a cut at a place."""
+    return tuple(traced.names[id(traced.state(str(node.target)))] for node in found.alive(place) if node.op == "get_attr")
 
 
 def _ordered(places: dict[str, dict[bool, int]], rank: Mapping[str, int]) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from delock.data.call import Call
 from delock.errors import UsageError, said
-from delock.partition.graph.cutter import Piece, pieces
+from delock.partition.graph.cutter import ENOUGH, NoCutError, Piece, pieces
 from delock.partition.graph.exported import exported
 from delock.partition.graph.proof import difference
 from delock.partition.graph.refusals import Obstacle, obstacle, refusal
@@ -36,15 +36,25 @@ class Split:
     told: bool = False
 
 
-def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, stages: int, wanted: Sequence[str] = ()) -> Split:
+def split(
+    model: nn.Module,
+    call: Call,
+    inputs: Sequence[Tensor],
+    count: int,
+    stages: int,
+    wanted: Sequence[str] = (),
+    enough: float = ENOUGH,
+) -> Split:
     """Returns the model in pieces, at least as many as stages if there are so many.
 
-    inputs: tensors of a batch of `count` samples. wanted: modules in front of which there must be a cut. Raises UsageError where no tracer
-    finds pieces that compute what the model computes: it quotes the line of the model's code at which tracing ended.
+    inputs: tensors of a batch of `count` samples. wanted: modules in front of which there must be a cut; enough: the number of cuts for
+    which no finer places are looked for. Raises UsageError where no tracer finds pieces that compute what the model computes: it quotes
+    the line of the model's code at which tracing ended.
     """
     examples = [resized(inputs, count, count + 1 if count == 1 else count), resized(inputs, count, count + 1 if count < 3 else count - 1)]
     structures = {mode: _structure(model, call, examples[0], mode) for mode in (True, False)}
     best: Split | None = None
+    elsewhere: NoCutError | None = None  # it can be cut, but not where it was asked for
     failed: list[Obstacle] = []
     for how, trace, told in TRACERS:
         if told and best:  # it would be another way of computing the same
@@ -53,9 +63,14 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
             traced = trace(model, call, examples[0], told)
             for mode in (True, False):
                 traced.facts[mode] = observe(in_mode(model, mode), traced.graphs[mode], traced.constants, examples[0])
-            made, unlike = _proved(traced, call, examples, wanted, told)
+            made, unlike = _proved(traced, call, examples, wanted, told, enough)
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
+        except NoCutError as error:
+            if error.unknown:
+                raise
+            elsewhere = elsewhere or error
+            continue
         except Exception as error:
             failed.append(obstacle(how, error))
             continue
@@ -66,27 +81,31 @@ def split(model: nn.Module, call: Call, inputs: Sequence[Tensor], count: int, st
             best = Split(made, structures, how, list(failed), told)
         if len(made) >= max(stages, 2):
             break
+    if best is None and elsewhere:
+        raise elsewhere
     if best is None:
         raise UsageError(refusal(model, failed))
     return best
 
 
-def _proved(traced: Traced, call: Call, examples: Sequence[Sequence[Tensor]], wanted: Sequence[str], told: bool) -> tuple[list[Piece], str]:
+def _proved(
+    traced: Traced, call: Call, examples: Sequence[Sequence[Tensor]], wanted: Sequence[str], told: bool, enough: float
+) -> tuple[list[Piece], str]:
     """Returns pieces that compute what the model computes, and "", or what differs. Cuts that change something are left out."""
 
     def unlike(made: Sequence[Piece], given: Sequence[Sequence[Tensor]]) -> str:
         return difference(traced.model, call, [piece.module for piece in made], given, told)
 
-    made = pieces(traced, wanted)
+    made = pieces(traced, wanted, enough=enough)
     if not (found := unlike(made, examples)):
         return made, ""
     names = [piece.begins for piece in made[1:]]
     if whole := unlike(pieces(traced, (), ()), examples):
         return made, whole
-    good = [name for name in names if not unlike(pieces(traced, wanted, (name,)), examples[:1])]
+    good = [name for name in names if not unlike(pieces(traced, wanted, (name,), enough), examples[:1])]
     if bad := [name for name in wanted if name in names and name not in good]:
-        raise UsageError(f"the model cannot be cut in front of {bad[0]}: {found} would be another")
-    made = pieces(traced, wanted, good)
+        raise NoCutError(f"the model cannot be cut in front of {bad[0]}: {found} would be another")
+    made = pieces(traced, wanted, good, enough)
     return made, unlike(made, examples)
 
 

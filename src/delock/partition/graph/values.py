@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -30,34 +31,38 @@ class Line:
     travels: dict[fx.Node, fx.Node] = field(default_factory=dict)  # attribute -> the first attribute with the same parameter
     copied: set[fx.Node] = field(default_factory=set)  # attributes that are copied to every stage that needs them
     span: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)  # of a value: the place that makes it, the last that uses it
-    closed: list[tuple[int, int]] = field(default_factory=list)  # no cut can come behind the first place, up to the second
+    closed: dict[str, tuple[int, int]] = field(default_factory=dict)  # state -> no cut can come behind the first place, up to the second
 
     def alive(self, place: int) -> list[fx.Node]:
         """Returns the values made before a place and used from it on, in the order in which they are made."""
         return [node for node, (made, last) in self.span.items() if made < place <= last]
 
-    def cuttable(self, place: int) -> bool:
-        """Returns True if everything alive there can be sent, and would be the same behind the cut."""
-        if any(first < place <= last for first, last in self.closed):
-            return False
+    def obstacle(self, place: int) -> str:
+        """Returns why there can be no cut in front of a place; "" if all alive there can be sent, and is the same behind the cut."""
+        for state, (first, last) in self.closed.items():
+            if first < place <= last:
+                return f"{state} is used on both sides of it, and the two stages would have different ones"
         alive, kinds = self.alive(place), self.facts.kinds
-        if not alive or any(kinds.get(node.name, "tensor") == "other" for node in alive):
-            return False
-        if any(node.name in self.facts.strided for node in alive):
-            return False
+        if other := next((node for node in alive if kinds.get(node.name, "tensor") == "other"), None):
+            return f"{_said(other)} is in use there, and it is neither a tensor nor a size"
+        if gaps := next((node for node in alive if node.name in self.facts.strided), None):
+            return f"{_said(gaps)} is in use there, whose elements do not fill its memory"
         if not any(kinds.get(node.name) == "tensor" and node.name in self.facts.floats for node in alive):
-            return False
-        return not self._torn(alive, place)
+            return "no floating tensor is in use there"
+        if torn := self._torn(alive, place):
+            return f"{_said(torn[0])} and {_said(torn[1])} share memory that is written to behind it"
+        return ""
 
-    def _torn(self, alive: list[fx.Node], place: int) -> bool:
-        """Returns True if two of the values share memory that is written to later: sent, they would be two."""
-        shared: dict[int, int] = defaultdict(int)
+    def _torn(self, alive: list[fx.Node], place: int) -> list[fx.Node]:
+        """Returns values that share memory which is written to later: sent, they would share none."""
+        shared: dict[int, list[fx.Node]] = defaultdict(list)
         for node in alive:
             if at := self.facts.storage.get(node.name):
-                shared[at] += 1
+                shared[at].append(node)
         numbers = {node: i for i, node in enumerate(self.graph.nodes)}
         begin = numbers[self.work[place]]
-        return any(count > 1 and any(i >= begin for i in self.facts.writes.get(at, ())) for at, count in shared.items())
+        found = (own for at, own in shared.items() if len(own) > 1 and any(i >= begin for i in self.facts.writes.get(at, ())))
+        return next(found, [])
 
     def main_first(self, alive: list[fx.Node]) -> list[fx.Node]:
         """Returns the values with the main activation in front and sizes at the end: the newest floating tensor that no parameter is."""
@@ -105,7 +110,8 @@ def line(traced: Traced, mode: bool) -> Line:
     for node in work:
         found.span[node] = places[node], max(uses(node), default=-1)
     found.span = dict(sorted(found.span.items(), key=lambda one: one[1][0]))
-    found.closed = [(min(at), max(at)) for at in buffers.values() if len(set(at)) > 1]
+    names_of = {id(t): name for name, t in reversed([*traced.model.named_parameters(), *traced.model.named_buffers()])}
+    found.closed = {names_of[key]: (min(at), max(at)) for key, at in buffers.items() if len(set(at)) > 1}
     return found
 
 
@@ -130,13 +136,30 @@ def _close_modules(
             closed[key] += spans[node]
 
 
-def starts(found: Line) -> dict[str, int]:
-    """Returns the place at which each module of the model begins, by path."""
+def starts(found: Line, marks: Collection[str] = ()) -> dict[str, int]:
+    """Returns the place at which each module of the model begins, by path. marks: CutPoints; what follows one begins in front of it."""
     begun: dict[str, int] = {}
+    front, marked = 0, False
     for place, node in enumerate(found.work):
+        front = front if marked else place
         for path in path_of(node):
-            begun.setdefault(path, place)
+            begun.setdefault(path, front)
+        marked = of_mark(node, marks)
     return begun
+
+
+def of_mark(node: fx.Node, marks: Collection[str]) -> bool:
+    """Returns True for what a CutPoint computes, and for what is taken out of its tuple."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return of_mark(node.args[0], marks)
+    paths = path_of(node)
+    return bool(paths) and paths[-1].partition("@")[0] in marks
+
+
+def calls(found: Line, mark: str) -> int:
+    """Returns how often a CutPoint is called, one after the other."""
+    there = [of_mark(node, (mark,)) for node in found.work]
+    return sum(now and not before for before, now in zip([False, *there], there, strict=False))
 
 
 def computes(node: fx.Node) -> bool:
@@ -164,3 +187,13 @@ def _nesting(model: nn.Module, path: str) -> int:
     if isinstance(above[-1], CONTAINERS):
         return inside
     return inside + 1 if any(isinstance(one, CONTAINERS) for one in above[-1].children()) else 0
+
+
+def _said(node: fx.Node) -> str:
+    """Returns what an error calls a value."""
+    if node.op == "placeholder":
+        return f"the input {node.name}"
+    if node.op == "get_attr":
+        return str(node.target)
+    paths = path_of(node)
+    return f"{node.name}, made in {paths[-1] if paths else 'the forward of the model itself'},"
