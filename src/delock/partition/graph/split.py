@@ -77,6 +77,7 @@ def split(
         if unlike:
             failed.append(Obstacle(how, f"in pieces it would compute something else, first seen in {unlike}"))
             continue
+        _allow_single(traced, made, call, resized(inputs, count, 1), told)
         if best is None or len(made) > len(best.pieces):
             best = Split(made, structures, how, list(failed), told)
         if len(made) >= max(stages, 2):
@@ -107,6 +108,20 @@ def _proved(
         raise NoCutError(f"the model cannot be cut in front of {bad[0]}: {found} would be another")
     made = pieces(traced, wanted, good, enough)
     return made, unlike(made, examples)
+
+
+def _allow_single(traced: Traced, made: Sequence[Piece], call: Call, single: Sequence[Tensor], told: bool) -> None:
+    """Lets the pieces take a batch of one, as a part may be, which torch.export rules out: if they then compute what the model computes."""
+    before = {mode: dict(one.ranges) for mode, one in traced.guards.items()}
+    for one in traced.guards.values():
+        one.ranges = {name: (1 if least == 2 else least, most) for name, (least, most) in one.ranges.items()}
+    try:
+        unlike = difference(traced.model, call, [piece.module for piece in made], [single], told) if before else ""
+    except Exception:  # as batch norm, which takes no single sample in training
+        unlike = "an error"
+    if unlike:
+        for mode, ranges in before.items():
+            traced.guards[mode].ranges = ranges
 
 
 def resized(inputs: Sequence[Tensor], count: int, wanted: int) -> list[Tensor]:
