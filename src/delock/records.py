@@ -44,6 +44,7 @@ class Started:
     slow: Slowdown | None = None  # ticks in which stages are made to take longer
     messages: tuple[int, ...] = ()  # bytes of an activation on each link
     encoded: tuple[tuple[float, float], ...] = ()  # with a codec, per link: mean bytes of an encoded activation, and of its codebooks
+    traced: str = ""  # of a model that is no chain: by what, and how exactly its pieces are the model
 
 
 @dataclass(frozen=True, slots=True)

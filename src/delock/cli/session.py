@@ -57,6 +57,8 @@ class Session:
             case Started():
                 self.screen.end()
                 self.screen.line(opening(config, event))
+                if event.traced:
+                    self.screen.line(event.traced)
                 if where := cut_line(asked, event):
                     self.screen.line(where)
                 self.screen.line(f"predicted: {per_second(event.samples_per_second, tokens(config))}; per stage:")

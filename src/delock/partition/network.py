@@ -73,6 +73,13 @@ class Network:
             raise UsageError(f"a cut lies inside {self.opened}, and for that the whole chain must be traced: {error}") from error
         self.found = [Layer("", one.module, self.model.training, one.begins, one.also, one.ties) for one in self.split.pieces]
 
+    def traced(self) -> str:
+        """Describes the tracing of a model that is no chain."""
+        if self.split is None:
+            return ""
+        but = " but for rounding, as it masks attention otherwise when it is traced" if self.split.told else ""
+        return f"traced by {self.split.how} in {len(self.split.pieces)} pieces, which are equal to the model{but}"
+
     def on_output(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Returns a loss or metric as the last stage calls it."""
         if self.split is None or self.split.structures[True] == self.split.structures[False] == ONE:

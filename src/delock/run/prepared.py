@@ -172,6 +172,7 @@ class PreparedRun:
             stages=predictions,
             samples_per_second=self.batch.rows / period,
             layout=self.execution.layout.replace("-", " "),
+            traced=request.network.traced(),
             compiled=self.execution.compile,
             slow=costs.slow,
             messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
