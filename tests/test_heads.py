@@ -176,6 +176,7 @@ def test_the_default_is_chosen_from_the_shape():
     assert choose((16, 8, 8)) == choose(torch.Size([16, 1, 3])) == "mlp-sr"
     assert choose((128, 64)) == "transformer"
     assert choose([256]) == "linear"
+    assert choose((4, 8, 8, 8)) == "volume"
 
 
 @pytest.mark.parametrize(
@@ -183,9 +184,10 @@ def test_the_default_is_chosen_from_the_shape():
     [
         ("cnn", (128, 64), 10, r"head cnn takes images \(C, H, W\) and does not fit .* shape \(128, 64\): use transformer"),
         (STRING, (64,), 10, r"does not fit a stage whose output has the shape \(64,\): use linear"),
-        ("transformer", (64, 8, 8), 10, rf"takes sequences \(T, C\) .*: use mlp-sr or mlp or cnn or {STRING}"),
-        ("linear", (64, 8), 10, r"takes vectors \(C,\) .*: use transformer"),
-        ("mlp-sr", (4, 4, 4, 4), 10, r"no head fits .* \(4, 4, 4, 4\).*cut elsewhere, or give a head of your own"),
+        ("transformer", (64, 8, 8), 10, rf"takes sequences \(T, C\) .*: use mlp-sr or mlp or cnn or tokens or pixels or {STRING}"),
+        ("linear", (64, 8), 10, r"takes vectors \(C,\) .*: use transformer or tokens or pixels"),
+        ("mlp-sr", (4, 4, 4, 4), 10, r"takes images \(C, H, W\) .*: use volume or pixels"),
+        ("mlp-sr", (4, 4, 4, 4, 4), 10, r"no head fits .* \(4, 4, 4, 4, 4\).*cut elsewhere, or give a head of your own"),
         ("linear", (), 10, r"no head fits .* shape \(\)"),
         ("mlp_sr", (8, 8, 8), 10, r"no head is called 'mlp_sr': did you mean 'mlp-sr'"),
         ("conv128-bm-pool-fc", (8, 8, 8), 10, rf"no head is called 'conv128-bm-pool-fc': did you mean '{STRING}'"),
@@ -206,7 +208,7 @@ def test_a_head_that_cannot_be_is_refused(name, shape, classes, says):
 
 def test_no_default_for_a_shape_that_nothing_fits():
     with pytest.raises(UsageError, match="no head fits"):
-        choose((1, 2, 3, 4))
+        choose((1, 2, 3, 4, 5))
 
 
 @pytest.mark.parametrize(("name", "shape"), [*((name, (4, 6, 6)) for name in IMAGE), ("transformer", (5, 4)), ("linear", (4,))])

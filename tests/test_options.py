@@ -26,7 +26,13 @@ from delock.timeline import Emulation, Slowdown
 pytestmark = pytest.mark.usefixtures("own_random")
 
 GROUPS = (Execution, Placement, Compression, Simulation, Report)
-TEXT = {"codec": "vq:dim=8", "error_codec": "bf16", "slow": "1:0.5", "emulate": "5:10", "stage_memory": "16G"}  # of options that may be text
+TEXT = {
+    "codec": "vq:dim=8",
+    "error_codec": "bf16",
+    "slow": "1:0.5",
+    "emulate": "5:10",
+    "stage_memory": "16G",
+}  # of options that may be text
 
 
 def test_fit_takes_25_arguments_and_the_groups_none_of_their_names() -> None:

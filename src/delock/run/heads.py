@@ -1,8 +1,9 @@
-"""Builds the auxiliary heads of a run, or takes those of the request, and measures their cost."""
+"""Builds the auxiliary heads of a run, or takes those of the request; tries them on the loss, and measures their cost."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,17 +11,54 @@ from torch import nn
 
 from delock.errors import UsageError
 from delock.keys import key
-from delock.nets.heads import HeadShare, build_head, choose, head_share
+from delock.memory.sizes import Outputs
+from delock.nets.heads import HeadShare, Logits, build_fitting, fitting, head_share
 from delock.options import Execution
+from delock.partition.head_loss import HeadLoss, head_loss
 from delock.partition.layers import Layer
 from delock.partition.measure import LayerCost
 from delock.run.layout_choice import measured
 from delock.run.request import Request
-from delock.tensors import kind
+from delock.tensors import Value, is_floating, kind, tree_tensors
 
 
-def auxiliary(request: Request, K: int, shapes: Sequence[tuple[int, ...]], logits: tuple[int, ...]) -> dict[int, nn.Module]:
-    """Returns the auxiliary heads of the stages that have one. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
+@dataclass(frozen=True)
+class Goal:
+    """Holds what the heads of a run have to predict.
+
+    loss: of a head that returns one of the network's outputs; logits: that output, None where the loss needs several: why.
+    first: a head is given the first tensor of its stage's output alone, the main activation of a traced stage.
+    """
+
+    loss: HeadLoss
+    logits: Logits | None
+    why: str
+    first: bool
+
+    @classmethod
+    def of(cls, request: Request, outputs: Outputs, targets: Any) -> Goal:
+        """Returns the goal for a network with these outputs. Raises UsageError for a model that computes its own loss."""
+        split = request.network.split
+        loss, why = head_loss(request.criterion, split.structures[True] if split else None, outputs, targets)
+        labels = next((tuple(one.shape) for one in tree_tensors(targets) if not is_floating(one)), ())
+        return cls(loss, None if loss.place is None else Logits.of(outputs[loss.place][0], labels), why, split is not None)
+
+    def entering(self, outputs: Outputs) -> Outputs:
+        """Returns the tensors of a stage's output that its head is given."""
+        return outputs[:1] if self.first else outputs
+
+
+def refuse_own_loss(request: Request, K: int) -> None:
+    """Raises UsageError for heads of a model that computes its own loss: they know no labels."""
+    if request.loss is None and request.method.headed(K):
+        raise UsageError(
+            f"{request.method.name} has a loss in every stage, but this model computes its loss itself, which the head of a stage cannot: "
+            "give fit a loss(outputs, targets), as loss=lambda out, y: cross_entropy(out.logits, y)"
+        )
+
+
+def auxiliary(request: Request, K: int, outputs: Sequence[Outputs], goal: Goal | None) -> dict[int, nn.Module]:
+    """Returns the auxiliary heads of the stages that have one. `outputs`: of stages 0 .. K-2, on a batch; goal: None without heads."""
     wanted = request.method.headed(K)
     given = request.heads
     if given is not None and not request.method.local_losses:
@@ -28,7 +66,7 @@ def auxiliary(request: Request, K: int, shapes: Sequence[tuple[int, ...]], logit
     if given is not None and not isinstance(given, str):
         _refuse_unfit(request.method.name, wanted, K, given)
         return dict(zip(wanted, given, strict=True))
-    return {k: _head(request, k, shapes[k], logits) for k in wanted}
+    return {k: _built(request, k, outputs[k], goal) for k in wanted if goal}
 
 
 def _refuse_unfit(method: str, wanted: range, K: int, given: Sequence[nn.Module]) -> None:
@@ -57,33 +95,79 @@ def _refuse_unfit(method: str, wanted: range, K: int, given: Sequence[nn.Module]
                 )
 
 
-def _head(request: Request, k: int, shape: tuple[int, ...], logits: tuple[int, ...]) -> nn.Module:
-    if not shape or not logits:
-        raise UsageError(f"the output of stage {k} or of the network is a tuple, for which no head is known: give heads=[...] as modules")
+def _built(request: Request, k: int, outputs: Outputs, goal: Goal) -> nn.Module:
+    """Returns the head of stage k, by the name that is given or by what fits. Raises UsageError if none does."""
     assert request.heads is None or isinstance(request.heads, str)
-    return build_head(request.heads or choose(shape), shape, logits[-1], seed=key(request.seed, "head", k))
+    found = goal.entering(outputs)
+    shape, dtype = found[0]
+    name = ""
+    if len(found) == 1 and goal.logits and dtype.is_floating_point:
+        name = request.heads or fitting(shape, goal.logits)
+    if not name:
+        raise UsageError(_no_head(k, outputs, goal))
+    assert goal.logits
+    head = build_fitting(name, shape, goal.logits, key(request.seed, "head", k))
+    return head if request.execution.amp != "no" else head.to(dtype)
 
 
-def head_cost(request: Request, execution: Execution, k: int, head: nn.Module, shape: tuple[int, ...], targets: Any) -> LayerCost:
-    """Returns the cost of stage k's head on a whole batch. Raises UsageError if the head does not take the stage's outputs."""
-    try:
-        outputs = torch.zeros(shape, dtype=next((w.dtype for w in head.parameters()), None))
-        return measured(request, execution, [Layer(f"head of stage {k}", head, head.training)], outputs, targets, learns=True)[0]
-    except UsageError as error:
-        raise UsageError(f"the auxiliary head of stage {k} does not fit: {error}") from error.__cause__
+def _no_head(k: int, outputs: Outputs, goal: Goal) -> str:
+    shapes = f"{_listed(outputs)}" if len(outputs) == 1 else f"a tuple of {_listed(outputs)}"
+    wants = f"the loss takes {_listed([(goal.logits.shape, None)])}" if goal.logits else f"the loss needs more than one tensor ({goal.why})"
+    given = "the first of these" if goal.first and len(outputs) > 1 else "this"
+    return (
+        f"no head is known for stage {k}, whose output is {shapes}, and {wants}: cut elsewhere, or give heads=[...], a module for each "
+        f"stage with a head, from {given} to what the loss takes"
+    )
+
+
+def _listed(outputs: Sequence[tuple[tuple[int, ...], torch.dtype | None]]) -> str:
+    return ", ".join(f"{shape} {str(dtype or '').removeprefix('torch.')}".strip() for shape, dtype in outputs)
+
+
+def tried(
+    request: Request, execution: Execution, heads: Mapping[int, nn.Module], outputs: Sequence[Outputs], goal: Goal, targets: Any
+) -> tuple[dict[int, LayerCost], dict[int, HeadLoss]]:
+    """Tries every head on its stage's output and the loss. Returns the cost of each on a whole batch, where it can be tried, and its loss.
+
+    A head of the user's may return what the loss takes as the model does not return it. Raises UsageError if a head does not fit.
+    """
+    costs, losses = dict[int, LayerCost](), dict[int, HeadLoss]()
+    for k, head in heads.items():
+        found, ways = goal.entering(outputs[k]), [goal.loss, *([replace(goal.loss, place=None)] if goal.loss.place is not None else [])]
+        losses[k] = goal.loss
+        if not all(dtype.is_floating_point or dtype.is_complex for _, dtype in found):
+            continue  # numbers that mean something, as places in a table: zeros might not fit
+        failed: list[UsageError] = []
+        for losses[k] in ways:
+            try:
+                costs[k] = _cost(replace(request, loss=losses[k]), execution, k, head, found, targets)
+                break
+            except UsageError as error:
+                failed.append(error)
+        else:
+            raise UsageError(
+                f"the auxiliary head of stage {k}, whose input is {_listed(found)}, does not fit: {failed[0]}; give heads=[...] that do"
+            ) from failed[0].__cause__
+    return costs, losses
+
+
+def _cost(request: Request, execution: Execution, k: int, head: nn.Module, found: Outputs, targets: Any) -> LayerCost:
+    zeros = [torch.zeros(shape, dtype=dtype) for shape, dtype in found]
+    inputs: Value = zeros[0] if len(zeros) == 1 else tuple(zeros)
+    return measured(request, execution, [Layer(f"head of stage {k}", head, head.training)], inputs, targets, learns=True)[0]
 
 
 def head_shares(
-    modules: Sequence[nn.Module], heads: Mapping[int, nn.Module], shapes: Sequence[tuple[int, ...]], inputs: Any
+    modules: Sequence[nn.Module], heads: Mapping[int, nn.Module], outputs: Sequence[Outputs], inputs: Value, goal: Goal
 ) -> dict[int, HeadShare]:
-    """Returns the cost of every head in shares of its stage's, if known. `shapes`: of the outputs of stages 0 .. K-2, for one sample."""
+    """Returns the cost of every head in shares of its stage's, if known. `outputs`: of stages 0 .. K-2, on a batch."""
     shares = {}
     for k, head in heads.items():
-        if k and not shapes[k - 1]:  # a tuple
+        if k and len(outputs[k - 1]) > 1:
             continue
-        dtype = next(modules[k].parameters(), torch.zeros(())).dtype
         try:
-            shares[k] = head_share(modules[k], head, inputs if k == 0 else torch.zeros(1, *shapes[k - 1], dtype=dtype))
+            entering = torch.zeros(1, *outputs[k - 1][0][0][1:], dtype=outputs[k - 1][0][1]) if k else inputs
+            shares[k] = head_share(modules[k], head, entering, first=goal.first)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # one sample is not enough for it: it can train, though
             continue
     return shares

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,7 @@ from delock.partition.layers import Layer, has_batch_norm
 from delock.partition.measure import LayerCost
 from delock.partition.stages import stages
 from delock.run.checks import refuse_recomputation, refuse_single_samples, refuse_unfit_codecs
-from delock.run.heads import auxiliary, head_cost, head_shares
+from delock.run.heads import Goal, auxiliary, head_shares, tried
 from delock.run.prepared import Batch, PreparedRun
 from delock.run.request import Request
 from delock.tensors import Value, map_tensors
@@ -46,12 +47,12 @@ class MeasuredNetwork:
         """Returns the run with these cuts. Raises UsageError for what does not go with them."""
         request, costs, K, execution = self.request, self.costs, self.K, self.execution
         refuse_unfit_codecs(request, [costs[cut - 1] for cut in found])
-        heads = auxiliary(request, K, [costs[cut - 1].shape for cut in found], costs[-1].shape)
+        outputs = [costs[cut - 1].outputs for cut in found]
+        heads = auxiliary(request, K, outputs, self.goal)
         normed = [*(self.layers if execution.chunks > 1 else ()), *(Layer(f"heads.{k}", head, head.training) for k, head in heads.items())]
         if has_batch_norm(normed):
             refuse_single_samples(request.train.sizes() or [], request.method.micro_batches * execution.chunks)
-        shaped = {k: costs[found[k] - 1].shape for k in heads}
-        head_costs = {k: self.head_cost(k, head, shaped[k]) for k, head in heads.items() if shaped[k]}
+        head_costs, head_losses = tried(request, execution, heads, outputs, self.goal, self.targets) if self.goal else ({}, {})
         for what in (f"the head of stage {k}" for k, cost in head_costs.items() if cost.recomputes):
             refuse_recomputation(request.method, execution, what)
         if waits := request.simulation.waits:
@@ -59,13 +60,15 @@ class MeasuredNetwork:
             emulated = _emulated(request, waits, [*found, len(self.layers)], costs)
             return PreparedRun(request, self.layers, found, costs, self.batch, execution, *emulated)
         modules = stages(self.layers, found)
-        shares = head_shares(modules, heads, [costs[cut - 1].shape for cut in found], self.inputs)
+        shares = head_shares(modules, heads, outputs, self.inputs, self.goal) if self.goal else {}
         entering = map_tensors(lambda x: x.to("meta"), self.inputs) if execution.compile else None
-        return PreparedRun(request, self.layers, found, costs, self.batch, execution, modules, heads, head_costs, shares, inputs=entering)
+        own = (heads, head_costs, head_losses, shares)
+        return PreparedRun(request, self.layers, found, costs, self.batch, execution, modules, *own, inputs=entering)
 
-    def head_cost(self, k: int, head: nn.Module, shape: tuple[int, ...]) -> LayerCost:
-        """Returns the cost of the head of a stage with outputs of this shape."""
-        return head_cost(self.request, self.execution, k, head, (self.batch.rows, *shape), self.targets)
+    @cached_property
+    def goal(self) -> Goal | None:
+        """Returns what heads have to predict, if stages have some."""
+        return Goal.of(self.request, self.costs[-1].outputs, self.targets) if self.request.method.headed(self.K) else None
 
 
 def _emulated(

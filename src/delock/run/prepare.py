@@ -23,6 +23,7 @@ from delock.run.checks import (
     refuse_untrainable,
 )
 from delock.run.choose_cuts import cut_network
+from delock.run.heads import refuse_own_loss
 from delock.run.layout_choice import choose_layout
 from delock.run.measured_network import MeasuredNetwork
 from delock.run.parts import refuse_other
@@ -78,6 +79,7 @@ def measured_network(request: Request, *, counts: bool = False, enough: float = 
     _refuse_misfit(request.simulation, K, request.seed)
     wanted = request.network.wanted(cuts, K)
     request.network.open(wanted)
+    refuse_own_loss(request, K)
     if request.network.chain:
         _refuse_network(request, K)
     with users_own("the training data"):

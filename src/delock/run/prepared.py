@@ -23,6 +23,7 @@ from delock.methods import Method, spelled
 from delock.nets.emulated import Emulated
 from delock.nets.heads import HeadShare
 from delock.options import Execution
+from delock.partition.head_loss import HeadLoss
 from delock.partition.layers import Layer
 from delock.partition.measure import LayerCost
 from delock.partition.stages import StageModule
@@ -66,6 +67,7 @@ class PreparedRun:
     modules: Sequence[StageModule | Emulated] = ()
     heads: dict[int, nn.Module] = field(default_factory=dict)  # stage -> its auxiliary head
     head_costs: dict[int, LayerCost] = field(default_factory=dict)  # stage -> its head, on a whole batch
+    head_losses: dict[int, HeadLoss] = field(default_factory=dict)  # stage -> the loss as its head's output is given to it
     head_shares: dict[int, HeadShare] = field(default_factory=dict)  # stage -> what its head costs beside it
     begin: Begin | None = None  # the checkpoint to go on from
     given: Method | None = None  # the request's method before it was fitted to K stages
@@ -112,13 +114,15 @@ class PreparedRun:
                 weighed=weigher(request.train) is not None,
                 optimizer=request.optimizer,
                 schedule=request.schedule,
-                loss=request.criterion,
+                loss=self.head_losses.get(k, request.criterion),
                 metrics=request.metrics,
                 seed=request.seed,
                 train=request.train if k == 0 else None,
                 test=request.test if k == 0 else None,
                 tests={name: len(one) for name, one in sets_of(request.test).items()} if request.test is not None else {},
                 head=self.heads.get(k),
+                main=not request.network.chain,
+                learns_below=any(w.requires_grad for one in self.modules[:k] for w in one.parameters()),
                 execution=self.execution,
                 placement=request.placement,
                 compression=request.compression,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from delock.errors import UsageError
 from delock.memory.optimizer import fixed_bytes, learned, optimizer_bytes
 from delock.memory.peaks import first_columns, stage_peak
-from delock.memory.sizes import RunLinks, stage_sizes
+from delock.memory.sizes import Outputs, RunLinks, stage_sizes
 from delock.partition.layers import under
 from delock.partition.measure import LayerCost
-from delock.run.heads import auxiliary
+from delock.run.heads import auxiliary, tried
 from delock.run.measured_network import MeasuredNetwork
 from delock.run.prepared import PreparedRun
 from delock.timeline import stage_facts
@@ -72,7 +73,7 @@ class StageNeeds:
         self.facts = stage_facts(request.method, K)
         self.ahead = request.workers != "inline" and torch.device(request.device).type == "cpu"
         self.known: dict[tuple[int, int, int], float] = {}
-        self.heads: dict[tuple[int, tuple[int, ...]], tuple[nn.Module, LayerCost] | None] = {}
+        self.heads: dict[tuple[int, Outputs], tuple[nn.Module, LayerCost] | None] = {}
         self.state = [
             [(under(layer.prefix, name), one) for name, one in (*layer.module.named_parameters(), *layer.module.named_buffers())]
             for layer in measured.layers
@@ -102,7 +103,7 @@ class StageNeeds:
         measured, request = self.measured, self.measured.request
         head: tuple[nn.Module, LayerCost] | None = None
         if k in request.method.headed(measured.K):
-            head = self._head(k, measured.costs[b - 1].shape)
+            head = self._head(k, measured.costs[b - 1].outputs)
             if head is None:
                 return UNKNOWN
         named = self._state(a, b) + (
@@ -119,16 +120,17 @@ class StageNeeds:
         saves, mixed = request.checkpoint is not None, request.method.mixed
         return built + stage_peak(self.columns, k, sizes, saves=saves, mixed=mixed).grows(request.device)
 
-    def _head(self, k: int, shape: tuple[int, ...]) -> tuple[nn.Module, LayerCost] | None:
+    def _head(self, k: int, outputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> tuple[nn.Module, LayerCost] | None:
         """Returns the head of a stage with such outputs, and its cost; None if there is none that fits."""
-        if (k, shape) not in self.heads:
-            measured = self.measured
-            try:
-                head = auxiliary(measured.request, measured.K, [shape] * (measured.K - 1), measured.costs[-1].shape)[k]
-                self.heads[k, shape] = (head, measured.head_cost(k, head, shape)) if shape else None
-            except UsageError:
-                self.heads[k, shape] = None
-        return self.heads[k, shape]
+        at, measured = (k, outputs), self.measured
+        if at not in self.heads and measured.goal:
+            self.heads[at] = None
+            with suppress(UsageError):
+                request, every = measured.request, [outputs] * (measured.K - 1)
+                head = auxiliary(request, measured.K, every, measured.goal)[k]
+                costs, _ = tried(request, measured.execution, {k: head}, every, measured.goal, measured.targets)
+                self.heads[at] = (head, costs[k]) if k in costs else None
+        return self.heads[at]
 
 
 def sized(count: float) -> str:

@@ -53,6 +53,8 @@ class Worker:
             schedule=for_stage(job.schedule, facts) if job.schedule else None,
             loss=job.loss,
             head=job.head,
+            main=job.main,
+            learns_below=job.learns_below,
             names=job.names,
             seed=job.seed,
             device=device,

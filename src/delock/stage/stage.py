@@ -23,7 +23,7 @@ from delock.stage.in_flight import InFlight
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
 from delock.stage.module import ModuleFunction, Weights, copies, refuse_derived_weights
 from delock.stage.split_backward import Gradients, gradients, joint_backward, split_backward
-from delock.tensors import Tree, Value, floating, leaves_of, like, with_leaves
+from delock.tensors import Tree, Value, floating, leaves_of, like, tensors, with_leaves
 
 
 class BackwardResult(NamedTuple):
@@ -53,7 +53,9 @@ class Stage:
     """Stage k of K: a module, its optimizer and schedule, and the loss if it computes one.
 
     module: called with one argument, a tensor or a tuple of tensors, as nn.Sequential is; it returns the same.
-    head: the auxiliary head of a stage with a loss of its own; it takes the module's outputs and returns what the loss takes.
+    head: the auxiliary head of a stage with a loss of its own; it takes the module's outputs, or the first of them alone if they are led by
+    their main activation (`main`), and returns what the loss takes.
+    learns_below: a stage below has weights that learn; else it is sent zeros for errors, and none are computed.
     names: the parameters' names in the unsplit model, by their names in the module; the head's are called heads.k.*.
     seed: dropout is seeded with key(seed, k, batch) before every Forward and again before its replay, in the head with
     key(seed, k, "head", batch). An optimizer draws from key(seed, k, "update", version).
@@ -72,6 +74,8 @@ class Stage:
         schedule: ScheduleFactory | None = None,
         loss: Loss | None = None,
         head: nn.Module | None = None,
+        main: bool = False,
+        learns_below: bool = True,
         names: Mapping[str, str] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
@@ -83,6 +87,7 @@ class Stage:
         self.k, self.K, self.loss, self.mixed, self.resumable = k, K, loss, mixed, resumable
         self.device = torch.device(device)
         self.execution = execution
+        self.main, self.learns_below = main, k > 0 and learns_below
         self.body = ModuleFunction(module, (seed, k), self.device, execution)
         self.head = ModuleFunction(head, (seed, k, "head"), self.device, execution) if head is not None else None
         if mixed:
@@ -119,9 +124,10 @@ class Stage:
 
     def rehearse(self, values: Value) -> None:
         """Compiles body and head for inputs like `values`."""
-        leaves = leaves_of(values, wanted=self.k > 0)
+        leaves = leaves_of(values, wanted=self.learns_below)
         outputs = self.body.rehearse(values, leaves, f"stage {self.k}")
         if self.head:
+            outputs = self._entering_head(outputs)
             entering = leaves_of(outputs, wanted=True)
             self.head.rehearse(like(outputs, with_leaves(outputs, entering)), entering, f"the head of stage {self.k}")
 
@@ -157,7 +163,7 @@ class Stage:
         is_replay: the batch has gone forward before, so BatchNorm's statistics know it already.
         """
         values = held.message.values
-        held.leaves = leaves_of(values, wanted=self.k > 0)
+        held.leaves = leaves_of(values, wanted=self.learns_below)
         if held.buffers is None:
             held.buffers = self.body.buffers(resumable=self.resumable)
         if self.resumable and not is_replay:
@@ -234,7 +240,7 @@ class Stage:
         self, step: Step, op: Backward, held: InFlight, roots: Sequence[Tensor], seeds: Sequence[Tensor | None]
     ) -> Gradients:
         """Returns the gradients of the inputs, if stage k - 1 listens; those of the weights are added to g_k, deferred, or left out."""
-        leaves = list(held.leaves) if step.down else []
+        leaves = list(held.leaves) if step.down and self.learns_below else []
         weights = list((held.weights if held.weights and held.step.snapshot else self.body.weights).values())
         if op.part == "input" and step.weights_later:
             if self.execution.compile or self.body.recomputes is not False:  # else each part would compute again
@@ -285,15 +291,20 @@ class Stage:
 
     def _head_loss(self, head: ModuleFunction, batch: int, held: InFlight) -> tuple[Tensor, Gradients]:
         """L_k = loss(a_k(h_{k+1}; u_k), y): adds the head's own gradient, and returns the loss with its error at the stage's outputs."""
-        leaves, buffers = leaves_of(held.outputs, wanted=True), head.buffers()
+        outputs, buffers = self._entering_head(held.outputs), head.buffers()
+        leaves = leaves_of(outputs, wanted=True)
         with torch.enable_grad():
-            logits = head(batch, like(held.outputs, with_leaves(held.outputs, leaves)))
+            logits = head(batch, like(outputs, with_leaves(outputs, leaves)))
         loss = self._loss(logits, held.message)
         wanted = [*leaves, *head.weights.values()]
         grads = head.differentiate(lambda: torch.autograd.grad(loss, wanted, allow_unused=True), None, buffers)
         errors = grads[: len(leaves)]
         self.learner.add(grads[len(leaves) :], first=len(self.body.weights), passed_on=errors)
-        return loss.detach(), errors
+        return loss.detach(), (*errors, *(None for _ in floating(held.outputs)[len(errors) :]))
+
+    def _entering_head(self, outputs: Value) -> Value:
+        """Returns what the head is given of the module's outputs."""
+        return tensors(outputs)[0] if self.main else outputs
 
     def _loss(self, outputs: Any, message: Message) -> Tensor:
         assert self.loss is not None
@@ -321,8 +332,9 @@ class Stage:
 
 
 def _error(held: InFlight, passed_on: Gradients) -> Message:
-    """Returns the message to stage k - 1: one tensor per floating input, zeros where the outputs do not depend on it."""
-    return Message(tuple(torch.zeros_like(h) if d is None else d for d, h in zip(passed_on, held.leaves, strict=True)))
+    """Returns the message to stage k - 1: one tensor per floating input, zeros where the outputs do not depend on it, or nothing learns."""
+    errors = passed_on or (None,) * len(held.leaves)
+    return Message(tuple(torch.zeros_like(h) if d is None else d for d, h in zip(errors, held.leaves, strict=True)))
 
 
 def _no_error(held: InFlight) -> Message:

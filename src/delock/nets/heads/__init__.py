@@ -2,5 +2,6 @@
 
 from delock.nets.heads.build import HEADS, build_head, choose
 from delock.nets.heads.cost import HeadShare, flops, head_share
+from delock.nets.heads.fit import Logits, build_fitting, fitting
 
-__all__ = ["HEADS", "HeadShare", "build_head", "choose", "flops", "head_share"]
+__all__ = ["HEADS", "HeadShare", "Logits", "build_fitting", "build_head", "choose", "fitting", "flops", "head_share"]

@@ -18,13 +18,15 @@ import torch
 from torch import nn
 
 from delock.errors import UsageError
+from delock.nets.heads.pooling import TokenMean
 from delock.nets.resnet import he
 
 Shape: TypeAlias = tuple[int, ...]  # of one sample: without the batch
 
 CONV_STRING = re.compile(r"(conv[1-9][0-9]*-(bn-)?)+pool-fc")
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 EXAMPLE = "conv128-bn-conv64-bn-pool-fc"
-AXES: Mapping[int, str] = MappingProxyType({3: "images (C, H, W)", 2: "sequences (T, C)", 1: "vectors (C,)"})
+AXES: Mapping[int, str] = MappingProxyType({4: "volumes (C, D, H, W)", 3: "images (C, H, W)", 2: "sequences (T, C)", 1: "vectors (C,)"})
 
 
 def build_head(name: str, shape: Sequence[int], classes: int, *, seed: int = 0) -> nn.Sequential:
@@ -36,8 +38,13 @@ def build_head(name: str, shape: Sequence[int], classes: int, *, seed: int = 0) 
       cnn      2 x [Conv3x3 C -> C, pad 1, no bias; BN; ReLU] at full size; average pool to 2 x 2; BN; flatten; Linear(4C -> classes)
       conv128-bn-conv64-bn-pool-fc, or any such string: convN is a Conv3x3 to N channels (pad 1, bias), bn an optional BN after it; a
                ReLU follows each, which the string does not name; pool is the mean over the image, fc the Linear to the classes
+      pixels   -> (B, classes, H, W): Conv1x1 C -> C, no bias; GroupNorm over all channels; ReLU; Conv1x1; also on (B, C, T) and volumes
     (B, T, C) -> (B, T, classes):
       transformer   LayerNorm; Linear without bias, whose weight an embedding of the same stage can share
+    (B, T, C) or (B, H, W, C) -> (B, classes):
+      tokens   LayerNorm; the mean over all tokens, padding too; Linear
+    (B, C, D, H, W) -> (B, classes):
+      volume   the mean over the volume; Linear
     (B, C) -> (B, classes):
       linear
 
@@ -58,9 +65,9 @@ def build_head(name: str, shape: Sequence[int], classes: int, *, seed: int = 0) 
 
 
 def choose(shape: Sequence[int]) -> str:
-    """Returns the name of the default head for an output of this shape, without the batch: mlp-sr, transformer or linear.
+    """Returns the name of the default head for an output of this shape, without the batch: mlp-sr, transformer, linear or volume.
 
-    Raises UsageError if no head fits.
+    It is chosen by the number of axes alone; `fitting` knows what the loss takes, too. Raises UsageError if no head fits.
     """
     return _fitting(tuple(shape))[0]
 
@@ -112,9 +119,33 @@ def _linear(shape: Shape, classes: int) -> nn.Sequential:
     return _he(fc=nn.Linear(shape[0], classes))
 
 
-# name: number of axes of the outputs it takes, builder; the first of a kind is the default
-HEADS: Mapping[str, tuple[int, Callable[[Shape, int], nn.Sequential]]] = MappingProxyType(
-    {"mlp-sr": (3, _mlp_sr), "mlp": (3, _mlp), "cnn": (3, _cnn), "transformer": (2, _transformer), "linear": (1, _linear)}
+def _tokens(shape: Shape, classes: int) -> nn.Sequential:
+    width = shape[-1]
+    return _he(norm=nn.LayerNorm(width), pool=TokenMean(), fc=nn.Linear(width, classes))
+
+
+def _pixels(shape: Shape, classes: int) -> nn.Sequential:
+    channels, conv = shape[0], CONVS[len(shape) - 2]
+    norm = nn.GroupNorm(1, channels)  # no batch statistics: it takes a single sample, too
+    return _he(conv=nn.Sequential(conv(channels, channels, 1, bias=False), norm, nn.ReLU(inplace=True)), fc=conv(channels, classes, 1))
+
+
+def _volume(shape: Shape, classes: int) -> nn.Sequential:
+    return _he(pool=nn.AdaptiveAvgPool3d(1), flatten=nn.Flatten(1), fc=nn.Linear(shape[0], classes))
+
+
+# name: numbers of axes of the outputs it takes, builder; the first of a kind is the default
+HEADS: Mapping[str, tuple[Sequence[int], Callable[[Shape, int], nn.Sequential]]] = MappingProxyType(
+    {
+        "mlp-sr": ((3,), _mlp_sr),
+        "mlp": ((3,), _mlp),
+        "cnn": ((3,), _cnn),
+        "transformer": ((2,), _transformer),
+        "linear": ((1,), _linear),
+        "volume": ((4,), _volume),
+        "tokens": ((2, 3), _tokens),
+        "pixels": ((2, 3, 4), _pixels),
+    }
 )
 
 
@@ -131,22 +162,23 @@ def _conv_string(string: str) -> Callable[[Shape, int], nn.Sequential]:
 
 
 def _layers(name: str, shape: Shape) -> Callable[[Shape, int], nn.Sequential]:
+    axes: Sequence[int]
     if CONV_STRING.fullmatch(name):
-        axes, layers = 3, _conv_string(name)
+        axes, layers = (3,), _conv_string(name)
     elif name in HEADS:
         axes, layers = HEADS[name]
     else:
         near = " or ".join(map(repr, difflib.get_close_matches(name, [*HEADS, EXAMPLE])))
         hint = f"did you mean {near}? " if near else ""
         raise UsageError(f"no head is called {name!r}: {hint}there are {', '.join(HEADS)}, and strings like {EXAMPLE}")
-    if axes != len(shape):
-        fits = " or ".join(_fitting(shape))
-        raise UsageError(f"head {name} takes {AXES[axes]} and does not fit a stage whose output has the shape {shape}: use {fits}")
+    if len(shape) not in axes:
+        takes, fits = " or ".join(AXES[one] for one in axes), " or ".join(_fitting(shape))
+        raise UsageError(f"head {name} takes {takes} and does not fit a stage whose output has the shape {shape}: use {fits}")
     return layers
 
 
 def _fitting(shape: Shape) -> list[str]:
-    names = [name for name, (axes, _) in HEADS.items() if axes == len(shape)]
+    names = [name for name, (axes, _) in HEADS.items() if len(shape) in axes]
     if not names:
         raise UsageError(
             f"no head fits a stage whose output has the shape {shape}, without the batch: there are heads for "

@@ -51,15 +51,16 @@ def flops(module: nn.Module, shape: Sequence[int]) -> int:
     return _count(module, torch.zeros(1, *shape, device=place.device, dtype=place.dtype))[0]
 
 
-def head_share(stage: nn.Module, head: nn.Module, inputs: Value) -> HeadShare:
+def head_share(stage: nn.Module, head: nn.Module, inputs: Value, *, first: bool = False) -> HeadShare:
     """Returns the cost of `head` beside that of `stage`, counted on the first sample of a batch, on copies in eval mode.
 
-    inputs: a batch as the stage takes it, a tensor or a tuple of tensors of any dtype, batch first.
+    inputs: a batch as the stage takes it, a tensor or a tuple of tensors of any dtype, batch first. first: the head takes the first tensor
+    of the stage's output alone.
     Raises UsageError if the head does not take the output of the stage.
     """
     stage_flops, out = _count(stage, map_tensors(lambda x: x[:1].detach().clone(), inputs))  # cloned: the stage may write into it
     try:
-        head_flops, _ = _count(head, map_tensors(Tensor.detach, out))
+        head_flops, _ = _count(head, map_tensors(Tensor.detach, tensors(out)[0] if first else out))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
