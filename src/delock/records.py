@@ -36,7 +36,7 @@ class Started:
     workers: str  # "processes", "inline", "torchrun"
     batches: int  # in the whole run
     epochs: float
-    cuts: tuple[int, ...]
+    cuts: tuple[int | str, ...]  # the first layer of each stage but the first; of a traced model by name
     stages: tuple[StagePrediction, ...]
     samples_per_second: float  # predicted
     layout: str = "default"  # of images in memory, or "channels last"

@@ -98,7 +98,7 @@ def _train(
 
     A row that fails is reported, and the others go on; bad input with nothing kept ends all.
     """
-    cuts: tuple[int, ...] | None = None
+    cuts: tuple[int | str, ...] | None = None
     whole = True
     for i, row in enumerate(todo):
         row = cut_alike(row, cuts) if cuts is not None else row

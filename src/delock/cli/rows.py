@@ -66,7 +66,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cut_alike(row: Row, cuts: tuple[int, ...]) -> Row:
+def cut_alike(row: Row, cuts: tuple[int | str, ...]) -> Row:
     """Returns the row with these cuts, if it has stages to cut."""
     return replace(row, config=replace(row.config, network=replace(row.config.network, cuts=cuts))) if row.name != PLAIN else row
 

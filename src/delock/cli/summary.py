@@ -55,7 +55,7 @@ class RunReport:
                 self.evaluations = [one for one in self.evaluations if one.batches <= event.trained][: event.evaluations]
 
 
-def settled(config: TrainConfig, cuts: tuple[int, ...]) -> TrainConfig:
+def settled(config: TrainConfig, cuts: tuple[int | str, ...]) -> TrainConfig:
     """Returns the config with the cuts that are used."""
     return replace(config, network=replace(config.network, cuts=cuts, stages=len(cuts) + 1))
 

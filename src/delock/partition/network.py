@@ -32,6 +32,7 @@ class Network:
         self.chain = is_chain(model)  # it is taken apart without tracing
         self.found: list[Layer] | None = layers(model) if self.chain else None
         self.split: Split | None = None
+        self.kept: list[str] = []  # cuts of a checkpoint, by name: the layers of its stages must be found again
         self.opened = ""  # of a chain that is traced nevertheless: the layer to be cut inside
 
     def layers(self) -> list[Layer]:
@@ -45,7 +46,8 @@ class Network:
 
     def wanted(self, cuts: Sequence[int | str] | None, stages: int) -> list[str]:
         """Returns the names in front of which there must be a cut: those of the cuts, or without cuts all CutPoints."""
-        return [cut for cut in cuts if isinstance(cut, str)] if cuts is not None else self.marks() if stages > 1 else []
+        own = [cut for cut in cuts if isinstance(cut, str)] if cuts is not None else self.marks() if stages > 1 else []
+        return list(dict.fromkeys([*own, *self.kept]))
 
     def open(self, wanted: Sequence[str]) -> None:
         """Lets a chain be traced as any other model if a wanted cut lies inside one of its layers. A list of modules has no forward."""

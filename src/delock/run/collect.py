@@ -29,7 +29,7 @@ def collect(request: Request, started: Started, results: Sequence[StageResult]) 
     )
 
 
-def _load(request: Request, cuts: tuple[int, ...], results: Sequence[StageResult]) -> None:
+def _load(request: Request, cuts: tuple[int | str, ...], results: Sequence[StageResult]) -> None:
     for k, (module, result) in enumerate(zip(stages(request.network.layers(), cuts), results, strict=True)):
         load_module(module, result.state, result.volatile["module"], f"module of stage {k}")
     if request.heads is not None and not isinstance(request.heads, str):

@@ -33,17 +33,17 @@ def left_out(prepared: PreparedRun) -> tuple[str, ...]:
     Raises UsageError for weights that the checkpoint has not, or in other shapes, and for an optimizer that was made otherwise.
     """
     begin = prepared.begin
-    if begin is None or not begin.restages(prepared.cuts):
+    if begin is None or not begin.restages(prepared.places):
         return ()
     then, path = begin.manifest, Path(begin.path)
     if not prepared.request.method.planned:
         was = f"{prepared.request.method.name} has no fixed plan, and goes on only in the stages of the checkpoint"
-        raise UsageError(f"{was}: {_stages(then.options['cuts'])}, not {_stages(prepared.cuts)}")
+        raise UsageError(f"{was}: {_stages(then.options['cuts'])}, not {_stages(prepared.places)}")
     weights = {name: one for k in range(then.K) for name, one in read_tensors(path / f"weights-{k}.safetensors", outline=True)[0].items()}
     _refuse_other_network(prepared.layers, weights)
     method = (prepared.given or prepared.request.method).fitted(then.K)
     return (
-        f"the run goes on in {_stages(prepared.cuts)} instead of {_stages(then.options['cuts'])}: weights and the optimizer's state are "
+        f"the run goes on in {_stages(prepared.places)} instead of {_stages(then.options['cuts'])}: weights and the optimizer's state are "
         "taken over by their names, and what a stage counts begins anew",
         *_under_way(method, then.K, then.first, then.batches),
         *([f"the losses of {_batches(then.trained, then.batches)} had not come"] if then.trained < then.batches else []),
@@ -140,7 +140,7 @@ def _refuse_other_network(network: Sequence[Layer], weights: Mapping[str, Tensor
                 raise UsageError(f"{name} of the network {was} the checkpoint: go on with the network that was trained")
 
 
-def _stages(cuts: Sequence[int]) -> str:
+def _stages(cuts: Sequence[int | str]) -> str:
     return f"{len(cuts) + 1} stages cut at {', '.join(map(str, cuts))}" if cuts else "1 stage"
 
 

@@ -45,6 +45,8 @@ def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
     writes = request.checkpoint is not None and request.simulation.replay is None
     if request.checkpoint and writes:
         refuse_folder(request.checkpoint)
+    if begin:
+        request.network.kept = [cut for cut in begin.manifest.options["cuts"] if isinstance(cut, str)]
     prepared = _prepared(settled(request, begin))
     prepared.given = request.method
     if begin:
@@ -122,7 +124,7 @@ def _call(request: Request, inputs: Value) -> Call:
 def refuse_other_optimizers(prepared: PreparedRun, begin: Begin) -> None:
     """Raises UsageError if a stage's optimizer is made otherwise than that of the checkpoint: loading it would hide the difference."""
     request, facts = prepared.request, stage_facts(prepared.request.method, prepared.K)
-    if begin.restages(prepared.cuts):  # then others, by names
+    if begin.restages(prepared.places):  # then others, by names
         return
     for k, module in enumerate(prepared.modules):
         named = learned(module, prepared.heads.get(k), k)

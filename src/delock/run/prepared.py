@@ -79,6 +79,11 @@ class PreparedRun:
         return len(self.cuts) + 1
 
     @property
+    def places(self) -> tuple[int | str, ...]:
+        """Returns the cuts as they are told and kept: of a traced model by name, because its layers are numbered anew for other cuts."""
+        return self.cuts if self.request.network.split is None else tuple(self.layers[cut].name for cut in self.cuts)
+
+    @property
     def length(self) -> RunLength:
         """Returns the length of the run."""
         return self.request.length()
@@ -97,11 +102,11 @@ class PreparedRun:
     def conditions(self) -> dict[str, Any]:
         """Returns what must be the same when the run goes on from a checkpoint."""
         asked = replace(self.request, method=self.given or self.request.method)
-        return conditions(asked, self.cuts, self.batch.rows, self.execution.layout)
+        return conditions(asked, self.places, self.batch.rows, self.execution.layout)
 
     def jobs(self) -> list[StageJob]:
         """Returns a job per stage; only the first gets the data."""
-        request, first = self.request, self.begin.first(self.cuts) if self.begin else 0
+        request, first = self.request, self.begin.first(self.places) if self.begin else 0
         return [
             StageJob(
                 k=k,
@@ -172,7 +177,7 @@ class PreparedRun:
             workers=request.workers,
             batches=self.length.batches,
             epochs=self.length.batches / len(request.train),
-            cuts=self.cuts,
+            cuts=self.places,
             stages=predictions,
             samples_per_second=self.batch.rows / period,
             layout=self.execution.layout.replace("-", " "),

@@ -46,9 +46,11 @@ def take_over(job: StageJob, stage: Stage, history: History, feed: Feed | None) 
     (kept if own_head else kept.without(f"heads.{job.k}.")).into(stage.learner)
 
 
-def sources(cuts: Sequence[int], before: Sequence[int], k: int) -> list[int]:
-    """Returns the stages between the cuts `before` that have a layer of stage k between `cuts`."""
-    edges, old = [0, *cuts, math.inf], [0, *before, math.inf]
+def sources(cuts: Sequence[int | str], before: Sequence[int | str], k: int) -> list[int]:
+    """Returns the stages between the cuts `before` that may have a layer of stage k between `cuts`; where names do not tell, all."""
+    if any(isinstance(cut, str) for cut in (*cuts, *before)):
+        return list(range(len(before) + 1))
+    edges, old = [0.0, *map(float, cuts), math.inf], [0.0, *map(float, before), math.inf]
     return [j for j in range(len(before) + 1) if old[j] < edges[k + 1] and edges[k] < old[j + 1]]
 
 

@@ -39,11 +39,11 @@ class Begin:
         """Returns the tick before which every stage was saved."""
         return self.manifest.tick
 
-    def restages(self, cuts: Sequence[int]) -> bool:
+    def restages(self, cuts: Sequence[int | str]) -> bool:
         """Returns True if stages with these cuts are not those of the checkpoint."""
         return list(self.manifest.options["cuts"]) != list(cuts)
 
-    def first(self, cuts: Sequence[int]) -> int:
+    def first(self, cuts: Sequence[int | str]) -> int:
         """Returns the batch with which stages with these cuts begin, or have begun."""
         return self.manifest.batches if self.restages(cuts) else self.manifest.first
 
@@ -129,7 +129,7 @@ def settled(request: Request, begin: Begin | None) -> Request:
     return replace(request, cuts=cuts, execution=replace(request.execution, layout=layout))
 
 
-def conditions(request: Request, cuts: Sequence[int], samples: int, layout: str) -> dict[str, Any]:
+def conditions(request: Request, cuts: Sequence[int | str], samples: int, layout: str) -> dict[str, Any]:
     """Returns what must be the same when the run goes on, by the names of options, as plain values."""
     execution, compression, length = request.execution, request.compression, request.length()
     return {
