@@ -110,9 +110,7 @@ def request_of(work: Work, method: delock.Method, K: int, cuts: tuple[int, ...] 
     """Returns the request that `fit` would make, for a run until the plan repeats itself and every link has been full."""
     optimizer = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
     length, report = 2 * K + 3, delock.Report(log_every=1000)
-    return Request(
-        work.network(), work.data, None, work.loss, method, optimizer, stages=K, cuts=cuts, batches=length, report=report
-    )
+    return Request(work.network(), work.data, None, work.loss, method, optimizer, stages=K, cuts=cuts, batches=length, report=report)
 
 
 def live(rank: Rank, job: StageJob) -> int:

@@ -34,7 +34,13 @@ def train(name: str) -> Turn:
     """Runs one turn, in this program."""
     work, batches = WORKS[name], BATCHES[name]
     result = delock.fit(
-        work.model(), Ready(work.batches()), loss=work.loss, method="ddg", stages=2, optimizer=SGD, batches=batches,
+        work.model(),
+        Ready(work.batches()),
+        loss=work.loss,
+        method="ddg",
+        stages=2,
+        optimizer=SGD,
+        batches=batches,
         report=delock.Report(log_every=batches),
     )
     return 1000 * result.seconds / batches, [stage.memory_growth for stage in result.stages]

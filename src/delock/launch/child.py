@@ -19,9 +19,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from delock.launch import allocator
 from delock.launch.context import OF_THE_PARENT
 from delock.launch.cores import settle
 from delock.launch.failure import Failure, raised
+from delock.launch.parcel import Parcel, receive
 from delock.launch.pickling import unpack
 from delock.launch.progress import Progress
 from delock.launch.rank import Rank, device_of
@@ -53,7 +55,10 @@ class RankConfig:
 
 
 class ParentPipe:
-    """Sends messages (kind, body) from the rank to its parent, whole and in order; the kind is "event", "here", "result" or "failure"."""
+    """Sends messages (kind, body) from the rank to its parent, whole and in order; the kind is "event", "here", "result" or "failure".
+
+    A result's messages follow its kind.
+    """
 
     def __init__(self, up: Connection) -> None:
         self._up, self._lock = up, threading.Lock()
@@ -66,6 +71,13 @@ class ParentPipe:
     def emit(self, event: object) -> None:
         self.send("event", event)
 
+    def bring(self, result: object) -> None:
+        """Sends the result. Raises whatever pickling it raises."""
+        parcel = Parcel(result)
+        with self._lock:
+            self._up.send_bytes(pickle.dumps(("result", None)))
+            parcel.send(self._up.send_bytes)
+
 
 def main(config: RankConfig, memory: Any, stop: Any, peers: dict[int, socket.socket], down: Connection, up: Connection) -> None:
     """Runs one target.
@@ -77,7 +89,7 @@ def main(config: RankConfig, memory: Any, stop: Any, peers: dict[int, socket.soc
     report, progress = ParentPipe(up), Progress(memoryview(memory).cast("B"))
     progress.born()
     try:
-        target, payload = unpack(down.recv_bytes())
+        target, payload = unpack(*receive(down))
         settle(config.threads, config.cores)
 
         def meet() -> None:
@@ -95,7 +107,9 @@ def main(config: RankConfig, memory: Any, stop: Any, peers: dict[int, socket.soc
             open_group=partial(_open_group, config),
             meet=meet,
         )
-        report.send("result", target(rank, payload))
+        result = target(rank, payload)
+        allocator.give_back()  # what training took, before the parent keeps the result beside it
+        report.bring(result)
     except BaseException as error:
         _tell(report, raised(config.rank, error, progress.read()))
         threading.Event().wait()  # until the parent ends this process: leaving would raise an error in every peer

@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import io
-import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import UntypedStorage
+
 from delock.errors import UsageError
+from delock.launch.parcel import Parcel, Unpickler
 
 _REMEDY = 'Define it at the top level of a module (no lambda, no function or class inside a function), or use workers="inline".'
 _INTO_A_FILE = 'Put it into a file and import it from there, or use workers="inline".'
 _DEPTH = 12  # levels of containers and attributes to search for the part at fault
 
 
-def pack(target: Callable[..., object], payload: object, rank: int) -> bytes:
-    """Returns both as bytes, with tensors by value. Raises UsageError that names the part of the payload which cannot be pickled.
+def pack(target: Callable[..., object], payload: object, rank: int) -> Parcel:
+    """Returns both to be sent, with tensors by value. Raises UsageError that names the part of the payload which cannot be pickled.
 
     It raises it too for what is defined in a program without a file, which a process cannot import.
-
-    torch.multiprocessing's reductions are not used: they would share the tensors' memory between ranks, and tie it to files and the parent.
     """
     try:
-        pickled = pickle.dumps((target, payload), protocol=pickle.HIGHEST_PROTOCOL)
+        parcel = Parcel((target, payload))
     except Exception as error:  # pickle raises whatever an object's own reduction raises
         what = "the target" if _fault(target) else _after("payload", _path(payload, _DEPTH))
         raise UsageError(f"what stage {rank} needs cannot be sent to its process: {what}: {error}. {_REMEDY}") from error
-    if b"__main__" in pickled and not main_has_a_file():
-        _OfThisProgram(io.BytesIO(pickled), rank).load()
-    return pickled
+    if b"__main__" in parcel.pickled and not main_has_a_file():
+        _OfThisProgram(parcel, rank).load()
+    return parcel
 
 
-class _OfThisProgram(pickle.Unpickler):
+class _OfThisProgram(Unpickler):
     """Raises UsageError for the first name of the main program that is to be loaded."""
 
-    def __init__(self, pickled: io.BytesIO, rank: int) -> None:
-        super().__init__(pickled)
+    def __init__(self, parcel: Parcel, rank: int) -> None:
+        super().__init__(io.BytesIO(parcel.pickled), parcel.storages)
         self.rank = rank
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Returns a copy: an object may write into its tensors when it is loaded."""
+        return super().persistent_load(pid).clone()
 
     def find_class(self, module: str, name: str, /) -> Any:
         if module == "__main__":
@@ -68,10 +72,10 @@ def hidden_false_file() -> Iterator[None]:
         main.update(false)
 
 
-def unpack(pickled: bytes) -> tuple[Callable[..., Any], Any]:
+def unpack(pickled: bytes, storages: Sequence[UntypedStorage]) -> tuple[Callable[..., Any], Any]:
     """Returns target and payload. Raises UsageError if a name in them does not exist in this process, such as one defined in a notebook."""
     try:
-        target, payload = pickle.loads(pickled)
+        target, payload = Unpickler(io.BytesIO(pickled), storages).load()
     except (AttributeError, ImportError) as error:
         raise UsageError(f"a stage's process cannot rebuild what it was sent: {error}. {_REMEDY}") from error
     return target, payload
@@ -79,7 +83,7 @@ def unpack(pickled: bytes) -> tuple[Callable[..., Any], Any]:
 
 def _fault(value: object) -> bool:
     try:
-        pickle.dumps(value)
+        Parcel(value)
     except Exception:
         return True
     return False

@@ -8,17 +8,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from delock.errors import StageFailed, UsageError
 from delock.launch.child import RankConfig, main
 from delock.launch.context import RankContext, context, importing_main
 from delock.launch.cores import share_cores
 from delock.launch.failure import Failure, died, first
+from delock.launch.parcel import Arriving, Parcel
 from delock.launch.pickling import pack
 from delock.launch.private_folder import private_folder
 from delock.launch.progress import Progress
@@ -53,7 +55,9 @@ def run_processes(
 
     Neighbours are joined by sockets that nobody else can reach; nothing listens unless a target opens the process group.
 
-    Target, payloads and results are pickled by value.
+    Target, payloads and results travel by value. The memory of tensors is sent one rank after the other from where it is, and that of
+    results is read from a file when it is used, once every rank has ended well: letting go of each result before the next one is used keeps
+    this process small.
     threads: per process, bound to cores of their own if `pin` and there are enough cores (CPU only); data loading workers of a rank share
     its cores.
     device: "cuda" gives rank r GPU r.
@@ -70,7 +74,7 @@ def run_processes(
         return []
     world = len(payloads)
     group = backend_for(device, backend, world)
-    pickled = [pack(target, payload, rank) for rank, payload in enumerate(payloads)]
+    parcels = [pack(target, payload, rank) for rank, payload in enumerate(payloads)]
     cores = share_cores(world, threads) if pin and device == "cpu" else [None] * world
     own = [target.__module__] if target.__module__.startswith("delock.") else []
     ranks = context(own)
@@ -82,10 +86,11 @@ def run_processes(
         ]
         team = _Team(ranks, configs, patience, stop)
         try:
-            team.start(pickled)
-            return team.follow(on_event)
+            team.start(parcels)
+            arrived = team.follow(on_event)
         finally:
             team.stop()
+    return [one.open() for one in arrived]
 
 
 class _Team:
@@ -102,12 +107,14 @@ class _Team:
         self._processes: list[BaseProcess] = []
         self._downs: list[Connection] = []
         self._ups: dict[Connection, int] = {}
-        self._results: dict[int, Any] = {}
+        self._arriving: dict[int, Arriving | None] = {}  # None: its first message is still to come
+        self._results: dict[int, Arriving] = {}
         self._failures: list[Failure] = []
         self._here = 0  # ranks that have come to where they all meet
         self._sender: threading.Thread | None = None
 
-    def start(self, pickled: Sequence[bytes]) -> None:
+    def start(self, parcels: list[Parcel]) -> None:
+        """Starts all ranks; the parcels are used up."""
         for config, memory, peers in zip(self._configs, self._memory, _joined(len(self._configs)), strict=True):
             theirs, down = self._ranks.Pipe(duplex=False)
             up, ours = self._ranks.Pipe(duplex=False)
@@ -123,11 +130,11 @@ class _Team:
             for peer in peers.values():
                 peer.close()
         # In a thread: a rank reads its target only when it has imported the user's program.
-        self._sender = threading.Thread(target=_send_all, args=(self._downs, pickled), daemon=True)
+        self._sender = threading.Thread(target=_send_all, args=(self._downs, parcels), daemon=True)
         self._sender.start()
 
-    def follow(self, on_event: OnEvent | None) -> list[Any]:
-        """Passes on events and notices failures and hangs until every rank has a result; returns the results."""
+    def follow(self, on_event: OnEvent | None) -> list[Arriving]:
+        """Passes on events and notices failures and hangs until the results of all ranks have come; returns them."""
         world = len(self._configs)
         sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
         over = float("inf")
@@ -148,16 +155,20 @@ class _Team:
         if self._failures:
             raise first(self._failures).error()
         self._release()
-        return [self._results[rank] for rank in range(world)]
+        return [self._results.pop(rank) for rank in range(world)]
 
     def _hear(self, up: Connection, on_event: OnEvent | None) -> None:
         rank = self._ups[up]
         try:
-            kind, body = pickle.loads(up.recv_bytes())
+            message = up.recv_bytes()
         except (EOFError, OSError):
             del self._ups[up]
             up.close()
             return
+        if rank in self._arriving:
+            self._take(rank, message)
+            return
+        kind, body = pickle.loads(message)
         if kind == "event":
             if on_event is not None:
                 on_event(rank, body)
@@ -167,9 +178,18 @@ class _Team:
                 for down in self._downs:
                     _send(down, b"")
         elif kind == "result":
-            self._results[rank] = body
+            self._arriving[rank] = None
         else:
             self._failures.append(body)
+
+    def _take(self, rank: int, message: bytes) -> None:
+        """Takes a message of a result."""
+        arriving = self._arriving[rank]
+        if arriving is None:
+            self._arriving[rank] = Arriving(message)
+        elif arriving.take(message):
+            self._results[rank] = arriving
+            del self._arriving[rank]
 
     def _bury(self, rank: int, on_event: OnEvent | None) -> None:
         """Handles the end of a process; messages that it sent before still count."""
@@ -218,6 +238,9 @@ class _Team:
             self._sender.join(_KILL)
         for pipe in [*self._downs, *self._ups]:
             pipe.close()
+        for one in (*self._arriving.values(), *self._results.values()):
+            if one:
+                one.close()
         for process in self._started():
             if not process.is_alive():
                 process.close()
@@ -248,13 +271,12 @@ def _joined(world: int) -> Iterator[dict[int, socket.socket]]:
         yield ends
 
 
-def _send_all(downs: Sequence[Connection], pickled: Sequence[bytes]) -> None:
-    for down, message in zip(downs, pickled, strict=True):
-        _send(down, message)
+def _send_all(downs: Sequence[Connection], parcels: list[Parcel]) -> None:
+    for down in downs:
+        with suppress(OSError):  # the rank is gone, as its sentinel will show
+            parcels.pop(0).send(down.send_bytes)
 
 
 def _send(down: Connection, message: bytes) -> None:
-    try:
+    with suppress(OSError):
         down.send_bytes(message)
-    except OSError:
-        return  # the rank is gone, as its sentinel will show

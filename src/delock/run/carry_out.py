@@ -25,7 +25,7 @@ from delock.run.job import StageResult
 from delock.run.left_out import left_out
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
-from delock.run.ranks import run_rank
+from delock.run.ranks import train_rank
 from delock.run.request import Request
 from delock.run.resume import NEWEST, find, held, resumed
 from delock.run.torchrun_rank import run_torchrun_rank
@@ -97,7 +97,7 @@ def _processes(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> l
     placement = prepared.request.placement
     with hidden_false_file():
         return run_processes(
-            run_rank,
+            train_rank,
             prepared.jobs(),
             threads=placement.threads,
             pin=placement.pin,

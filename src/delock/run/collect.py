@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 from delock.partition.stages import stages
 from delock.records import Result, Started
@@ -11,8 +11,8 @@ from delock.run.request import Request
 from delock.stage.loading import load_module
 
 
-def collect(request: Request, started: Started, results: Sequence[StageResult]) -> Result:
-    """Loads the weights of all stages into the request's model and heads, and returns the Result."""
+def collect(request: Request, started: Started, results: list[StageResult]) -> Result:
+    """Loads the weights of all stages into the request's model and heads, and returns the Result. The results lose theirs on the way."""
     if request.simulation.emulate is None:  # emulated stages have learned nothing
         _load(request, started.cuts, results)
     last = results[-1]
@@ -29,9 +29,12 @@ def collect(request: Request, started: Started, results: Sequence[StageResult]) 
     )
 
 
-def _load(request: Request, cuts: tuple[int | str, ...], results: Sequence[StageResult]) -> None:
-    for k, (module, result) in enumerate(zip(stages(request.network.layers(), cuts), results, strict=True)):
-        load_module(module, result.state, result.volatile["module"], f"module of stage {k}")
-    if request.heads is not None and not isinstance(request.heads, str):
-        for head, k in zip(request.heads, request.method.headed(len(results)), strict=True):
-            load_module(head, results[k].head, results[k].volatile["head"], f"head of stage {k}")
+def _load(request: Request, cuts: tuple[int | str, ...], results: list[StageResult]) -> None:
+    """Loads one stage after the other, and lets go of its weights, which may be read from a file as they are used."""
+    given = request.heads if request.heads is not None and not isinstance(request.heads, str) else ()
+    heads = dict(zip(request.method.headed(len(results)), given, strict=True)) if given else {}
+    for k, module in enumerate(stages(request.network.layers(), cuts)):
+        load_module(module, results[k].state, results[k].volatile["module"], f"module of stage {k}")
+        if k in heads:
+            load_module(heads[k], results[k].head, results[k].volatile["head"], f"head of stage {k}")
+        results[k] = replace(results[k], state={}, head={}, volatile={})

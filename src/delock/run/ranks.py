@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from delock.engine.asynchronous.buffer import replay_buffer
 from delock.engine.asynchronous.link import FreeLink
 from delock.engine.asynchronous.runner import FreeRun
@@ -27,6 +29,11 @@ def run_rank(rank: Rank, job: StageJob) -> StageResult:
     result = worker.result(alone=True)
     link.close()
     return result
+
+
+def train_rank(rank: Rank, job: StageJob) -> StageResult:
+    """Trains stage job.k; its optimizer's state, which nobody asks for, stays in this process."""
+    return replace(run_rank(rank, job), optimizer=None)
 
 
 def joined(rank: Rank, job: StageJob) -> RankLink:

@@ -19,7 +19,7 @@ from delock.run.left_out import left_out
 from delock.run.nonfinite import explained
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
-from delock.run.ranks import run_rank
+from delock.run.ranks import train_rank
 from delock.run.request import Request
 from delock.run.resume import NEWEST, find, held, resumed
 from delock.run.telling import pack, unpack
@@ -45,7 +45,7 @@ def run_torchrun_rank(rank: Rank, request: Request, stop: StopRequest | None = N
         until_the_end.enter_context(explained(request))
         if stop:
             rank = replace(rank, asked=until_the_end.enter_context(Relay(rank.rank, stop, f"delock/stop/{token}")).asked)
-        return started, replace(run_rank(rank, prepared.jobs()[rank.rank]), optimizer=None)  # which nobody asks for: it stays here
+        return started, train_rank(rank, prepared.jobs()[rank.rank])
 
 
 def _announced(rank: Rank, request: Request, until_the_end: ExitStack) -> PreparedRun:
