@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from delock.data.call import Call
@@ -28,8 +29,24 @@ class Root(nn.Module):
     def run(self, *given: Any) -> tuple[Any, ...]:
         """Returns the tensors of what the model returns."""
         args, kwargs = self.call.arguments(given)
+        before = [(module, name, buffer) for module in self.model.modules() for name, buffer in module._buffers.items()]
         leaves, self.structure = take_apart(self.model(*args, **kwargs), self.is_leaf)
+        for module, name, buffer in before:
+            if module._buffers[name] is not buffer:
+                _write(module, name, buffer)
         return tuple(leaves)
+
+
+def _write(module: nn.Module, name: str, buffer: Tensor | None) -> None:
+    """Lets a buffer that a forward has replaced be written instead, which a graph can say. Raises UsageError where that is not the same."""
+    now = module._buffers[name]
+    if now is None or buffer is None or now.shape != buffer.shape or now.dtype != buffer.dtype:
+        raise UsageError(
+            f"the forward of a {type(module).__name__} puts another kind of tensor into its buffer {name}: let it keep its shape"
+        )
+    with torch.no_grad():
+        buffer.copy_(now)
+    module._buffers[name] = buffer
 
 
 def root(model: nn.Module, call: Call, count: int, is_leaf: Callable[[Any], bool] | None = None) -> Root:

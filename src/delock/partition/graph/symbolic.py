@@ -5,9 +5,7 @@ A module whose forward cannot be traced stays whole as well, and is called as it
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, fx, nn
 from delock.data.call import Call
 from delock.partition.graph.root import MODEL, in_mode, root
 from delock.partition.graph.structure import Structure
+from delock.partition.graph.traceable import lengths, own_gradients, transforms_ended
 
 ATTEMPTS = 40
 
@@ -86,7 +85,7 @@ def _traced(model: nn.Module, call: Call, count: int, opened: set[str], training
         under = root(in_mode(model, training), call, count, lambda one: isinstance(one, Tensor | fx.Proxy))
         tracer = Tracer(whole, opened)
         try:
-            with torch.set_grad_enabled(training), _transforms_ended():
+            with torch.set_grad_enabled(training), transforms_ended(), lengths(), own_gradients():
                 graph = tracer.trace(under)
             break
         except Exception:
@@ -94,17 +93,6 @@ def _traced(model: nn.Module, call: Call, count: int, opened: set[str], training
                 raise
             whole.add(tracer.failed)
     return graph, _strip(graph, under, training), under.structure
-
-
-@contextlib.contextmanager
-def _transforms_ended() -> Iterator[None]:
-    """Ends what torch.func's transforms leave when tracing fails inside them; else nothing could be drawn at random afterwards."""
-    depth = getattr(torch._C._functorch, "get_dynamic_layer_stack_depth", lambda: 0)()
-    try:
-        yield
-    finally:
-        if depth != getattr(torch._C._functorch, "get_dynamic_layer_stack_depth", lambda: 0)():
-            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 def _strip(graph: fx.Graph, under: nn.Module, training: bool) -> dict[str, Tensor]:
