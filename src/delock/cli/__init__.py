@@ -24,6 +24,7 @@ COMMANDS = MappingProxyType(
         "train": "train a network with one method",
         "compare": "train it with several methods, and lay the results side by side",
         "plan": "show what a method does, without training",
+        "cuts": "list the places where a model can be cut, and the cuts that make stages even",
         "bench": "run a benchmark of this checkout, or list them",
         "replay": "do a free-running run again in one process, and compare the weights",
         "sample": "print text from a language model that was trained",
@@ -135,6 +136,7 @@ examples:
   delock train --method adl --accumulate 4 --stages 4 --model cnn
   delock compare --methods bp,ddg,fdg,adl --epochs 5
   delock plan --method fdg --stages 3
+  delock cuts --model torchvision/resnet18 --data synthetic --stages 4
   delock train --data text --out runs/manual
   delock sample runs/manual
   delock checkpoints runs/manual

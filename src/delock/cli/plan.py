@@ -28,7 +28,7 @@ from delock.cli.config import (
 from delock.cli.forecast import Forecast, forecast, sentences, written
 from delock.cli.profile import Profile, measure_model
 from delock.cli.run_folder import dumps
-from delock.cli.tables import IDLE, LAYERWISE, STALENESS, Cells, memory, milliseconds, per_second, percent
+from delock.cli.tables import IDLE, LAYERWISE, STALENESS, Cells, megabytes, memory, milliseconds, per_second, percent
 from delock.errors import UsageError
 from delock.methods import Method, options, spelled
 from delock.options import MOST_THREADS
@@ -263,6 +263,12 @@ def show(answer: Answer, files: Sequence[Path]) -> None:
     if measured := answer.profile:
         screen.line(f"\n{measured.model}, cuts {' '.join(map(str, measured.cuts)) or 'none'}, a batch of {measured.samples}:")
         screen.table(*profile_rows(measured))
+        for k, tied in enumerate(measured.tied):
+            if tied:
+                names, size = ", ".join(tied), megabytes(sum(tied.values()))
+                screen.line(
+                    f"of what stage {k} sends up, {size} are weights that later stages use too ({names}); as much comes down for them"
+                )
         screen.line(f"\npredicted: {milliseconds(speed.period)} per batch, {per_second(measured.samples / speed.period, measured.tokens)}")
     unit = "costs as measured" if answer.profile else f"forward {costs.forward:g}, backward {costs.backward:g}, replay {costs.replay:g}"
     unit += f", update {costs.update:g}" if costs.update else ""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from delock.cli.config import TrainConfig, resolved, tokens
-from delock.cli.workload import build_model, goals, load_data
+from delock.cli.workload import build_model, goals, load_data, recipe
 from delock.methods import Method
 from delock.options import Placement
+
+if TYPE_CHECKING:
+    from delock.run.request import Request
 
 
 @dataclass(frozen=True)
@@ -24,21 +28,25 @@ class Profile:
     messages: tuple[int, ...]  # bytes of an activation on each link
     memory: tuple[int | None, ...]  # bytes that each stage's process will grow by
     tokens: int | None  # in a sample of text
+    tied: tuple[dict[str, int], ...]  # on each link: weights that stages on both sides of it use, and their bytes, which the message holds
 
 
-def measure_model(config: TrainConfig, method: Method, K: int, *, threads: int) -> Profile:
-    """Measures a resolved config's model on the first batch of its data; loads torch. Raises UsageError if they or K do not fit."""
-    from delock.cli.workload import recipe
-    from delock.run.prepare import prepare
+def request_of(config: TrainConfig, method: Method, K: int, placement: Placement) -> Request:
+    """Returns the request of a resolved config for K stages; loads torch. Raises UsageError if model and data do not fit."""
     from delock.run.request import Request
 
     data = load_data(config)
     loss, _ = goals(config, data)
     epoch = len(data.train)
     optimizer, _ = recipe(config, method, epoch, epoch)
-    placement = Placement(threads=threads)
-    request = Request(build_model(config, data), data.train, None, loss, method, optimizer, stages=K, epochs=1, placement=placement)
-    prepared = prepare(request)
+    return Request(build_model(config, data), data.train, None, loss, method, optimizer, stages=K, epochs=1, placement=placement)
+
+
+def measure_model(config: TrainConfig, method: Method, K: int, *, threads: int) -> Profile:
+    """Measures a resolved config's model on the first batch of its data; loads torch. Raises UsageError if they or K do not fit."""
+    from delock.run.prepare import prepare
+
+    prepared = prepare(request_of(config, method, K, Placement(threads=threads)))
     stages = [prepared.costs[a:b] for a, b in prepared.bounds()]
     return Profile(
         model=resolved(config.network.model),
@@ -51,4 +59,5 @@ def measure_model(config: TrainConfig, method: Method, K: int, *, threads: int) 
         messages=tuple(prepared.costs[cut - 1].out_bytes for cut in prepared.cuts),
         memory=tuple(held.resident if held else None for held in prepared.memory()),
         tokens=tokens(config),
+        tied=tuple(dict(prepared.layers[cut].ties) for cut in prepared.cuts),
     )

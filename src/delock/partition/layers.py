@@ -25,7 +25,7 @@ class Layer:
     `prefix`: the module's path in the unsplit model ("layer1.0"), or "" for a module without state that only the adapter added.
     `trains`: the model was in training mode, so what of the layer was not stays as it is. `begins`: the path of the module that it begins
     with, where it is a piece of a traced model, whose parts have their paths in the unsplit model already. `also`: further names of the
-    place in front of it, as of a CutPoint; `ties`: parameters of earlier pieces that are sent to it.
+    place in front of it, as of a CutPoint; `ties`: parameters of earlier pieces that are sent to it, and their bytes.
     """
 
     prefix: str
@@ -33,7 +33,7 @@ class Layer:
     trains: bool = True
     begins: str = ""
     also: tuple[str, ...] = ()
-    ties: tuple[str, ...] = ()
+    ties: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:

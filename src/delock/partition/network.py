@@ -49,10 +49,14 @@ class Network:
         own = [cut for cut in cuts if isinstance(cut, str)] if cuts is not None else self.marks() if stages > 1 else []
         return list(dict.fromkeys([*own, *self.kept]))
 
-    def open(self, wanted: Sequence[str]) -> None:
-        """Lets a chain be traced as any other model if a wanted cut lies inside one of its layers. A list of modules has no forward."""
+    def open(self, wanted: Sequence[str], *, everywhere: bool = False) -> None:
+        """Lets a chain be traced as any other model if a wanted cut lies inside one of its layers. A list of modules has no forward.
+
+        everywhere: all places inside its layers are wanted.
+        """
         if self.found and self.chain and isinstance(self.model, nn.Module):
-            self.opened = next((whole for name in wanted if (whole := around(self.found, name))), "")
+            inside = (whole for name in wanted if (whole := around(self.found, name)))
+            self.opened = "its layers" if everywhere else next(inside, "")
             self.chain = not self.opened
             self.found = self.found if self.chain else None
 
@@ -72,7 +76,7 @@ class Network:
         except UsageError as error:
             if not self.opened:
                 raise
-            raise UsageError(f"a cut lies inside {self.opened}, and for that the whole chain must be traced: {error}") from error
+            raise UsageError(f"a cut inside {self.opened} needs the whole chain to be traced, which failed: {error}") from error
         self.found = [Layer("", one.module, self.model.training, one.begins, one.also, one.ties) for one in self.split.pieces]
 
     def traced(self) -> str:

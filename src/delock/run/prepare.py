@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from torch import nn
@@ -63,11 +64,10 @@ def _prepared(request: Request) -> PreparedRun:
     return cut_network(measured, request.cuts)
 
 
-def measured_network(request: Request, *, counts: bool = False, enough: float = ENOUGH) -> MeasuredNetwork:
+def measured_network(request: Request, *, counts: bool = False, fine: bool = False) -> MeasuredNetwork:
     """Checks what can be checked before the network is cut, and measures its layers on a first batch. Raises UsageError.
 
-    counts: the work is counted even if no cuts are to be found by it; enough: the number of places to cut for which a model that is traced
-    gets no finer layers.
+    counts: the work is counted even if no cuts are to be found by it; fine: the layers are as small as possible.
     """
     waits, cuts = request.simulation.waits, request.cuts
     request.length()  # raises UsageError
@@ -80,7 +80,7 @@ def measured_network(request: Request, *, counts: bool = False, enough: float = 
         raise UsageError("noise and slow both make stages slower: use one of them")
     _refuse_misfit(request.simulation, K, request.seed)
     wanted = request.network.wanted(cuts, K)
-    request.network.open(wanted)
+    request.network.open(wanted, everywhere=fine)
     refuse_own_loss(request, K)
     if request.network.chain:
         _refuse_network(request, K)
@@ -90,7 +90,7 @@ def measured_network(request: Request, *, counts: bool = False, enough: float = 
     refuse_empty_test(request)
     batch = Batch.of(inputs, targets, first.counted)
     if not request.network.chain:
-        request.network.trace(_call(request, inputs), inputs, batch.rows, K, wanted, enough)
+        request.network.trace(_call(request, inputs), inputs, batch.rows, K, wanted, inf if fine else ENOUGH)
         _refuse_network(request, K)
     network = request.network.layers()
     request = replace(

@@ -146,7 +146,7 @@ class PreparedRun:
         """Returns what is known before the run: its shape, and the prediction from the plan and the measured costs."""
         request = self.request
         own = [self.costs[a:b] for a, b in self.bounds()]
-        share, codec = 1 / request.method.micro_batches, request.compression.activations
+        codec = request.compression.activations
         costs = self.ops()
         forward, backward, head = costs.forward, costs.backward, costs.head
         forecast = predict(request.method, self.K, costs, SLOW_BATCHES if costs.slow else None)
@@ -184,7 +184,7 @@ class PreparedRun:
             traced=request.network.traced(),
             compiled=self.execution.compile,
             slow=costs.slow,
-            messages=tuple(int(self.costs[cut - 1].out_bytes * share) for cut in self.cuts),
+            messages=tuple(self._message(cut) for cut in self.cuts),
             encoded=tuple(self._encoded(codec, cut, request.method.micro_batches) for cut in self.cuts) if codec else (),
         )
 
@@ -232,6 +232,15 @@ class PreparedRun:
         if len(known) < self.K:
             return [None] * self.K
         return [*peaks(request.method, known, self.length.batches, saves=request.checkpoint is not None)]
+
+    def tied(self, cut: int) -> int:
+        """Returns the bytes of weights that cross a cut, because stages on both sides use them."""
+        return sum(size for _, size in self.layers[cut].ties)
+
+    def _message(self, cut: int) -> int:
+        """Returns the bytes of an activation at a cut. Weights are in every part of a batch as a whole."""
+        tied = self.tied(cut)
+        return int((self.costs[cut - 1].out_bytes - tied) / self.request.method.micro_batches) + tied
 
     def _entering(self, k: int) -> Tree:
         """Returns a batch as it enters stage k, on the meta device."""

@@ -48,15 +48,20 @@ def refuse_unknown(measured: MeasuredNetwork) -> None:
 
 def needed(prepared: PreparedRun) -> list[int]:
     """Returns the bytes that every stage needs. Raises UsageError if a head hides them."""
-    found = []
+    found = [need for need in needs_if_known(prepared) if need is not None]
+    if len(found) < prepared.K:
+        raise UsageError("stage_memory needs a prediction of memory, and that of an auxiliary head is not known: leave stage_memory out")
+    return found
+
+
+def needs_if_known(prepared: PreparedRun) -> list[int | None]:
+    """Returns the bytes that every stage needs: weights, buffers, and the predicted peak above them."""
+    found: list[int | None] = []
     for k, (module, most) in enumerate(zip(prepared.modules, prepared.memory(), strict=True)):
-        if most is None:
-            raise UsageError(
-                "stage_memory needs a prediction of memory, and that of an auxiliary head is not known: leave stage_memory out"
-            )
         head = prepared.heads.get(k)
         weights = sum(weight.nbytes for _, weight in learned(module, head, k))
-        found.append(weights + fixed_bytes(module, head) + most.grows(prepared.request.device))
+        built = weights + fixed_bytes(module, head)
+        found.append(built + most.grows(prepared.request.device) if most else None)
     return found
 
 

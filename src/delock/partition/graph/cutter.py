@@ -34,13 +34,14 @@ class NoCutError(UsageError):
 class Piece:
     """Holds a piece: the module that it begins with, by path, and the piece as a module. The first piece begins with "".
 
-    also: all modules that begin where it does, with CutPoints in front of them; ties: parameters of earlier pieces that it is sent.
+    also: all modules that begin where it does, with CutPoints in front of them; ties: parameters of earlier pieces that it is sent,
+    and their bytes.
     """
 
     begins: str
     module: Segment
     also: tuple[str, ...] = ()
-    ties: tuple[str, ...] = ()
+    ties: tuple[tuple[str, int], ...] = ()
 
 
 def pieces(traced: Traced, wanted: Sequence[str] = (), only: Collection[str] | None = None, enough: float = ENOUGH) -> list[Piece]:
@@ -136,9 +137,10 @@ def _why(path: str, lines: dict[bool, Line], begun: dict[bool, dict[str, int]]) 
     return next(why for mode in lines if (why := lines[mode].obstacle(begun[mode][path])))
 
 
-def _ties(traced: Traced, found: Line, place: int) -> tuple[str, ...]:
-    """Returns the parameters that would cross a cut at a place."""
-    return tuple(traced.names[id(traced.state(str(node.target)))] for node in found.alive(place) if node.op == "get_attr")
+def _ties(traced: Traced, found: Line, place: int) -> tuple[tuple[str, int], ...]:
+    """Returns the parameters that would cross a cut at a place, and their bytes."""
+    weights = (traced.state(str(node.target)) for node in found.alive(place) if node.op == "get_attr")
+    return tuple((traced.names[id(weight)], weight.nbytes) for weight in weights)
 
 
 def _ordered(places: dict[str, dict[bool, int]], rank: Mapping[str, int]) -> list[str]:

@@ -83,7 +83,7 @@ def split(
         if len(made) >= max(stages, 2):
             break
     if best is None and elsewhere:
-        raise elsewhere
+        raise NoCutError(f"{elsewhere}; finer tracing fails ({failed[-1]})") if failed else elsewhere
     if best is None:
         raise UsageError(refusal(model, failed))
     return best
