@@ -10,13 +10,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import delock
+from cut_models import Block, Net, Stateful, Tied, Twice, batches, chain, plain, same, seeded, started
 from delock.errors import UsageError
 from delock.nets.cut_point import cut_points
 from delock.partition.layers import layers, resolve_cuts
 from delock.partition.measure import measure
 from delock.recipes import SGD
-
-from cut_models import Block, Net, Stateful, Tied, Twice, batches, chain, plain, same, seeded, started
 
 pytestmark = pytest.mark.usefixtures("own_random")
 

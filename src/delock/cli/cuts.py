@@ -29,7 +29,7 @@ from delock.options import MOST_THREADS, Placement
 
 if TYPE_CHECKING:
     from delock.run.measured_network import MeasuredNetwork
-    from delock.run.places import Place
+    from delock.run.places import CutPlace
 
 ABOUT = """List the places where a model can be cut, and the cuts that make stages even; nothing is trained.
 
@@ -127,7 +127,7 @@ def _as_training(config: CutsConfig) -> TrainConfig:
     return TrainConfig(algorithm=config.algorithm, network=network, dataset=dataset, language=config.language, update=config.update)
 
 
-def best(measured: MeasuredNetwork, found: Sequence[Place]) -> Even:
+def best(measured: MeasuredNetwork, found: Sequence[CutPlace]) -> Even:
     """Returns the cuts that a run would choose. Raises UsageError where a limit of memory, or the CutPoints, leave none."""
     from delock.run.choose_cuts import cut_network
     from delock.run.stage_memory import needs_if_known
@@ -140,7 +140,7 @@ def best(measured: MeasuredNetwork, found: Sequence[Place]) -> Even:
     )
 
 
-def rows(found: Sequence[Place]) -> tuple[Cells, list[Cells]]:
+def rows(found: Sequence[CutPlace]) -> tuple[Cells, list[Cells]]:
     """Returns head and rows of the table."""
     head = ["cut", "number", "work\nbefore", "work", "parameters", "kept for\nbackward", "sends", "per batch"]
     marked = any(place.tied for place in found)
@@ -155,7 +155,7 @@ def rows(found: Sequence[Place]) -> tuple[Cells, list[Cells]]:
     return head, body
 
 
-def sentences(found: Sequence[Place], even: Even, samples: int) -> list[str]:
+def sentences(found: Sequence[CutPlace], even: Even, samples: int) -> list[str]:
     """Returns what is said below the table."""
     shares = ", ".join(percent(share) for share in even.work)
     needs = "" if None in even.needs else f", memory {', '.join(memory(need) for need in even.needs)}"

@@ -9,7 +9,7 @@ from delock.run.measured_network import MeasuredNetwork
 
 
 @dataclass(frozen=True)
-class Place:
+class CutPlace:
     """Holds a layer, and what a cut in front of it would send. The first layer has nothing in front of it."""
 
     name: str  # what `cuts` takes
@@ -23,7 +23,7 @@ class Place:
     tied: dict[str, int]  # of these, weights that both sides use, and their bytes
 
 
-def places_of(measured: MeasuredNetwork) -> list[Place]:
+def places_of(measured: MeasuredNetwork) -> list[CutPlace]:
     """Returns a place for each layer, in order."""
     work = measured.work()
     whole = sum(work) or 1.0
@@ -32,7 +32,7 @@ def places_of(measured: MeasuredNetwork) -> list[Place]:
         crossing = measured.costs[i - 1] if i else None
         memory = cost.memory
         found.append(
-            Place(
+            CutPlace(
                 name=layer.name or str(i),
                 also=tuple(name for name in layer.also if name != layer.name),
                 before=before / whole,
