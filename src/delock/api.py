@@ -21,6 +21,7 @@ from delock.launch.torchrun import under_torchrun
 from delock.methods import Method, make
 from delock.methods.base import whole
 from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
+from delock.partition.wrappers import unwrapped
 from delock.records import Event, Result
 from delock.run.carry_out import carry_out
 from delock.run.checks import refuse_replay, refuse_uncapturable, refuse_unsavable, refuse_wrong_link, refuse_wrong_types
@@ -130,6 +131,8 @@ def fit(
     if workers not in ("processes", "inline"):
         raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
     whole("seed", seed, 0, MOST_SEED)
+    if isinstance(model, nn.Module):
+        model = unwrapped(model, compiles=isinstance(execution, Execution) and execution.compile)
     taken = takes(model, loss=loss is not None)
     if loss is None and taken.chain:
         raise UsageError("loss is missing, and a chain of modules computes none: give fit a loss(outputs, targets)")

@@ -89,12 +89,13 @@ def _built_by_the_user(model: str, of: Facts, seed: int) -> nn.Module:
 
     from delock.cli.models.own_code import call
     from delock.data.seeding import seeded
+    from delock.partition.wrappers import unwrapped
 
     with seeded(seed):
         made = call(model, of.known())
     if not isinstance(made, nn.Module):
         raise UsageError(f"{model} returned a {type(made).__name__}, but it must return a torch.nn.Module")
-    return made
+    return unwrapped(made)
 
 
 def build_gpt(config: TrainConfig, vocabulary: int) -> nn.Sequential:

@@ -33,6 +33,7 @@ from delock.run.request import Request
 from delock.run.resume import Begin, refuse_changed, settled
 from delock.run.room import make_folder, refuse_folder
 from delock.stage.learner import described
+from delock.stage.module import refuse_derived_weights
 from delock.stage.unfit import made_by, refuse_unfit_optimizer
 from delock.tensors import Value, tensors
 from delock.timeline import stage_facts
@@ -91,6 +92,8 @@ def measured_network(request: Request, *, counts: bool = False, fine: bool = Fal
     batch = Batch.of(inputs, targets, first.counted)
     if not request.network.chain:
         request.network.trace(_call(request, inputs), inputs, batch.rows, K, wanted, inf if fine else ENOUGH)
+        if request.method.mixed and isinstance(request.model, nn.Module):
+            refuse_derived_weights(request.model)  # of whose hooks a graph may show nothing any more
         _refuse_network(request, K)
     network = request.network.layers()
     request = replace(
