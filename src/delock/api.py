@@ -110,8 +110,8 @@ def fit(
                 (default: an epoch; of data without a length the run)
     clip        largest norm of a gradient: of the whole network's for synchronous methods, of each stage's for the others
     heads       for methods with local losses: the auxiliary head of every stage but the last, as modules (stage output -> what `loss`
-                takes) or by a name of delock.nets.heads; by default chosen from the shape of the stage's output. Given modules
-                hold their trained weights afterwards
+                takes) or by a name of delock.nets.heads; by default chosen by the shapes of both. Of a traced stage that sends several
+                tensors a head takes the first, its main activation. Given modules hold their trained weights afterwards
     seed        of dropout, and of the order and transforms of data that has no seed of its own, such as a DataLoader
     device      "cpu", "cuda" (stage k on GPU k; inline: all stages on one), "cuda:1"
     workers     "processes" on this host, one per stage, or "inline", all stages in this process; under torchrun its ranks are used, and
