@@ -26,7 +26,8 @@ ADAMW = partial(torch.optim.AdamW, lr=3e-3)
 class Specimen:
     """A model of the zoo. `batch` draws (inputs, targets) of n samples, or a dict of forward's arguments where the model has its own loss.
 
-    `line`: of a model that cannot be traced, the user's line that decides on a value.
+    `line`: of a model that cannot be traced, the user's line that decides on a value. `exact`: False if its code computes in another way
+    where it is traced, so that it is the same but for rounding.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Specimen:
     loss: Callable[[Any, Any], Tensor] | None = cross_entropy
     options: Mapping[str, Any] = field(default_factory=dict)
     line: str = ""
+    exact: bool = True
 
     def model(self) -> nn.Module:
         """Returns the model with the same weights every time, and without dropout."""
@@ -103,6 +105,17 @@ def padded(n: int, g: Generator) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
+def unpadded(n: int, g: Generator) -> dict[str, Tensor]:
+    """Rows of one length under a mask of ones, as tokenizers give them."""
+    batch = text(n, g)
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def at_times_padded(n: int, g: Generator) -> dict[str, Tensor]:
+    """Batches of which some are padded, the first is not."""
+    return unpadded(n, g) if n == 4 else padded(n, g)
+
+
 def sorted_by_kind(n: int, g: Generator) -> dict[str, Tensor]:
     """Padded rows with a class each."""
     return {**padded(n, g), "labels": labels(n, g)}
@@ -114,6 +127,12 @@ def sorted_by_kind(n: int, g: Generator) -> dict[str, Tensor]:
 def per_word(out: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of (B, T, words) and (B, T)."""
     return cross_entropy(out.flatten(0, 1), targets.flatten())
+
+
+def of_logits(out: Any, targets: Tensor) -> Tensor:
+    """Loss of a model of transformers, which gives an output with logits, and of a head, which gives a tensor: per row or per word."""
+    logits = out if isinstance(out, Tensor) else out["logits"]
+    return cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 def with_auxiliary(out: Any, targets: Tensor) -> Tensor:

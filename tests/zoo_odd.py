@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, gelu
 
 from specimens import CLASSES, Specimen, labels, vectors
 from zoo_own import WIDTH
+from zoo_text import MAMBA, fixed, transformer
 
 
 class Body(nn.Module):
@@ -127,11 +128,11 @@ def taught(out: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
 
 
 class BySize(Body):
-    """Decides on the size of its batch."""
+    """Decides on the size of its batch, as it does not come first."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.low(x))
-        if len(x) == 3:
+        if len(x) == 2:
             h = -h
         return self.rest(h)
 
@@ -195,6 +196,15 @@ class Scripted(Body):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rest(self.activation(self.low(x)))
+
+
+class Scaled(Body):
+    """Computes with a Python number that follows from values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.low(x))
+        scale = h.abs().max().item()
+        return self.rest(h / scale)
 
 
 class Mapped(Body):
@@ -278,6 +288,11 @@ class ByGradMode(Body):
         return self.rest(h if torch.is_grad_enabled() else 2 * h)
 
 
+def rwkv() -> nn.Module:
+    """Divides weights when it goes over to evaluation, and multiplies them when it goes back."""
+    return transformer("RwkvForCausalLM", {**MAMBA, "attention_hidden_size": 16, "context_length": 16})
+
+
 def two(n: int, g: Generator) -> Any:
     return (torch.randn(n, WIDTH, generator=g), torch.randn(n, WIDTH, generator=g)), labels(n, g)
 
@@ -293,13 +308,14 @@ ODD = (
     odd("a count", Counted),
     odd("a memory", Remembering),
     odd("a slow teacher", Teacher, loss=taught),
-    odd("a batch of three", BySize),
+    odd("a batch of two", BySize),
     odd("odd batches", ByRest),
     odd("an input written", WritesInput),
     odd("a view written", WritesView),
     odd("rows of a mask", Chosen),
     odd("autocast", LowPrecision),
     odd("a scripted function", Scripted),
+    odd("an item", Scaled),
     odd("vmap", Mapped),
     odd("an inner gradient", Inner),
     odd("any number of inputs", Variadic, two),
@@ -308,4 +324,5 @@ ODD = (
     odd("a state that goes on", Stateful),
     odd("a buffer copied", ByCopies),
     odd("gradients on and off", ByGradMode),
+    odd("weights by mode", rwkv, fixed, None),
 )

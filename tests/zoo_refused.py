@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from specimens import CLASSES, WORDS, Specimen, labels, vectors, words
-from zoo_text import MODEL, transformer, translated
+from specimens import CLASSES, WORDS, Specimen, labels, sorted_by_kind, vectors, words
+from zoo_text import BIDIRECTIONAL, MODEL, transformer, translated
 
 WIDTH = 12
 
@@ -46,15 +47,6 @@ class Loop(Deciding):
         while h.norm() > 1.0:
             h = 0.5 * self.middle(h)
         return self.out(self.high(h))
-
-
-class Scaled(Deciding):
-    """Computes with a Python number, which a graph would keep as a constant."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.low(x))
-        scale = h.abs().max().item()
-        return self.out(self.high(self.middle(h / scale)))
 
 
 class Arrays(Deciding):
@@ -135,15 +127,12 @@ def labelled(n: int, g: Generator) -> dict[str, Tensor]:
     return {"x": x, "labels": y}
 
 
-def boxes(n: int, g: Generator) -> Any:
+def boxes(n: int, g: Generator) -> dict[str, Any]:
     corner = 16 * torch.rand(n, 1, 2, generator=g)
     found = torch.cat([corner, corner + 4 + 8 * torch.rand(n, 1, 2, generator=g)], 2)
     kinds = labels(n, g)
-    return list(torch.rand(n, 3, 32, 32, generator=g)), [{"boxes": found[i], "labels": kinds[i : i + 1]} for i in range(n)]
-
-
-def sum_of_losses(out: Any, targets: Any) -> Tensor:
-    return sum(out.values(), torch.zeros(()))
+    targets = [{"boxes": found[i], "labels": kinds[i : i + 1]} for i in range(n)]
+    return {"images": list(torch.rand(n, 3, 32, 32, generator=g)), "targets": targets}
 
 
 def refused(name: str, make: Any, line: str, batch: Any = vectors, loss: Any = cross_entropy) -> Specimen:
@@ -154,11 +143,17 @@ REFUSED = (
     refused("a branch", Branch, "if h.mean() > 0:"),
     refused("a number", Number, "chosen = int(h.sum(0).argmax())"),
     refused("a loop", Loop, "while h.norm() > 1.0:"),
-    refused("an item", Scaled, "scale = h.abs().max().item()"),
     refused("numpy", Arrays, "order = h.detach().numpy().sum(1).argsort()"),
     refused("experts", Routed, "for e in chosen.unique().tolist():"),
-    refused("packed rows", Packed, "packed = pack_padded_sequence", rows_of_lengths),
+    refused("packed rows", Packed, "pad_packed_sequence(self.body(packed)[0]", rows_of_lengths),
     refused("labels looked into", Checked, "if (labels >= 0).all():", labelled, None),
+    refused(
+        "rows with labels",
+        partial(transformer, "DebertaV2ForSequenceClassification", BIDIRECTIONAL),
+        "if label_index.size(0) > 0:",
+        sorted_by_kind,
+        None,
+    ),
     refused("layers left out by chance", with_layer_drop, "if dropout_probability < self.layerdrop:", translated, None),
-    refused("detection", detector, "detection", boxes, sum_of_losses),
+    refused("detection", detector, "detects objects", boxes, None),
 )

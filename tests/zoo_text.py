@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from specimens import ADAMW, CLASSES, WORDS, Specimen, labels, padded, sorted_by_kind, text, words
+from specimens import ADAMW, CLASSES, SGD, WORDS, Specimen, at_times_padded, labels, padded, sorted_by_kind, text, unpadded, words
 
 DECODER, ENCODER, BOTH, RECURRENT = "decoder with tied embedding", "encoder", "encoder-decoder", "state-space or recurrent"
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -32,8 +32,9 @@ def transformer(model: str, settings: dict[str, Any]) -> nn.Module:
     return kind(config)
 
 
-def specimen(family: str, model: str, batch: Any, settings: dict[str, Any], **more: Any) -> Specimen:
-    return Specimen(f"hf {model}", family, partial(transformer, model, settings | more), batch, None, {"optimizer": ADAMW})
+def specimen(family: str, model: str, batch: Any, settings: dict[str, Any], called: str = "", exact: bool = True, **more: Any) -> Specimen:
+    make, options = partial(transformer, model, settings | more), {"optimizer": ADAMW if exact else SGD}
+    return Specimen(f"hf {called or model}", family, make, batch, None, options, exact=exact)
 
 
 decoder, encoder, both, recurrent = (partial(specimen, family) for family in (DECODER, ENCODER, BOTH, RECURRENT))
@@ -45,6 +46,12 @@ decoder, encoder, both, recurrent = (partial(specimen, family) for family in (DE
 def translated(n: int, g: Generator) -> dict[str, Tensor]:
     """Padded sentences, and their translations of another length."""
     return {**padded(n, g), "labels": words(n, g, 4 + n)}
+
+
+def prompted(n: int, g: Generator) -> dict[str, Tensor]:
+    """Translations with what the decoder sees of them, which other models make from the labels themselves."""
+    batch = translated(n, g)
+    return {**batch, "decoder_input_ids": batch["labels"].roll(1, 1)}
 
 
 def two_segments(n: int, g: Generator) -> dict[str, Tensor]:
@@ -96,6 +103,9 @@ MAMBA = {"vocab_size": WORDS, "hidden_size": 16, "state_size": 4, "num_hidden_la
 SPECIMENS = (
     decoder("GPT2LMHeadModel", text, GPT2),
     decoder("LlamaForCausalLM", text, GATED, num_key_value_heads=1),
+    decoder("LlamaForCausalLM", unpadded, GATED, called="Llama under a mask of ones", exact=False, num_key_value_heads=1),
+    decoder("GPT2LMHeadModel", unpadded, GPT2, called="GPT-2 under a mask of ones"),
+    decoder("GPT2LMHeadModel", at_times_padded, GPT2, called="GPT-2 padded at times"),
     decoder("OPTForCausalLM", padded, GATED, ffn_dim=32, word_embed_proj_dim=16),
     decoder("MistralForCausalLM", text, GATED, num_key_value_heads=1, sliding_window=6),
     decoder("Qwen2ForCausalLM", padded, GATED, num_key_value_heads=2),
@@ -112,17 +122,16 @@ SPECIMENS = (
     encoder("DistilBertForQuestionAnswering", spans, SPECIAL, vocab_size=WORDS, dim=16, n_layers=3, n_heads=2, hidden_dim=32),
     encoder("AlbertForSequenceClassification", sorted_by_kind, BIDIRECTIONAL, embedding_size=8),
     encoder("ElectraForSequenceClassification", sorted_by_kind, BIDIRECTIONAL, embedding_size=8),
-    encoder("DebertaV2ForSequenceClassification", sorted_by_kind, BIDIRECTIONAL, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    encoder("DebertaV2ForMaskedLM", padded, BIDIRECTIONAL, relative_attention=True, pos_att_type=["c2p", "p2c"]),
     encoder("ModernBertForSequenceClassification", sorted_by_kind, BIDIRECTIONAL, cls_token_id=1, sep_token_id=2),
     encoder("ViTForImageClassification", pixels, PATCHES, num_labels=CLASSES),
     encoder("Wav2Vec2ForSequenceClassification", sound, WAVE),
-    both("T5ForConditionalGeneration", translated, T5),
+    both("T5ForConditionalGeneration", prompted, T5),
     both("BartForConditionalGeneration", translated, MODEL),
     both("MarianMTModel", translated, MODEL, decoder_start_token_id=0),
     both("PegasusForConditionalGeneration", translated, MODEL),
     both("WhisperForConditionalGeneration", speech, MODEL, num_mel_bins=8, max_source_positions=20, max_target_positions=16),
     recurrent("MambaForCausalLM", fixed, MAMBA),
     recurrent("Mamba2ForCausalLM", fixed, MAMBA, num_heads=4, head_dim=8, n_groups=2, chunk_size=4),
-    recurrent("RwkvForCausalLM", fixed, MAMBA, attention_hidden_size=16, context_length=16),
     recurrent("FalconMambaForCausalLM", fixed, MAMBA),
 )
