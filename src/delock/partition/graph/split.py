@@ -17,6 +17,7 @@ from delock.partition.graph.refusals import Obstacle, obstacle, refusal
 from delock.partition.graph.root import in_mode, root
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.symbolic import symbolic
+from delock.partition.graph.traceable import transforms_ended
 from delock.partition.graph.traced import Traced, observe
 from delock.partition.graph.unwritten import Unwritten
 from delock.tensors import rows
@@ -60,10 +61,11 @@ def split(
         if told and best:  # it would be another way of computing the same
             break
         try:
-            traced = trace(model, call, examples[0], told)
-            for mode in (True, False):
-                traced.facts[mode] = observe(in_mode(model, mode), traced.graphs[mode], traced.constants, examples[0])
-            made, unlike = _proved(traced, call, examples, wanted, told, enough)
+            with transforms_ended():
+                traced = trace(model, call, examples[0], told)
+                for mode in (True, False):
+                    traced.facts[mode] = observe(in_mode(model, mode), traced.graphs[mode], traced.constants, examples[0])
+                made, unlike = _proved(traced, call, examples, wanted, told, enough)
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except NoCutError as error:

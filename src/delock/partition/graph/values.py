@@ -111,7 +111,19 @@ def line(traced: Traced, mode: bool) -> Line:
         found.span[node] = places[node], max(uses(node), default=-1)
     found.span = dict(sorted(found.span.items(), key=lambda one: one[1][0]))
     names_of = {id(t): name for name, t in reversed([*traced.model.named_parameters(), *traced.model.named_buffers()])}
-    found.closed = {names_of[key]: (min(at), max(at)) for key, at in buffers.items() if len(set(at)) > 1}
+    found.closed = {names_of[key]: (min(at), max(at)) for key, at in buffers.items() if len(set(at)) > 1} | _mapped(work)
+    return found
+
+
+def _mapped(work: list[fx.Node]) -> dict[str, tuple[int, int]]:
+    """Returns the places between which torch.func.vmap is active: its levels are begun and ended by operations of their own."""
+    found, begun = dict[str, tuple[int, int]](), list[int]()
+    for place, node in enumerate(work):
+        name = getattr(node.target, "__name__", "")
+        if name.endswith("vmap_increment_nesting"):
+            begun.append(place)
+        elif name.endswith("vmap_decrement_nesting") and begun:
+            found[f"a level of vmap ({len(found)})"] = begun.pop(), place
     return found
 
 
