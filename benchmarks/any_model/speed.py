@@ -1,6 +1,6 @@
 """Times the stages of a traced network against those of the same network given as a chain, in turns, in processor time of one thread.
 
-    python benchmarks/any_model/speed.py --rounds 15
+python benchmarks/any_model/speed.py --rounds 15
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from delock.data.call import Call
 from delock.nets.gpt import gpt
 from delock.nets.models import build
+from delock.partition.graph.examples import Examples
 from delock.partition.network import Network
 from delock.partition.stages import stages
 
@@ -48,7 +49,7 @@ def parts(model: nn.Module, x: Tensor, cut: float) -> list[nn.Module]:
     """Returns a model in two stages, cut at about the same place."""
     network = Network(model)
     if not network.chain:
-        network.trace(Call(), x, len(x), 2)
+        network.trace(Call(), Examples.by_rows((x,), len(x)), 2)
     found = network.layers()
     names = [layer.name.removeprefix("net.") for layer in found]
     at = names.index(WHERE[cut]) if WHERE.get(cut) in names else int(len(found) * cut)

@@ -11,11 +11,11 @@ from delock.data.call import Call
 from delock.errors import UsageError
 from delock.nets.cut_point import cut_points
 from delock.partition.graph.cutter import ENOUGH
+from delock.partition.graph.examples import Examples
 from delock.partition.graph.outputs import OnOutput, by_count, own_loss
 from delock.partition.graph.split import Split, split
 from delock.partition.graph.structure import Structure
 from delock.partition.layers import Layer, around, is_chain, layers
-from delock.tensors import Value, tensors
 
 DETECTION = "torchvision.models.detection"
 ONE: Structure = ("t", 0)
@@ -60,8 +60,8 @@ class Network:
             self.chain = not self.opened
             self.found = self.found if self.chain else None
 
-    def trace(self, call: Call, inputs: Value, count: int, stages: int, wanted: Sequence[str] = (), enough: float = ENOUGH) -> None:
-        """Traces a model that is no chain, on a batch of `count` samples. Raises UsageError if it cannot be cut.
+    def trace(self, call: Call, examples: Examples, stages: int, wanted: Sequence[str] = (), enough: float = ENOUGH) -> None:
+        """Traces a model that is no chain. Raises UsageError if it cannot be cut.
 
         wanted: modules in front of which there must be a cut; enough: the number of cuts for which no finer places are looked for.
         """
@@ -72,7 +72,7 @@ class Network:
             raise UsageError(f"a {type(self.model).__name__} detects objects: boxes, whose number follows from values, are out of scope")
         wanted = [name for name in wanted if not name.strip().removeprefix("-").isdecimal() or name in dict(self.model.named_modules())]
         try:
-            self.split = split(self.model, call, tensors(inputs), count, stages, wanted, enough)
+            self.split = split(self.model, call, examples, stages, wanted, enough)
         except UsageError as error:
             if not self.opened:
                 raise

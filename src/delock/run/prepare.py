@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from math import inf
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from torch import nn
 
 from delock.checkpoints.directory import read
 from delock.data.call import Call
-from delock.data.loader import call_of, loaded
+from delock.data.loader import LoadedBatch, call_of, loaded
 from delock.errors import UsageError, users_own
 from delock.memory.optimizer import learned
 from delock.optim.stage_facts import for_stage
 from delock.options import Simulation
 from delock.partition.graph.cutter import ENOUGH
+from delock.partition.graph.examples import Examples
 from delock.run.checks import (
     refuse_empty_test,
     refuse_other_rows,
@@ -37,6 +39,8 @@ from delock.stage.module import refuse_derived_weights
 from delock.stage.unfit import made_by, refuse_unfit_optimizer
 from delock.tensors import Value, tensors
 from delock.timeline import stage_facts
+
+LOOK = 20  # batches among which one of another size is looked for
 
 
 def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
@@ -91,7 +95,7 @@ def measured_network(request: Request, *, counts: bool = False, fine: bool = Fal
     refuse_empty_test(request)
     batch = Batch.of(inputs, targets, first.counted)
     if not request.network.chain:
-        request.network.trace(_call(request, inputs), inputs, batch.rows, K, wanted, inf if fine else ENOUGH)
+        request.network.trace(_call(request, inputs), _examples(request, first), K, wanted, inf if fine else ENOUGH)
         if request.method.mixed and isinstance(request.model, nn.Module):
             refuse_derived_weights(request.model)  # of whose hooks a graph may show nothing any more
         _refuse_network(request, K)
@@ -117,6 +121,17 @@ def _refuse_network(request: Request, K: int) -> None:
     refuse_unfit(network, K, request.cuts, request.method, request.train.sizes())
     if not request.simulation.waits:
         refuse_untrainable(network)
+
+
+def _examples(request: Request, first: LoadedBatch) -> Examples:
+    """Returns batches to trace with. Where a rule counts the samples, rows cannot be taken out: then a later batch is the other one."""
+    if first.counted is None:
+        return Examples.by_rows(tensors(first.inputs), first.samples)
+    sizes = [x.shape for x in tensors(first.inputs)]
+    with users_own("the training data"):
+        later = (tensors(one.inputs) for one in islice(loaded(request.train, 0), LOOK))
+        other = next((one for one in later if [x.shape for x in one] != sizes), tensors(first.inputs))
+    return Examples(tensors(first.inputs), other)
 
 
 def _call(request: Request, inputs: Value) -> Call:

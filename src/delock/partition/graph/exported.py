@@ -26,27 +26,29 @@ CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "s
 
 
 def exported(
-    model: nn.Module, call: Call, inputs: Sequence[Tensor], rows: int, known: bool
+    model: nn.Module, call: Call, examples: Sequence[Sequence[Tensor]], known: bool
 ) -> tuple[dict[bool, fx.Graph], dict[str, Tensor], Structure, dict[bool, Guards]]:
     """Returns the graphs of both modes, constants, the structure of the output, and the sizes for which the graphs hold.
 
-    rows: samples in the inputs; at least two, because a size of one is taken for fixed. known: the model is told that it is exported, and
+    examples: tensors of batches of different sizes; sizes that differ are free. In the first none of these is one, because a size of one
+    is taken for fixed. known: the model is told that it is exported, and
     may compute in another way then. Raises whatever torch.export raises.
     """
     graphs: dict[bool, fx.Graph] = {}
     constants: dict[str, Tensor] = {}
     guards: dict[bool, Guards] = {}
     for mode in (True, False):
-        under = root(in_mode(model, mode), call, len(inputs))
+        under = root(in_mode(model, mode), call, len(examples[0]))
         with _quiet(), torch.set_grad_enabled(mode), answering(exporting=known):
-            program = _program(under, inputs, rows)
+            program = _program(under, examples)
         graphs[mode], guards[mode] = _graph(program, constants, mode)
     return graphs, constants, under.structure, guards
 
 
-def _program(under: nn.Module, inputs: Sequence[Tensor], rows: int) -> Any:
+def _program(under: nn.Module, examples: Sequence[Sequence[Tensor]]) -> Any:
     """Exports with free sizes of batches, and of sequences where that is possible."""
-    narrow = [{0: Dim.AUTO} if one.dim() and len(one) == rows else {} for one in inputs]
+    inputs, other = examples
+    narrow = [_differing(one, two) for one, two in zip(inputs, other, strict=True)]
     wide = [{**free, 1: Dim.AUTO} if _is_sequence(one) else free for one, free in zip(inputs, narrow, strict=True)]
     for shapes in [wide, narrow] if wide != narrow else [narrow]:
         try:
@@ -55,6 +57,10 @@ def _program(under: nn.Module, inputs: Sequence[Tensor], rows: int) -> Any:
             if shapes == narrow:
                 raise
     raise AssertionError
+
+
+def _differing(one: Tensor, other: Tensor) -> dict[int, Any]:
+    return {i: Dim.AUTO for i, (a, b) in enumerate(zip(one.shape, other.shape, strict=True)) if a != b}
 
 
 def _is_sequence(one: Tensor) -> bool:

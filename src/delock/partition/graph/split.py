@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from delock.data.call import Call
 from delock.errors import UsageError, said
 from delock.partition.graph.cutter import ENOUGH, NoCutError, Piece, pieces
+from delock.partition.graph.examples import Examples
 from delock.partition.graph.exported import exported
 from delock.partition.graph.proof import difference
 from delock.partition.graph.refusals import Obstacle, obstacle, refusal
@@ -20,7 +21,6 @@ from delock.partition.graph.symbolic import symbolic
 from delock.partition.graph.traceable import transforms_ended
 from delock.partition.graph.traced import Traced, observe
 from delock.partition.graph.unwritten import Unwritten
-from delock.tensors import rows
 
 
 @dataclass
@@ -40,19 +40,18 @@ class Split:
 def split(
     model: nn.Module,
     call: Call,
-    inputs: Sequence[Tensor],
-    count: int,
+    given: Examples,
     stages: int,
     wanted: Sequence[str] = (),
     enough: float = ENOUGH,
 ) -> Split:
     """Returns the model in pieces, at least as many as stages if there are so many.
 
-    inputs: tensors of a batch of `count` samples. wanted: modules in front of which there must be a cut; enough: the number of cuts for
+    given: batches to trace and prove with. wanted: modules in front of which there must be a cut; enough: the number of cuts for
     which no finer places are looked for. Raises UsageError where no tracer finds pieces that compute what the model computes: it quotes
     the line of the model's code at which tracing ended.
     """
-    examples = [resized(inputs, count, count + 1 if count == 1 else count), resized(inputs, count, count + 1 if count < 3 else count - 1)]
+    examples = [given.first, given.other]
     structures = {mode: _structure(model, call, examples[0], mode) for mode in (True, False)}
     best: Split | None = None
     elsewhere: NoCutError | None = None  # it can be cut, but not where it was asked for
@@ -62,7 +61,7 @@ def split(
             break
         try:
             with transforms_ended():
-                traced = trace(model, call, examples[0], told)
+                traced = trace(model, call, examples, told)
                 for mode in (True, False):
                     traced.facts[mode] = observe(in_mode(model, mode), traced.graphs[mode], traced.constants, examples[0])
                 made, unlike = _proved(traced, call, examples, wanted, told, enough)
@@ -79,7 +78,8 @@ def split(
         if unlike:
             failed.append(Obstacle(how, f"in pieces it would compute something else, first seen in {unlike}"))
             continue
-        _allow_single(traced, made, call, resized(inputs, count, 1), told)
+        if given.single:
+            _allow_single(traced, made, call, given.single, told)
         if best is None or len(made) > len(best.pieces):
             best = Split(made, structures, how, list(failed), told)
         if len(made) >= max(stages, 2):
@@ -126,20 +126,13 @@ def _allow_single(traced: Traced, made: Sequence[Piece], call: Call, single: Seq
             traced.guards[mode].ranges = ranges
 
 
-def resized(inputs: Sequence[Tensor], count: int, wanted: int) -> list[Tensor]:
-    """Returns a batch of another number of samples: the first ones, or the first one once more."""
-    if wanted <= count:
-        return [rows(x, 0, wanted, count).clone() for x in inputs]
-    return [torch.cat([x, x[: wanted - count]]) if x.dim() and len(x) == count else x.clone() for x in inputs]
-
-
-def _symbolic(model: nn.Module, call: Call, inputs: Sequence[Tensor], told: bool) -> Traced:
-    graphs, constants, structure = symbolic(model, call, len(inputs))
+def _symbolic(model: nn.Module, call: Call, examples: Sequence[Sequence[Tensor]], told: bool) -> Traced:
+    graphs, constants, structure = symbolic(model, call, len(examples[0]))
     return Traced(model, graphs, constants, structure)
 
 
-def _exported(model: nn.Module, call: Call, inputs: Sequence[Tensor], told: bool) -> Traced:
-    graphs, constants, structure, guards = exported(model, call, inputs, max(len(x) for x in inputs if x.dim()), told)
+def _exported(model: nn.Module, call: Call, examples: Sequence[Sequence[Tensor]], told: bool) -> Traced:
+    graphs, constants, structure, guards = exported(model, call, examples, told)
     return Traced(model, graphs, constants, structure, guards)
 
 
@@ -156,7 +149,7 @@ def _structure(model: nn.Module, call: Call, inputs: Sequence[Tensor], mode: boo
     return under.structure
 
 
-TRACERS: tuple[tuple[str, Callable[[nn.Module, Call, Sequence[Tensor], bool], Traced], bool], ...] = (
+TRACERS: tuple[tuple[str, Callable[[nn.Module, Call, Sequence[Sequence[Tensor]], bool], Traced], bool], ...] = (
     ("torch.fx", _symbolic, False),
     ("torch.export", _exported, False),
     ("torch.export", _exported, True),
