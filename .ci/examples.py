@@ -8,15 +8,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/api.md", "docs/text.md")
+RECIPES = ("docs/bring-your-model.md", "docs/models-vision.md", "docs/models-language.md", "docs/models-own.md")
 
 
 def main() -> None:
-    """Joins the blocks of each page, which are one program."""
+    """Joins the blocks of each page, which are one program; on the pages of recipes each block is one, and begins with its file's name."""
     folder = Path(tempfile.mkdtemp(prefix="delock-examples-"))
     for page in PAGES:
-        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-        (folder / f"{Path(page).stem.lower()}.py").write_text("\n\n".join(blocks), encoding="utf-8")
+        (folder / f"{Path(page).stem.lower()}.py").write_text("\n\n".join(blocks(page)), encoding="utf-8")
+    for page in RECIPES:
+        for block in blocks(page):
+            (folder / block.split('"""')[1]).write_text(block, encoding="utf-8")
     print(folder)
+
+
+def blocks(page: str) -> list[str]:
+    """Returns the Python code on a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 if __name__ == "__main__":
