@@ -72,12 +72,15 @@ def _within(
     def need(k: int, a: int, b: int) -> float:
         return needs.of(k, edges[a], edges[b])
 
+    def fits(k: int, a: int, b: int) -> bool:
+        return needs.least(edges[a], edges[b]) <= limits[k] and need(k, a, b) <= limits[k]
+
     for _ in range(TRIES):
         own = needed(prepared)
         if _fit(own, limits):
             return prepared
         needs.correct(prepared.bounds(), own)
-        found = balance_within(costs, measured.K, lambda k, a, b: need(k, a, b) <= limits[k], learned)
+        found = balance_within(costs, measured.K, fits, learned)
         if found is None:
             break
         prepared = measured.cut(tuple(edges[i] for i in found))

@@ -78,6 +78,7 @@ class StageNeeds:
         self.facts = stage_facts(request.method, K)
         self.ahead = request.workers != "inline" and torch.device(request.device).type == "cpu"
         self.known: dict[tuple[int, int, int], float] = {}
+        self.bounds: dict[tuple[int, int], float] = {}
         self.heads: dict[tuple[int, Outputs], tuple[nn.Module, LayerCost] | None] = {}
         self.state = [
             [(under(layer.prefix, name), one) for name, one in (*layer.module.named_parameters(), *layer.module.named_buffers())]
@@ -91,8 +92,10 @@ class StageNeeds:
         return self.known[k, a, b]
 
     def least(self, a: int, b: int) -> float:
-        """Returns the bytes of weights and buffers."""
-        return sum(one.nbytes for _, one in self._state(a, b))
+        """Returns bytes below which the need cannot be, in little time: weights, buffers and gradients."""
+        if (a, b) not in self.bounds:
+            self.bounds[a, b] = sum(one.nbytes * (1 + one.requires_grad) for _, one in self._state(a, b))
+        return self.bounds[a, b]
 
     def correct(self, bounds: Sequence[tuple[int, int]], needs: Sequence[int]) -> None:
         """Puts in what the stages of a whole run need."""
