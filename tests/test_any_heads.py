@@ -305,3 +305,49 @@ def test_a_stage_without_a_head_shows_its_shape() -> None:
     two = ZOO["dicts"]
     with pytest.raises(UsageError, match=r"no head is known for stage 0, .* and the loss needs more than one tensor"):
         run(two.model(), two.train(), loss=both_tasks)
+
+
+class Towers(nn.Module):
+    """Computes two towers one after the other, and joins them late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.ModuleList(nn.Linear(12, 12) for _ in range(2)) for _ in range(2))
+        self.top = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+        self.out = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = b = x
+        for layer in self.left:
+            a = torch.tanh(layer(a))
+        for layer in self.right:
+            b = torch.tanh(layer(b))
+        h = a * b
+        for layer in self.top:
+            h = torch.tanh(layer(h))
+        return self.out(h)
+
+
+def test_what_a_head_cannot_see_is_not_left_untrained() -> None:
+    data = [vectors(4, torch.Generator().manual_seed(0))]
+    says = r"the head of stage 0 is given the main activation alone, which does not depend on left.0.weight and 3 more, .*: cut elsewhere"
+    with pytest.raises(UsageError, match=says):
+        run(Towers(), data, loss=cross_entropy, cuts=["right.1"])
+    run(Towers(), data, loss=cross_entropy, cuts=["top.0"])
+    run(Towers(), data, loss=cross_entropy, cuts=["right.1"], method="bp")
+    run(Towers(), data, loss=cross_entropy, cuts=["right.1"], method="interlocking")
+
+
+def test_cuts_are_chosen_where_a_head_is_known() -> None:
+    """The places with samples on the second axis are left out."""
+
+    class Late(Turned):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.unflatten(1, (3, 4)).transpose(0, 1).contiguous()
+            for layer in self.layers[:2]:
+                h = torch.tanh(layer(h)) + h
+            return self.out(self.layers[2](h.mean(0)))
+
+    data = [vectors(4, torch.Generator().manual_seed(0))]
+    result = run(Late(), data, loss=cross_entropy)
+    assert result.stages[1].parameters <= 20 + 25

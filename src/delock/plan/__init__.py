@@ -4,7 +4,7 @@ from delock.errors import PlanError
 from delock.plan.chart import chart
 from delock.plan.needs import Product, gives, named, needs, needs_error, received
 from delock.plan.steps import Keep, Plan, RunLength, Step
-from delock.plan.unroll import unroll, windows
+from delock.plan.unroll import sends_errors, unroll, windows
 from delock.plan.walk import check, walk
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "needs",
     "needs_error",
     "received",
+    "sends_errors",
     "unroll",
     "walk",
     "windows",

@@ -93,3 +93,8 @@ class _Column:
         if self.over_network:
             return replace(op, clip=self.length.clip, over="network", number=version)
         return op if self.length.clip is None else replace(op, clip=self.length.clip)
+
+
+def sends_errors(method: Method, K: int) -> bool:
+    """Returns True if a stage sends an error to the one below: else each learns from the loss of its own head alone."""
+    return any(step.down for column in unroll(method, K, 1).columns for step in column)

@@ -16,7 +16,7 @@ from delock.methods import Method
 from delock.options import Execution, check_types
 from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
 from delock.partition.measure import LayerCost
-from delock.plan import check, unroll
+from delock.plan import check, sends_errors, unroll
 from delock.recomputation import refuse_with_mixed
 from delock.run.request import Request
 
@@ -177,5 +177,5 @@ def refuse_unfit_codecs(request: Request, cut: Sequence[LayerCost]) -> None:
     for k, cost in enumerate(cut):
         if codec:
             codec.check(cost.outputs, f"stage {k}")
-    if request.compression.errors and K > 1 and not any(step.down for column in unroll(request.method, K, 1).columns for step in column):
+    if request.compression.errors and K > 1 and not sends_errors(request.method, K):
         raise UsageError(f"{request.method.name} sends no errors down, so there is none for an error codec: leave it out")

@@ -37,11 +37,14 @@ def cut_network(measured: MeasuredNetwork, cuts: Sequence[int | str] | None) -> 
 def places(measured: MeasuredNetwork) -> list[int]:
     """Returns the layers in front of which the network may be cut: any but the first, or those with a CutPoint if the model has some.
 
-    Raises UsageError if there are too few CutPoints, or if one marks no place.
+    Where stages need heads, only places are taken behind which one is known, if there are enough. Raises UsageError if there are too few
+    CutPoints, or if one marks no place.
     """
     layers, marks = measured.layers, set(measured.marks)
     if not marks:
-        return list(range(1, len(layers)))
+        every = range(1, len(layers))
+        headed = [i for i in every if not measured.goal or measured.goal.name(measured.costs[i - 1].outputs)]
+        return headed if len(headed) >= measured.K - 1 else list(every)
     found = [i for i, layer in enumerate(layers) if i and marks & _names(layer)]
     if idle := next((mark for mark in measured.marks if mark not in {name for i in found for name in _names(layers[i])}), None):
         raise UsageError(f"the CutPoint {idle} stands at an end of the model, where there is nothing to cut: take it out")

@@ -47,6 +47,11 @@ class Goal:
         """Returns the tensors of a stage's output that its head is given."""
         return outputs[:1] if self.first else outputs
 
+    def name(self, outputs: Outputs) -> str:
+        """Returns the name of a head for a stage's output, or "" if none is known."""
+        found = self.entering(outputs)
+        return fitting(found[0][0], self.logits) if len(found) == 1 and self.logits and found[0][1].is_floating_point else ""
+
 
 def refuse_own_loss(request: Request, K: int) -> None:
     """Raises UsageError for heads of a model that computes its own loss: they know no labels."""
@@ -98,16 +103,13 @@ def _refuse_unfit(method: str, wanted: range, K: int, given: Sequence[nn.Module]
 def _built(request: Request, k: int, outputs: Outputs, goal: Goal) -> nn.Module:
     """Returns the head of stage k, by the name that is given or by what fits. Raises UsageError if none does."""
     assert request.heads is None or isinstance(request.heads, str)
-    found = goal.entering(outputs)
-    shape, dtype = found[0]
-    name = ""
-    if len(found) == 1 and goal.logits and dtype.is_floating_point:
-        name = request.heads or fitting(shape, goal.logits)
+    known, (shape, dtype) = goal.name(outputs), outputs[0]
+    name = request.heads if request.heads and goal.logits and len(goal.entering(outputs)) == 1 else known
     if not name:
         raise UsageError(_no_head(k, outputs, goal))
     assert goal.logits
     head = build_fitting(name, shape, goal.logits, key(request.seed, "head", k))
-    return head if request.execution.amp != "no" else head.to(dtype)
+    return head if request.execution.amp != "no" or not dtype.is_floating_point else head.to(dtype)
 
 
 def _no_head(k: int, outputs: Outputs, goal: Goal) -> str:

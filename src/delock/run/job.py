@@ -45,6 +45,7 @@ class StageJob:
     tests: Mapping[str, int] = field(default_factory=dict)  # batches of the test sets, by name; one without a name is called ""
     head: nn.Module | None = None  # auxiliary, of a stage with a loss of its own
     main: bool = False  # the head takes the first tensor of the stage's output alone
+    alone: bool = False  # no loss but its own reaches the stage
     learns_below: bool = True  # a stage below has weights that learn
     execution: Execution = field(default_factory=Execution)
     placement: Placement = field(default_factory=Placement)

@@ -27,7 +27,7 @@ from delock.partition.head_loss import HeadLoss
 from delock.partition.layers import Layer
 from delock.partition.measure import LayerCost
 from delock.partition.stages import StageModule
-from delock.plan import RunLength
+from delock.plan import RunLength, sends_errors
 from delock.records import StagePrediction, Started
 from delock.run.job import StageJob
 from delock.run.request import Request
@@ -127,6 +127,7 @@ class PreparedRun:
                 tests={name: len(one) for name, one in sets_of(request.test).items()} if request.test is not None else {},
                 head=self.heads.get(k),
                 main=not request.network.chain,
+                alone=not sends_errors(request.method, self.K),
                 learns_below=any(w.requires_grad for one in self.modules[:k] for w in one.parameters()),
                 execution=self.execution,
                 placement=request.placement,

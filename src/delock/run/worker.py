@@ -54,6 +54,7 @@ class Worker:
             loss=job.loss,
             head=job.head,
             main=job.main,
+            alone=job.alone,
             learns_below=job.learns_below,
             names=job.names,
             seed=job.seed,

@@ -22,6 +22,7 @@ from delock.stage.banks import Banks
 from delock.stage.in_flight import InFlight
 from delock.stage.learner import Learner, OptimizerFactory, ScheduleFactory
 from delock.stage.module import ModuleFunction, Weights, copies, refuse_derived_weights
+from delock.stage.reached import refuse_unreached
 from delock.stage.split_backward import Gradients, gradients, joint_backward, split_backward
 from delock.tensors import Tree, Value, floating, leaves_of, like, tensors, with_leaves
 
@@ -55,6 +56,7 @@ class Stage:
     module: called with one argument, a tensor or a tuple of tensors, as nn.Sequential is; it returns the same.
     head: the auxiliary head of a stage with a loss of its own; it takes the module's outputs, or the first of them alone if they are led by
     their main activation (`main`), and returns what the loss takes.
+    alone: no other loss reaches the stage than that of its head.
     learns_below: a stage below has weights that learn; else it is sent zeros for errors, and none are computed.
     names: the parameters' names in the unsplit model, by their names in the module; the head's are called heads.k.*.
     seed: dropout is seeded with key(seed, k, batch) before every Forward and again before its replay, in the head with
@@ -75,6 +77,7 @@ class Stage:
         loss: Loss | None = None,
         head: nn.Module | None = None,
         main: bool = False,
+        alone: bool = False,
         learns_below: bool = True,
         names: Mapping[str, str] | None = None,
         seed: int = 0,
@@ -87,7 +90,7 @@ class Stage:
         self.k, self.K, self.loss, self.mixed, self.resumable = k, K, loss, mixed, resumable
         self.device = torch.device(device)
         self.execution = execution
-        self.main, self.learns_below = main, k > 0 and learns_below
+        self.main, self.alone, self.learns_below = main, alone, k > 0 and learns_below
         self.body = ModuleFunction(module, (seed, k), self.device, execution)
         self.head = ModuleFunction(head, (seed, k, "head"), self.device, execution) if head is not None else None
         if mixed:
@@ -291,6 +294,9 @@ class Stage:
 
     def _head_loss(self, head: ModuleFunction, batch: int, held: InFlight) -> tuple[Tensor, Gradients]:
         """L_k = loss(a_k(h_{k+1}; u_k), y): adds the head's own gradient, and returns the loss with its error at the stage's outputs."""
+        if self.main and self.alone:
+            self.alone = False  # once is enough
+            refuse_unreached(tensors(held.outputs), dict(zip(self.learner.names, self.body.weights.values(), strict=False)), self.k)
         outputs, buffers = self._entering_head(held.outputs), head.buffers()
         leaves = leaves_of(outputs, wanted=True)
         with torch.enable_grad():
