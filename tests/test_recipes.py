@@ -19,7 +19,6 @@ pytestmark = pytest.mark.usefixtures("own_random")
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = ("bring-your-model", "models-vision", "models-language", "models-own")
-HEAVY = {"torchrun.py"}
 
 
 class Recipe(NamedTuple):
@@ -41,15 +40,15 @@ def recipes(text: str) -> list[Recipe]:
 
 
 RECIPES = [one for page in PAGES for one in recipes((DOCS / f"{page}.md").read_text(encoding="utf-8"))]
-EACH = [pytest.param(one, id=one.file, marks=[pytest.mark.slow] if one.file in HEAVY else []) for one in RECIPES]
+NAMES = [one.file for one in RECIPES]
 
 
 def test_there_are_recipes_of_every_kind() -> None:
     assert len(RECIPES) >= 10
-    assert len({one.file for one in RECIPES}) == len(RECIPES)
+    assert len(set(NAMES)) == len(NAMES)
 
 
-@pytest.mark.parametrize("recipe", EACH)
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
 def test_a_recipe_runs(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process; what a program claims, it asserts itself."""
     fit = delock.fit
@@ -65,10 +64,20 @@ def test_a_recipe_runs(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES, ids=[one.file for one in RECIPES])
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
 def test_a_recipe_runs_in_processes(recipe: Recipe, tmp_path: Path) -> None:
     """As a user starts it."""
     (tmp_path / recipe.file).write_text(recipe.program, encoding="utf-8")
     for words in [[recipe.file], *(["-m", *words] for words in recipe.commands)]:
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_under_torchrun(tmp_path: Path) -> None:
+    """A rank per stage; every rank compares its weights with plain PyTorch's."""
+    [recipe] = [one for one in RECIPES if one.file == "unet.py"]
+    (tmp_path / recipe.file).write_text(recipe.program, encoding="utf-8")
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", recipe.file]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr

@@ -93,19 +93,21 @@ def fit(
     What is in eval mode in a model in training mode stays so, as a BatchNorm with fixed statistics; a model that is in eval mode itself, as
     after an evaluation, is trained whole. Afterwards every module is in the mode that it was in.
 
-    model       an nn.Sequential, one of delock.nets or torchvision's ResNets, or a list of modules; every part takes one argument, a
-                tensor or a tuple of tensors of any dtype, and returns the same
+    model       any nn.Module: it is traced on the first batch and cut, and the pieces are proved to be equal to it; or a list of modules.
+                Of a list, an nn.Sequential, one of delock.nets and torchvision's ResNets nothing is traced: every part takes one argument,
+                a tensor or a tuple of tensors of any dtype, and returns the same
     train, test batches, e.g. a DataLoader: pairs (inputs, targets), targets tensors in tuples, lists, dicts; or dicts of the arguments of
                 the model's forward by their names, with the targets as "labels"; delock.data.Batches says what others are. test may be a
                 dict of several, by name: metrics are then called NAME/accuracy, and test_loss is that of the first
-    loss        loss(outputs, targets) -> the mean over the batch, a scalar; metrics likewise, by name, as numbers. Without a loss the model
-                takes the targets, too, and computes its own
+    loss        loss(outputs, targets) -> the mean over the batch, a scalar, of what the model returns; metrics likewise, by name, as
+                numbers. Without a loss the model takes the targets, too, and returns its own: a scalar, or an entry or attribute `loss`
     optimizer   called by every stage with its [(name in the unsplit model, parameter), ...], returns a torch.optim.Optimizer, so
                 parameter groups may be made by name: functools.partial(torch.optim.SGD, lr=0.1) will do
     method      a method of delock.methods, or its name
     schedule    called by every stage with its optimizer, returns a scheduler of torch.optim.lr_scheduler; it is stepped once per update
-    stages      K; by default 2, the length of a list of modules, or torchrun's number of ranks; cuts: index or name of the first layer of
-                each stage but the first; by default those that minimise the measured time of the most expensive stage
+    stages      K; by default 2, the length of a list of modules, or torchrun's number of ranks; cuts: index or name of the first layer or
+                module of each stage but the first; by default at CutPoints if the model has some, so that the most expensive stage has the
+                least counted work
     epochs      the length of the run, or batches: batches of `train`, which needs no length then; eval_every: batches between evaluations
                 (default: an epoch; of data without a length the run)
     clip        largest norm of a gradient: of the whole network's for synchronous methods, of each stage's for the others
