@@ -37,7 +37,6 @@ REFUSED_SHOWN = ("a branch", "a number")
 
 GAPS = {
     "hf BloomForCausalLM": "an autograd.Function with a gradient of its own is lost in torch.export",
-    "vmap": "the levels of vmap are steps of an exported graph, and one stays pushed",
 }
 TWO_AT_MOST = dict.fromkeys(
     ("buffers written", "two modes", "GRU cells", "state space by FFT"),
