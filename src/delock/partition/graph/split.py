@@ -64,7 +64,7 @@ def split(
                 traced = trace(model, call, examples, told)
                 for mode in (True, False):
                     traced.facts[mode] = observe(in_mode(model, mode), traced.graphs[mode], traced.constants, examples[0])
-                made, unlike = _proved(traced, call, examples, wanted, told, enough)
+                made, unlike = _enough(traced, call, examples, wanted, told, enough, stages)
         except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
         except NoCutError as error:
@@ -89,6 +89,19 @@ def split(
     if best is None:
         raise UsageError(refusal(model, failed))
     return best
+
+
+def _enough(
+    traced: Traced, call: Call, examples: Sequence[Sequence[Tensor]], wanted: Sequence[str], told: bool, enough: float, stages: int
+) -> tuple[list[Piece], str]:
+    """Returns `_proved` pieces. Where they are too few, cuts through tensors with gaps are tried: many compute the same all the same."""
+    made, unlike = _proved(traced, call, examples, wanted, told, enough)
+    if unlike or len(made) >= max(stages, 2) or not any(facts.strided for facts in traced.facts.values()):
+        return made, unlike
+    for facts in traced.facts.values():
+        facts.strided.clear()
+    more, unlike = _proved(traced, call, examples, wanted, told, enough)
+    return (made, "") if unlike or len(more) < len(made) else (more, "")
 
 
 def _proved(
