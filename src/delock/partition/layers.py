@@ -123,7 +123,13 @@ def _module(part: object) -> nn.Module:
 
 def _is_plain(module: nn.Module) -> bool:
     """Returns True if the module calls its children in turn; a subclass of nn.Sequential may compute something else."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not _does_more(module)
+
+
+def _does_more(module: nn.Module) -> bool:
+    """Returns True for a module whose call is more than its forward: it has hooks, or another `__call__`."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or type(module).__call__ is not nn.Module.__call__
 
 
 def _only_child(prefix: str, model: nn.Module) -> tuple[str, nn.Module]:
@@ -146,7 +152,11 @@ def _children(prefix: str, model: nn.Module) -> Iterator[Layer]:
 def _is_torchvision_resnet(model: nn.Module) -> bool:
     """Returns True for a torchvision ResNet with its own forward; compares names, so that torchvision is not imported."""
     base = next((c for c in type(model).__mro__ if (c.__module__, c.__name__) == ("torchvision.models.resnet", "ResNet")), None)
-    return base is not None and all(getattr(type(model), f) is getattr(base, f) for f in ("forward", "_forward_impl"))
+    return (
+        base is not None
+        and not _does_more(model)
+        and all(getattr(type(model), f) is getattr(base, f) for f in ("forward", "_forward_impl"))
+    )
 
 
 def _resnet(model: nn.Module) -> Iterator[Layer]:

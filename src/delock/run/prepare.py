@@ -27,6 +27,7 @@ from delock.run.checks import (
 )
 from delock.run.choose_cuts import cut_network
 from delock.run.heads import refuse_own_loss
+from delock.run.hidden import refuse_hidden
 from delock.run.layout_choice import choose_layout
 from delock.run.measured_network import MeasuredNetwork
 from delock.run.parts import refuse_other
@@ -84,6 +85,7 @@ def measured_network(request: Request, *, counts: bool = False, fine: bool = Fal
     if request.simulation.slow and any(request.method.slowdown(k) > 1 for k in range(K)):
         raise UsageError("noise and slow both make stages slower: use one of them")
     _refuse_misfit(request.simulation, K, request.seed)
+    refuse_hidden(request.model)
     wanted = request.network.wanted(cuts, K)
     request.network.open(wanted, everywhere=fine)
     refuse_own_loss(request, K)

@@ -44,14 +44,17 @@ class Piece:
     ties: tuple[tuple[str, int], ...] = ()
 
 
-def pieces(traced: Traced, wanted: Sequence[str] = (), only: Collection[str] | None = None, enough: float = ENOUGH) -> list[Piece]:
+def pieces(
+    traced: Traced, wanted: Sequence[str] = (), only: Collection[str] | None = None, enough: float = ENOUGH, least: int = 0
+) -> list[Piece]:
     """Returns the pieces of a model.
 
     wanted: modules, by path, in front of which there must be a cut; only: all in front of which there may be one; enough: the number of
-    cuts for which no finer places are looked for. Raises NoCutError for a wanted one in front of which none is possible.
+    cuts for which no finer places are looked for; least: that for which even single operations are cut apart, by their names in the graph.
+    Raises NoCutError for a wanted one in front of which none is possible.
     """
     lines = {mode: line(traced, mode) for mode in traced.graphs}
-    names, places, also = boundaries(traced, lines, wanted, only, enough)
+    names, places, also = boundaries(traced, lines, wanted, only, enough, least)
     owned: set[int] = set()
     made = []
     for i, name in enumerate(["", *names]):
@@ -63,11 +66,14 @@ def pieces(traced: Traced, wanted: Sequence[str] = (), only: Collection[str] | N
 
 
 def boundaries(
-    traced: Traced, lines: dict[bool, Line], wanted: Sequence[str], only: Collection[str] | None, enough: float = ENOUGH
+    traced: Traced, lines: dict[bool, Line], wanted: Sequence[str], only: Collection[str] | None, enough: float, least: int
 ) -> tuple[list[str], dict[bool, list[int]], dict[str, tuple[str, ...]]]:
     """Returns the modules in front of which the model is cut, the edges of the pieces in each graph, and other names of the same places."""
     marks = cut_points(traced.model)
     begun = {mode: starts(one, marks) for mode, one in lines.items()}
+    ops = {mode: {node.name: i for i, node in enumerate(one.work)} for mode, one in lines.items()}
+    for mode, known in begun.items():
+        known |= {path: ops[mode][path] for path in wanted if path not in known and path in ops[mode]}
     for known in begun.values():
         known |= {path: first for path in wanted if path not in known and (first := _first_inside(path, known)) is not None}
     legal = {path: at for path in begun[True] if (at := _place(path, lines, begun))}
@@ -81,6 +87,10 @@ def boundaries(
         chosen = _ordered({path: at for path, at in legal.items() if path in rank}, rank)
         if len(chosen) >= enough:
             break
+    if len(chosen) < least:
+        finer = {name: at for name in ops[True] if name not in legal and (at := _place(name, lines, ops))}
+        legal |= finer
+        chosen = _ordered(legal, {**dict.fromkeys(finer, len(legal)), **dict.fromkeys(begun[True], len(legal) - 1), **rank})
     there = [legal[path] for path in chosen]
     if lost := next((path for path in wanted if legal[path] not in there), None):
         raise NoCutError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from delock.data.call import Call
 from delock.execution import Modes
 from delock.partition.graph.exported import answering
+from delock.partition.graph.python_state import attributes, refuse_changed
 from delock.partition.graph.root import in_mode, root, shadow
 from delock.tensors import is_floating, tensors
 
@@ -38,6 +39,8 @@ def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], exampl
     """
     own, cut = shadow(model), _copies(pieces)
     modes = [Modes(one, model.training) for one in (own, *cut)]
+    kept = {name for piece in cut for name, one in piece.named_modules() if type(one) is not nn.Module}
+    seen: dict[str, str] | None = None  # after the first batch
     with torch.random.fork_rng(devices=[]):
         for training, inputs in [(True, one) for one in (*examples, examples[0])] + [(False, one) for one in examples]:
             for mode in modes:
@@ -45,7 +48,11 @@ def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], exampl
             with answering(exporting=True, compiling=True) if told else nullcontext():
                 whole = _whole(own, call, inputs, training)
             if found := _compared(whole, _parts(cut, inputs, training), same):
+                refuse_changed(seen or {}, attributes(own, kept))
                 return f"{found} in {'training' if training else 'evaluation'}"
+            if inputs is examples[0] and training:
+                refuse_changed(seen or {}, now := attributes(own, kept))
+                seen = now
         if told:
             for mode in modes:
                 mode.train()
@@ -142,6 +149,8 @@ def _compared(whole: Outcome, parts: Outcome, alike: Callable[[Tensor, Tensor], 
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Returns True for equal tensors; NaN equals NaN."""
+    if a.layout == torch.sparse_coo == b.layout:
+        a, b = a.to_dense(), b.to_dense()
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b) or torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
 
 

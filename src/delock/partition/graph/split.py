@@ -95,33 +95,33 @@ def _enough(
     traced: Traced, call: Call, examples: Sequence[Sequence[Tensor]], wanted: Sequence[str], told: bool, enough: float, stages: int
 ) -> tuple[list[Piece], str]:
     """Returns `_proved` pieces. Where they are too few, cuts through tensors with gaps are tried: many compute the same all the same."""
-    made, unlike = _proved(traced, call, examples, wanted, told, enough)
+    made, unlike = _proved(traced, call, examples, wanted, told, enough, stages - 1)
     if unlike or len(made) >= max(stages, 2) or not any(facts.strided for facts in traced.facts.values()):
         return made, unlike
     for facts in traced.facts.values():
         facts.strided.clear()
-    more, unlike = _proved(traced, call, examples, wanted, told, enough)
+    more, unlike = _proved(traced, call, examples, wanted, told, enough, stages - 1)
     return (made, "") if unlike or len(more) < len(made) else (more, "")
 
 
 def _proved(
-    traced: Traced, call: Call, examples: Sequence[Sequence[Tensor]], wanted: Sequence[str], told: bool, enough: float
+    traced: Traced, call: Call, examples: Sequence[Sequence[Tensor]], wanted: Sequence[str], told: bool, enough: float, least: int
 ) -> tuple[list[Piece], str]:
     """Returns pieces that compute what the model computes, and "", or what differs. Cuts that change something are left out."""
 
     def unlike(made: Sequence[Piece], given: Sequence[Sequence[Tensor]]) -> str:
         return difference(traced.model, call, [piece.module for piece in made], given, told)
 
-    made = pieces(traced, wanted, enough=enough)
+    made = pieces(traced, wanted, enough=enough, least=least)
     if not (found := unlike(made, examples)):
         return made, ""
     names = [piece.begins for piece in made[1:]]
     if whole := unlike(pieces(traced, (), ()), examples):
         return made, whole
-    good = [name for name in names if not unlike(pieces(traced, wanted, (name,), enough), examples[:1])]
+    good = [name for name in names if not unlike(pieces(traced, wanted, (name,), enough, least), examples[:1])]
     if bad := [name for name in wanted if name in names and name not in good]:
         raise NoCutError(f"the model cannot be cut in front of {bad[0]}: {found} would be another")
-    made = pieces(traced, wanted, good, enough)
+    made = pieces(traced, wanted, good, enough, least)
     return made, unlike(made, examples)
 
 

@@ -37,7 +37,7 @@ class Tracer(fx.Tracer):
         path = module_qualified_name
         if path in self.opened or (path == MODEL and m._modules):
             return False
-        return path in self.whole or not m._modules or of_torch(m)
+        return path in self.whole or not m._modules or of_torch(m) or isinstance(m, torch.jit.ScriptModule)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Traces a call, and notes the innermost module in which it fails."""
@@ -89,7 +89,7 @@ def _traced(model: nn.Module, call: Call, count: int, opened: set[str], training
                 graph = tracer.trace(under)
             break
         except Exception:
-            if tracer.failed in ("", MODEL) or len(whole) == ATTEMPTS or tracer.failed in opened:
+            if tracer.failed in ("", MODEL) or len(whole) == ATTEMPTS or tracer.failed in opened | whole:
                 raise
             whole.add(tracer.failed)
     return graph, _strip(graph, under, training), under.structure
