@@ -16,6 +16,8 @@ import torch
 from torch import UntypedStorage
 from torch.storage import TypedStorage
 
+from delock.launch.parametrized import reduced
+
 CHUNK = 4 << 20  # bytes of one message
 _ALIGNED = 64  # bytes; torch's own tensors begin at such addresses
 
@@ -100,6 +102,10 @@ class _Pickler(pickle.Pickler):
     def __init__(self, into: io.BytesIO) -> None:
         super().__init__(into, protocol=pickle.HIGHEST_PROTOCOL)
         self.storages: list[UntypedStorage] = []
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Returns how an object is pickled that cannot say it itself."""
+        return reduced(obj)
 
     def persistent_id(self, obj: Any) -> tuple[int, torch.dtype | None] | None:
         """Returns the number of a storage, and the dtype that it is seen with; None for all else."""

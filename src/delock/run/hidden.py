@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import nn
+from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from delock.errors import UsageError
@@ -27,7 +28,7 @@ def _refuse(model: nn.Module, under: str) -> None:
                 "the optimizer, or in a parametrization of the weight"
             )
     for name, module in model.named_modules():
-        if "forward" in vars(module):
+        if "forward" in vars(module) and not isinstance(module, ScriptModule):
             where = f"{under}{name}" or "the model"
             raise UsageError(
                 f"{where} ({type(module).__name__}) has a forward of its own, put on the instance, which a copy in another process would "

@@ -15,7 +15,7 @@ from delock.execution import Modes
 from delock.partition.graph.exported import answering
 from delock.partition.graph.python_state import attributes, refuse_changed
 from delock.partition.graph.root import in_mode, root, shadow
-from delock.tensors import is_floating, tensors
+from delock.tensors import address, is_floating, tensors
 
 SEED = 20_261_127  # any number: both are given the same, so that dropout draws the same
 
@@ -39,7 +39,7 @@ def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], exampl
     """
     own, cut = shadow(model), _copies(pieces)
     modes = [Modes(one, model.training) for one in (own, *cut)]
-    kept = {name for piece in cut for name, one in piece.named_modules() if type(one) is not nn.Module}
+    kept = {name for piece in cut for name, one in piece.named_modules() if name and type(one) is not nn.Module}
     seen: dict[str, str] | None = None  # after the first batch
     with torch.random.fork_rng(devices=[]):
         for training, inputs in [(True, one) for one in (*examples, examples[0])] + [(False, one) for one in examples]:
@@ -81,10 +81,11 @@ def _parts(pieces: Sequence[nn.Module], inputs: Sequence[Tensor], training: bool
     held: list[tuple[list[Tensor], tuple[Tensor, ...]]] = []
     values: Sequence[Tensor] = [x.detach() for x in inputs]
     torch.default_generator.manual_seed(SEED)
+    weights = {address(p) for piece in pieces for p in piece.parameters() if p.numel()}  # tied ones pass through pieces, and are not copied
     for i, piece in enumerate(pieces):
-        leaves = _leaves(values, training and i > 0)
+        leaves = _leaves(values, training and i > 0, weights)
         with torch.set_grad_enabled(training):
-            out = tensors(piece(tuple(x.clone() for x in leaves)))
+            out = tensors(piece(tuple(x if address(x) in weights else x.clone() for x in leaves)))
         held.append((leaves, out))
         values = [x.detach() for x in out]
     gradients = dict[str, Tensor]()
@@ -101,8 +102,9 @@ def _parts(pieces: Sequence[nn.Module], inputs: Sequence[Tensor], training: bool
     return Outcome(held[-1][1], gradients, buffers)
 
 
-def _leaves(values: Sequence[Tensor], training: bool) -> list[Tensor]:
-    return [x.detach().clone().requires_grad_(training and is_floating(x)) for x in values]
+def _leaves(values: Sequence[Tensor], training: bool, weights: set[int]) -> list[Tensor]:
+    own = [x.detach() if address(x) in weights else x.detach().clone() for x in values]
+    return [x.requires_grad_(training and is_floating(x)) for x in own]
 
 
 def _errors(outputs: Sequence[Tensor]) -> list[Tensor | None]:
