@@ -38,10 +38,7 @@ REFUSED_SHOWN = ("a branch", "a number")
 GAPS = {
     "hf BloomForCausalLM": "an autograd.Function with a gradient of its own is lost in torch.export",
 }
-TWO_AT_MOST = dict.fromkeys(
-    ("buffers written", "two modes", "GRU cells", "state space by FFT"),
-    "there is one place to cut: values that are not dense, or buffers that are written, lie across the others",
-)
+TWO_AT_MOST = {"two modes": "the body, whose norms are written, is called twice in evaluation: no cut can come between"}
 
 plain = cache(zoo.train)
 

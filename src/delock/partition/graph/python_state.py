@@ -19,7 +19,7 @@ def attributes(model: nn.Module, kept: Collection[str]) -> dict[str, str]:
         if path in kept:
             continue
         for name, value in vars(module).items():
-            if not name.startswith("_") and (text := _text(value)) is not None:
+            if name != "training" and not name.startswith("_") and (text := _text(value)) is not None:
                 found[f"{path}.{name}" if path else name] = text
     return found
 
