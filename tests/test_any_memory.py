@@ -174,12 +174,12 @@ PEAK = """
 
     if __name__ == "__main__":
         run(sys.argv[1], 8, 4, 2)  # what is loaded once counts for nobody
-        print("ratio", run(sys.argv[1], 1024, 32, 2))
+        print("ratio", run(sys.argv[1], 1024, 24, 2))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell the peak of a program's memory")
-@pytest.mark.parametrize("kind", ["chain"])
+@pytest.mark.parametrize("kind", ["traced", pytest.param("chain", marks=pytest.mark.slow)])
 def test_the_parents_peak_is_its_model_and_less_than_the_largest_stage_and_a_third(kind: str, tmp_path: Path) -> None:
     program = tmp_path / "peak.py"
     program.write_text(textwrap.dedent(PEAK))

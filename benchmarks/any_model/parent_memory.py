@@ -23,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 OWN = HERE.parents[1] / "src"
 MIB = 2**20
 TOKENS = 32
+GPT2S = {"gpt2-tiny": (24, 4), "gpt2-100m": (768, 12), "gpt2-200m": (1152, 10)}
+CHAINS = {"chain-tiny": (16, 4), "chain-100m": (2048, 24), "chain-200m": (2048, 48)}
 
 
 def main() -> None:
@@ -77,43 +79,37 @@ def peak_of(name: str, stages: int) -> dict[str, int]:
     from delock.launch import peak_memory
 
     device = torch.device("cpu")
-    model, batches, loss = chain(int(name.split("-")[1][:-1])) if name.startswith("chain") else gpt2(name)
-    before, seen = peak_memory.reset_peak(device), list[Any]()
-    result = fit(
-        model,
-        batches,
-        loss=loss,
-        optimizer=partial(torch.optim.SGD, lr=1e-3),
-        method="bp",
-        stages=stages,
-        batches=2,
-        on_event=seen.append,
-    )
-    peak = peak_memory.peak(device) - before
+
+    def run(name: str) -> Any:
+        model, batches, loss = chain(*CHAINS[name]) if name in CHAINS else gpt2(*GPT2S[name])
+        before = peak_memory.reset_peak(device)
+        fitted = fit(model, batches, loss=loss, optimizer=partial(torch.optim.SGD, lr=1e-3), method="bp", stages=stages, batches=2)
+        return model, fitted, peak_memory.peak(device) - before
+
+    run(f"{name.split('-')[0]}-tiny")  # what is loaded once, programs and their tables, is no matter of the model
+    model, result, peak = run(name)
     sizes = [stage.parameters * 4 for stage in result.stages]
     whole = sum(p.numel() for p in model.parameters())
     return {"parameters": whole, "weights": 4 * whole, "largest": max(sizes), "peak": peak}
 
 
-def gpt2(name: str) -> tuple[Any, list[Any], Any]:
+def gpt2(wide: int, deep: int) -> tuple[Any, list[Any], Any]:
     """Return a GPT-2 with weights of its own making, and two batches of random text."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    wide = {"gpt2-100m": (768, 12), "gpt2-200m": (1152, 10)}[name]
-    config = GPT2Config(n_embd=wide[0], n_layer=wide[1], n_head=12, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = GPT2Config(n_embd=wide, n_layer=deep, n_head=12, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
     text = torch.randint(0, config.vocab_size, (2, 2, TOKENS))
     return GPT2LMHeadModel(config), [{"input_ids": one, "labels": one} for one in text], None
 
 
-def chain(millions: int) -> tuple[Any, list[Any], Any]:
+def chain(wide: int, count: int) -> tuple[Any, list[Any], Any]:
     """Return a chain of linear layers, and two batches of noise."""
     import torch
     from torch import nn
 
     torch.manual_seed(0)
-    count, wide = round(millions / 4.2), 2048
     parts = [part for _ in range(count) for part in (nn.Linear(wide, wide), nn.ReLU())]
     data = [(torch.randn(4, wide), torch.randint(0, wide, (4,))) for _ in range(2)]
     return nn.Sequential(*parts), data, nn.functional.cross_entropy

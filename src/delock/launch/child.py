@@ -73,7 +73,7 @@ class ParentPipe:
 
     def bring(self, result: object) -> None:
         """Sends the result. Raises whatever pickling it raises."""
-        parcel = Parcel(result)
+        parcel = Parcel(result, shared=True)
         with self._lock:
             self._up.send_bytes(pickle.dumps(("result", None)))
             parcel.send(self._up.send_bytes)

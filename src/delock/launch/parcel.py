@@ -29,10 +29,10 @@ class Parcel:
     between processes, and tie it to files and the sender.
     """
 
-    def __init__(self, value: object) -> None:
-        """Raises whatever an object's own reduction raises."""
+    def __init__(self, value: object, *, shared: bool = False) -> None:
+        """Raises whatever an object's own reduction raises. shared: tensors over the same memory arrive over the same memory."""
         into = io.BytesIO()
-        pickler = _Pickler(into)
+        pickler = _Pickler(into, shared)
         pickler.dump(value)
         self.pickled, self.storages = into.getvalue(), pickler.storages
 
@@ -99,8 +99,9 @@ class Arriving:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, into: io.BytesIO) -> None:
+    def __init__(self, into: io.BytesIO, shared: bool) -> None:
         super().__init__(into, protocol=pickle.HIGHEST_PROTOCOL)
+        self.shared, self.numbers = shared, dict[int, int]()
         self.storages: list[UntypedStorage] = []
 
     def reducer_override(self, obj: Any) -> Any:
@@ -114,8 +115,10 @@ class _Pickler(pickle.Pickler):
         storage = obj._untyped_storage if isinstance(obj, TypedStorage) else obj
         if storage.device.type != "cpu":
             return None
-        self.storages.append(storage)
-        return len(self.storages) - 1, obj.dtype if isinstance(obj, TypedStorage) else None
+        number = self.numbers.setdefault(storage._cdata, len(self.storages)) if self.shared else len(self.storages)
+        if number == len(self.storages):
+            self.storages.append(storage)
+        return number, obj.dtype if isinstance(obj, TypedStorage) else None
 
 
 class Unpickler(pickle.Unpickler):

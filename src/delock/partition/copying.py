@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def copied_but_for_handles(value: T) -> T:
-    """Returns a copy of a module, or of several. What cannot be copied, however deep it lies, is the same object in both."""
+def copied_but_for_handles(value: T, instead: Mapping[int, Any] = MappingProxyType({})) -> T:
+    """Returns a copy of a module, or of several. What cannot be copied, however deep it lies, is the same object in both.
+
+    instead: by id, what the copy has in place of some objects.
+    """
     try:
-        return copy.deepcopy(value)
+        return copy.deepcopy(value, dict(instead))
     except Exception:  # copying raises whatever an object's own reduction raises
-        return copy.deepcopy(value, {id(one): one for one in _handles(value, set())})
+        return copy.deepcopy(value, {**{id(one): one for one in _handles(value, set())}, **instead})
 
 
 def _handles(value: object, seen: set[int]) -> Iterator[object]:

@@ -145,7 +145,8 @@ class LayerTrial:
         self.module, self.loss, self.device, self.execution = module, loss, device, execution
         self.value = value
         leaves = [x.detach().requires_grad_(learn) for x, learn in zip(tensors(value), learns, strict=True)]
-        self.given = [x.clone() for x in leaves]  # a layer may write into its input
+        unwritten = getattr(module, "unwritten", ())
+        self.given = [x if i in unwritten else x.clone() for i, x in enumerate(leaves)]  # a layer may write into its input
         self.wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
         self.there = [*leaves, *self.given, *module.parameters(), *module.buffers()]
 

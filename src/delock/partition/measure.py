@@ -18,12 +18,15 @@ from delock.errors import DelockError, UsageError, said
 from delock.execution import PLAIN, Loss, Modes, compute_loss, given, lay_out_input, lay_out_weights
 from delock.options import Execution
 from delock.partition.copying import copied_but_for_handles
+from delock.partition.graph.root import aliases
+from delock.partition.graph.segment import Segment
 from delock.partition.layer_memory import LayerMemory, LayerTrial, observe, root
 from delock.partition.layers import Layer
+from delock.partition.lean import lean
 from delock.partition.learning_loss import refuse_learning_loss
 from delock.partition.work import Work
 from delock.recomputation import Rereading
-from delock.tensors import Value, is_value, kind, map_tensors, shown, tensors
+from delock.tensors import Value, is_value, kind, like, map_tensors, shown, tensors
 
 REENTRANT, UNTRAINED = "use_reentrant=True", "None of the inputs have requires_grad=True"  # in torch's error, and in its warning
 _IN_VAIN = (
@@ -68,7 +71,7 @@ def measure(
 
     inputs: a tensor or a tuple of tensors, any dtype, as the model takes them; targets: any tree of tensors, as the loss takes them.
     Memory is counted in the run that warms up. Only one layer at a time is copied and run, so weights, statistics and the random
-    state stay as they are, and no more memory is needed than one layer takes.
+    state stay as they are, and no more memory is needed than one layer takes. What a piece of a traced model only hands on is left out.
     counts: also count the work of every layer, in one more run.
     As in training, a backward computes the gradient of a layer's input only if something before it learns; learns: the inputs need one.
     Raises UsageError if a layer or the loss raises anything, or returns something that cannot go on from it.
@@ -83,22 +86,36 @@ def measure(
             last = i == len(layers) - 1
             behind = partial(_loss, loss, targets) if last else None
             with _explained(i, layer, value):
-                module = lay_out_weights(execution, copied_but_for_handles(layer.module).to(device))
+                module = lay_out_weights(execution, _own(layer.module).to(device))
                 Modes(module, layer.trains).train()
-                memory = _observed(module, value, wants, behind, device, execution)
-                runs = [_run(module, value, wants, behind, device, execution) for _ in range(repeats)]
-                work = _counted(module, value, wants, behind, device, execution) if counts else 0.0
+                part = lean(module)
+                given = part.used(tensors(value)) if part else tensors(value)
+                what = part or module, like(value, given), part.used(wants) if part else wants, behind, device, execution
+                memory = _observed(*what)
+                runs = [_run(*what) for _ in range(repeats)]
+                work = _counted(*what) if counts else 0.0
             forwards, backwards, outs, recomputes = zip(*runs, strict=True)
             out = outs[-1]
+            learned = tuple(x.requires_grad for x in tensors(out))
+            if part:
+                learned = part.whole(wants, {j: x.requires_grad for j, x in part.own.items()}, learned)
+                made = part.whole(tensors(value), part.own, tensors(out))
+                out = made[0] if len(made) == 1 else made
+                memory = part.memory(memory) if memory else None
             out_bytes = sum(x.numel() * x.element_size() for x in tensors(out))
             params = sum(p.numel() for p in module.parameters())
             shape = tuple(out.shape[1:]) if isinstance(out, Tensor) else ()
             outputs = tuple((tuple(x.shape), x.dtype) for x in tensors(out))
             medians = statistics.median(forwards), statistics.median(backwards)
             costs.append(LayerCost(*medians, out_bytes, params, shape, outputs, memory, recomputes[0], work))
-            wants = tuple(x.requires_grad for x in tensors(out))
+            wants = learned
             value = map_tensors(Tensor.detach, out)
     return costs
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """Returns a copy; that of a piece shares the memory of its weights, to which no traced model writes."""
+    return copied_but_for_handles(module, aliases(module.parameters()) if isinstance(module, Segment) else {})
 
 
 def _observed(

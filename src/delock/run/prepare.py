@@ -128,7 +128,8 @@ def _refuse_network(request: Request, K: int) -> None:
 def _examples(request: Request, first: LoadedBatch) -> Examples:
     """Returns batches to trace with. Where a rule counts the samples, rows cannot be taken out: then a later batch is the other one."""
     if first.counted is None:
-        return Examples.by_rows(tensors(first.inputs), first.samples)
+        assert isinstance(request.model, nn.Module)
+        return Examples.by_rows(tensors(first.inputs), first.samples, request.model)
     sizes = [x.shape for x in tensors(first.inputs)]
     with users_own("the training data"):
         later = (tensors(one.inputs) for one in islice(loaded(request.train, 0), LOOK))

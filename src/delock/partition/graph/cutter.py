@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 from delock.errors import UsageError
 from delock.nets.cut_point import cut_points
 from delock.partition.graph.guards import Guards
-from delock.partition.graph.segment import Program, Segment, as_number, as_size, as_tensor
+from delock.partition.graph.segment import PLACE, Computation, Program, Segment, as_number, as_size, as_tensor
 from delock.partition.graph.traced import Traced
 from delock.partition.graph.values import Line, blocks, calls, line, starts
 
@@ -165,13 +165,13 @@ def _ordered(places: dict[str, dict[bool, int]], rank: Mapping[str, int]) -> lis
 
 def _segment(traced: Traced, lines: dict[bool, Line], between: dict[bool, tuple[int, int]], owned: set[int]) -> Segment:
     parts: dict[str, Any] = {}
-    programs = {mode: Program(_part(traced, lines[mode], *between[mode], parts, owned, traced.guards.get(mode))) for mode in lines}
+    made = {mode: _part(traced, lines[mode], *between[mode], parts, owned, traced.guards.get(mode)) for mode in lines}
     owned.update(id(t) for t in _tensors(parts))
-    return Segment(parts, programs)
+    return Segment(parts, made)
 
 
-def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, Any], owned: set[int], guards: Guards | None) -> fx.Graph:
-    """Returns the graph of a piece, and adds what it needs to `parts`. owned: tensors of earlier pieces."""
+def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, Any], owned: set[int], guards: Guards | None) -> Computation:
+    """Returns the computation of a piece, and adds what it needs to `parts`. owned: tensors of earlier pieces."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     last = end == len(found.work)
     entering = found.inputs if begin == 0 else found.main_first(found.alive(begin))
@@ -206,7 +206,13 @@ def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, An
         else:
             out.append(env[node])
     graph.output(tuple(out))
-    return graph
+    weights = frozenset(i for i, node in enumerate(entering) if node.op == "get_attr")
+    if last:
+        return Computation(Program(graph), {}, weights)
+    handed = {j: entering.index(n) for j, n in enumerate(leaving) if n in raw and out[j] is raw[n] and len(raw[n].users) == 1}
+    own = {j: str(one.target) for j, one in enumerate(out) if one.op == "get_attr"}
+    idle = len(handed) + len(own) == len(out) or len(set(handed.values())) == len(entering)  # it would be left with no output or input
+    return Computation(Program(graph), {}, weights) if idle else Computation(Program(graph), handed, weights, own)
 
 
 def _moved(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -214,7 +220,7 @@ def _moved(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.No
     new = graph.node_copy(node, lambda one: env[one])
     if any(isinstance(one, torch.device) for one in _constants((node.args, node.kwargs))):
         with graph.inserting_before(new):
-            place = graph.create_node("get_attr", "place")
+            place = graph.create_node("get_attr", PLACE)
         new.args = map_aggregate(new.args, lambda one: place if isinstance(one, torch.device) else one)
         new.kwargs = map_aggregate(new.kwargs, lambda one: place if isinstance(one, torch.device) else one)
     return new

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from delock.tensors import rows
 
 Inputs = tuple[Tensor, ...]
+LARGE, FEW = 20_000_000, 3  # parameters, samples
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,15 @@ class Examples:
     single: Inputs = ()
 
     @classmethod
-    def by_rows(cls, inputs: Sequence[Tensor], count: int) -> Examples:
-        """Returns parts of a batch of `count` samples; of one sample, the same one several times."""
-        return cls(
-            _resized(inputs, count, max(2, count)), _resized(inputs, count, 3 if count < 3 else count - 1), _resized(inputs, count, 1)
-        )
+    def by_rows(cls, inputs: Sequence[Tensor], count: int, model: nn.Module) -> Examples:
+        """Returns parts of a batch of `count` samples; of one sample, the same one several times. A large model gets few."""
+        few = min(count, FEW) if is_large(model) else count
+        return cls(_resized(inputs, count, max(2, few)), _resized(inputs, count, 3 if few < 3 else few - 1), _resized(inputs, count, 1))
+
+
+def is_large(model: nn.Module) -> bool:
+    """Returns True for a model that is traced and tried with a few samples, and compared in parts: time and memory matter there."""
+    return sum(weight.numel() for weight in model.parameters() if not is_lazy(weight)) > LARGE
 
 
 def _resized(inputs: Sequence[Tensor], count: int, wanted: int) -> Inputs:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,33 +13,56 @@ from torch import Tensor, nn
 
 from delock.data.call import Call
 from delock.execution import Modes
+from delock.partition.graph.digests import Gradients, NotApartError, Uses, caught, digest
+from delock.partition.graph.examples import is_large
 from delock.partition.graph.exported import answering
 from delock.partition.graph.python_state import attributes, refuse_changed
-from delock.partition.graph.root import in_mode, root, shadow
-from delock.tensors import address, is_floating, tensors
+from delock.partition.graph.root import aliases, in_mode, root, shadow
+from delock.partition.graph.segment import Segment, computation
+from delock.tensors import is_floating, tensors
 
 SEED = 20_261_127  # any number: both are given the same, so that dropout draws the same
 
 
 @dataclass
 class Outcome:
-    """Holds what one run has given: output tensors, gradients by the names of parameters, buffers by name."""
+    """Holds what one run has given: output tensors, digests or samples of gradients by the names of parameters, buffers by name.
+
+    A parameter has one gradient, or where uses are looked at apart one for each.
+    """
 
     outputs: tuple[Tensor, ...]
-    gradients: dict[str, Tensor]
+    gradients: dict[str, list[bytes | Tensor]]
     buffers: dict[str, Tensor]
 
 
-def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], examples: Sequence[Sequence[Tensor]], told: bool = False) -> str:
+def difference(
+    model: nn.Module,
+    call: Call,
+    pieces: Sequence[Segment],
+    examples: Sequence[Sequence[Tensor]],
+    told: bool = False,
+) -> str:
     """Returns the first thing in which the pieces differ from the model; "" if there is none.
 
-    told: from the model when it knows that it is exported; that in turn may differ from the model in rounding.
+    told: from the model when it knows that it is exported; that in turn may differ from the model in rounding. Of a large model, what each
+    use of a tied weight adds to its gradient is compared, and not the sum, which takes more memory; equal pairs have equal sums.
 
     They take several steps on the same copies, in training and then in eval mode: a difference may show only after a step, as with buffers,
     or with what a forward leaves in Python's attributes.
     """
-    own, cut = shadow(model), _copies(pieces)
-    modes = [Modes(one, model.training) for one in (own, *cut)]
+    if is_large(model):
+        with suppress(NotApartError):
+            if not _difference(model, call, pieces, examples, told, True):
+                return ""
+    return _difference(model, call, pieces, examples, told, False)
+
+
+def _difference(
+    model: nn.Module, call: Call, pieces: Sequence[Segment], examples: Sequence[Sequence[Tensor]], told: bool, apart: bool
+) -> str:
+    own, cut = Uses(shadow(model), apart), _copies(pieces)
+    modes = [Modes(one, model.training) for one in (own.model, *cut)]
     kept = {name for piece in cut for name, one in piece.named_modules() if name and type(one) is not nn.Module}
     seen: dict[str, str] | None = None  # after the first batch
     with torch.random.fork_rng(devices=[]):
@@ -47,64 +71,89 @@ def difference(model: nn.Module, call: Call, pieces: Sequence[nn.Module], exampl
                 mode.train() if training else mode.module.eval()
             with answering(exporting=True, compiling=True) if told else nullcontext():
                 whole = _whole(own, call, inputs, training)
-            if found := _compared(whole, _parts(cut, inputs, training), same):
-                refuse_changed(seen or {}, attributes(own, kept))
+            if found := _compared(whole, _parts(cut, inputs, training, apart), same):
+                refuse_changed(seen or {}, attributes(own.model, kept))
                 return f"{found} in {'training' if training else 'evaluation'}"
             if inputs is examples[0] and training:
-                refuse_changed(seen or {}, now := attributes(own, kept))
+                refuse_changed(seen or {}, now := attributes(own.model, kept))
                 seen = now
         if told:
             for mode in modes:
                 mode.train()
-            plain = _whole(in_mode(model, True), call, examples[0], True)
+            plain = _whole(Uses(in_mode(model, True), apart), call, examples[0], True, samples=True)
             with answering(exporting=True, compiling=True):
-                whole = _whole(in_mode(model, True), call, examples[0], True)
+                whole = _whole(Uses(in_mode(model, True), apart), call, examples[0], True, samples=True)
             return _compared(plain, whole, close)
     return ""
 
 
-def _copies(pieces: Sequence[nn.Module]) -> list[nn.Module]:
-    memo = {id(weight): weight for piece in pieces for weight in piece.parameters()}
-    return copy.deepcopy(list(pieces), memo)
+def _copies(pieces: Sequence[Segment]) -> list[Segment]:
+    return copy.deepcopy(list(pieces), aliases(weight for piece in pieces for weight in piece.parameters()))
 
 
-def _whole(model: nn.Module, call: Call, inputs: Sequence[Tensor], training: bool) -> Outcome:
+def _whole(own: Uses, call: Call, inputs: Sequence[Tensor], training: bool, *, samples: bool = False) -> Outcome:
     torch.default_generator.manual_seed(SEED)
     with torch.set_grad_enabled(training):
-        outputs = root(model, call, len(inputs))(*(x.clone() for x in inputs))
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients = _gradients(outputs, list(named.values()), _errors(outputs)) if training else []
-    return Outcome(outputs, _given(named, gradients), dict(model.named_buffers()))
+        outputs = root(own.model, call, len(inputs))(*(x.clone() for x in inputs))
+    own.refuse_repeated(outputs)
+    with Gradients(own.learning(), samples=samples) as gradients:
+        if training:
+            _backward(outputs, _errors(outputs))
+    return Outcome(tuple(x.detach() for x in outputs), own.by_weight(gradients.found), dict(own.model.named_buffers()))
 
 
-def _parts(pieces: Sequence[nn.Module], inputs: Sequence[Tensor], training: bool) -> Outcome:
-    held: list[tuple[list[Tensor], tuple[Tensor, ...]]] = []
-    values: Sequence[Tensor] = [x.detach() for x in inputs]
+def _parts(pieces: Sequence[Segment], inputs: Sequence[Tensor], training: bool, apart: bool) -> Outcome:
     torch.default_generator.manual_seed(SEED)
-    weights = {address(p) for piece in pieces for p in piece.parameters() if p.numel()}  # tied ones pass through pieces, and are not copied
+    ran, values = list[Ran](), [x.detach() for x in inputs]
     for i, piece in enumerate(pieces):
-        leaves = _leaves(values, training and i > 0, weights)
-        with torch.set_grad_enabled(training):
-            out = tensors(piece(tuple(x if address(x) in weights else x.clone() for x in leaves)))
-        held.append((leaves, out))
-        values = [x.detach() for x in out]
-    gradients = dict[str, Tensor]()
-    errors = _errors(held[-1][1])
-    for piece, (leaves, out) in zip(reversed(pieces), reversed(held), strict=True):
-        if not training:
-            break
-        named = {name: p for name, p in piece.named_parameters() if p.requires_grad}
-        inner = [x for x in leaves if x.requires_grad]
-        found = _gradients(out, [*inner, *named.values()], errors)
-        gradients |= _given(named, found[len(inner) :])
-        errors = _to_inputs(leaves, found)
+        ran.append(_run(piece, values, training, learns=training and i > 0))
+        values = [x.detach() for x in ran[-1].out]
+    outputs, found = tuple(values), defaultdict[str, list[bytes | Tensor]](list)
+    errors = _errors(outputs) if training else []
+    for piece in reversed(pieces if training else []):
+        errors = _back(piece, ran.pop(), errors, found, apart)
     buffers = {name: b for piece in pieces for name, b in piece.named_buffers() if not name.startswith("copies.")}
-    return Outcome(held[-1][1], gradients, buffers)
+    return Outcome(outputs, dict(found), buffers)
 
 
-def _leaves(values: Sequence[Tensor], training: bool, weights: set[int]) -> list[Tensor]:
-    own = [x.detach() if address(x) in weights else x.detach().clone() for x in values]
-    return [x.requires_grad_(training and is_floating(x)) for x in own]
+@dataclass
+class Ran:
+    """Holds a forward of a piece: its inputs, for each of them a list for its error, and its outputs."""
+
+    leaves: list[Tensor]
+    errors: list[list[Tensor]]
+    out: tuple[Tensor, ...]
+
+
+def _run(piece: Segment, values: Sequence[Tensor], training: bool, learns: bool) -> Ran:
+    leaves = [x.detach().requires_grad_(learns and is_floating(x)) for x in values]
+    does = computation(piece, training)
+    as_they_are = does.weights | set(does.handed.values())  # into others a piece may write
+    with torch.set_grad_enabled(training):
+        entries = [caught(x) for x in leaves]
+        out = tensors(piece(tuple(x if i in as_they_are else x.clone() for i, (x, _) in enumerate(entries))))
+    return Ran(leaves, [errors for _, errors in entries], out)
+
+
+def _back(
+    piece: Segment, ran: Ran, errors: list[Tensor | None], found: dict[str, list[bytes | Tensor]], apart: bool
+) -> list[Tensor | None]:
+    """Goes back through a piece, and returns an error per input, as stages send them: zeros where the output does not depend on it."""
+    does = computation(piece, True)
+    handed = {i: errors[j] for j, i in does.handed.items()}
+    for j, name in does.own.items() if apart else ():
+        if (error := errors[j]) is not None and piece.get_parameter(name).requires_grad:
+            found[name].append(digest(error))  # what the uses above add to the gradient of a weight of this piece
+        error = errors[j] = None
+    for j in does.handed:
+        errors[j] = None
+    with Gradients({name: p for name, p in piece.named_parameters() if p.requires_grad}) as gradients:
+        _backward(ran.out, errors)
+    for name, one in gradients.found.items():
+        found[name].append(one)
+    made = [handed.get(i, come[0] if come else None) for i, come in enumerate(ran.errors)]
+    pairs = zip(ran.leaves, made, strict=True)
+    return [(torch.zeros_like(x) if e is None else e) if x.requires_grad else None for x, e in pairs]
 
 
 def _errors(outputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -116,22 +165,11 @@ def _errors(outputs: Sequence[Tensor]) -> list[Tensor | None]:
     return errors
 
 
-def _gradients(outputs: Sequence[Tensor], wanted: Sequence[Tensor], errors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _backward(outputs: Sequence[Tensor], errors: Sequence[Tensor | None]) -> None:
     pairs = [(x, e) for x, e in zip(outputs, errors, strict=True) if x.requires_grad and e is not None]
-    if not pairs or not wanted:
-        return [None] * len(wanted)
-    roots, seeds = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(roots, wanted, seeds, allow_unused=True))
-
-
-def _to_inputs(leaves: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Returns an error per input of a piece, as stages send them: zeros where the output does not depend on it."""
-    source = iter(found)
-    return [(e if (e := next(source)) is not None else torch.zeros_like(x)) if x.requires_grad else None for x in leaves]
-
-
-def _given(named: Mapping[str, Tensor], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    return {name: g for name, g in zip(named, gradients, strict=False) if g is not None}
+    if pairs:
+        roots, seeds = zip(*pairs, strict=True)
+        torch.autograd.backward(roots, seeds)
 
 
 def _compared(whole: Outcome, parts: Outcome, alike: Callable[[Tensor, Tensor], bool]) -> str:
@@ -144,9 +182,16 @@ def _compared(whole: Outcome, parts: Outcome, alike: Callable[[Tensor, Tensor], 
         if name in parts.buffers and not alike(buffer, parts.buffers[name]):
             return f"the buffer {name}"
     for name in (*whole.gradients, *parts.gradients):
-        if name not in parts.gradients or name not in whole.gradients or not alike(whole.gradients[name], parts.gradients[name]):
+        if not _alike(whole.gradients.get(name, []), parts.gradients.get(name, []), alike):
             return f"the gradient of {name}"
     return ""
+
+
+def _alike(a: list[bytes | Tensor], b: list[bytes | Tensor], alike: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Compares samples in their order, and digests in any."""
+    if all(isinstance(one, bytes) for one in (*a, *b)):
+        return Counter(a) == Counter(b)
+    return len(a) == len(b) and all(isinstance(x, Tensor) and isinstance(y, Tensor) and alike(x, y) for x, y in zip(a, b, strict=True))
 
 
 def same(a: Tensor, b: Tensor) -> bool:

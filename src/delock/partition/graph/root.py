@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from delock.data.call import Call
 from delock.errors import UsageError, said
@@ -59,17 +60,22 @@ def root(model: nn.Module, call: Call, count: int, is_leaf: Callable[[Any], bool
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """Returns a copy with the model's own parameters and copies of all else: tracing may leave its marks there.
+    """Returns a copy with parameters over the memory of the model's, and copies of all else: tracing may leave its marks there.
 
     Raises UsageError for a model that cannot be copied.
     """
-    memo: dict[int, Any] = {id(weight): weight for weight in model.parameters()}
+    memo: dict[int, Any] = aliases(model.parameters())
     for module in model.modules():  # a tensor computed from weights, as by the old weight_norm, cannot be copied with its graph
         memo |= {id(one): one.detach() for one in vars(module).values() if isinstance(one, Tensor) and not one.is_leaf}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # copying raises whatever an object's own reduction raises
         raise UsageError(f"a {type(model).__name__} cannot be copied, which tracing needs: {said(error)}") from error
+
+
+def aliases(weights: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
+    """Returns for parameters, by id, others over the same memory: their gradients are not those of the user's."""
+    return {id(one): one if is_lazy(one) else nn.Parameter(one.detach(), one.requires_grad) for one in weights}
 
 
 def in_mode(model: nn.Module, training: bool) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from delock.tensors import Value, tensors
 
 NAME = "forward"
+PLACE = "_delock_place"  # the attribute of a Segment that has its device
 
 
 class Program:
@@ -57,27 +59,42 @@ def _unpacked(packed: Any) -> Any:
     return pickle.loads(packed[1])
 
 
-class Segment(nn.Module):
-    """Runs a piece in the mode that it is in. Parts and parameters have their names in the model.
+@dataclass(frozen=True)
+class Computation:
+    """Holds what a piece does in one mode."""
 
-    main: the output has several tensors, and the first is the one that a head goes on from.
+    program: Program
+    handed: dict[int, int]  # outputs that are inputs as they came, which nothing else uses: output -> input
+    weights: frozenset[int]  # inputs that are parameters of earlier pieces: they are never written to
+    own: dict[int, str] = field(default_factory=dict)  # outputs that are parameters of the piece: output -> name
+
+
+class Segment(nn.Module):
+    """Runs a piece in the mode that it is in. Parts and parameters have their names in the model, which are no name of its own attributes.
+
+    The first tensor of its output is the one that a head goes on from.
     """
 
-    def __init__(self, parts: Mapping[str, Any], programs: Mapping[bool, Program]) -> None:
+    def __init__(self, parts: Mapping[str, Any], pieces: Mapping[bool, Computation]) -> None:
         super().__init__()
-        self.programs = dict(programs)
-        self.place = torch.device("cpu")
+        self._delock_pieces = dict(pieces)
+        self._delock_place = torch.device("cpu")
         for path, part in parts.items():
             put(self, path, part)
 
     def forward(self, given: Value) -> Value:
-        made: tuple[Tensor, ...] = self.programs[self.training].run(self, *tensors(given))
+        made: tuple[Tensor, ...] = self._delock_pieces[self.training].program.run(self, *tensors(given))
         return made[0] if len(made) == 1 else made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Segment:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.place = fn(torch.empty(0, device=self.place)).device  # where new tensors are made
+        self._delock_place = fn(torch.empty(0, device=self._delock_place)).device  # where new tensors are made
         return self
+
+
+def computation(piece: Segment, mode: bool) -> Computation:
+    """Returns what a piece does in a mode."""
+    return piece._delock_pieces[mode]
 
 
 def put(root: nn.Module, path: str, part: Any) -> None:

@@ -1,0 +1,138 @@
+"""The proof of a split sees the smallest difference, in sums of gradients or in what each use of a tied weight adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from delock.data.call import Call
+from delock.partition.graph import examples, proof
+from delock.partition.graph.cutter import Piece
+from delock.partition.graph.digests import Gradients, digest
+from delock.partition.graph.examples import Examples
+from delock.partition.graph.proof import difference
+from delock.partition.graph.segment import computation
+from delock.partition.graph.split import split
+
+pytestmark = pytest.mark.usefixtures("own_random")
+
+
+class Tied(nn.Module):
+    """A coder whose first weight is used again behind, once or more."""
+
+    def __init__(self, uses: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+        self.out = nn.ModuleList(nn.Linear(4, 7, bias=False) for _ in range(uses))
+        for one in self.out:
+            one.weight = self.table.weight  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(x)
+        for part in self.parts:
+            x = x + part(x)
+        return torch.stack([one(x) for one in self.out]).sum(0)
+
+
+@pytest.fixture(params=["sums", "apart"])
+def large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Lets models count as large ones, whose uses of weights are compared apart, or not."""
+    monkeypatch.setattr(examples, "LARGE", 0 if request.param == "apart" else 10**9)
+    return bool(request.param == "apart")
+
+
+def tried(model: nn.Module) -> tuple[list[Piece], list[tuple[Tensor, ...]]]:
+    """Returns a model in pieces, and batches to try them with."""
+    batches = Examples.by_rows([torch.tensor([[0, 3, 6], [1, 1, 5], [2, 4, 0], [6, 6, 6]])], 4, model)
+    return split(model, Call(), batches, 3).pieces, [batches.first, batches.other]
+
+
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Returns a list to which every comparison adds whether it was apart."""
+    seen, plain = list[bool](), proof._difference
+
+    def noted(*given: Any) -> str:
+        seen.append(given[-1])
+        return plain(*given)
+
+    monkeypatch.setattr(proof, "_difference", noted)
+    return seen
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+def test_a_tied_model_in_pieces_is_the_model(uses: int, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order counts in which three uses are added, so then sums are compared."""
+    model = Tied(uses)
+    made, batches = tried(model)
+    assert len(made) >= 3
+    assert sum(len(piece.ties) for piece in made) >= 2
+    seen = passes(monkeypatch)
+    assert difference(model, Call(), [piece.module for piece in made], batches) == ""
+    assert seen == [*([True] if large else []), *([] if large and uses == 1 else [False])]
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def scaled(piece: Piece, mode: bool, by: Callable[[Tensor], Tensor]) -> None:
+    """Changes the first output of a piece in one mode."""
+    program = computation(piece.module, mode).program
+    before = program.run
+    program.run = lambda *given: (by((found := before(*given))[0]), *found[1:])
+
+
+class Doubled(torch.autograd.Function):
+    """The same value, with a gradient that differs in its last bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *errors: Any) -> Any:
+        return errors[0] * (1 + 2**-22)
+
+
+@pytest.mark.parametrize(
+    ("at", "mode", "by", "found"),
+    [
+        (1, True, lambda x: x * (1 + 2**-22), "output 0 in training"),
+        (1, False, lambda x: x * (1 + 2**-22), "output 0 in evaluation"),
+        (1, True, Doubled.apply, "the gradient of "),
+        (-1, True, lambda x: x.detach() + 0 * x, "the gradient of "),
+    ],
+    ids=["forward", "evaluation", "backward", "zero for none"],
+)
+def test_a_piece_that_differs_in_a_last_bit_is_seen(
+    at: int, mode: bool, by: Callable[[Tensor], Tensor], found: str, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Tied(1)
+    made, batches = tried(model)
+    monkeypatch.setattr(proof, "_copies", lambda pieces: [piece.train() for piece in pieces])  # the proof tries the pieces themselves
+    scaled(made[at], mode, by)
+    assert difference(model, Call(), [piece.module for piece in made], batches).startswith(found)
+
+
+def test_digests_are_equal_for_equal_tensors_alone() -> None:
+    base = torch.randn(3, 5)
+    assert digest(base) == digest(base.t().contiguous().t())
+    assert digest(torch.tensor([0.0, torch.nan])) == digest(torch.tensor([-0.0, -torch.nan]))
+    others = [base.double(), base.reshape(5, 3), base.t(), base.clone()]
+    others[-1].view(torch.int32)[2, 4] ^= 1
+    assert len({digest(one) for one in (base, *others)}) == 5
+    assert digest(torch.tensor([0.0, 1.0])) != digest(torch.tensor([torch.nan, 1.0]))
+    assert digest(torch.tensor([1j])) != digest(torch.tensor([1 + 0j]))
+    assert digest(torch.tensor([1.0, 2.0]).bfloat16()) == digest(torch.tensor([1.0, 2.0]).bfloat16())
+
+
+def test_gradients_are_let_go_of_as_they_come_and_none_is_not_zero() -> None:
+    used, unused, zero = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    with Gradients({"used": used, "unused": unused, "zero": zero}) as gradients:
+        (used.sum() + 0 * zero.sum()).backward()
+    assert gradients.found == {"used": digest(torch.ones(2)), "zero": digest(torch.zeros(2))}
+    assert used.grad is zero.grad is None
+    used.sum().backward()
+    assert used.grad is not None, "the hooks are gone"
