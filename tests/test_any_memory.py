@@ -174,7 +174,7 @@ PEAK = """
 
     if __name__ == "__main__":
         run(sys.argv[1], 8, 4, 2)  # what is loaded once counts for nobody
-        print("ratio", run(sys.argv[1], 1024, 24, 2))
+        print("ratio", run(sys.argv[1], 2048, 12, 2))
 """
 
 
