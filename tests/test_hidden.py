@@ -52,6 +52,22 @@ class Counts(nn.Module):
         return self.net(x) * (2 if self.n > 100 or self.kept["n"] > 100 else 1)
 
 
+class Tied(nn.Module):
+    """Uses a weight of a module that it keeps in a list, so that it is none of its own."""
+
+    def __init__(self, other: nn.Linear) -> None:
+        super().__init__()
+        self.others = [other]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.others[0].weight
+
+
+def tied_by_a_list() -> nn.Module:
+    first = nn.Linear(6, 8)
+    return nn.Sequential(first, nn.ReLU(), Tied(first), nn.Linear(6, 3))
+
+
 class Flat(nn.Module):
     """Has no modules, so that it can be cut between operations alone."""
 
@@ -89,6 +105,7 @@ def fit(model: nn.Module, **options: Any) -> Any:
         (partial(hooked, "register_post_accumulate_grad_hook"), "0.weight has a hook on its gradient"),
         (patched, r"2 \(Linear\) has a forward of its own"),
         (lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3)), "0.weight has no shape yet"),
+        (tied_by_a_list, r"layer 2 \(2, Tied\) uses a weight of shape \(8, 6\) that is none of its parameters"),
         (partial(Counts, "number"), "its forward changes the attribute n,"),
         (partial(Counts, "dict"), "its forward changes the attribute kept,"),
     ],

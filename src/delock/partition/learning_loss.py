@@ -1,4 +1,4 @@
-"""Refuses a loss that computes with parameters of its own: no stage has them, so they would stay as they are."""
+"""Finds weights that a loss or a layer computes with and does not own: no stage has them, so they would stay as they are."""
 
 from __future__ import annotations
 
@@ -18,6 +18,20 @@ def refuse_learning_loss(losses: Sequence[Tensor], outputs: Sequence[Tensor]) ->
             f"the loss computes with a parameter of its own, of shape {tuple(foreign[0].shape)}, which no stage would train: put it into "
             "the last layer of the model, or freeze it with requires_grad_(False)"
         )
+
+
+def foreign_weight(outputs: Sequence[Tensor], own: Iterable[Tensor]) -> str:
+    """Returns what is to be said of a layer whose outputs depend on a tensor that learns and is none of its own; "" if none does.
+
+    own: the layer's parameters, buffers and inputs.
+    """
+    known = {id(one) for one in own}
+    if foreign := [one for one in _leaves(outputs) if id(one) not in known]:
+        return (
+            f"uses a weight of shape {tuple(foreign[0].shape)} that is none of its parameters, as one kept in a list or a closure: a stage "
+            "would train another copy of it; make it, or the module that has it, an attribute"
+        )
+    return ""
 
 
 def _leaves(tensors: Iterable[Tensor]) -> list[Tensor]:

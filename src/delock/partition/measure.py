@@ -23,7 +23,7 @@ from delock.partition.graph.segment import Segment
 from delock.partition.layer_memory import LayerMemory, LayerTrial, observe, root
 from delock.partition.layers import Layer
 from delock.partition.lean import lean
-from delock.partition.learning_loss import refuse_learning_loss
+from delock.partition.learning_loss import foreign_weight, refuse_learning_loss
 from delock.partition.work import Work
 from delock.recomputation import Rereading
 from delock.tensors import Value, is_value, kind, like, map_tensors, shown, tensors
@@ -152,6 +152,8 @@ def _run(
         raise _NoValueError(f"returns {kind(out)}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
     ends = trial.ends(out)
     forward_s = _now(device) - began
+    if foreign := foreign_weight([x for x in tensors(out) if x.requires_grad], [*trial.there, *trial.wanted]):
+        raise _NoValueError(foreign)
     if loss:
         refuse_learning_loss(ends, tensors(out))
     if not ends:
