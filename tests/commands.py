@@ -17,8 +17,8 @@ SMALL = ["--model", "mlp", "--workers", "inline", "--limit", "128", "--batch-siz
 
 
 def content(folder: Path) -> dict[Path, bytes | None]:
-    """Everything in a folder; None for a folder in it."""
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    """Everything in a folder but Python's caches; None for a folder in it."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*") if "__pycache__" not in path.parts}
 
 
 def refused(words: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -30,13 +30,15 @@ class Network:
     def __init__(self, model: nn.Module | Sequence[nn.Module]) -> None:
         self.model = model
         self.chain = is_chain(model)  # it is taken apart without tracing
-        self.found: list[Layer] | None = layers(model) if self.chain else None
+        self.found: list[Layer] | None = None
         self.split: Split | None = None
         self.kept: list[str] = []  # cuts of a checkpoint, by name: the layers of its stages must be found again
         self.opened = ""  # of a chain that is traced nevertheless: the layer to be cut inside
 
     def layers(self) -> list[Layer]:
         """Returns the layers, after `trace` if the model is no chain."""
+        if self.found is None and self.chain:
+            self.found = layers(self.model)
         assert self.found is not None
         return self.found
 
@@ -54,8 +56,8 @@ class Network:
 
         everywhere: all places inside its layers are wanted.
         """
-        if self.found and self.chain and isinstance(self.model, nn.Module):
-            inside = (whole for name in wanted if (whole := around(self.found, name)))
+        if self.chain and isinstance(self.model, nn.Module):
+            inside = (whole for name in wanted if (whole := around(self.layers(), name)))
             self.opened = "its layers" if everywhere else next(inside, "")
             self.chain = not self.opened
             self.found = self.found if self.chain else None
@@ -65,7 +67,7 @@ class Network:
 
         wanted: modules in front of which there must be a cut; enough: the number of cuts for which no finer places are looked for.
         """
-        if self.found is not None:
+        if self.chain or self.found is not None:
             return
         assert isinstance(self.model, nn.Module)
         if any(base.__module__.startswith(DETECTION) for base in type(self.model).__mro__):
