@@ -49,7 +49,7 @@ def parts(model: nn.Module, x: Tensor, cut: float) -> list[nn.Module]:
     """Returns a model in two stages, cut at about the same place."""
     network = Network(model)
     if not network.chain:
-        network.trace(Call(), Examples.by_rows((x,), len(x)), 2)
+        network.trace(Call(), Examples.by_rows((x,), len(x), model), 2)
     found = network.layers()
     names = [layer.name.removeprefix("net.") for layer in found]
     at = names.index(WHERE[cut]) if WHERE.get(cut) in names else int(len(found) * cut)
