@@ -57,6 +57,27 @@ def address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
+def fills_memory(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Returns True if such elements fill their memory without gaps and overlaps, in any order, as those of channels_last do."""
+    expected = 1
+    for size, stride in sorted(zip(shape, strides, strict=True), key=lambda pair: (pair[1], pair[0])):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Returns True for tensors of one shape and dtype with the same elements, where NaN equals NaN; None is the same as None."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.layout == torch.sparse_coo == b.layout:
+        a, b = a.to_dense(), b.to_dense()
+    return bool(torch.equal(a, b) or torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+
+
 # ---- trees -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ class Call:
         return args, kwargs
 
     def tensors(self, *args: Tree, **kwargs: Tree) -> tuple[Tensor, ...]:
-        """Returns the tensors of such a call, in order. Raises UsageError for arguments of another form."""
+        """Returns the tensors of a call with these arguments, in order. Raises UsageError if they have another form."""
         found, tensors = Call.of(args, kwargs)
         if found != self:
             raise UsageError(f"the model is given {found.words()}, where it was given {self.words()} before")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from delock.errors import LinkError
 from delock.links.message import Message, MessageKind, MessageName
-from delock.tensors import Tree, flatten, map_tensors, unflatten
+from delock.tensors import Tree, fills_memory, flatten, map_tensors, unflatten
 
 PREFIX = struct.Struct("<qBqiidqdqq")  # bytes of all; kind, batch, loss, version; weight, samples, count, agreed; bytes of the text
 KINDS = tuple(MessageKind)
@@ -188,13 +188,7 @@ def _aligned(length: int) -> int:
 @lru_cache(maxsize=256)  # asked for every tensor that a mailbox takes
 def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """Returns these strides where they fill memory without gaps or overlaps, else those of a contiguous tensor."""
-    expected = 1
-    for size, stride in sorted(zip(shape, strides, strict=True), key=lambda pair: (pair[1], pair[0])):
-        if size != 1:
-            if stride != expected:
-                return torch.empty(shape, device="meta").stride()
-            expected *= size
-    return strides
+    return strides if fills_memory(shape, strides) else torch.empty(shape, device="meta").stride()
 
 
 def make_dense(tree: Tree) -> Tree:

@@ -20,7 +20,7 @@ from delock.recomputation import Lender, Rereading
 from delock.stage.buffers import BufferCopies, Buffers, buffers_of, cloned
 from delock.stage.compiled import Compiled, statistics
 from delock.stage.split_backward import Gradients
-from delock.tensors import Value, address, floating, is_value, kind, like, tensors, with_leaves
+from delock.tensors import Value, address, floating, is_value, kind, like, same, tensors, with_leaves
 
 Weights = dict[str, Tensor]
 _REPARAMETRIZING = frozenset({"WeightNorm", "SpectralNorm"})
@@ -126,7 +126,7 @@ class ModuleFunction:
         """Notes, once, which buffers a forward has written to; `before`: copies of all. Versions would not tell: batch norm hides its."""
         if self.written is None:
             own = buffers_of(self.module)
-            self.written = tuple(name for name, was in before.items() if name in own and not _same(own[name], was))
+            self.written = tuple(name for name, was in before.items() if name in own and not same(own[name], was))
 
     def extra_state(self) -> dict[str, Any] | None:
         """Returns a copy of what modules have as extra state (`get_extra_state`), by their names; None if none has any."""
@@ -213,12 +213,6 @@ def copies(weights: Mapping[str, Tensor]) -> Weights:
 
 def _has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
 
 
 def refuse_derived_weights(module: nn.Module) -> None:

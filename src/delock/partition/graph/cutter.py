@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 from delock.errors import UsageError
 from delock.nets.cut_point import cut_points
 from delock.partition.graph.guards import Guards
-from delock.partition.graph.segment import PLACE, Computation, Program, Segment, as_number, as_size, as_tensor
+from delock.partition.graph.segment import PLACE, Computation, Program, Segment, as_number, as_size, as_tensor, put
 from delock.partition.graph.traced import Traced
 from delock.partition.graph.values import Line, blocks, calls, line, starts
 
@@ -61,7 +61,7 @@ def pieces(
         between = {mode: (edges[i], edges[i + 1]) for mode, edges in places.items()}
         ties = _ties(traced, lines[True], places[True][i]) if i else ()
         made.append(Piece(name, _segment(traced, lines, between, owned), also.get(name, ()), ties))
-    _leftover(traced.model, made, owned)
+    _leftover(traced.model, made)
     return made
 
 
@@ -182,9 +182,7 @@ def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, An
         graph.call_function(guards, tuple(env.values()))
     raw = dict(env)
     work = found.work[begin:end]
-    needed = {one for node in [*work, *leaving] for one in (node.all_input_nodes if node in found.span and node in work else [])} | set(
-        leaving
-    )
+    needed = {one for node in work for one in node.all_input_nodes} | set(leaving)
     for node in entering:
         kind = found.facts.kinds.get(node.name)
         if kind in ("int", "size") and begin and node in needed:
@@ -243,8 +241,7 @@ def _attribute(traced: Traced, graph: fx.Graph, node: fx.Node, parts: dict[str, 
         path = f"copies.{path.replace('.', '_')}"
         parts[path] = (value.clone(), False)
     else:
-        owner = traced.model.get_submodule(path.rpartition(".")[0])
-        parts[path] = (value, path.rpartition(".")[2] not in owner._non_persistent_buffers_set)
+        parts[path] = (value, _persists(traced.model, path))
     return graph.create_node("get_attr", path)
 
 
@@ -258,19 +255,21 @@ def _tensors(parts: dict[str, Any]) -> list[Tensor]:
     return found
 
 
-def _leftover(model: nn.Module, made: Sequence[Piece], owned: set[int]) -> None:
+def _leftover(model: nn.Module, made: Sequence[Piece]) -> None:
     """Gives state that no graph uses, and further names of what one does, to the piece with its like, by default the first."""
-    from delock.partition.graph.segment import put
-
     homes = {id(t): piece.module for piece in made for t in itertools.chain(piece.module.parameters(), piece.module.buffers())}
     there = {name for piece in made for name, _ in _named(piece.module)}
     for name, tensor in _named(model):
         if name in there:
             continue
         home = homes.get(id(tensor), made[0].module)
-        owner, _, last = name.rpartition(".")
-        persistent = last not in model.get_submodule(owner)._non_persistent_buffers_set
-        put(home, name, tensor if isinstance(tensor, nn.Parameter) else (tensor, persistent))
+        put(home, name, tensor if isinstance(tensor, nn.Parameter) else (tensor, _persists(model, name)))
+
+
+def _persists(model: nn.Module, path: str) -> bool:
+    """Returns True for a buffer that is in the state dict."""
+    owner, _, last = path.rpartition(".")
+    return last not in model.get_submodule(owner)._non_persistent_buffers_set
 
 
 def _named(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from delock.partition.graph.exported import answering
 from delock.partition.graph.python_state import attributes, refuse_changed
 from delock.partition.graph.root import aliases, in_mode, root, shadow
 from delock.partition.graph.segment import Segment, computation
-from delock.tensors import is_floating, tensors
+from delock.tensors import is_floating, same, tensors
 
 SEED = 20_261_127  # any number: both are given the same, so that dropout draws the same
 
@@ -192,13 +192,6 @@ def _alike(a: list[bytes | Tensor], b: list[bytes | Tensor], alike: Callable[[Te
     if all(isinstance(one, bytes) for one in (*a, *b)):
         return Counter(a) == Counter(b)
     return len(a) == len(b) and all(isinstance(x, Tensor) and isinstance(y, Tensor) and alike(x, y) for x, y in zip(a, b, strict=True))
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Returns True for equal tensors; NaN equals NaN."""
-    if a.layout == torch.sparse_coo == b.layout:
-        a, b = a.to_dense(), b.to_dense()
-    return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b) or torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
 
 
 def close(a: Tensor, b: Tensor) -> bool:

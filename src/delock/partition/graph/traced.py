@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from delock.errors import UsageError
 from delock.partition.graph.guards import Guards
 from delock.partition.graph.structure import Structure
-from delock.tensors import address, kind, tree_tensors
+from delock.tensors import address, fills_memory, kind, same, tree_tensors
 
 Kind = Literal["tensor", "int", "size", "other"]
 
@@ -78,7 +78,7 @@ def observe(model: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor], 
     if not all(isinstance(one, Tensor) for one in made):
         raise UsageError(f"the graph returns {kind(made)}, and only tensors can leave it")
     now = dict(model.named_buffers())
-    facts.written = {name for name, was in before.items() if not _equal(now.get(name), was)}
+    facts.written = {name for name, was in before.items() if not same(now.get(name), was)}
     return facts
 
 
@@ -101,7 +101,7 @@ class _Watching(fx.Interpreter):
                 self.facts.floats.add(n.name)
             if value.requires_grad:
                 self.facts.learns.add(n.name)
-                if not dense(value):
+                if not fills_memory(value.shape, value.stride()):
                     self.facts.strided.add(n.name)
         return value
 
@@ -112,16 +112,6 @@ def _values(node: fx.Node, env: Mapping[fx.Node, Any]) -> Iterator[Tensor]:
     yield from tree_tensors(found)
 
 
-def dense(tensor: Tensor) -> bool:
-    """Returns True if the elements of a tensor fill its memory without gaps and overlaps, in any order, as those of channels_last do."""
-    expected = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: (pair[1], pair[0])):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 def kind_of(value: object) -> Kind:
     """Returns the way in which a value can cross a cut; "other": it cannot."""
     if isinstance(value, Tensor):
@@ -129,7 +119,3 @@ def kind_of(value: object) -> Kind:
     if isinstance(value, torch.Size):
         return "size"
     return "int" if isinstance(value, int | torch.SymInt) and not isinstance(value, bool) else "other"
-
-
-def _equal(a: Tensor | None, b: Tensor) -> bool:
-    return a is not None and a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))

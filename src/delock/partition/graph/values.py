@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx, nn
 
 from delock.partition.graph.traced import Seen, Traced, path_of
@@ -32,6 +31,9 @@ class Line:
     copied: set[fx.Node] = field(default_factory=set)  # attributes that are copied to every stage that needs them
     span: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)  # of a value: the place that makes it, the last that uses it
     closed: dict[str, tuple[int, int]] = field(default_factory=dict)  # state -> no cut can come behind the first place, up to the second
+
+    def __post_init__(self) -> None:
+        self.numbers = {node: i for i, node in enumerate(self.graph.nodes)}
 
     def alive(self, place: int) -> list[fx.Node]:
         """Returns the values made before a place and used from it on, in the order in which they are made."""
@@ -59,8 +61,7 @@ class Line:
         for node in alive:
             if at := self.facts.storage.get(node.name):
                 shared[at].append(node)
-        numbers = {node: i for i, node in enumerate(self.graph.nodes)}
-        begin = numbers[self.work[place]]
+        begin = self.numbers[self.work[place]]
         found = (own for at, own in shared.items() if len(own) > 1 and any(i >= begin for i in self.facts.writes.get(at, ())))
         return next(found, [])
 
@@ -172,11 +173,6 @@ def calls(found: Line, mark: str) -> int:
     """Returns how often a CutPoint is called, one after the other."""
     there = [of_mark(node, (mark,)) for node in found.work]
     return sum(now and not before for before, now in zip([False, *there], there, strict=False))
-
-
-def computes(node: fx.Node) -> bool:
-    """Returns True for a node that is more than a size."""
-    return node.op != "call_function" or node.target is not torch.ops.aten.sym_size.int
 
 
 def blocks(model: nn.Module, begun: dict[str, int]) -> Iterator[list[str]]:
