@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Marks places between two lines where it is told to: after the stem with a tuple, and in front of block 2. One module is idle."""
+    """Marks places between two lines, where it is asked to: after the stem with a tuple, and in front of block 2. One module is idle."""
 
     def __init__(self, *, marks: bool = False, decides: bool = False) -> None:
         super().__init__()

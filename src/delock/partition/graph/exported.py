@@ -30,9 +30,9 @@ def exported(
 ) -> tuple[dict[bool, fx.Graph], dict[str, Tensor], Structure, dict[bool, Guards]]:
     """Returns the graphs of both modes, constants, the structure of the output, and the sizes for which the graphs hold.
 
-    examples: tensors of batches of different sizes; sizes that differ are free. In the first none of these is one, because a size of one
-    is taken for fixed. known: the model is told that it is exported, and
-    may compute in another way then. Raises whatever torch.export raises.
+    examples: tensors of batches of different sizes; sizes that differ are free. In the first batch none of these sizes is 1,
+    because torch.export takes a 1 for fixed. known: the model learns that it is being exported; some compute in another way then. Raises
+    whatever torch.export raises.
     """
     graphs: dict[bool, fx.Graph] = {}
     constants: dict[str, Tensor] = {}
@@ -82,7 +82,7 @@ def answering(**known: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what torch.export prints when it fails, the whole graph, to itself: the error is told."""
+    """Hides the whole graph, which torch.export prints when it fails; its error is raised all the same."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

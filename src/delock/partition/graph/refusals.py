@@ -41,7 +41,7 @@ def obstacle(how: str, error: BaseException) -> Obstacle:
 
 
 def refusal(model: nn.Module, failed: Sequence[Obstacle]) -> str:
-    """Returns the whole sentence; of several failures the last that knows a line is told, else the last."""
+    """Returns the sentence of the error. It tells the last failure that knows a line of the model's code, or else the last one."""
     told = next((one for one in reversed(failed) if one.place), failed[-1])
     on_value = any(words in told.reason for words in ON_VALUES)
     why = f"its forward decides on a value at {told.place}" if on_value and told.place else f"its forward cannot be traced ({told})"

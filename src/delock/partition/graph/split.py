@@ -45,7 +45,7 @@ def split(
     wanted: Sequence[str] = (),
     enough: float = ENOUGH,
 ) -> Split:
-    """Returns the model in pieces, at least as many as stages if there are so many.
+    """Returns the model in pieces: at least one per stage, if the model can be cut that often.
 
     given: batches to trace and prove with. wanted: modules in front of which there must be a cut; enough: the number of cuts for
     which no finer places are looked for. Raises UsageError where no tracer finds pieces that compute what the model computes: it quotes
@@ -167,4 +167,4 @@ TRACERS: tuple[tuple[str, Callable[[nn.Module, Call, Sequence[Sequence[Tensor]],
     ("torch.export", _exported, False),
     ("torch.export", _exported, True),
 )
-"""Name, tracer, and if the model is told that it is exported: some, as those of transformers, mask attention in another way then."""
+"""Each entry holds a name, a tracer, and True if the model learns that it is exported: some models mask attention in another way then."""
