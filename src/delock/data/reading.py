@@ -154,7 +154,7 @@ class Reading:
         return ([*args, *more], {}) if self._fits(len(args) + len(more)) else ([inputs, targets], {})
 
     def _placed(self, inputs: Any) -> Arguments:
-        """Returns inputs without names as arguments: the entries of a tuple one by one if the model takes as many, else the inputs as one."""
+        """Returns inputs without names as arguments: a tuple entry by entry if the model takes as many, else the inputs as one."""
         if not _is_list(inputs):
             return [inputs], {}
         return (list(inputs), {}) if not self.takes.chain and self._fits(len(inputs)) else ([inputs], {})
