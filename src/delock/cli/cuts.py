@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from delock.cli.arguments import parse
 from delock.cli.config import (
     AlgorithmOptions,
+    BatchOptions,
     DatasetOptions,
     LanguageOptions,
     NetworkOptions,
@@ -44,27 +44,23 @@ examples:
 
 
 @dataclass(frozen=True)
-class PlacesOptions:
-    """The model, the batch it is measured on, and what to show."""
+class CutModel:
+    """Holds the model that is to be cut."""
 
     model: Annotated[str | None, either("model")] = None
     """All names of train's --model."""
-    data: str = "digits"
-    """Data set that the batch is taken from; all names of train's --data."""
-    data_dir: Annotated[Path | None, shown("the cache")] = None
-    """Folder of the images."""
-    image_size: Annotated[int | None, shown("as they are")] = None
-    """folder, synthetic: side of the images in pixels."""
-    batch_size: Annotated[int | None, either("batch_size")] = None
-    """Images, or windows of text, in the batch."""
+
+
+@dataclass(frozen=True)
+class PlacesOptions(BatchOptions, CutModel):  # in a dataclass the fields of the last base come first
+    """The model, the batch it is measured on, and what to show."""
+
     stages: int = 2
     """Number of stages that are made even."""
     all: bool = False
     """Every place where a cut is possible, also inside blocks, not only those where blocks begin."""
     stage_memory: Annotated[tuple[int | str, ...] | None, shown("none", "VALUE ...")] = None
     """Most bytes that a stage may need, as 16G or 900Mi, for all or one per stage; method and optimizer count."""
-    threads: int = 1
-    """Threads while measuring."""
     json: bool = False
     """Print everything as JSON instead."""
 

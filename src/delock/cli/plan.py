@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from delock.cli.arguments import parse
 from delock.cli.config import (
     AlgorithmOptions,
+    BatchOptions,
     DatasetOptions,
     LanguageOptions,
     NetworkOptions,
@@ -19,7 +20,6 @@ from delock.cli.config import (
     UpdateOptions,
     check_ranges,
     chosen,
-    either,
     flat,
     make_method,
     resolve,
@@ -87,21 +87,16 @@ class CostOptions:
 
 
 @dataclass(frozen=True)
-class ProfileOptions:
-    """Costs measured instead, in seconds, on one batch."""
+class ProfiledModel:
+    """Holds the model whose costs are measured."""
 
     profile: Annotated[str | None, shown("none")] = None
     """Model whose layers are measured, and cut so that the stages' times are even; all names of train's --model."""
-    data: str = "digits"
-    """Data set that the batch is taken from; synthetic needs no files; text for gpt; all names of train's --data."""
-    data_dir: Annotated[Path | None, shown("the cache")] = None
-    """Folder of the images."""
-    image_size: Annotated[int | None, shown("as they are")] = None
-    """folder, synthetic: side of the images in pixels."""
-    batch_size: Annotated[int | None, either("batch_size")] = None
-    """Images, or windows of text, in the batch."""
-    threads: int = 1
-    """Threads while measuring."""
+
+
+@dataclass(frozen=True)
+class ProfileOptions(BatchOptions, ProfiledModel):  # in a dataclass the fields of the last base come first
+    """Costs measured instead, in seconds, on one batch."""
 
 
 @dataclass(frozen=True)

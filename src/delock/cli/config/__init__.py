@@ -6,6 +6,7 @@ from delock.cli.config.flat import build, flat, override, table
 from delock.cli.config.kinds import is_own, is_text, other_kind_options, tokens
 from delock.cli.config.options import (
     AlgorithmOptions,
+    BatchOptions,
     CompareConfig,
     DatasetOptions,
     LanguageOptions,
@@ -17,6 +18,7 @@ from delock.cli.config.update import UpdateOptions
 
 __all__ = [
     "AlgorithmOptions",
+    "BatchOptions",
     "CompareConfig",
     "DatasetOptions",
     "LanguageOptions",

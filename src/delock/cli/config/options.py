@@ -104,6 +104,22 @@ class DatasetOptions:
 
 
 @dataclass(frozen=True)
+class BatchOptions:
+    """The batch that layers are measured on, where nothing is trained."""
+
+    data: str = "digits"
+    """Data set that the batch is taken from; synthetic needs no files; text for gpt; all names of train's --data."""
+    data_dir: Annotated[Path | None, shown("the cache")] = None
+    """Folder of the images."""
+    image_size: Annotated[int | None, shown("as they are")] = None
+    """folder, synthetic: side of the images in pixels."""
+    batch_size: Annotated[int | None, either("batch_size")] = None
+    """Images, or windows of text, in the batch."""
+    threads: int = 1
+    """Threads while measuring."""
+
+
+@dataclass(frozen=True)
 class LanguageOptions:
     """The text that --data text reads, and the size of the model gpt. Every character, or byte, is predicted from those before it."""
 
