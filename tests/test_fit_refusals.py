@@ -48,6 +48,12 @@ def tied() -> nn.Sequential:
         ({"model": nn.Linear(6, CLASSES)}, "network of 1 layers into 2 stages"),
         ({"train": [(torch.ones(2, 6),)] * 2}, "not a pair"),
         ({"train": []}, "at least one batch"),
+        ({"cuts": "2"}, "cuts is '2', but it must be a list"),
+        ({"cuts": [1.5]}, r"cuts is \[1.5\], but it must be a list"),
+        ({"cuts": [True]}, r"cuts is \[True\], but it must be a list"),
+        ({"metrics": [len]}, "metrics is .*, but it must be a dict with a function"),
+        ({"metrics": {"a": "accuracy"}}, "metrics is .*, but it must be a dict with a function"),
+        ({"metrics": {"loss": len}, "test": {"a": test_data()}}, "a metric is called loss"),
         ({"train": 7}, "must be an iterable"),
         ({"train": "short"}, "fails on its input"),
         ({"train": "one left"}, r"a batch of one sample would put a single sample in front of BatchNorm.*another batch size"),
@@ -71,6 +77,11 @@ def test_bad_input_is_refused_before_anything_runs(options: dict[str, Any], says
         fit(model, options.pop("train", None), options.pop("test", None), on_event=heard.append, **({"workers": workers} | options))
     assert not heard
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+def test_a_class_in_place_of_a_model_is_refused() -> None:
+    with pytest.raises(UsageError, match="cannot cut a type into stages: a model is a module"):
+        fit(nn.Linear)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from delock.data.iterable import weigher
 from delock.data.loader import call_of, loaded
-from delock.data.named_sets import sets_of
+from delock.data.named_sets import NamedSets, sets_of
 from delock.errors import UsageError, users_own
 from delock.links.connect import refuse_link
 from delock.memory.sizes import Outputs
@@ -29,12 +29,27 @@ def refuse_wrong_types(request: Request) -> None:
     check_types(request, (*PLAIN, *GROUPS))
     if not isinstance(request.method, Method):
         raise UsageError(f"method is {request.method!r}, but it must be a method of delock.methods, as delock.FDG(), or its name")
+    if not isinstance(request.model, torch.nn.Module | list | tuple):
+        request.network.layers()  # raises UsageError
+    cuts = request.cuts
+    if cuts is not None and (isinstance(cuts, str) or not all(type(cut) is int or isinstance(cut, str) for cut in cuts)):
+        raise UsageError(f"cuts is {cuts!r}, but it must be a list of the layers that stages begin with, as numbers or names")
+    _refuse_metrics(request)
     if not callable(request.optimizer):
         kind = type(request.optimizer).__name__
         raise UsageError(
             f"optimizer is a {kind}, but every stage makes its own: give a function of its parameters, "
             f"as functools.partial(torch.optim.{kind if isinstance(request.optimizer, torch.optim.Optimizer) else 'SGD'}, lr=0.1)"
         )
+
+
+def _refuse_metrics(request: Request) -> None:
+    """Raises UsageError for metrics that are no functions by name, or would have the names of losses."""
+    metrics = request.metrics
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) and callable(one) for name, one in metrics.items()):
+        raise UsageError(f"metrics is {metrics!r}, but it must be a dict with a function metric(outputs, targets) for every name")
+    if isinstance(request.test, NamedSets) and "loss" in metrics:
+        raise UsageError("a metric is called loss, as the loss of each of the several test sets is: give it another name")
 
 
 def refuse_wrong_link(method: Method, link: str, device: str) -> None:

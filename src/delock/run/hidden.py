@@ -13,7 +13,7 @@ from delock.errors import UsageError
 
 def refuse_hidden(model: nn.Module | Sequence[nn.Module]) -> None:
     """Raises UsageError for such a model, or a list of modules."""
-    for i, part in enumerate([model] if isinstance(model, nn.Module) else model):
+    for i, part in enumerate(model if isinstance(model, Sequence) else [model]):
         if isinstance(part, nn.Module):
             _refuse(part, "" if isinstance(model, nn.Module) else f"{i}.")
 
