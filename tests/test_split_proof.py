@@ -136,3 +136,32 @@ def test_gradients_are_let_go_of_as_they_come_and_none_is_not_zero() -> None:
     assert used.grad is zero.grad is None
     used.sum().backward()
     assert used.grad is not None, "the hooks are gone"
+
+
+class Unpacks(nn.Module):
+    """Takes a tensor apart as Python does, the way attention does with its projection; and a tuple, of which one item is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.first(x).unflatten(-1, (3, 2)).permute(1, 0, 2)
+        left, right = (q * k + v).split(1, dim=-1)
+        pair = torch.stack([left, right, left])
+        made: Tensor = self.last(torch.cat([pair[0], pair[1]], -1))
+        return made
+
+
+def test_a_tensor_is_unpacked_by_one_operation() -> None:
+    """As selections, each item would have a gradient as large as the whole tensor. What is not unpacked whole stays as it is."""
+    model = Unpacks()
+    batches = Examples.by_rows([torch.randn(5, 4)], 5, model)
+    made = split(model, Call(), batches, 2)
+    assert made.how == "torch.fx"
+    whole = nn.Sequential(*(piece.module for piece in made.pieces))
+    with torch.profiler.profile() as profile:
+        whole(torch.randn(5, 4)).sum().backward()
+    seen = [event.name for event in profile.events()]
+    assert seen.count("aten::unbind") == 1
+    assert seen.count("aten::select_backward") == 2  # of pair[0] and pair[1]

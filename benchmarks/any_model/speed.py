@@ -1,6 +1,6 @@
 """Times the stages of a traced network against those of the same network given as a chain, in turns, in processor time of one thread.
 
-python benchmarks/any_model/speed.py --rounds 15
+python benchmarks/any_model/speed.py --rounds 300
 """
 
 from __future__ import annotations
@@ -34,29 +34,25 @@ class Hidden(nn.Module):
         return made
 
 
-def networks() -> dict[str, tuple[nn.Module, Tensor]]:
-    """Returns ResNet-20 and a GPT with a batch for each."""
+def networks() -> dict[str, tuple[nn.Module, Tensor, str]]:
+    """Returns ResNet-20 and a GPT with a batch for each, and the module in front of which they are cut."""
     torch.manual_seed(0)
     image = torch.randn(32, 3, 32, 32)
     text = torch.randint(0, 65, (8, 64))
     return {
-        "ResNet-20": (build("resnet20", classes=10, in_channels=3, image_size=32), image),
-        "GPT, 4 blocks of width 128": (gpt(65, context=64), text),
+        "ResNet-20": (build("resnet20", classes=10, in_channels=3, image_size=32), image, "layer2.0"),
+        "GPT, 4 blocks of width 128": (gpt(65, context=64), text, "block2"),
     }
 
 
-def parts(model: nn.Module, x: Tensor, cut: float) -> list[nn.Module]:
-    """Returns a model in two stages, cut at about the same place."""
+def parts(model: nn.Module, x: Tensor, cut: str) -> list[nn.Module]:
+    """Returns a model in two stages."""
     network = Network(model)
     if not network.chain:
-        network.trace(Call(), Examples.by_rows((x,), len(x), model), 2)
+        network.trace(Call(), Examples.by_rows((x,), len(x), model), 2, [cut])
     found = network.layers()
-    names = [layer.name.removeprefix("net.") for layer in found]
-    at = names.index(WHERE[cut]) if WHERE.get(cut) in names else int(len(found) * cut)
-    return list(stages(found, [at]))
-
-
-WHERE: dict[float, str] = {}
+    names = [layer.name for layer in found]
+    return list(stages(found, [names.index(cut)]))
 
 
 def step(modules: Sequence[nn.Module], x: Tensor) -> float:
@@ -78,23 +74,16 @@ def step(modules: Sequence[nn.Module], x: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=300, help="of four steps each: chain, traced, traced, chain")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    print("| network | chain, ms | traced / chain: median (least, most) |\n|---|---:|---:|")
-    for name, (net, x) in networks().items():
-        WHERE[0.5] = {"ResNet-20": "layer2.0"}.get(name, "block2")
-        chain, traced = parts(copy.deepcopy(net), x, 0.5), parts(Hidden(copy.deepcopy(net)), x, 0.5)
-        ratios, times = [], []
-        for _ in range(asked.rounds + 1):
-            a = sum(step(chain, x) for _ in range(asked.steps))
-            b = sum(step(traced, x) for _ in range(asked.steps))
-            c = sum(step(chain, x) for _ in range(asked.steps))
-            ratios.append(2 * b / (a + c))
-            times.append((a + c) / 2 / asked.steps)
-        ratios, times = ratios[1:], times[1:]
-        print(f"| {name} | {1e3 * statistics.median(times):.1f} | {statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f}) |")
+    print("| network | chain, ms | traced / chain: median (quartiles) |\n|---|---:|---:|")
+    for name, (net, x, cut) in networks().items():
+        chain, traced = parts(copy.deepcopy(net), x, cut), parts(Hidden(copy.deepcopy(net)), x, f"net.{cut}")
+        rounds = [[step(one, x) for one in (chain, traced, traced, chain)] for _ in range(asked.rounds + 5)][5:]
+        low, middle, high = statistics.quantiles([(b + c) / (a + d) for a, b, c, d in rounds])
+        least = statistics.median(a + d for a, _, _, d in rounds) / 2
+        print(f"| {name} | {1e3 * least:.1f} | {middle:.3f} ({low:.3f}, {high:.3f}) |", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from delock.data.call import Call
 from delock.partition.graph.root import MODEL, in_mode, root
 from delock.partition.graph.structure import Structure
-from delock.partition.graph.traceable import lengths, own_gradients, transforms_ended
+from delock.partition.graph.traceable import lengths, own_gradients, transforms_ended, unpack_at_once
 
 ATTEMPTS = 40
 
@@ -87,6 +87,7 @@ def _traced(model: nn.Module, call: Call, count: int, opened: set[str], training
         try:
             with torch.set_grad_enabled(training), transforms_ended(), lengths(), own_gradients():
                 graph = tracer.trace(under)
+            unpack_at_once(graph)
             break
         except Exception:
             if tracer.failed in ("", MODEL) or len(whole) == ATTEMPTS or tracer.failed in opened | whole:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.autograd import Function
 
 
@@ -55,6 +56,36 @@ def own_gradients() -> Iterator[None]:
         yield
     finally:
         Function.apply = before
+
+
+def items(value: Any, count: int) -> Any:
+    """Returns a value from which `count` items are taken, as Python unpacks it: a tensor by unbind, whose gradient is made in one piece."""
+    return value.unbind(0) if isinstance(value, Tensor) and len(value) == count else value
+
+
+def unpack_at_once(graph: fx.Graph) -> None:
+    """Lets `a, b, c = tensor` be one operation again; torch.fx makes three of it, each with a gradient as large as the tensor."""
+    run: list[fx.Node] = []  # getitem nodes of one value, with the indices 0, 1, ...
+    for node in [*graph.nodes]:
+        if run and _is_item(node, len(run)) and node.args[0] is run[0].args[0]:
+            run.append(node)
+            continue
+        _unpack(graph, run)
+        run = [node] if _is_item(node, 0) else []
+
+
+def _is_item(node: fx.Node, index: int) -> bool:
+    return node.target is operator.getitem and type(node.args[1]) is int and node.args[1] == index
+
+
+def _unpack(graph: fx.Graph, run: list[fx.Node]) -> None:
+    if len(run) < 2:
+        return
+    with graph.inserting_before(run[0]):
+        unpacked = graph.call_function(items, (run[0].args[0], len(run)))
+    unpacked.meta = dict(run[0].meta)
+    for node in run:
+        node.update_arg(0, unpacked)
 
 
 @contextlib.contextmanager
