@@ -16,7 +16,7 @@ from delock.errors import PlanError, UsageError
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, METHODS, AsyncDGL, GPipe, Method, PipeDream2BW, make
 from delock.methods.delay_line import Ahead
 from delock.ops import NEWEST, Backward, Evaluate, Forward, Update, label
-from delock.plan import Plan, RunLength, Step, chart, check, needs, unroll, walk, windows
+from delock.plan import OpenPlan, Plan, RunLength, Step, chart, check, needs, unroll, walk, windows
 from delock.timeline import gradient_staleness, layer_staleness, warm_group
 
 import papers
@@ -326,3 +326,31 @@ def test_make_says_what_was_wrong(name: str, given: dict[str, Any], message: str
 def test_no_stage_is_no_plan() -> None:
     with pytest.raises(UsageError, match="cannot be cut into 0 stages"):
         unroll(BP(), 0, 1)
+
+
+@STAGES
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_plan_without_an_end_is_the_plan_of_as_many_batches(K: int, clip: float | None) -> None:
+    """Nothing of a tick depends on a batch that is yet to come, so its steps can be said before anybody knows how many there will be."""
+    for method in cases(K):
+        for batches in (1, 2, 11):
+            plan = OpenPlan(method, K, clip)
+            found = [*(plan.batch() for _ in range(batches)), plan.rest()]
+            together = tuple(tuple(step for window in found for step in window.columns[k]) for k in range(K))
+            assert together == unroll(method, K, RunLength(batches, clip=clip)).columns, method
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_plan_goes_on_after_its_end(K: int) -> None:
+    """All Updates that are due for 11 batches are made for 4 and 7 of them; none is made twice, and each stage counts on."""
+    for method in cases(K):
+        plan = OpenPlan(method, K)
+        found = [plan.batch() for _ in range(4)] + [plan.rest()] + [plan.batch() for _ in range(7)] + [plan.rest()]
+        for k in range(K):
+            column = [step for window in found for step in window.columns[k]]
+            assert [s.op.batch for s in column if isinstance(s.op, Forward)] == [
+                s.op.batch for s in unroll(method, K, 11).columns[k] if isinstance(s.op, Forward)
+            ]
+            updates = [step.version for step in column if isinstance(step.op, Update)]
+            assert updates == list(range(len(updates)))
+            assert Plan((*found[4].columns,)).columns[k] == unroll(method, K, 4).columns[k][-len(found[4].columns[k]) or 99 :]

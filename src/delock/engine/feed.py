@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -12,10 +11,10 @@ from delock.checkpoints.encoding import copied
 from delock.data.iterable import Batches, weigher
 from delock.data.loader import LoadedBatch, Loader, loaded, place, put
 from delock.data.named_sets import sets_of
-from delock.errors import UsageError, users_own
+from delock.engine.entering import Entering
+from delock.errors import users_own
 from delock.links.message import Message
 from delock.ops import Evaluate, Forward
-from delock.tensors import Tree, lengths, map_tensors, rows, split_bounds
 
 T = TypeVar("T")
 
@@ -23,13 +22,12 @@ T = TypeVar("T")
 class Feed:
     """Answers stage 0's Forwards, which ask for batches in order: 0, 1, 2, ... running on across epochs.
 
-    A batch is split as `Tensor.tensor_split` does; a micro-batch without samples is a message without values. A micro-batch weighs its
-    share of what the batch counts: samples, or what the training loader's `Batches` say. So do evaluations, unless their own say otherwise.
+    Evaluations weigh their batches as the training data says, unless their own says otherwise.
     """
 
     def __init__(self, train: Loader, test: Loader | None, micro_batches: int, device: torch.device) -> None:
-        self.train, self.test, self.micro_batches, self.device = train, test, micro_batches, device
-        self.weights = weigher(train)
+        self.train, self.test, self.micro_batches = train, test, micro_batches
+        self.entering = Entering(weigher(train), micro_batches, device)
         self.tests = [*sets_of(test).values()] if test is not None else []
         self.per_epoch = len(train)
         self.per_evaluation = sum(map(len, self.tests))
@@ -58,7 +56,7 @@ class Feed:
             return self._evaluation(op.batch)
         batch, place = divmod(op.batch, self.micro_batches)
         if place == 0 or not self.split:
-            self.split = self._split(batch, self._batch(batch))
+            self.split = self.entering.split(batch, self._batch(batch))
         return self.split[place]
 
     def _batch(self, number: int) -> LoadedBatch:
@@ -83,67 +81,15 @@ class Feed:
             for _ in range(index % self.per_evaluation):
                 _read(self.evaluation, "the test data")
         batch, weights = _read(self.evaluation, "the test data")
-        n = batch.samples
-        if not n:  # it has no mean, so the means are over the others
-            return Message(None)
-        count = weights.count(batch.targets) if weights else n
-        return Message(*self._moved((batch.inputs, batch.targets)), samples=n, count=count)
+        return self.entering.evaluated(batch, weights)
 
     def _tested(self) -> Iterator[tuple[LoadedBatch, Batches | None]]:
         """Yields the batches of the test sets, each with what weighs it."""
         for test in self.tests:
             for batch in loaded(test, 0):
-                yield batch, weigher(test) or self.weights
-
-    def _moved(self, batch: tuple[Tree, Tree]) -> tuple[Tree, Tree]:
-        inputs, targets = map_tensors(lambda leaf: leaf.to(self.device, non_blocking=True), batch)
-        return tuple(inputs) if isinstance(inputs, list) else inputs, targets
-
-    def _split(self, number: int, batch: LoadedBatch) -> list[Message]:
-        """Splits a batch. What it counts is asked of the targets where the loader has them: on a GPU the answer would be waited for."""
-        n, inputs, targets = batch.samples, batch.inputs, batch.targets
-        if not n:
-            raise UsageError(f"batch {number} has no samples, so it has no mean: leave empty batches out of the data")
-        whole = self.weights.count(targets) if self.weights else n
-        moved = self._moved((inputs, targets))
-        if self.micro_batches == 1:
-            return [Message(*moved, 1.0 if whole else 0.0, n, whole)]
-        _refuse_unsplit(number, inputs, targets, n)
-        bounds = split_bounds(n, self.micro_batches)
-        sizes = [end - begin for begin, end in bounds]
-        counts = self._counts(number, targets, whole, n, bounds) if self.weights else sizes
-        pieces = [rows(moved, begin, end, n) for begin, end in bounds]
-        return [
-            Message(x if size else None, y, count / whole if whole else 0.0, size, count)
-            for (x, y), size, count in zip(pieces, sizes, counts, strict=True)
-        ]
-
-    def _counts(self, number: int, targets: Tree, whole: float, n: int, bounds: list[tuple[int, int]]) -> list[float]:
-        """Returns what each part of a batch counts. Raises UsageError unless that adds up to what the batch counts."""
-        assert self.weights is not None
-        counts = [self.weights.count(rows(targets, begin, end, n)) if end > begin else 0.0 for begin, end in bounds]
-        if not math.isclose(sum(counts), whole, rel_tol=1e-4):
-            raise UsageError(
-                f"weight(targets) of the parts of batch {number} adds up to {sum(counts):g}, but that of the whole batch is {whole:g}: it "
-                "must be a sum over the samples, as the number of tokens that are not ignored, and not a mean"
-            )
-        return counts
+                yield batch, weigher(test)
 
 
 def _read(iterator: Iterator[T], what: str) -> T:
     with users_own(what):
         return next(iterator)
-
-
-def _refuse_unsplit(number: int, inputs: Tree, targets: Tree, n: int) -> None:
-    """Raises UsageError for inputs or targets that would go whole to every part of a batch."""
-    if n not in lengths(inputs):
-        raise UsageError(
-            f"batch {number} has {n} samples, but none of its inputs has a row for each, so it cannot be split into parts: use a method "
-            "that does not split batches"
-        )
-    if (found := lengths(targets)) and n not in found:
-        raise UsageError(
-            f"batch {number} has {n} samples, but its targets have {' and '.join(map(str, sorted(found)))} rows, so they cannot be split "
-            "into the parts of the batch: give them one row per sample, and flatten them in the loss"
-        )

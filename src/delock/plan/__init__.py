@@ -3,12 +3,14 @@
 from delock.errors import PlanError
 from delock.plan.chart import chart
 from delock.plan.needs import Product, gives, named, needs, needs_error, received
+from delock.plan.open_ended import OpenPlan
 from delock.plan.steps import Keep, Plan, RunLength, Step
 from delock.plan.unroll import sends_errors, unroll, windows
 from delock.plan.walk import check, walk
 
 __all__ = [
     "Keep",
+    "OpenPlan",
     "Plan",
     "PlanError",
     "Product",

@@ -50,6 +50,18 @@ class Recurring:
     ] = ()  # place and derivative of its batch's Backwards that follow an Update that follows the Forward
 
 
+Occurrence: TypeAlias = tuple[int, Recurring, int, int]
+"""(tick, op, its (micro-)batch, Updates made before it)."""
+
+
+@dataclass(slots=True)
+class Made:
+    """Counts on the way through a column: the Updates, and the gradients that the next one will apply."""
+
+    version: int = 0
+    pending: int = 0
+
+
 class Pattern:
     """Holds the ops of stage k in the M ticks of a period. first: the batch of the data with which the stage begins."""
 
@@ -71,21 +83,25 @@ class Pattern:
             slot = _place(slots[place[0] % self.M, type(op), getattr(op, "part", "")], place[0] // self.M * -self.n + _batch(op))
             self.ticks[place[0] % self.M].append(self._recurring(op, place, same[_batch(op)], slot, sent, closes))
 
-    def occurrences(self, batches: int) -> Iterator[tuple[int, Recurring, int, int]]:
-        """Yields all ops of a run in order: (tick, op, its (micro-)batch, Updates made before it)."""
-        begin, end = self.first * self.method.micro_batches, batches * self.method.micro_batches
-        pending = version = 0
+    def occurrences(self, batches: int) -> Iterator[Occurrence]:
+        """Yields all ops of a run in order."""
+        made = Made()
         for t in range(self.first, batches + self.span):
-            first = t // self.M * self.n
-            for one in self.ticks[t % self.M]:
-                batch = first + one.offset
-                if isinstance(one.op, Update):
-                    if pending:  # else warm-up: no step of the optimizer before the first error has come
-                        yield t, one, 0, version
-                        pending, version = 0, version + 1
-                elif begin <= batch < end:
-                    yield t, one, batch, version
-                    pending += one.learns
+            yield from self.at(t, batches, made)
+
+    def at(self, t: int, batches: int, made: Made) -> Iterator[Occurrence]:
+        """Yields the ops of a tick in a run of so many batches; made: in the ticks before it, one after the other."""
+        begin, end = self.first * self.method.micro_batches, batches * self.method.micro_batches
+        first = t // self.M * self.n
+        for one in self.ticks[t % self.M]:
+            batch = first + one.offset
+            if isinstance(one.op, Update):
+                if made.pending:  # else warm-up: no step of the optimizer before the first error has come
+                    yield t, one, 0, made.version
+                    made.pending, made.version = 0, made.version + 1
+            elif begin <= batch < end:
+                yield t, one, batch, made.version
+                made.pending += one.learns
 
     def keeps(self, one: Recurring, batch: int) -> tuple[Keep, bool]:
         """Returns what the Forward of a batch must keep, and whether it must copy the weights; `one` is an op of that batch."""

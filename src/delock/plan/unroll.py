@@ -40,7 +40,7 @@ def windows(
 
 def column(pattern: Pattern, length: RunLength) -> Iterator[Step]:
     """Yields all steps of one stage."""
-    return _Column(pattern, length).steps()
+    return Column(pattern, length).steps()
 
 
 def _cut(steps: Iterator[Step], start: int, ticks: int, size: int) -> Iterator[tuple[Step, ...]]:
@@ -54,7 +54,7 @@ def _cut(steps: Iterator[Step], start: int, ticks: int, size: int) -> Iterator[t
         yield tuple(taken)
 
 
-class _Column:
+class Column:
     """Makes the steps of one stage."""
 
     def __init__(self, pattern: Pattern, length: RunLength) -> None:

@@ -1,0 +1,63 @@
+"""Unrolls a method batch by batch, for a run that does not know when it will end: no tick needs a batch that is yet to come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from delock.methods.base import Method
+from delock.ops import Evaluate
+from delock.plan.pattern import Made, patterns
+from delock.plan.steps import Plan, RunLength, Step
+from delock.plan.unroll import Column
+
+
+class OpenPlan:
+    """Gives the windows of a run one after the other: one per batch, and for the end one with all that is left.
+
+    They are those of `windows` for a run of as many batches. stages: those whose columns are wanted; the others are empty. After `rest`
+    further batches begin anew, at the tick of their number.
+    """
+
+    def __init__(self, method: Method, K: int, clip: float | None = None, stages: Sequence[int] | None = None) -> None:
+        self.method, self.K, self.clip = method.fitted(K), K, clip
+        self.stages = range(K) if stages is None else stages
+        self.batches = self.tested = 0  # so far: of training, of evaluations
+        self.made = [Made() for _ in self.stages]
+        self.columns = self._columns()
+
+    def batch(self) -> Plan:
+        """Returns the steps of the tick at which the next batch comes."""
+        self.batches += 1
+        return self._ticks(self.batches - 1, self.batches)
+
+    def rest(self) -> Plan:
+        """Returns the steps that are left when no further batch comes for now."""
+        left = self._ticks(self.batches, self.batches + self.method.span(self.K))
+        self.columns = self._columns()
+        return left
+
+    def evaluation(self, batches: int) -> Plan:
+        """Returns steps that evaluate the network on so many batches as it is now, at all stages."""
+        first, self.tested = self.tested, self.tested + batches
+        return self._plan(
+            [
+                [Step(Evaluate(b), self.batches, made.version, up=column.pattern.k + 1 < self.K) for b in range(first, self.tested)]
+                for column, made in zip(self.columns, self.made, strict=True)
+            ]
+        )
+
+    def _columns(self) -> list[Column]:
+        length = RunLength(1, clip=self.clip, first=self.batches)
+        return [Column(one, length) for one in patterns(self.method, self.K, self.stages, self.batches)]
+
+    def _ticks(self, begin: int, end: int) -> Plan:
+        return self._plan([[*self._steps(*one, begin, end)] for one in zip(self.columns, self.made, strict=True)])
+
+    def _steps(self, column: Column, made: Made, begin: int, end: int) -> Iterator[Step]:
+        for tick in range(begin, end):
+            for t, one, batch, version in column.pattern.at(tick, self.batches, made):
+                yield column.step(one, batch, t, version)
+
+    def _plan(self, steps: Sequence[Sequence[Step]]) -> Plan:
+        drawn = dict(zip(self.stages, map(tuple, steps), strict=True))
+        return Plan(tuple(drawn.get(k, ()) for k in range(self.K)))
