@@ -30,7 +30,7 @@ from delock.records import Result
 
 if TYPE_CHECKING:
     from delock import codecs, data, draw, nets, optim, options, plan, recipes, timeline
-    from delock.api import fit
+    from delock.api import fit, session
     from delock.codecs import BF16, INT8, VQ
     from delock.nets.cut_point import CutPoint
     from delock.options import Compression, Execution, Placement, Report, Simulation
@@ -82,6 +82,7 @@ __all__ = [
     "plan",
     "recipes",
     "records",
+    "session",
     "timeline",
 ]
 
@@ -93,6 +94,7 @@ LATER = MappingProxyType(
         **dict.fromkeys(("Emulation", "Slowdown"), "delock.timeline"),
         "CutPoint": "delock.nets.cut_point",
         "fit": "delock.api",
+        "session": "delock.api",
     }
 )
 """Names that are loaded when they are first used, and their modules: `import delock` takes little time, and loads no torch."""

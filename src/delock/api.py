@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from delock.data.call import takes
+from delock.data.call import Takes, takes
+from delock.data.handed import Handed
 from delock.data.iterable import evaluation_loader, train_loader
 from delock.errors import UsageError, users_own
 from delock.keys import MOST_SEED
@@ -24,10 +25,19 @@ from delock.options import Checkpoint, Compression, Execution, Placement, Report
 from delock.partition.wrappers import unwrapped
 from delock.records import Event, Result
 from delock.run.carry_out import carry_out
-from delock.run.checks import refuse_replay, refuse_uncapturable, refuse_unsavable, refuse_wrong_link, refuse_wrong_types
+from delock.run.checks import (
+    refuse_replay,
+    refuse_sessionless,
+    refuse_uncapturable,
+    refuse_unsavable,
+    refuse_wrong_link,
+    refuse_wrong_types,
+)
 from delock.run.collect import collect
 from delock.run.nonfinite import explained
+from delock.run.own_loop.turns import ENDLESS
 from delock.run.request import Metric, Request, Workers
+from delock.run.session import Session
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 
 P = ParamSpec("P")
@@ -130,14 +140,7 @@ def fit(
     Raises UsageError for bad input, NonFinite (a UsageError) for a loss that is no number, StageFailed when a stage raises, dies or hangs.
     What on_event raises comes out as it is; inline so does what the data, a metric or the schedule raise.
     """
-    if workers not in ("processes", "inline"):
-        raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
-    whole("seed", seed, 0, MOST_SEED)
-    if isinstance(model, nn.Module):
-        model = unwrapped(model, compiles=isinstance(execution, Execution) and execution.compile)
-    taken = takes(model, loss=loss is not None)
-    if loss is None and taken.chain:
-        raise UsageError("loss is missing, and a chain of modules computes none: give fit a loss(outputs, targets)")
+    model, taken = _taken(model, loss, workers, seed, execution)
     request = Request(
         model=model,
         train=train_loader(train, seed, taken, batches),
@@ -168,6 +171,84 @@ def fit(
     with torch.enable_grad(), explained(request):
         started, results = carry_out(request, _telling(on_event))
     return collect(request, started, results)
+
+
+def session(
+    model: nn.Module | Sequence[nn.Module],
+    example_batch: Any,
+    *,
+    loss: Loss | None = None,
+    optimizer: OptimizerFactory,
+    method: str | Method = "fdg",
+    schedule: ScheduleFactory | None = None,
+    stages: int | None = None,
+    cuts: Sequence[int | str] | None = None,
+    clip: float | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    heads: str | Sequence[nn.Module] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: Workers = "processes",
+    execution: Execution = Execution(),
+    placement: Placement = Placement(),
+    compression: Compression = Compression(),
+    simulation: Simulation = Simulation(),
+    report: Report = Report(),
+) -> Session:
+    """Returns a run for a loop of your own: `with delock.session(...) as session: session.step(batch)`, as docs/own-loop.md shows.
+
+    example_batch   a batch of the form that `step` will be given, of at least two samples: the network is measured on it, traced if it is
+                    no chain, and cut. delock.data.Batches(example_batch, inputs=..., targets=..., samples=..., weight=...) says what cannot
+                    be guessed of all batches
+    metrics         are computed of the outputs of every batch in training, and in `evaluate`
+
+    The other arguments are those of `fit`. A session and `fit` with the same batches have the same weights and losses, bit for bit. Raises
+    UsageError for bad input, here and when the block is entered; for a method whose stages run freely, for captured ticks, and under
+    torchrun, where `fit` is to be used.
+    """
+    model, taken = _taken(model, loss, workers, seed, execution)
+    handed = Handed(example_batch, seed, taken)
+    request = Request(
+        model=model,
+        train=handed.loader,
+        test=None,
+        loss=loss,
+        method=make(method) if isinstance(method, str) else method,
+        optimizer=optimizer,
+        schedule=schedule,
+        stages=stages,
+        cuts=cuts,
+        batches=ENDLESS,
+        clip=clip,
+        metrics=metrics or {},
+        heads=heads,
+        seed=seed,
+        device=device,
+        workers="torchrun" if under_torchrun() else workers,
+        execution=execution,
+        placement=placement,
+        compression=compression,
+        simulation=simulation,
+        report=report,
+    )
+    refuse_sessionless(request)
+    _check(request)
+    return Session(request, handed)
+
+
+def _taken(
+    model: nn.Module | Sequence[nn.Module], loss: Loss | None, workers: str, seed: int, execution: Execution
+) -> tuple[nn.Module | Sequence[nn.Module], Takes]:
+    """Returns the model without wrappers, and what it takes."""
+    if workers not in ("processes", "inline"):
+        raise UsageError(f"workers is {workers!r}, but it must be 'processes' or 'inline'")
+    whole("seed", seed, 0, MOST_SEED)
+    if isinstance(model, nn.Module):
+        model = unwrapped(model, compiles=isinstance(execution, Execution) and execution.compile)
+    taken = takes(model, loss=loss is not None)
+    if loss is None and taken.chain:
+        raise UsageError("loss is missing, and a chain of modules computes none: give fit a loss(outputs, targets)")
+    return model, taken
 
 
 def _telling(on_event: Callable[[Event], None] | None) -> Callable[[Event], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from delock.timeline import Slowdown, Span
@@ -107,6 +107,27 @@ class EvaluationRecord:
     test_loss: float
     metrics: dict[str, float]  # test metrics by name, "accuracy" (a fraction) for classification
     seconds: float  # of training, since the start, evaluations left out
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """Holds the result of a batch of a session. metrics: of its outputs, by name, as they were in training."""
+
+    number: int  # of the batch, from 0
+    loss: float
+    metrics: dict[str, float]
+    lr: float  # of the coming update of the last stage
+    samples: int
+    outputs: Any = None  # of the model, where they were asked for; of a batch in parts, the parts' tensors one after the other
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Holds an evaluation in a session: means over the samples, or over what weighs them."""
+
+    loss: float  # of several test sets that of the first
+    metrics: dict[str, float]  # by name; of several test sets as NAME/accuracy, with NAME/loss
     samples: int
 
 

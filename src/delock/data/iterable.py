@@ -117,6 +117,11 @@ class Batches(Reader):
             raise UsageError("Batches says nothing of the batches: give inputs, targets, samples or weight, or leave it out")
         self.loader, self.weight, self.chosen = loader, weight, Chosen(inputs, targets, samples)
 
+    def over(self, loader: Any) -> Batches:
+        """Returns the same choices for other data."""
+        chosen = self.chosen
+        return Batches(loader, inputs=chosen.inputs, targets=chosen.targets, samples=chosen.samples, weight=self.weight)
+
     def _made(self) -> Loader:
         made = as_loader(self)
         return made.loader if isinstance(made, Batches) else made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -204,6 +204,15 @@ class Engine:
         link = resumable(self.link)
         in_flight = {source: list(map(_values, link.pull(source, count))) for source, count in self.in_flight.items()}
         return {"stage": checkpoint.state(self.stage), "in_flight": in_flight, "link": link.state()}
+
+    def set_aside(self) -> dict[int, list[tuple[MessageName, Message]]]:
+        """Takes the messages in flight to this stage out of the way, between two windows, until they are put back."""
+        return {source: resumable(self.link).take(source, count) for source, count in self.in_flight.items()}
+
+    def put_back(self, messages: Mapping[int, list[tuple[MessageName, Message]]]) -> None:
+        """Lets the messages that were set aside come next."""
+        for source, ahead in messages.items():
+            resumable(self.link).push(source, ahead)
 
     def record(self, tick: int) -> Recorded:
         """Copies the stage as it is, before its first step at this tick or behind it; messages under way are recorded as they come."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -93,3 +93,21 @@ class Feed:
 def _read(iterator: Iterator[T], what: str) -> T:
     with users_own(what):
         return next(iterator)
+
+
+class HandedFeed:
+    """Answers stage 0's Forwards and Evaluates with batches that it is handed one after the other: `take()` returns the next."""
+
+    def __init__(self, take: Callable[[], LoadedBatch], weights: Batches | None, micro_batches: int, device: torch.device) -> None:
+        self.take, self.micro_batches = take, micro_batches
+        self.entering = Entering(weights, micro_batches, device)
+        self.split: list[Message] = []
+
+    def __call__(self, op: Forward | Evaluate) -> Message:
+        """Returns the message of one op."""
+        if isinstance(op, Evaluate):
+            return self.entering.evaluated(self.take(), None)
+        batch, place = divmod(op.batch, self.micro_batches)
+        if place == 0:
+            self.split = self.entering.split(batch, self.take())
+        return self.split[place]

@@ -106,6 +106,7 @@ def main(config: RankConfig, memory: Any, stop: Any, peers: dict[int, socket.soc
             peers=peers,
             open_group=partial(_open_group, config),
             meet=meet,
+            hear=down.recv_bytes,
         )
         result = target(rank, payload)
         allocator.give_back()  # what training took, before the parent keeps the result beside it

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -68,10 +68,32 @@ def run_processes(
     No process is left when this returns or raises. Raises UsageError for a payload that cannot be pickled or a missing device, and if the
     target raised one; StageFailed if a rank raised, died or hung. KeyboardInterrupt ends all ranks and propagates.
     """
-    if importing_main():
-        os._exit(_NO_GUARD)  # a script without guard runs again in the rank that imports it; the parent explains
     if not payloads:
         return []
+    with started(
+        target, payloads, threads=threads, pin=pin, device=device, backend=backend, patience=patience, timeout=timeout, stop=stop
+    ) as team:
+        arrived = team.follow(on_event)
+    return [one.open() for one in arrived]
+
+
+@contextmanager
+def started(
+    target: Callable[[Rank, P], R],
+    payloads: Sequence[P],
+    *,
+    threads: int = 1,
+    pin: bool = True,
+    device: str = "cpu",
+    backend: str | None = None,
+    patience: float = 60.0,
+    timeout: float = TIMEOUT,
+    stop: StopRequest | None = None,
+    hand: bool = False,
+) -> Iterator[Team]:
+    """Starts the processes of `run_processes`, and ends them all behind the block. hand: the block has a socket to rank 0, its peer -1."""
+    if importing_main():
+        os._exit(_NO_GUARD)  # a script without guard runs again in the rank that imports it; the parent explains
     world = len(payloads)
     group = backend_for(device, backend, world)
     parcels = [pack(target, payload, rank) for rank, payload in enumerate(payloads)]
@@ -84,19 +106,20 @@ def run_processes(
             RankConfig(rank, world, folder, device, group, timeout, threads, cores[rank], environ, stop is not None)
             for rank in range(world)
         ]
-        team = _Team(ranks, configs, patience, stop)
+        team = Team(ranks, configs, patience, stop, hand)
         try:
             team.start(parcels)
-            arrived = team.follow(on_event)
+            yield team
         finally:
             team.stop()
-    return [one.open() for one in arrived]
 
 
-class _Team:
+class Team:
     """Holds the processes of one run."""
 
-    def __init__(self, ranks: RankContext, configs: Sequence[RankConfig], patience: float, stop: StopRequest | None) -> None:
+    def __init__(
+        self, ranks: RankContext, configs: Sequence[RankConfig], patience: float, stop: StopRequest | None, hand: bool = False
+    ) -> None:
         self._ranks, self._configs = ranks, configs
         self._memory = [ranks.RawArray("c", Progress.SIZE) for _ in configs]
         self._records = [Progress(memoryview(memory).cast("B")) for memory in self._memory]
@@ -111,11 +134,14 @@ class _Team:
         self._results: dict[int, Arriving] = {}
         self._failures: list[Failure] = []
         self._here = 0  # ranks that have come to where they all meet
+        self._sentinels: dict[int, int] = {}  # of processes that have not been seen to end -> ranks
+        self._over = float("inf")  # when a failure is told: until then its cause may show
+        self._ends: tuple[socket.socket, ...] = socket.socketpair() if hand else ()  # ours, and that of rank 0
         self._sender: threading.Thread | None = None
 
     def start(self, parcels: list[Parcel]) -> None:
         """Starts all ranks; the parcels are used up."""
-        for config, memory, peers in zip(self._configs, self._memory, _joined(len(self._configs)), strict=True):
+        for config, memory, peers in zip(self._configs, self._memory, _joined(len(self._configs), self._ends[1:]), strict=True):
             theirs, down = self._ranks.Pipe(duplex=False)
             up, ours = self._ranks.Pipe(duplex=False)
             process = self._ranks.Process(
@@ -129,33 +155,48 @@ class _Team:
             ours.close()
             for peer in peers.values():
                 peer.close()
+        self._sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
         # In a thread: a rank reads its target only when it has imported the user's program.
         self._sender = threading.Thread(target=_send_all, args=(self._downs, parcels), daemon=True)
         self._sender.start()
 
     def follow(self, on_event: OnEvent | None) -> list[Arriving]:
         """Passes on events and notices failures and hangs until the results of all ranks have come; returns them."""
-        world = len(self._configs)
-        sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
-        over = float("inf")
-        while len(self._results) < world and time.monotonic() < over:
-            for ready in connection.wait([*self._ups, *sentinels], min(POLL, max(0.0, over - time.monotonic()))):
-                if isinstance(ready, Connection) and ready in self._ups:
-                    self._watch.moved(self._ups[ready])
-                    self._hear(ready, on_event)
-                elif isinstance(ready, int):
-                    self._bury(sentinels.pop(ready), on_event)
-            if self._failures:
-                grace = _GRACE_ECHO if all(failure.echo for failure in self._failures) else _GRACE
-                over = min(over, time.monotonic() + grace)
-            else:
-                self._check()
-            if self._stop and self._stop.overdue:
-                self._stop.have_effect()
-        if self._failures:
-            raise first(self._failures).error()
+        while len(self._results) < len(self._configs):
+            self.turn(on_event)
         self._release()
-        return [self._results.pop(rank) for rank in range(world)]
+        return [self._results.pop(rank) for rank in range(len(self._configs))]
+
+    def turn(self, on_event: OnEvent | None, seconds: float = POLL, also: Sequence[socket.socket] = ()) -> None:
+        """Waits for something to come from the ranks, or from the sockets in `also`, for so long at most, and passes events on.
+
+        Raises StageFailed, or UsageError, for a rank that has failed or hangs.
+        """
+        wait = min(seconds, max(0.0, self._over - time.monotonic()))
+        for ready in connection.wait([*self._ups, *self._sentinels, *also], wait):
+            if isinstance(ready, Connection) and ready in self._ups:
+                self._watch.moved(self._ups[ready])
+                self._hear(ready, on_event)
+            elif isinstance(ready, int):
+                self._bury(self._sentinels.pop(ready), on_event)
+        if self._failures:
+            grace = _GRACE_ECHO if all(failure.echo for failure in self._failures) else _GRACE
+            self._over = min(self._over, time.monotonic() + grace)
+        else:
+            self._check()
+        if self._stop and self._stop.overdue:
+            self._stop.have_effect()
+        if self._failures and (time.monotonic() >= self._over or len(self._results) == len(self._configs)):
+            raise first(self._failures).error()
+
+    @property
+    def hand(self) -> socket.socket:
+        """Returns the socket to rank 0 of a run that has one."""
+        return self._ends[0]
+
+    def tell(self, rank: int, message: bytes) -> None:
+        """Sends a rank a message, which it reads by `Rank.hear`."""
+        _send(self._downs[rank], message)
 
     def _hear(self, up: Connection, on_event: OnEvent | None) -> None:
         rank = self._ups[up]
@@ -238,6 +279,8 @@ class _Team:
             self._sender.join(_KILL)
         for pipe in [*self._downs, *self._ups]:
             pipe.close()
+        for end in self._ends:
+            end.close()
         for one in (*self._arriving.values(), *self._results.values()):
             if one:
                 one.close()
@@ -260,9 +303,12 @@ class _Team:
         return [process for process in self._processes if process.pid is not None]
 
 
-def _joined(world: int) -> Iterator[dict[int, socket.socket]]:
-    """Yields each rank's ends of the sockets between neighbours, neighbour -> socket, which are made as they are needed."""
-    down: socket.socket | None = None
+def _joined(world: int, hand: Sequence[socket.socket]) -> Iterator[dict[int, socket.socket]]:
+    """Yields each rank's ends of the sockets between neighbours, neighbour -> socket, which are made as they are needed.
+
+    hand: the socket of rank 0 to a neighbour below it, if it has one.
+    """
+    down = hand[0] if hand else None
     for rank in range(world):
         ends = {rank - 1: down} if down else {}
         down = None

@@ -27,6 +27,11 @@ def _open() -> None:
     """Does nothing: torchrun's ranks have opened their group before they begin."""
 
 
+def _nothing() -> bytes:
+    """Says that nobody has anything to say: only the parent of a run on this host does."""
+    raise NotImplementedError("nobody sends messages to this rank")
+
+
 def _alone() -> None:
     """Does nothing: there is nobody to wait for."""
 
@@ -43,6 +48,7 @@ class Rank:
     `open_group()`: opens the default process group of torch.distributed, unless it is open; all ranks call it together. It is closed when
     the target has returned.
     `meet()`: waits until all ranks have called it.
+    `hear()`: waits for a message of the parent, and returns it.
     """
 
     rank: int
@@ -55,6 +61,7 @@ class Rank:
     peers: Mapping[int, socket.socket] = field(default_factory=dict)
     open_group: Callable[[], None] = _open
     meet: Callable[[], None] = _alone
+    hear: Callable[[], bytes] = _nothing
 
 
 def device_of(device: str, local_rank: int) -> torch.device:

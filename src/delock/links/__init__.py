@@ -49,8 +49,12 @@ class Resumable(Link):
         """Returns the next `count` messages from that neighbour, without consuming them: what is under way."""
 
     @abstractmethod
+    def take(self, source: int, count: int) -> list[tuple[MessageName, Message]]:
+        """Does as `pull`, and lets go of them: what is sent behind them comes first now, until they are pushed back."""
+
+    @abstractmethod
     def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> None:
-        """Puts messages of a checkpoint back in front of what is to come from that neighbour."""
+        """Puts messages that were taken, or those of a checkpoint, in front of what is to come from that neighbour."""
 
 
 def resumable(link: Link) -> Resumable:

@@ -109,6 +109,10 @@ class CodedLink(Resumable):
         """Returns messages under way, encoded; the codebooks that they need are in them or in `state()`."""
         return resumable(self.link).pull(source, count)
 
+    def take(self, source: int, count: int) -> list[tuple[MessageName, Message]]:
+        """Takes messages under way, encoded."""
+        return resumable(self.link).take(source, count)
+
     def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> None:
         """Puts encoded messages back."""
         resumable(self.link).push(source, messages)

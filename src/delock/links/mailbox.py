@@ -53,6 +53,10 @@ class MailboxEnd(Resumable):
         """Returns the oldest messages of the queue."""
         return list(islice(self.box.queue(source, self.k), count))
 
+    def take(self, source: int, count: int) -> list[tuple[MessageName, Message]]:
+        """Takes the oldest messages out of the queue."""
+        return [self.box.queue(source, self.k).popleft() for _ in range(count)]
+
     def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> None:
         """Puts messages in front of the queue."""
         self.box.queue(source, self.k).extendleft(reversed(messages))

@@ -59,6 +59,11 @@ class RankLink(Resumable):
             self.ahead[source].append(self._next(source))
         return list(self.ahead[source])[:count]
 
+    def take(self, source: int, count: int) -> list[tuple[MessageName, Message]]:
+        """Waits for the messages that are under way, and takes them."""
+        self.pull(source, count)
+        return [self.ahead[source].popleft() for _ in range(count)]
+
     def push(self, source: int, messages: list[tuple[MessageName, Message]]) -> None:
         """Puts messages in front of those that were pulled."""
         self.ahead[source].extendleft(reversed(messages))

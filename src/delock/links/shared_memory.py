@@ -153,6 +153,12 @@ class SharedChannel:
             self._write(sent)
         return waited
 
+    def ready(self) -> bool:
+        """Returns True if a message can be posted without a wait."""
+        if not self.credits:
+            self._read(socket.MSG_DONTWAIT)
+        return self.credits > 0
+
     # ---- receiving -------------------------------------------------------------------------------------------------------------------
 
     def receive(self) -> tuple[MessageName, Message]:

@@ -10,6 +10,7 @@ from delock.data.iterable import weigher
 from delock.data.loader import call_of, loaded
 from delock.data.named_sets import NamedSets, sets_of
 from delock.errors import UsageError, users_own
+from delock.links import meeting
 from delock.links.connect import refuse_link
 from delock.memory.sizes import Outputs
 from delock.methods import Method
@@ -63,6 +64,19 @@ def refuse_replay(request: Request) -> None:
     """Raises UsageError if recorded visits are to be done again in several processes."""
     if request.workers != "inline":
         raise UsageError('recorded visits are done again in one process: use workers="inline"')
+
+
+def refuse_sessionless(request: Request) -> None:
+    """Raises UsageError for a run that cannot be handed its batches one by one."""
+    if request.workers == "torchrun":
+        raise UsageError("a session runs on one host, with processes of its own: under torchrun use fit")
+    if isinstance(request.method, Method) and not request.method.planned:
+        raise UsageError(f"the stages of {request.method.name} run freely, so no loop can hand them batches in step: use fit")
+    for what, given in {"captured": request.execution.captured, "replay": request.simulation.replay is not None}.items():
+        if given:
+            raise UsageError(f"a session does not go with {what}: leave it out, or use fit")
+    if request.workers == "processes" and meeting.here() is None:
+        raise UsageError('a session hands batches over in shared memory, which this system lacks (Linux has it): use workers="inline"')
 
 
 def refuse_unsavable(request: Request) -> None:

@@ -109,7 +109,7 @@ class History:
         measures = {"": self.job.loss, **self.job.metrics}
         if result.count:  # else it has no mean
             with precision(self.job.execution, self.device):
-                found = {name: _measured(name, measure, result) for name, measure in measures.items()}
+                found = {name: measured(name, measure, result.values, result.targets) for name, measure in measures.items()}
             self.sums = {name: self.sums.get(name, 0.0) + value * result.count for name, value in found.items()}
             self.judged += result.count
         read = op.batch % self.job.length.evaluation + 1
@@ -147,12 +147,12 @@ def _ends(job: StageJob) -> dict[int, str]:
     return dict(zip(accumulate(tests.values()), tests, strict=True))
 
 
-def _measured(name: str, measure: Callable[[Any, Any], Any], result: Message) -> float:
+def measured(name: str, measure: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> float:
     """Returns a measure of the outputs of a batch; "" is the name of the loss. Raises UsageError for a metric that is no number."""
     if not name:
-        return float(compute_loss(measure, result.values, result.targets))
+        return float(compute_loss(measure, outputs, targets))
     with users_own(f"the metric {name!r}"):
-        found = measure(result.values, result.targets)
+        found = measure(outputs, targets)
     try:
         return float(found)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -40,7 +40,7 @@ def run_inline(
     captured = jobs[0].execution.captured
     if captured:
         jobs = [replace(job, optimizer=capturable(job.optimizer)) for job in jobs]
-    jobs = [_copied(job) for job in jobs]
+    jobs = [copied_job(job) for job in jobs]
     before, workers = torch.get_num_threads(), list[Worker]()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -66,7 +66,7 @@ def run_inline(
             torch.set_num_threads(before)
 
 
-def _copied(job: StageJob) -> StageJob:
+def copied_job(job: StageJob) -> StageJob:
     """Returns a job with modules of its own, as a process has: a run that fails leaves the caller's as they were."""
     module, head = copied_but_for_handles((job.module, job.head))
     return replace(job, module=module, head=head)

@@ -24,7 +24,7 @@ def run_rank(rank: Rank, job: StageJob) -> StageResult:
         return _run_free(rank, job)
     link = joined(rank, job)
     worker = Worker(job, link, rank.device, rank.emit, rank.progress, rank.asked)
-    _begin_together(rank, job)
+    begin_together(rank, job)
     worker.run()
     result = worker.result(alone=True)
     link.close()
@@ -50,7 +50,7 @@ def _run_free(rank: Rank, job: StageJob) -> StageResult:
     if isinstance(worker.saver, FreeSaver):
         worker.saver.follow(run)
     link.start()
-    _begin_together(rank, job)
+    begin_together(rank, job)
     try:
         run.run()
     except Stopped as stopped:
@@ -61,7 +61,7 @@ def _run_free(rank: Rank, job: StageJob) -> StageResult:
     return worker.result(alone=True, read=buffer.close())
 
 
-def _begin_together(rank: Rank, job: StageJob) -> None:
+def begin_together(rank: Rank, job: StageJob) -> None:
     """Waits for the slowest stage if stages are compiled: else the others would wait in their first op, in measured time."""
     if job.execution.compile:
         rank.meet()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from delock.engine.asynchronous.buffer import ReuseStatistics
 from delock.engine.engine import Engine, spin
-from delock.engine.feed import Feed
+from delock.engine.feed import Feed, HandedFeed
 from delock.engine.log import StageLog
 from delock.errors import Stopped
 from delock.launch import allocator, peak_memory
@@ -42,7 +42,11 @@ class Worker:
         emit: Callable[[Event], None],
         progress: Any = None,
         asked: Callable[[], bool] = lambda: False,
+        *,
+        history: type[History] = History,
+        handed: HandedFeed | None = None,
     ) -> None:
+        """history: of the last stage; handed: the feed of stage 0, if it is not to read the loaders."""
         self.job, self.device = job, device
         last, facts = job.k == job.K - 1, stage_facts(job.method, job.K)[job.k]
         self.stage = Stage(
@@ -67,15 +71,15 @@ class Worker:
         if job.execution.compile:
             self.rehearse()
         self.log = StageLog(spans=[] if job.report.trace else None)
-        self.tracker = History(job, self.log, emit, device)
+        self.tracker = history(job, self.log, emit, device)
         self.sent = link.sent
         slow, delay = _pace(job)
-        self.feed = feed = Feed(job.train, job.test, job.method.micro_batches, device) if job.train is not None else None
+        self.feed = feed = Feed(job.train, job.test, job.method.micro_batches, device) if job.train is not None and not handed else None
         codec, error_codec = job.compression.activations, job.compression.errors
         self.engine = Engine(
             self.stage,
             CodedLink(link, job.k, codec, error_codec, job.seed) if codec or error_codec else link,
-            feed=feed,
+            feed=handed or feed,
             log=self.log,
             progress=progress,
             micro_batches=job.method.micro_batches,

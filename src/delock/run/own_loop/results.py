@@ -1,0 +1,98 @@
+"""The history of a session as its last stage sees it: it keeps the result of every batch until it is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delock.execution import Loss, precision
+from delock.links import Message
+from delock.ops import Backward
+from delock.plan import Step
+from delock.records import BatchResult
+from delock.run.history import History, measured
+from delock.run.request import Metric
+from delock.stage import Stage
+from delock.tensors import flatten, map_tensors, unflatten
+
+
+class Results(History):
+    """Keeps the results of batches, and of batches of an evaluation, in the order in which they come."""
+
+    wanted: set[int]  # batches whose outputs come back
+    show: Metric  # makes of the last stage's outputs those of the model
+
+    def watch(self, stage: Stage, show: Metric) -> None:
+        """Lets what the stage computes its loss of be seen here."""
+        assert stage.loss is not None
+        self.wanted, self.show = set(), show
+        self.ready: list[BatchResult] = []
+        self.tested: list[tuple[dict[str, float], float, int]] = []  # measures, what they weigh, samples
+        self.noted = stage.loss = Noted(stage.loss)
+        self.outputs: list[Any] = []  # of the parts of a batch so far
+        self.parts: list[tuple[dict[str, float], float, int]] = []
+
+    def loss(self, step: Step, value: float, stage: Stage, message: Message) -> None:
+        """Takes the loss of a (micro-)batch."""
+        assert isinstance(step.op, Backward)
+        number, done = step.op.batch // self.job.method.micro_batches, len(self.losses)
+        given, self.noted.given = self.noted.given, None
+        if given is not None:
+            outputs = map_tensors(Tensor.detach, given[0])
+            self.parts.append((self._measures(self.job.metrics, outputs, given[1]), message.count, message.samples))
+            if number in self.wanted:
+                self.outputs.append(outputs)
+        super().loss(step, value, stage, message)
+        if len(self.losses) > done:
+            self._complete(number, stage.lr)
+
+    def _complete(self, number: int, lr: float) -> None:
+        samples = sum(n for _, _, n in self.parts)
+        shown = self.show(_joined(self.outputs), None) if self.outputs else None
+        self.ready.append(BatchResult(number, self.losses[-1], means(self.parts), lr, samples, shown))
+        self.wanted.discard(number)
+        self.parts, self.outputs = [], []
+
+    def output(self, step: Step, result: Message) -> None:
+        """Takes the outputs of a batch of an evaluation."""
+        found = self._measures({"": self.job.loss, **self.job.metrics}, result.values, result.targets) if result.count else {}
+        self.tested.append((found, result.count, result.samples))
+
+    def _measures(self, measures: Mapping[str, Metric], outputs: Any, targets: Any) -> dict[str, float]:
+        with torch.no_grad(), precision(self.job.execution, self.device):
+            return {name: measured(name, measure, outputs, targets) for name, measure in measures.items()}
+
+    def taken(self) -> list[BatchResult]:
+        """Returns the results that have come since it was last asked."""
+        found, self.ready = self.ready, []
+        return found
+
+
+class Noted:
+    """Computes a loss, and notes what it was `given`: outputs and targets."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        self.given: tuple[Any, Any] | None = None
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        self.given = outputs, targets
+        return self.loss(outputs, targets)
+
+
+def means(found: list[tuple[dict[str, float], float, int]]) -> dict[str, float]:
+    """Returns the means of measures over what they weigh; NaN where nothing weighs."""
+    whole, names = sum(count for _, count, _ in found), dict.fromkeys(name for one, _, _ in found for name in one)
+    return {name: sum(one[name] * count for one, count, _ in found if one) / whole if whole else math.nan for name in names}
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Returns the outputs of a batch from those of its parts: rows behind rows, and numbers in a row."""
+    if len(parts) == 1:
+        return parts[0]
+    shape, columns = flatten(parts[0])[0], zip(*(flatten(one)[1] for one in parts), strict=True)
+    return unflatten(shape, [torch.cat(own) if own[0].dim() else torch.stack(own) for own in columns])

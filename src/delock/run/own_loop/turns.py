@@ -1,0 +1,113 @@
+"""Takes the stages of this process, one or all, through a plan without an end, as the user's loop tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from delock.checkpoints.encoding import copied
+from delock.plan import OpenPlan, Plan
+from delock.records import BatchResult
+from delock.run.job import StageJob
+from delock.run.own_loop.results import Results
+from delock.run.request import Metric
+from delock.run.worker import Worker
+from delock.stage.loading import load_module, volatile
+
+ENDLESS = 1 << 62  # batches
+
+Weights = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+"""The weights of a stage: of "module" and "head" the "state", and the "rest" that is in no state dict."""
+
+
+@dataclass
+class LoopedJob:
+    """Holds what a stage of a session needs. show: makes of the last stage's outputs those of the model."""
+
+    job: StageJob
+    show: Metric
+
+    def __post_init__(self) -> None:
+        self.job = replace(self.job, per_epoch=ENDLESS)
+
+
+class Turns:
+    """Does what the loop asks of the stages. execute: a window of their plan; near: the stages whose columns are wanted for that."""
+
+    def __init__(
+        self, looped: LoopedJob, workers: Sequence[Worker], execute: Callable[[Plan], None], near: Sequence[int] | None = None
+    ) -> None:
+        job = looped.job
+        self.workers, self.execute, self.seen = workers, execute, workers[-1].tracker
+        self.plan = OpenPlan(job.method, job.K, job.length.clip, near)
+        self.last = workers[-1].job.k == job.K - 1
+        if self.last:
+            self.results.watch(workers[-1].stage, looped.show)
+
+    @property
+    def results(self) -> Results:
+        """Returns the results, which the last stage has."""
+        assert isinstance(self.seen, Results)
+        return self.seen
+
+    def batch(self, outputs: bool) -> list[BatchResult] | None:
+        """Takes the next batch. Returns the results that have come, on the last stage; `outputs`: with its outputs."""
+        if outputs and self.last:
+            self.results.wanted.add(self.plan.batches)
+        self.execute(self.plan.batch())
+        return self.results.taken() if self.last else None
+
+    def rest(self) -> list[BatchResult] | None:
+        """Does what is left when no further batch comes for now."""
+        self.execute(self.plan.rest())
+        return self.results.taken() if self.last else None
+
+    def evaluate(self) -> tuple[dict[str, float], float, int] | None:
+        """Evaluates the network as it is now on the next batch; what is in flight waits. Returns measures, their weight, and samples."""
+        aside = [worker.engine.set_aside() for worker in self.workers]
+        self.execute(self.plan.evaluation(1))
+        for worker, messages in zip(self.workers, aside, strict=True):
+            worker.engine.put_back(messages)
+        return self.results.tested.pop() if self.last else None
+
+    def rate(self, value: float | None) -> list[float]:
+        """Returns the learning rate of each stage that learns: of its first parameter group. value: makes it that, of the others in
+        proportion.
+        """
+        found = []
+        for optimizer in filter(None, (worker.stage.optimizer for worker in self.workers)):
+            first = optimizer.param_groups[0]["lr"]
+            if value is not None:
+                for group in optimizer.param_groups:
+                    _set(group, value * float(group["lr"] / first) if first else value)
+            found.append(float(optimizer.param_groups[0]["lr"]))
+        return found
+
+    def weights(self) -> list[Weights]:
+        """Returns copies of the weights of each stage."""
+        return [copied(_weights(worker), "the weights") for worker in self.workers]
+
+    def load(self, weights: Sequence[Weights]) -> None:
+        """Lets each stage have these weights; what is not among them stays as it is."""
+        for worker, own in zip(self.workers, weights, strict=True):
+            for name, one in own.items():
+                load_module(_modules(worker)[name], one["state"], one["rest"], f"{name} of stage {worker.job.k}")
+
+
+def _modules(worker: Worker) -> dict[str, Any]:
+    head = worker.stage.head
+    return {"module": worker.stage.module, **({"head": head.module} if head else {})}
+
+
+def _weights(worker: Worker) -> Weights:
+    return {name: {"state": dict(module.state_dict()), "rest": volatile(module)} for name, module in _modules(worker).items()}
+
+
+def _set(group: dict[str, Any], value: float) -> None:
+    if isinstance(group["lr"], Tensor):  # of a capturable optimizer
+        group["lr"].fill_(value)
+    else:
+        group["lr"] = value

@@ -1,0 +1,222 @@
+"""A session: a run whose batches come from the user's own loop, one after the other, for as long as it likes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from delock.data.handed import Handed
+from delock.data.iterable import weigher
+from delock.data.loader import LoadedBatch, Loader, loaded
+from delock.data.named_sets import sets_of
+from delock.errors import NonFinite, UsageError, users_own
+from delock.partition.stages import stages
+from delock.records import BatchResult, Evaluation, Result, Started
+from delock.run.collect import collect
+from delock.run.job import StageResult
+from delock.run.nonfinite import explained
+from delock.run.own_loop.apart import StagesApart
+from delock.run.own_loop.here import StagesHere
+from delock.run.own_loop.results import means
+from delock.run.own_loop.turns import LoopedJob, Weights
+from delock.run.prepare import prepare
+from delock.run.prepared import PreparedRun
+from delock.run.request import Request
+from delock.stage.loading import load_module, volatile
+
+
+class Session:
+    """Trains a network on the batches that `step` is given, between `with` and the end of its block; made by `delock.session`.
+
+    Behind the block the model holds the trained weights, and `result` what `fit` returns. After an exception in the block the model is as
+    it was before. No process is left in either case.
+    """
+
+    def __init__(self, request: Request, reads: Handed) -> None:
+        self.request, self.reads = request, reads
+        self.result: Result | None = None
+        self.number = 0  # of the next batch
+        self.open = False  # batches are in flight, or may be
+        self._stages: StagesHere | StagesApart | None = None
+        self._prepared: PreparedRun | None = None
+        self._started: Started | None = None
+
+    def __enter__(self) -> Self:
+        """Measures the network on the example batch, cuts it, and starts the stages. Raises UsageError for what does not fit."""
+        if self._prepared:
+            raise UsageError("a session can be entered once: make another one with delock.session")
+        prepared = self._prepared = prepare(self.request)
+        self._started = prepared.started()
+        show = self.request.network.on_output(_outputs)
+        jobs = [LoopedJob(job, show) for job in prepared.jobs()]
+        with self._told():
+            if self.request.workers == "inline":
+                self._stages = StagesHere(jobs, torch.device(self.request.device))
+            else:
+                self._stages = StagesApart(jobs, self.request.placement, self.request.device, prepared.patience())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Lets what is in flight arrive, and puts the trained weights into the model; after an exception it only ends the stages."""
+        try:
+            if error is None and self._stages:
+                self.drain()
+                self._collect()
+        finally:
+            self._stop()
+
+    # ---- training ------------------------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Any, *, outputs: bool = False, wait: bool = False) -> list[BatchResult]:
+        """Hands in the next batch, of the form of the example batch, and returns the results of batches that have come by now.
+
+        With a delayed method, or in processes, these are earlier batches, and there may be none. outputs: the result of this batch has the
+        outputs of the model, too. wait: waits for all results that need no later batch; then they do not depend on timing. Blocks
+        when the pipeline is full. What is in the batch may be written to afterwards. Raises what `fit` raises.
+        """
+        stages = self._running()
+        read = self.reads.one(batch, self.number)
+        with self._told():
+            self.open, self.number = True, self.number + 1
+            stages.batch(read, outputs, wait)
+            return stages.taken()
+
+    def drain(self) -> list[BatchResult]:
+        """Does all that is left to do for the batches so far, every update included, and returns the results that had not come.
+
+        The batches behind it begin with an empty pipeline.
+        """
+        stages = self._running()
+        with self._told():
+            if self.open:
+                stages.rest()
+            self.open = False
+            return stages.taken()
+
+    def evaluate(self, batches: Any) -> Evaluation:
+        """Evaluates the network on `batches`, as `fit` takes test data, with the weights that its stages have now.
+
+        Nothing in flight is lost, and no batch is waited for. Updates that its batches are still to bring are not in these weights: after
+        `drain` they are.
+        """
+        running, found, metrics, samples = self._running(), dict[str, dict[str, float]](), dict[str, float](), 0
+        for name, test in sets_of(self.reads.tests(batches)).items():
+            with self._told():
+                judged = running.evaluate(_weighed(test))
+            if not any(count for _, count, _ in judged):
+                raise UsageError("the test data has no samples, so an evaluation has no mean: give it some")
+            found[name] = means(judged)
+            samples += sum(n for _, _, n in judged)
+        for name, own in found.items():
+            metrics |= {f"{name}/{one or 'loss'}" if name else one: value for one, value in own.items() if name or one}
+        return Evaluation(next(iter(found.values())).get("", math.nan), metrics, samples)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the coming update, of the first parameter group. When it is set, other groups change in proportion."""
+        return self._rate(None)
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if self.request.schedule is not None:
+            raise UsageError("the schedule sets the learning rate: leave it out of the session to set lr in the loop")
+        self._rate(float(value))
+
+    def _rate(self, value: float | None) -> float:
+        with self._told():
+            return float(self._running().ask("rate", value)[0])
+
+    # ---- weights -------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of the weights as the stages have them now, by the names of the model's own `state_dict`."""
+        with self._told():
+            own = self._running().ask("weights")
+        before = self._exchanged(own)
+        try:
+            found = {name: one.clone() if isinstance(one, Tensor) else one for name, one in self._model().state_dict().items()}
+        finally:
+            self._exchanged(before)
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Lets the stages have the weights of a `state_dict` of the model. Nothing may be in flight: call `drain` before it."""
+        running = self._running()
+        if self.open:
+            raise UsageError("batches are in flight, which have been computed with other weights: call drain() before load_state_dict()")
+        before = self._exchanged(None)
+        try:
+            self._model().load_state_dict(state)
+            own = self._exchanged(before)
+        except BaseException:
+            self._exchanged(before)
+            raise
+        with self._told():
+            running.load(own)
+
+    def _model(self) -> Any:
+        model = self.request.model
+        return model if isinstance(model, torch.nn.Module) else torch.nn.ModuleList(model)
+
+    def _exchanged(self, weights: list[Weights] | None) -> list[Weights]:
+        """Lets the model have the weights of stages, if there are any, and returns copies of those that it had."""
+        before = list[Weights]()
+        assert self._prepared
+        for k, module in enumerate(stages(self._prepared.layers, self._prepared.cuts)):
+            state = {name: one.clone() if isinstance(one, Tensor) else one for name, one in module.state_dict().items()}
+            before.append({"module": {"state": state, "rest": {name: one.clone() for name, one in volatile(module).items()}}})
+            if weights is not None:
+                load_module(module, weights[k]["module"]["state"], weights[k]["module"]["rest"], f"module of stage {k}")
+        return before
+
+    # ---- the stages ----------------------------------------------------------------------------------------------------------------
+
+    def _running(self) -> StagesHere | StagesApart:
+        if self._stages is None:
+            raise UsageError(
+                "the session is over" if self._prepared else "use the session in a block: with delock.session(...) as session:"
+            )
+        return self._stages
+
+    def _collect(self) -> None:
+        assert self._stages
+        assert self._started
+        with self._told():
+            results: list[StageResult] = self._stages.end()
+        self.result = collect(self.request, self._started, results)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Ends the stages if one of them fails within the block, and says what may be the cause."""
+        try:
+            yield
+        except BaseException as error:
+            self._stop()
+            if isinstance(error, NonFinite):
+                with explained(self.request):  # the batch cannot be read again
+                    raise NonFinite(str(error), part=error.part, parts=error.parts, updates=error.updates) from None
+            raise
+
+    def _stop(self) -> None:
+        if self._stages:
+            self._stages.stop()
+        self._stages = None
+
+
+def _outputs(outputs: Any, targets: Any) -> Any:
+    """Returns the outputs, as a measure of them."""
+    return outputs
+
+
+def _weighed(test: Loader) -> Iterator[LoadedBatch]:
+    """Yields the batches of test data."""
+    if weigher(test):
+        raise UsageError("test data of a session is weighed as its training data is: leave weight out of its Batches")
+    with users_own("the test data"):
+        yield from loaded(test, 0)
