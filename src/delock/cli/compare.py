@@ -12,9 +12,9 @@ from delock.cli.config import CompareConfig, flat, resolved
 from delock.cli.handles import refuse_few_handles
 from delock.cli.models.names import in_a_folder
 from delock.cli.ranks import ranks
+from delock.cli.recording import load_data, refuse, train
 from delock.cli.rows import PLAIN, Row, cut_alike, rows
 from delock.cli.run_folder import RunFolder, dumps
-from delock.cli.session import load_data, refuse, train
 from delock.cli.summary import RunReport, compared, measure
 from delock.cli.tables import IDLE, LAYERWISE, Cells, comparison_table, markdown
 from delock.errors import DelockError, UsageError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, is_text, shown
 from delock.cli.kept_run import Kept, filled, found, named, read_config, weights
-from delock.cli.session import load_data
+from delock.cli.recording import load_data
 from delock.cli.tables import metric_text
 from delock.cli.terminal import Terminal
 from delock.cli.workload import build_model, goals

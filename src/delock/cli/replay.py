@@ -12,8 +12,8 @@ from delock.cli.config import TrainConfig, make_method
 from delock.cli.kept_run import config_of, summary_of
 from delock.cli.models.kept_files import changed
 from delock.cli.ranks import ranks
+from delock.cli.recording import fit_config
 from delock.cli.run_folder import CHECKPOINTS, CONFIG, MODEL, TRACE, load_visits
-from delock.cli.session import fit_config
 from delock.cli.summary import evaluated, trained
 from delock.cli.terminal import Terminal
 from delock.cli.workload import build_model, load_data

@@ -11,8 +11,8 @@ from delock.cli.config import TrainConfig, is_text, resolve, resolved
 from delock.cli.handles import refuse_few_handles
 from delock.cli.models.names import in_a_folder
 from delock.cli.ranks import is_rank_zero, ranks
+from delock.cli.recording import load_data, train
 from delock.cli.run_folder import RunFolder
-from delock.cli.session import load_data, train
 from delock.cli.summary import RunReport, closing
 from delock.cli.survival import checkpoint, is_over, refuse_changed, refuse_lost_restarts, spelled_out
 from delock.cli.tables import stage_table

@@ -46,7 +46,7 @@ class Came:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """Holds the answer of a stage to an order; that to number 0 says that it is ready."""
 
     order: int
@@ -63,7 +63,7 @@ def serve(rank: Rank, looped: LoopedJob) -> StageResult:
     begin_together(rank, job)
     near = range(max(0, job.k - 1), min(job.K, job.k + 2))
     turns = Turns(looped, [worker], worker.engine.run, near)
-    rank.emit(Answer(0))
+    rank.emit(Reply(0))
     number = 0
     while (order := _order(rank))[0] != END:
         number += 1
@@ -72,7 +72,7 @@ def serve(rank: Rank, looped: LoopedJob) -> StageResult:
         if name in BATCHES and answer:
             rank.emit(Came(answer))
         if asked:
-            rank.emit(Answer(number, None if name in BATCHES else answer))
+            rank.emit(Reply(number, None if name in BATCHES else answer))
     result = worker.result(alone=True)
     link.close()
     return replace(result, optimizer=None)
@@ -199,7 +199,7 @@ class StagesApart:
         match event:
             case Came(results):
                 self.news += results
-            case Answer(order, value) if order in self.answers:
+            case Reply(order, value) if order in self.answers:
                 self.answers[order][rank] = value
 
 

@@ -40,7 +40,7 @@ def load_data(config: TrainConfig, screen: Terminal) -> Loaded:
     return data
 
 
-class Session:
+class Recording:
     """Records one run: events go to the screen and into the folder, and `end` writes the summary."""
 
     def __init__(self, report: RunReport, data: Loaded, folder: RunFolder, screen: Terminal) -> None:
@@ -134,12 +134,12 @@ def train(report: RunReport, data: Loaded, folder: RunFolder, screen: Terminal) 
 
     The folder gets its files as they are made, and a summary however the run ends; errors and KeyboardInterrupt propagate to the caller.
     """
-    session = Session(report, data, folder, screen)
+    recording = Recording(report, data, folder, screen)
     try:
         model = build_model(report.config, data)
         screen.phase("measuring the layers")
         kept = checkpoint(report.config, folder.path)
-        report.result = fit_config(report.config, data, model, session.hear, kept=kept)
+        report.result = fit_config(report.config, data, model, recording.hear, kept=kept)
         if folder.opened and not report.config.simulation.emulate:  # ranks above 0 have no folder
             folder.save_model(model.state_dict())
         report.status = "finished"
@@ -147,10 +147,10 @@ def train(report: RunReport, data: Loaded, folder: RunFolder, screen: Terminal) 
         report.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         report.error = str(error) or None
         if report.started and not isinstance(error, UsageError):
-            session.open()
+            recording.open()
         raise
     finally:
-        session.end()
+        recording.end()
 
 
 def refuse(config: TrainConfig, data: Loaded) -> None:
