@@ -68,6 +68,64 @@ def tied_by_a_list() -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), Tied(first), nn.Linear(6, 3))
 
 
+class Centred(nn.Module):
+    """Reads the statistics of a norm that it keeps in a list."""
+
+    def __init__(self, norm: nn.BatchNorm1d) -> None:
+        super().__init__()
+        self.others = [norm]
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.others[0].running_mean
+        assert mean is not None
+        return x - mean
+
+
+def with_shared_statistics() -> nn.Sequential:
+    norm = nn.BatchNorm1d(8)
+    return nn.Sequential(nn.Linear(6, 8), norm, nn.ReLU(), Centred(norm), nn.Linear(8, 3))
+
+
+class Whole(nn.Module):
+    """The same with a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.norm, self.act, self.centred, self.out = with_shared_statistics()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.centred(self.act(self.norm(self.low(x)))))
+
+
+def hooked_by_a_closure() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model[2].register_forward_hook(lambda module, given, out: out - model[1].running_mean)
+    return model
+
+
+SHARED = nn.BatchNorm1d(8)
+
+
+class ByGlobal(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return x - SHARED.running_mean  # type: ignore[operator]
+
+
+class Hooked(nn.Module):
+    """Has a hook that is a method of its own, which a copy has as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(8), nn.Linear(8, 8)
+        self.out.register_forward_hook(self.centre)
+
+    def centre(self, module: nn.Module, given: Any, out: Tensor) -> Any:
+        return out - self.norm.running_mean  # type: ignore[operator]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.norm(x))
+
+
 class Flat(nn.Module):
     """Has no modules, so that it can be cut between operations alone."""
 
@@ -106,6 +164,9 @@ def fit(model: nn.Module, **options: Any) -> Any:
         (patched, r"2 \(Linear\) has a forward of its own"),
         (lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3)), "0.weight has no shape yet"),
         (tied_by_a_list, r"layer 2 \(2, Tied\) uses a weight of shape \(8, 6\) that is none of its parameters"),
+        (with_shared_statistics, r"3 \(stage 1\) holds 1.weight \(stage 0\) in a plain attribute"),
+        (hooked_by_a_closure, "2 has code, as a hook, that holds 0.weight by a closure"),
+        (lambda: nn.Sequential(nn.Linear(6, 8), SHARED, ByGlobal(), nn.Linear(8, 3)), "2 has code, as a hook, that holds 1.weight"),
         (partial(Counts, "number"), "its forward changes the attribute n,"),
         (partial(Counts, "dict"), "its forward changes the attribute kept,"),
     ],
@@ -113,6 +174,12 @@ def fit(model: nn.Module, **options: Any) -> Any:
 def test_what_would_be_lost_is_refused(model: Callable[[], nn.Module], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         fit(model())
+
+
+def test_a_part_of_a_traced_model_that_keeps_another_stages_tensor_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"centred \(stage 1\) holds norm.weight \(stage 0\) in a plain attribute"):
+        fit(Whole(), cuts=["centred"], stages=None)
+    assert "pieces" in fit(Whole(), cuts=["out"], stages=None).started.traced
 
 
 def doubled(module: nn.Module, given: Any, out: Tensor) -> Tensor:
@@ -130,8 +197,19 @@ def parametrized() -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), parametrizations.orthogonal(nn.Linear(8, 8)), parametrizations.spectral_norm(nn.Linear(8, 3)))
 
 
+def with_hooked_part() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), Hooked(), nn.Linear(8, 3))
+
+
+def with_both_in_one_stage() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Sequential(*with_shared_statistics()[1:4]), nn.Linear(8, 3))
+
+
+KEPT = (with_hook, with_hooked_part, with_both_in_one_stage, Flat, parametrized, lambda: Doubled(*chain()))
+
+
 @pytest.mark.parametrize("workers", ["inline", "processes"])
-@pytest.mark.parametrize("make", [with_hook, Flat, parametrized, lambda: Doubled(*chain())], ids=["hook", "flat", "parametrized", "call"])
+@pytest.mark.parametrize("make", KEPT, ids=["hook", "own hook", "one stage", "flat", "parametrized", "call"])
 def test_what_a_model_does_beside_its_forward_is_kept(make: Callable[[], nn.Module], workers: str) -> None:
     """It is trained as plain PyTorch trains it, in one process and several."""
     torch.manual_seed(0)

@@ -115,7 +115,7 @@ def test_a_loss_that_has_parameters_of_its_own() -> None:
     scaled = Scaled()
     unchanged(says, loss=lambda out, target: scaled(out, target))
     model = network()
-    unchanged("a parameter of its own", model, loss=partial(penalized, model))
+    unchanged("holds the model, and with it its parameter 0.weight", model, loss=partial(penalized, model))
     fit(loss=Scaled(learns=False))
     learned = [(x, {**y, "weight": y["weight"].requires_grad_()}) for x, y in train_data()]
     fit(network(), learned, cuts=[4])  # not the loss's own

@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from delock.errors import UsageError
+from delock.partition.holdings import beside, held, place
 from delock.partition.layers import Layer, listed, named_state, resolve_cuts, state_names, under
 
 
@@ -45,7 +46,7 @@ def stages(layers: Sequence[Layer], cuts: Sequence[int | str]) -> list[StageModu
     """
     bounds = [0, *resolve_cuts(layers, cuts), len(layers)]
     parts = [layers[a:b] for a, b in itertools.pairwise(bounds)]
-    _refuse_shared(parts)
+    _refuse_held(parts, _refuse_shared(parts))
     return [StageModule(part) for part in parts]
 
 
@@ -59,17 +60,32 @@ def join_state(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def _refuse_shared(parts: Sequence[Sequence[Layer]]) -> None:
-    """Raises UsageError for a tensor in two stages: in one process it would get two optimizers, in several it would become two tensors."""
+def _refuse_shared(parts: Sequence[Sequence[Layer]]) -> dict[tuple[str, int], tuple[int, str]]:
+    """Raises UsageError for a tensor in two stages: in one process it would get two optimizers, in several it would become two tensors.
+
+    Returns the stage and the name of every tensor, by its place.
+    """
     owner: dict[tuple[str, int], tuple[int, str]] = {}
     for k, part in enumerate(parts):
         for layer in part:
             for name, tensor in named_state(layer.module):
-                # same memory under two Parameters is tied too; meta and empty tensors have no address
-                place = ("at", tensor.data_ptr()) if tensor.numel() and not tensor.is_meta else ("id", id(tensor))
-                stage, first = owner.setdefault(place, (k, under(layer.prefix, name)))
+                stage, first = owner.setdefault(place(tensor), (k, under(layer.prefix, name)))
                 if stage != k:
                     raise UsageError(
                         f"{first} (stage {stage}) and {under(layer.prefix, name)} (stage {k}) are the same tensor: "
                         "cut so that both lie in one stage, or give each layer a copy of its own"
                     )
+    return owner
+
+
+def _refuse_held(parts: Sequence[Sequence[Layer]], owner: Mapping[tuple[str, int], tuple[int, str]]) -> None:
+    """Raises UsageError for a module that holds a tensor of another stage in a plain attribute or a hook: it would become two tensors."""
+    for k, part in enumerate(parts):
+        modules = ((under(layer.prefix, path), one) for layer in part for path, one in layer.module.named_modules())
+        for holder, one, _ in held((path.rstrip("."), one) for path, module in modules for one in beside(module)):
+            stage, name = owner.get(place(one), (k, "")) if isinstance(one, Tensor) else (k, "")
+            if stage != k:
+                raise UsageError(
+                    f"{holder} (stage {k}) holds {name} (stage {stage}) in a plain attribute or a hook, so it would go on with a copy of "
+                    "it: cut so that both lie in one stage, or let forward hand on what is needed"
+                )

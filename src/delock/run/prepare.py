@@ -35,6 +35,7 @@ from delock.run.prepared import Batch, PreparedRun
 from delock.run.request import Request
 from delock.run.resume import Begin, refuse_changed, settled
 from delock.run.room import make_folder, refuse_folder
+from delock.run.user_functions import refuse_stale
 from delock.stage.learner import described
 from delock.stage.module import refuse_derived_weights
 from delock.stage.unfit import made_by, refuse_unfit_optimizer
@@ -94,6 +95,7 @@ def measured_network(request: Request, *, counts: bool = False, fine: bool = Fal
     with users_own("the training data"):
         first = next(iter(loaded(request.train, 0)))
     inputs, targets = first.inputs, first.targets
+    refuse_stale(request, _call(request, inputs), inputs, targets)
     refuse_empty_test(request)
     batch = Batch.of(inputs, targets, first.counted)
     if not request.network.chain:
@@ -139,7 +141,8 @@ def _examples(request: Request, first: LoadedBatch) -> Examples:
 
 def _call(request: Request, inputs: Value) -> Call:
     """Returns the way in which the model is called: as the loader says, else with one argument per tensor."""
-    return call_of(request.train) or Call.of((inputs,) if request.network.opened else tensors(inputs), {})[0]
+    whole = request.network.chain or request.network.opened
+    return call_of(request.train) or Call.of((inputs,) if whole else tensors(inputs), {})[0]
 
 
 def refuse_other_optimizers(prepared: PreparedRun, begin: Begin) -> None:
