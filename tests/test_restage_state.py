@@ -175,7 +175,7 @@ def test_heads_go_on_where_they_fit(tmp_path: Path) -> None:
         ({"optimizer": partial(torch.optim.Adam, lr=0.02)}, "lr of the optimizer was 0.01 when the checkpoint was made, and is 0.02 now"),
         ({"optimizer": MOMENTUM}, "the optimizer of stage 0 was Adam when the checkpoint was made, and is SGD now"),
         ({"method": "fdg"}, "method was ddg when .* was made, and is fdg now"),
-        ({"model": nn.Sequential(nn.Linear(5, 9), nn.Linear(9, 3))}, r"0.weight of the network has shape \[8, 5\] in the checkpoint"),
+        ({"model": nn.Sequential(nn.Linear(5, 9), nn.Linear(9, 3))}, r"the module 0 was Linear\(in_features=5, out_features=8"),
     ],
 )
 def test_another_run_is_refused(tmp_path: Path, more: dict[str, Any], message: str) -> None:

@@ -84,11 +84,14 @@ class Extra(nn.Module):
 
 
 class Buffered(nn.Module):
-    """A layer that does nothing, with a buffer."""
+    """A layer that does nothing, with a buffer or a parameter."""
 
-    def __init__(self, buffer: Tensor) -> None:
+    def __init__(self, odd: Tensor) -> None:
         super().__init__()
-        self.register_buffer("odd", buffer)
+        if isinstance(odd, nn.Parameter):
+            self.odd = odd
+        else:
+            self.register_buffer("odd", odd)
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -175,8 +178,81 @@ SGD_LATE = keeping(set, 8)
 @pytest.mark.usefixtures("own_random")
 def test_another_network_is_refused(tmp_path: Path) -> None:
     train(tmp_path, keeps={"every": 5})
+    with pytest.raises(UsageError, match=r"the module 0 was Linear\(.*out_features=8.*\) when the checkpoint .* and is Linear\(.*=9"):
+        train(tmp_path, keeps={"resume": "newest"}, width=9)
+
+
+@pytest.mark.usefixtures("own_random")
+def test_a_network_with_other_weights_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, nn.Sequential(Buffered(nn.Parameter(torch.zeros(2))), *network()), every=3)
     with pytest.raises(
         UsageError,
-        match=r"the module of stage 0 is not that of the checkpoint: 0.bias was of shape \(8,\) then, and is of shape \(9,\) now",
+        match=r"the module of stage 0 is not that of the checkpoint: 0.odd was of shape \(2,\) then, and is of shape \(3,\) now",
     ):
-        train(tmp_path, keeps={"resume": "newest"}, width=9)
+        run(tmp_path, nn.Sequential(Buffered(nn.Parameter(torch.zeros(3))), *network()), resume="newest")
+
+
+class Own(nn.Module):
+    """A model that is traced, and computes one of two things with the same weights."""
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.low, self.norm, self.out, self.twice = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3), twice
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.tanh(self.norm(self.low(x)))
+        return self.out(h * 2 if self.twice else h)
+
+
+def hits(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(1) == targets).float().mean()
+
+
+def run(folder: Path, model: nn.Module, every: int | None = None, resume: str | None = None, **more: Any) -> None:
+    given = {"cuts": None, "stages": 2, "batches": 8, "workers": "inline", "method": "fdg", "optimizer": SGD, **more}
+    kept = delock.Checkpoint(folder, every=every, resume=resume)
+    delock.fit(
+        model, data(), given.pop("test", {"a": data(2, 1), "b": data(2, 2)}), loss=nn.functional.cross_entropy, checkpoint=kept, **given
+    )
+
+
+def changed_activation() -> nn.Sequential:
+    model = network()
+    model[5] = nn.ReLU()
+    return model
+
+
+def deeper() -> nn.Sequential:
+    return nn.Sequential(*network(), nn.Tanh())
+
+
+CHANGES: list[tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[str, Any], str]] = [
+    (network, changed_activation, {}, r"the module 5 was Tanh\(\) when .* was made, and is ReLU\(\) now"),
+    (network, deeper, {}, r"the module 7 was not there when .* was made, and is Tanh\(\) now"),
+    (Own, partial(Own, True), {}, "the model's forward does something else than when the checkpoint"),
+    (network, network, {"metrics": {"hits": hits}}, r"metrics was \[\] when .* was made, and is \['hits'\] now"),
+    (
+        network,
+        network,
+        {"test": {"b": data(2, 2), "a": data(2, 1)}},
+        r"test sets was \['a of 2', 'b of 2'\] when .*, and is \['b of 2', 'a of 2'\]",
+    ),
+    (network, network, {"test": data(4, 2)}, r"test sets was \['a of 2', 'b of 2'\] when .*, and is \[\]"),
+]
+
+
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.parametrize(("before", "after", "more", "message"), CHANGES)
+def test_another_model_or_other_measures_are_refused(
+    tmp_path: Path, before: Callable[[], nn.Module], after: Callable[[], nn.Module], more: dict[str, Any], message: str
+) -> None:
+    run(tmp_path, before(), every=3)
+    with pytest.raises(UsageError, match=message):
+        run(tmp_path, after(), resume="newest", **more)
+    run(tmp_path, before(), resume="newest")
+
+
+@pytest.mark.usefixtures("own_random")
+def test_a_traced_model_goes_on_in_another_number_of_stages(tmp_path: Path) -> None:
+    run(tmp_path, Own(), every=3)
+    run(tmp_path, Own(), resume="newest", stages=3)

@@ -19,6 +19,7 @@ from delock.partition.layers import Layer, around, is_chain, layers
 
 DETECTION = "torchvision.models.detection"
 ONE: Structure = ("t", 0)
+FORWARD = "forward()"  # no path of a module
 
 
 class Network:
@@ -62,6 +63,22 @@ class Network:
             self.chain = not self.opened
             self.found = self.found if self.chain else None
 
+    def refuse_numbers(self, cuts: Sequence[int | str] | None) -> None:
+        """Raises UsageError for a cut of a traced model by number: its pieces are others for another number of stages, or other names."""
+        if self.chain or cuts is None:
+            return
+        assert isinstance(self.model, nn.Module)
+        names = [path for path, _ in self.model.named_modules() if path]
+        example = next((path for path in names if path.rpartition(".")[2] == "1"), names[-1] if names else "NAME")
+        number = next(
+            (cut for cut in cuts if cut not in names and (isinstance(cut, int) or cut.strip().removeprefix("-").isdecimal())), None
+        )
+        if number is not None:
+            raise UsageError(
+                f"cut {number!r} is a number, but a {type(self.model).__name__} is traced, and its pieces are numbered anew for every "
+                f"number of stages: give the name of the module that the stage begins with, as cuts=[{example!r}]; `delock cuts` lists them"
+            )
+
     def trace(self, call: Call, examples: Examples, stages: int, wanted: Sequence[str] = (), enough: float = ENOUGH) -> None:
         """Traces a model that is no chain. Raises UsageError if it cannot be cut.
 
@@ -72,7 +89,6 @@ class Network:
         assert isinstance(self.model, nn.Module)
         if any(base.__module__.startswith(DETECTION) for base in type(self.model).__mro__):
             raise UsageError(f"a {type(self.model).__name__} detects objects: boxes, whose number follows from values, are out of scope")
-        wanted = [name for name in wanted if not name.strip().removeprefix("-").isdecimal() or name in dict(self.model.named_modules())]
         try:
             self.split = split(self.model, call, examples, stages, wanted, enough)
         except UsageError as error:
@@ -88,6 +104,12 @@ class Network:
         but = " but for rounding, as it masks attention otherwise when it is traced" if self.split.told else ""
         return f"traced by {self.split.how} in {len(self.split.pieces)} pieces, which are equal to the model{but}"
 
+    def outline(self) -> dict[str, str]:
+        """Returns the class of every module by its path, with options of torch's own, and a checksum of what a traced model computes."""
+        model = self.model if isinstance(self.model, nn.Module) else nn.ModuleList(self.model)
+        found = {path: f"{type(one).__name__}({one.extra_repr() if _of_torch(one) else ''})" for path, one in model.named_modules()}
+        return {**found, **({FORWARD: f"{self.split.how} {self.split.checksum:08x}"} if self.split else {})}
+
     def on_output(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         """Returns a loss or metric as the last stage calls it."""
         if self.split is None or self.split.structures[True] == self.split.structures[False] == ONE:
@@ -97,3 +119,7 @@ class Network:
     def loss(self, given: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor] | None:
         """Returns the loss as the last stage calls it: the one that is given, or a traced model's own. A chain has none."""
         return self.on_output(given or own_loss) if given or self.split else None
+
+
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules")

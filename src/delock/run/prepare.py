@@ -89,6 +89,7 @@ def measured_network(request: Request, *, counts: bool = False, fine: bool = Fal
     refuse_hidden(request.model)
     wanted = request.network.wanted(cuts, K)
     request.network.open(wanted, everywhere=fine)
+    request.network.refuse_numbers(cuts)
     refuse_own_loss(request, K)
     if request.network.chain:
         _refuse_network(request, K)

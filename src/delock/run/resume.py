@@ -15,15 +15,18 @@ from delock.checkpoints.directory import discard_unfinished, newest_first, verif
 from delock.checkpoints.folder_lock import FolderLock
 from delock.checkpoints.manifest import Manifest
 from delock.data.endless import Stream
+from delock.data.named_sets import sets_of
 from delock.errors import UsageError
 from delock.methods import spelled
 from delock.options import Checkpoint
+from delock.partition.network import FORWARD
 from delock.records import Resumed
 from delock.run.made_with import made_with
 from delock.run.parts import cuts
 from delock.run.request import Request
 
 NEWEST = "newest"
+MODEL = "model"  # the condition that is the model's outline
 FREE = ("cuts", "layout")  # conditions that may be others in other stages
 
 
@@ -147,8 +150,11 @@ def conditions(request: Request, cuts: Sequence[int | str], samples: int, layout
         "samples of a batch": samples,
         "eval_every": length.every,
         "test batches": length.evaluation,
+        "test sets": [f"{name} of {len(one)}" for name, one in sets_of(request.test).items() if name] if request.test is not None else [],
+        "metrics": [*request.metrics],
         "loss": _named(request.loss),
         "schedule": _named(request.schedule),
+        MODEL: request.network.outline(),
     }
 
 
@@ -157,15 +163,30 @@ def refuse_changed(now: Mapping[str, Any], begin: Begin, batches: int, *, free: 
 
     free: the stages run freely. They may all be done there but for an evaluation, and none may have made more updates than it is to make.
     """
-    then, where = begin.manifest.options, f"the checkpoint {begin.path}"
+    then, where = begin.manifest.options, _at(begin)
     same = not begin.restages(now["cuts"])
-    for name in now:
+    _refuse_other_model(now[MODEL], begin)
+    for name in (name for name in now if name != MODEL):
         if (same or name not in FREE) and now[name] != then.get(name, now[name]):
             was = f"{name} was {_said(then[name])} when {where} was made, and is {_said(now[name])} now"
             raise UsageError(f"{was}: use the same, or begin a new run")
     at = max(begin.manifest.updates) if free else begin.manifest.batches
     if at > batches or (at == batches and not free):
         raise UsageError(f"{where} is at batch {at}, but the run is to end at batch {batches}: let it be longer")
+
+
+def _refuse_other_model(now: Mapping[str, str], begin: Begin) -> None:
+    """Raises UsageError for a model of other modules, or that computes something else with them. Another torch may write both otherwise."""
+    then: Mapping[str, str] = begin.manifest.options.get(MODEL, now)
+    if begin.manifest.made_with.get("torch") != torch.__version__:
+        return
+    for path in {**now, **then}:
+        was, is_now = then.get(path, "not there"), now.get(path, "not there")
+        if path == FORWARD and was != is_now and was.partition(" ")[0] == is_now.partition(" ")[0]:
+            raise UsageError(f"the model's forward does something else than when {_at(begin)} was made: use the same, or begin a new run")
+        if path != FORWARD and was != is_now:
+            what = f"the module {path}" if path else "the model"
+            raise UsageError(f"{what} was {was} when {_at(begin)} was made, and is {is_now} now: use the same, or begin a new run")
 
 
 def resumed(begin: Begin | None, notes: Sequence[str]) -> Resumed:
@@ -182,6 +203,10 @@ def resumed(begin: Begin | None, notes: Sequence[str]) -> Resumed:
         if then.made_with.get(name) != now
     ]
     return Resumed(then.batches, then.trained, then.evaluations, begin.path, (*notes, *differ), cuts(begin.path, then))
+
+
+def _at(begin: Begin) -> str:
+    return f"the checkpoint {begin.path}"
 
 
 def _said(value: Any) -> str:

@@ -27,12 +27,14 @@ from delock.partition.graph.unwritten import Unwritten
 class Split:
     """Holds a model in pieces. structures: of its output in both modes, by mode. how: the tracer that found it.
 
-    told: the pieces are what the model computes when it knows that it is exported, which is the same but for rounding.
+    checksum: of the graphs of both modes, which are the same for any cuts. told: the pieces are what the model computes when it knows that
+    it is exported, which is the same but for rounding.
     """
 
     pieces: list[Piece]
     structures: dict[bool, Structure]
     how: str
+    checksum: int
     refused: list[Obstacle] = field(default_factory=list)  # tracers before, and why not
     told: bool = False
 
@@ -81,7 +83,7 @@ def split(
         if given.single:
             _allow_single(traced, made, call, given.single, told)
         if best is None or len(made) > len(best.pieces):
-            best = Split(made, structures, how, list(failed), told)
+            best = Split(made, structures, how, traced.checksum(), list(failed), told)
         if len(made) >= max(stages, 2):
             break
     if best is None and elsewhere:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,6 +40,10 @@ class Traced:
     def state(self, path: str) -> Any:
         """Returns a parameter, buffer, module or constant."""
         return self.constants[path] if path in self.constants else lookup(self.model, path)
+
+    def checksum(self) -> int:
+        """Returns a number that tells the code of the graphs from that of others."""
+        return crc32("".join(graph.python_code("self").src for _, graph in sorted(self.graphs.items())).encode())
 
 
 @dataclass
