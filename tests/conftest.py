@@ -18,6 +18,8 @@ from ranks import Pids, alive
 
 # A background job ignores Ctrl-C from birth, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Every test traces its models itself, and in the programs that it starts, unless it asks for kept traces.
+os.environ["DELOCK_TRACE_CACHE"] = "0"
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +48,14 @@ def own_random() -> Iterator[None]:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data is decoded and downloaded into a folder of the test's own."""
     monkeypatch.setenv("DELOCK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Traces are kept, in this folder of the test's own, which is not there yet."""
+    monkeypatch.setenv("DELOCK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DELOCK_TRACE_CACHE")
+    return tmp_path / "cache" / "traces"
 
 
 @pytest.fixture

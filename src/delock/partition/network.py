@@ -13,9 +13,10 @@ from delock.nets.cut_point import cut_points
 from delock.partition.graph.cutter import ENOUGH
 from delock.partition.graph.examples import Examples
 from delock.partition.graph.outputs import OnOutput, by_count, own_loss
-from delock.partition.graph.split import Split, split
+from delock.partition.graph.split import Split
 from delock.partition.graph.structure import Structure
 from delock.partition.layers import Layer, around, is_chain, layers
+from delock.partition.traces.kept_split import kept_split
 
 DETECTION = "torchvision.models.detection"
 ONE: Structure = ("t", 0)
@@ -90,7 +91,7 @@ class Network:
         if any(base.__module__.startswith(DETECTION) for base in type(self.model).__mro__):
             raise UsageError(f"a {type(self.model).__name__} detects objects: boxes, whose number follows from values, are out of scope")
         try:
-            self.split = split(self.model, call, examples, stages, wanted, enough)
+            self.split = kept_split(self.model, call, examples, stages, wanted, enough)
         except UsageError as error:
             if not self.opened:
                 raise
@@ -102,7 +103,8 @@ class Network:
         if self.split is None:
             return ""
         but = " but for rounding, as it masks attention otherwise when it is traced" if self.split.told else ""
-        return f"traced by {self.split.how} in {len(self.split.pieces)} pieces, which are equal to the model{but}"
+        kept = "; they were kept by an earlier run" if self.split.kept else ""
+        return f"traced by {self.split.how} in {len(self.split.pieces)} pieces, which are equal to the model{but}{kept}"
 
     def outline(self) -> dict[str, str]:
         """Returns the class of every module by its path, with options of torch's own, and a checksum of what a traced model computes."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.fx.node import map_aggregate
 
 from delock.errors import UsageError
 from delock.nets.cut_point import cut_points
+from delock.partition.graph.assembly import Source, assembled, of_model, tensors_of
 from delock.partition.graph.guards import Guards
 from delock.partition.graph.segment import PLACE, Computation, Program, Segment, as_number, as_size, as_tensor, put
 from delock.partition.graph.traced import Traced
@@ -35,13 +35,14 @@ class Piece:
     """Holds a piece: the module that it begins with, by path, and the piece as a module. The first piece begins with "".
 
     also: all modules that begin where it does, with CutPoints in front of them; ties: parameters of earlier pieces that it is sent,
-    and their bytes.
+    and their bytes; parts: where what it holds comes from, by its path in the piece.
     """
 
     begins: str
     module: Segment
     also: tuple[str, ...] = ()
     ties: tuple[tuple[str, int], ...] = ()
+    parts: dict[str, Source] = field(default_factory=dict)
 
 
 def pieces(
@@ -60,7 +61,9 @@ def pieces(
     for i, name in enumerate(["", *names]):
         between = {mode: (edges[i], edges[i + 1]) for mode, edges in places.items()}
         ties = _ties(traced, lines[True], places[True][i]) if i else ()
-        made.append(Piece(name, _segment(traced, lines, between, owned), also.get(name, ()), ties))
+        parts = dict[str, Source]()
+        module = _segment(traced, lines, between, owned, parts)
+        made.append(Piece(name, module, also.get(name, ()), ties, parts))
     _leftover(traced.model, made)
     return made
 
@@ -163,14 +166,19 @@ def _ordered(places: dict[str, dict[bool, int]], rank: Mapping[str, int]) -> lis
     return found
 
 
-def _segment(traced: Traced, lines: dict[bool, Line], between: dict[bool, tuple[int, int]], owned: set[int]) -> Segment:
-    parts: dict[str, Any] = {}
-    made = {mode: _part(traced, lines[mode], *between[mode], parts, owned, traced.guards.get(mode)) for mode in lines}
-    owned.update(id(t) for t in _tensors(parts))
-    return Segment(parts, made)
+def _segment(
+    traced: Traced, lines: dict[bool, Line], between: dict[bool, tuple[int, int]], owned: set[int], parts: dict[str, Source]
+) -> Segment:
+    """Returns a piece as a module, and adds what it holds to `parts`. owned: tensors of earlier pieces, and then of this one."""
+    does = {mode: _part(traced, lines[mode], *between[mode], parts, owned, traced.guards.get(mode)) for mode in lines}
+    made = assembled(traced.model, parts, does)
+    owned.update(id(one) for one in tensors_of(made))
+    return made
 
 
-def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, Any], owned: set[int], guards: Guards | None) -> Computation:
+def _part(
+    traced: Traced, found: Line, begin: int, end: int, parts: dict[str, Source], owned: set[int], guards: Guards | None
+) -> Computation:
     """Returns the computation of a piece, and adds what it needs to `parts`. owned: tensors of earlier pieces."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     last = end == len(found.work)
@@ -195,7 +203,7 @@ def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, An
         env[node] = env[found.travels.get(node, node)]
     for node in work:
         if node.op == "call_module":
-            parts[str(node.target)] = traced.model.get_submodule(str(node.target))
+            parts[str(node.target)] = str(node.target)
         env[node] = _moved(graph, node, env)
     out = []
     for node in leaving:
@@ -206,11 +214,11 @@ def _part(traced: Traced, found: Line, begin: int, end: int, parts: dict[str, An
     graph.output(tuple(out))
     weights = frozenset(i for i, node in enumerate(entering) if node.op == "get_attr")
     if last:
-        return Computation(Program(graph), {}, weights)
+        return Computation(Program.of(graph), {}, weights)
     handed = {j: entering.index(n) for j, n in enumerate(leaving) if n in raw and out[j] is raw[n] and len(raw[n].users) == 1}
     own = {j: str(one.target) for j, one in enumerate(out) if one.op == "get_attr"}
     idle = len(handed) + len(own) == len(out) or len(set(handed.values())) == len(entering)  # it would be left with no output or input
-    return Computation(Program(graph), {}, weights) if idle else Computation(Program(graph), handed, weights, own)
+    return Computation(Program.of(graph), {}, weights) if idle else Computation(Program.of(graph), handed, weights, own)
 
 
 def _moved(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -230,46 +238,32 @@ def _constants(tree: Any) -> list[Any]:
     return found
 
 
-def _attribute(traced: Traced, graph: fx.Graph, node: fx.Node, parts: dict[str, Any], owned: set[int], *, copied: bool) -> fx.Node:
+def _attribute(traced: Traced, graph: fx.Graph, node: fx.Node, parts: dict[str, Source], owned: set[int], *, copied: bool) -> fx.Node:
     """Returns a node that reads a parameter, buffer or constant of the piece, and adds that to `parts`."""
     path, value = str(node.target), traced.state(str(node.target))
     if not copied:
         path = traced.names[id(value)]
-        parts[path] = value
+        parts[path] = path
         return graph.create_node("get_attr", path)
     if path in traced.constants or id(value) in owned:
+        source = value if path in traced.constants else path
         path = f"copies.{path.replace('.', '_')}"
-        parts[path] = (value.clone(), False)
+        parts[path] = source
     else:
-        parts[path] = (value, _persists(traced.model, path))
+        parts[path] = path
     return graph.create_node("get_attr", path)
-
-
-def _tensors(parts: dict[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for part in parts.values():
-        if isinstance(part, nn.Module):
-            found += [*part.parameters(), *part.buffers()]
-        else:
-            found.append(part[0] if isinstance(part, tuple) else part)
-    return found
 
 
 def _leftover(model: nn.Module, made: Sequence[Piece]) -> None:
     """Gives state that no graph uses, and further names of what one does, to the piece with its like, by default the first."""
-    homes = {id(t): piece.module for piece in made for t in itertools.chain(piece.module.parameters(), piece.module.buffers())}
+    homes = {id(one): piece for piece in made for one in tensors_of(piece.module)}
     there = {name for piece in made for name, _ in _named(piece.module)}
     for name, tensor in _named(model):
         if name in there:
             continue
-        home = homes.get(id(tensor), made[0].module)
-        put(home, name, tensor if isinstance(tensor, nn.Parameter) else (tensor, _persists(model, name)))
-
-
-def _persists(model: nn.Module, path: str) -> bool:
-    """Returns True for a buffer that is in the state dict."""
-    owner, _, last = path.rpartition(".")
-    return last not in model.get_submodule(owner)._non_persistent_buffers_set
+        home = homes.get(id(tensor), made[0])
+        home.parts[name] = name
+        put(home.module, name, of_model(model, name, name))
 
 
 def _named(module: nn.Module) -> list[tuple[str, Tensor]]:

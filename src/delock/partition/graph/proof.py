@@ -58,6 +58,19 @@ def difference(
     return _difference(model, call, pieces, examples, told, False)
 
 
+def forward_differs(model: nn.Module, call: Call, pieces: Sequence[Segment], inputs: Sequence[Tensor], told: bool) -> str:
+    """Returns the first thing in which a forward of pieces that have been proved before differs from the model's; "" if there is none."""
+    own, cut = Uses(shadow(model), False), _copies(pieces)
+    modes = [Modes(one, model.training) for one in (own.model, *cut)]
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), answering(exporting=True, compiling=True) if told else nullcontext():
+        for training in (True, False):
+            for mode in modes:
+                mode.train() if training else mode.module.eval()
+            if found := _compared(_whole(own, call, inputs, False), _parts(cut, inputs, False, False), same):
+                return found
+    return ""
+
+
 def _difference(
     model: nn.Module, call: Call, pieces: Sequence[Segment], examples: Sequence[Sequence[Tensor]], told: bool, apart: bool
 ) -> str:
@@ -127,7 +140,7 @@ class Ran:
 
 def _run(piece: Segment, values: Sequence[Tensor], training: bool, learns: bool) -> Ran:
     leaves = [x.detach().requires_grad_(learns and is_floating(x)) for x in values]
-    does = computation(piece, training)
+    does = computation(piece, piece.training)
     as_they_are = does.weights | set(does.handed.values())  # into others a piece may write
     with torch.set_grad_enabled(training):
         entries = [caught(x) for x in leaves]

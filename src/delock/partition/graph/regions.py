@@ -17,10 +17,10 @@ GRAD, AUTOCAST = "wrap_with_set_grad_enabled", "wrap_with_autocast"
 class Region:
     """Runs a graph with gradients on or off, or under autocast. It can be called in a graph and pickled."""
 
-    def __init__(self, number: int, kind: str, options: tuple[Any, ...], graph: fx.Graph) -> None:
+    def __init__(self, number: int, kind: str, options: tuple[Any, ...], program: Program) -> None:
         self.__name__ = self.__qualname__ = f"region_{number}"
         self.__module__ = __name__
-        self.kind, self.options, self.program = kind, options, Program(graph)
+        self.number, self.kind, self.options, self.program = number, kind, options, program
 
     def __call__(self, *given: Any) -> Any:
         with self._state():
@@ -46,7 +46,7 @@ def keep_regions(graph: fx.Graph, owner: torch.nn.Module, count: int) -> None:
         inner = getattr(owner, held.target)
         keep_regions(inner.graph, inner, count * 100 + 100)
         count += 1
-        node.target = Region(count, kind, tuple(node.args[:at]), inner.graph)
+        node.target = Region(count, kind, tuple(node.args[:at]), Program.of(inner.graph))
         node.args = tuple(node.args[at + 1 :])
         if not held.users:
             graph.erase_node(held)

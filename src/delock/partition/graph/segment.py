@@ -20,10 +20,15 @@ PLACE = "_delock_place"  # the attribute of a Segment that has its device
 class Program:
     """Holds the code of a piece, which fx writes as a Python function, and the objects that its names mean. It can be pickled."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        made = graph.python_code("self")
-        self.source, self.names = made.src, made.globals
+    def __init__(self, source: str, names: dict[str, Any]) -> None:
+        self.source, self.names = source, names
         self.run = self._compiled()
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Program:
+        """Returns the program of a graph."""
+        made = graph.python_code("self")
+        return cls(made.src, made.globals)
 
     def _compiled(self) -> Callable[..., Any]:
         space = dict(self.names)

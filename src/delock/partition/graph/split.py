@@ -37,6 +37,7 @@ class Split:
     checksum: int
     refused: list[Obstacle] = field(default_factory=list)  # tracers before, and why not
     told: bool = False
+    kept: bool = False  # from an earlier run
 
 
 def split(
@@ -54,7 +55,7 @@ def split(
     the line of the model's code at which tracing ended.
     """
     examples = [given.first, given.other]
-    structures = {mode: _structure(model, call, examples[0], mode) for mode in (True, False)}
+    structures = structures_of(model, call, given)
     best: Split | None = None
     elsewhere: NoCutError | None = None  # it can be cut, but not where it was asked for
     failed: list[Obstacle] = []
@@ -91,6 +92,11 @@ def split(
     if best is None:
         raise UsageError(refusal(model, failed))
     return best
+
+
+def structures_of(model: nn.Module, call: Call, given: Examples) -> dict[bool, Structure]:
+    """Returns the structures of the model's output in both modes. Raises UsageError if it fails on its first batch."""
+    return {mode: _structure(model, call, given.first, mode) for mode in (True, False)}
 
 
 def _enough(
