@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from delock.data.call import Takes, takes
 from delock.data.handed import Handed
@@ -21,6 +23,7 @@ from delock.launch.rank import backend_for
 from delock.launch.torchrun import under_torchrun
 from delock.methods import Method, make
 from delock.methods.base import whole
+from delock.optim.objects import per_stage
 from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
 from delock.partition.wrappers import unwrapped
 from delock.records import Event, Result
@@ -76,9 +79,9 @@ def fit(
     test: Any = None,
     *,
     loss: Loss | None = None,
-    optimizer: OptimizerFactory,
+    optimizer: OptimizerFactory | Optimizer,
     method: str | Method = "fdg",
-    schedule: ScheduleFactory | None = None,
+    schedule: ScheduleFactory | LRScheduler | None = None,
     stages: int | None = None,
     cuts: Sequence[int | str] | None = None,
     epochs: int | None = None,
@@ -111,10 +114,12 @@ def fit(
                 dict of several, by name: metrics are then called NAME/accuracy, and test_loss is that of the first
     loss        loss(outputs, targets) -> the mean over the batch, a scalar, of what the model returns; metrics likewise, by name, as
                 numbers. Without a loss the model takes the targets, too, and returns its own: a scalar, or an entry or attribute `loss`
-    optimizer   called by every stage with its [(name in the unsplit model, parameter), ...], returns a torch.optim.Optimizer, so
-                parameter groups may be made by name: functools.partial(torch.optim.SGD, lr=0.1) will do
+    optimizer   a torch.optim.Optimizer of the model's parameters, as torch.optim.SGD(model.parameters(), lr=0.1): every stage makes one
+                like it for its own weights, and it stays as it is; or a function that every stage calls with its own [(name in the unsplit
+                model, parameter), ...], as functools.partial(torch.optim.SGD, lr=0.1), so that groups may be made by name
     method      a method of delock.methods, or its name
-    schedule    called by every stage with its optimizer, returns a scheduler of torch.optim.lr_scheduler; it is stepped once per update
+    schedule    a scheduler of torch.optim.lr_scheduler for the optimizer that is given, or a function that every stage calls with its own
+                optimizer and that returns one; it is stepped once per update
     stages      K; by default 2, the length of a list of modules, or torchrun's number of ranks; cuts: index or name of the first layer or
                 module of each stage but the first; by default at CutPoints if the model has some, so that the most expensive stage has the
                 least counted work
@@ -141,14 +146,15 @@ def fit(
     What on_event raises comes out as it is; inline so does what the data, a metric or the schedule raise.
     """
     model, taken = _taken(model, loss, workers, seed, execution)
+    made, scheduled = per_stage(model, heads, optimizer, schedule)
     request = Request(
         model=model,
         train=train_loader(train, seed, taken, batches),
         test=None if test is None else evaluation_loader(test, seed, taken),
         loss=loss,
         method=make(method) if isinstance(method, str) else method,
-        optimizer=optimizer,
-        schedule=schedule,
+        optimizer=made,
+        schedule=scheduled,
         stages=stages,
         cuts=cuts,
         epochs=epochs,
@@ -178,9 +184,9 @@ def session(
     example_batch: Any,
     *,
     loss: Loss | None = None,
-    optimizer: OptimizerFactory,
+    optimizer: OptimizerFactory | Optimizer,
     method: str | Method = "fdg",
-    schedule: ScheduleFactory | None = None,
+    schedule: ScheduleFactory | LRScheduler | None = None,
     stages: int | None = None,
     cuts: Sequence[int | str] | None = None,
     clip: float | None = None,
@@ -207,6 +213,7 @@ def session(
     torchrun, where `fit` is to be used.
     """
     model, taken = _taken(model, loss, workers, seed, execution)
+    made, scheduled = per_stage(model, heads, optimizer, schedule)
     handed = Handed(example_batch, seed, taken)
     request = Request(
         model=model,
@@ -214,8 +221,8 @@ def session(
         test=None,
         loss=loss,
         method=make(method) if isinstance(method, str) else method,
-        optimizer=optimizer,
-        schedule=schedule,
+        optimizer=made,
+        schedule=scheduled,
         stages=stages,
         cuts=cuts,
         batches=ENDLESS,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from delock.optim.feedback import error_feedback
+from delock.optim.objects import OptimizerLike
 from delock.optim.stage_facts import ALONE, StageFacts, for_stage
 
 Named: TypeAlias = Sequence[tuple[str, Tensor]]
@@ -70,7 +71,8 @@ def fixed_bytes(module: nn.Module, head: nn.Module | None) -> int:
 def optimizer_bytes(optimizer: Callable[..., object], weights: Named, device: str, stage: StageFacts = ALONE) -> tuple[int, int] | None:
     """Returns bytes of the state that the first steps make, and peak bytes during a later step, above that state; None: unknown.
 
-    Known are classes of torch.optim, functools.partial of one, and factories with a method `bytes`, alone or with error feedback.
+    Known are classes of torch.optim, functools.partial of one, objects of one, and factories with a method `bytes`, alone or with error
+    feedback.
     """
     if not weights:
         return 0, 0
@@ -79,11 +81,30 @@ def optimizer_bytes(optimizer: Callable[..., object], weights: Named, device: st
         return base and (base[0] + optimizer.own_bytes(weights, stage=stage), base[1])
     if isinstance(optimizer, SizedFactory):
         return for_stage(optimizer.bytes, stage)(weights)
+    if isinstance(optimizer, OptimizerLike):
+        return _like_bytes(optimizer, dict(weights), device)
     made = optimizer if isinstance(optimizer, partial) else partial(optimizer)
     if not isinstance(made.func, type) or made.func not in TABLE or made.args:
         return None
-    options = {name: one.default for name, one in inspect.signature(made.func).parameters.items()} | made.keywords
+    options = _defaults(made.func) | made.keywords
     return _held(TABLE[made.func](options), [w for _, w in weights], options, torch.device(device))
+
+
+def _like_bytes(optimizer: OptimizerLike, weights: Mapping[str, Tensor], device: str) -> tuple[int, int] | None:
+    """Returns those of an optimizer like one that was given: it steps one group after the other."""
+    if optimizer.kind not in TABLE:
+        return None
+    bytes_of_groups = [(0, 0)]
+    for group, names in zip(optimizer.groups, optimizer.held(weights), strict=True):
+        if names:
+            options = {**_defaults(optimizer.kind), **optimizer.options, **group.options}
+            bytes_of_groups.append(_held(TABLE[optimizer.kind](options), [weights[name] for name in names], options, torch.device(device)))
+    state, step = zip(*bytes_of_groups, strict=True)
+    return sum(state), max(step)
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    return {name: one.default for name, one in inspect.signature(kind).parameters.items()}
 
 
 def _held(row: BytesPerWeight, weights: Sequence[Tensor], options: Options, device: torch.device) -> tuple[int, int]:

@@ -37,10 +37,14 @@ def refuse_wrong_types(request: Request) -> None:
         raise UsageError(f"cuts is {cuts!r}, but it must be a list of the layers that stages begin with, as numbers or names")
     _refuse_metrics(request)
     if not callable(request.optimizer):
-        kind = type(request.optimizer).__name__
         raise UsageError(
-            f"optimizer is a {kind}, but every stage makes its own: give a function of its parameters, "
-            f"as functools.partial(torch.optim.{kind if isinstance(request.optimizer, torch.optim.Optimizer) else 'SGD'}, lr=0.1)"
+            f"optimizer is {request.optimizer!r}, but it must be a torch.optim.Optimizer of the model's parameters, or a function of every "
+            "stage's, as functools.partial(torch.optim.SGD, lr=0.1)"
+        )
+    if request.schedule is not None and not callable(request.schedule):
+        raise UsageError(
+            f"schedule is {request.schedule!r}, but it must be one of torch.optim.lr_scheduler for the optimizer that is given, or a "
+            "function of every stage's optimizer"
         )
 
 

@@ -155,7 +155,7 @@ def refuse_other_optimizers(prepared: PreparedRun, begin: Begin) -> None:
         named = learned(module, prepared.heads.get(k), k)
         made = made_by(for_stage(request.optimizer, facts[k]), list(named), "optimizer", k) if named else None
         if named:
-            refuse_unfit_optimizer(made, named)
+            refuse_unfit_optimizer(made, named, request.optimizer)
         refuse_other(described(made), read(Path(begin.path), "optimizer", k, outline=True)["made"], k)
 
 

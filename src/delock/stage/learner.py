@@ -44,7 +44,7 @@ class Learner:
         own = list(zip(self.names, self.weights, strict=True))
         self.optimizer = made_by(optimizer, list(own), "optimizer", k) if own else None
         if own:
-            refuse_unfit_optimizer(self.optimizer, own)
+            refuse_unfit_optimizer(self.optimizer, own, optimizer)
         self.made = described(self.optimizer)  # before a schedule sets rates
         self.schedule = made_by(schedule, self.optimizer, "schedule", k) if schedule and self.optimizer else None
         if schedule and self.optimizer:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from delock.errors import DelockError, UsageError, said
+from delock.optim.objects import OptimizerLike, refuse_plateau
 
 T = TypeVar("T")
 
@@ -35,8 +35,11 @@ def _called(factory: object) -> str:
     return str(getattr(factory, "__qualname__", type(factory).__name__ if "object at 0x" in repr(factory) else repr(factory)))
 
 
-def refuse_unfit_optimizer(made: object, named: Sequence[tuple[str, Tensor]]) -> None:
-    """Raises UsageError unless a factory has made an optimizer of the weights that it was given, and of no others."""
+def refuse_unfit_optimizer(made: object, named: Sequence[tuple[str, Tensor]], factory: object) -> None:
+    """Raises UsageError unless a factory has made an optimizer of the weights that it was given, and of no others.
+
+    One like an optimizer that was given may have none: that one holds a part of the model, and the rest does not learn.
+    """
     names, own = [name for name, _ in named], {id(weight) for _, weight in named}
     where = f"for the parameters {names[0]} .. {names[-1]}" if len(names) > 1 else f"for the parameter {names[0]}"
     if not isinstance(made, Optimizer):
@@ -53,7 +56,7 @@ def refuse_unfit_optimizer(made: object, named: Sequence[tuple[str, Tensor]]) ->
             f"the optimizer that was made {where} holds a parameter of shape {foreign[0]} that is not among them, so it would not be "
             "trained: let the factory take its parameters from its argument alone, the (name, parameter) pairs of one stage"
         )
-    if not held:
+    if not held and not isinstance(factory, OptimizerLike):
         raise UsageError(
             f"the optimizer that was made {where} holds none of them, so the stage would not learn: give it parameters, or freeze those "
             "of the model with requires_grad_(False)"
@@ -62,8 +65,7 @@ def refuse_unfit_optimizer(made: object, named: Sequence[tuple[str, Tensor]]) ->
 
 def refuse_unfit_schedule(made: object) -> None:
     """Raises UsageError unless a factory has made a schedule that can be stepped once per update."""
-    if isinstance(made, ReduceLROnPlateau):
-        raise UsageError("ReduceLROnPlateau waits for a measure, but a schedule is stepped once per update: use another schedule")
+    refuse_plateau(made)
     if isinstance(made, Optimizer) or not callable(getattr(made, "step", None)):
         kind = "None" if made is None else f"a {type(made).__name__}"
         raise UsageError(

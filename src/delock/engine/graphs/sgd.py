@@ -25,7 +25,7 @@ class CapturedSGD(torch.optim.SGD):
         self.rates: list[Tensor] = []
         self.uploaded: list[float] = []
         for group in self.param_groups:
-            first = group["params"][0]
+            first = next(iter(group["params"]), torch.zeros(()))  # a group may have none on a stage
             self.rates.append(torch.zeros((), dtype=first.dtype, device=first.device))
             self.uploaded.append(0.0)
 

@@ -1,0 +1,139 @@
+"""Optimizers and schedules that are given as objects, and of which stages cannot have one each: the error says why, and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, optim
+from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler as rates
+
+import delock
+from delock.optim import ErrorFeedback
+
+pytestmark = pytest.mark.usefixtures("own_random")
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+class Wide(optim.SGD):
+    """Keeps beside its options what its class does not take as one."""
+
+    def __init__(self, params: Any, lr: float = 0.1, width: int = 1) -> None:
+        super().__init__(params, lr=lr)
+        self.width = width
+
+
+class Doubled(optim.SGD):
+    """Tells another option than it was given."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr=2 * lr)
+
+
+class Weights(optim.SGD):
+    """Takes the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+
+
+def sgd(model: nn.Module, **options: Any) -> optim.Optimizer:
+    return optim.SGD(model.parameters(), **{"lr": 0.1, **options})
+
+
+def stepped(model: nn.Module, made: optim.Optimizer) -> optim.Optimizer:
+    model(torch.ones(1, 6)).sum().backward()
+    made.step()
+    return made
+
+
+def hooked(model: nn.Module) -> optim.Optimizer:
+    made = sgd(model)
+    made.register_step_post_hook(print)
+    return made
+
+
+def frozen(model: nn.Module) -> optim.Optimizer:
+    return optim.SGD(model[0].requires_grad_(False).parameters(), lr=0.1)  # type: ignore[index]
+
+
+FACTORY = "give a factory, which every stage calls with its own parameters, as functools.partial"
+OPTIMIZERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "of another model": (lambda model: sgd(network()), rf"holds a parameter of shape \(4, 6\) that is none of the model's.*{FACTORY}"),
+    "stepped": (lambda model: stepped(model, sgd(model, momentum=0.9)), rf"the SGD has taken steps.*{FACTORY}"),
+    "stepped Adagrad": (lambda model: stepped(model, optim.Adagrad(model.parameters())), "the Adagrad has taken steps"),
+    "of what is frozen": (frozen, "holds no parameter that learns"),
+    "LBFGS": (lambda model: optim.LBFGS(model.parameters()), "LBFGS computes the loss several times"),
+    "with an attribute": (lambda model: Wide(model.parameters(), width=2), f"differs in width, so stages cannot have one each: {FACTORY}"),
+    "with other options": (lambda model: Doubled(model.parameters()), f"differs in its options.*{FACTORY}"),
+    "made otherwise": (Weights, rf"another Weights cannot be made of the options that it tells \(lr, .*{FACTORY}"),
+    "around another": (lambda model: ErrorFeedback(sgd(model), tau=1), f"another ErrorFeedback cannot be made.*{FACTORY}"),
+    "with a hook": (hooked, f"differs in _optimizer_step_post_hooks.*{FACTORY}"),
+    "no optimizer": (lambda model: 0.1, "optimizer is 0.1, but it must be a torch.optim.Optimizer of the model's parameters"),
+}
+
+
+@pytest.mark.parametrize(("make", "says"), OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_an_optimizer_that_stages_cannot_have(make: Callable[[nn.Module], Any], says: str) -> None:
+    model = network()
+    with pytest.raises(delock.UsageError, match=says):
+        fit(model, make(model))
+
+
+def fit(model: nn.Module, optimizer: Any, schedule: Any = None, **options: Any) -> None:
+    data = [(torch.ones(2, 6), torch.zeros(2).long())]
+    delock.fit(model, data, loss=cross_entropy, optimizer=optimizer, schedule=schedule, epochs=1, **{"workers": "inline", **options})
+
+
+def begun(schedule: Any) -> Any:
+    schedule.optimizer.step()
+    schedule.step()
+    return schedule
+
+
+def warmed(o: optim.Optimizer) -> Any:
+    return rates.SequentialLR(o, [rates.LinearLR(o), rates.ExponentialLR(o, 0.9)], [1])
+
+
+BEGUN = r"has taken steps, and a run begins with the first.*give a factory, which every stage calls with its own optimizer"
+SCHEDULES: dict[str, tuple[Callable[[optim.Optimizer], Any], str]] = {
+    "of another": (lambda o: rates.StepLR(sgd(network()), 2), r"the StepLR belongs to another optimizer.*functools.partial\(StepLR, ...\)"),
+    "begun": (lambda o: begun(rates.StepLR(o, 2)), BEGUN),
+    "a begun sequence": (lambda o: begun(warmed(o)), BEGUN),
+    "a begun chain": (lambda o: begun(rates.ChainedScheduler([rates.ExponentialLR(o, 0.9)])), BEGUN),
+    "of a measure": (lambda o: rates.ReduceLROnPlateau(o), "ReduceLROnPlateau waits for a measure"),
+    "none": (lambda o: 3, "schedule is 3, but it must be one of torch.optim.lr_scheduler"),
+}
+
+
+@pytest.mark.parametrize(("make", "says"), SCHEDULES.values(), ids=list(SCHEDULES))
+def test_a_schedule_that_stages_cannot_have(make: Callable[[optim.Optimizer], Any], says: str) -> None:
+    model = network()
+    given = sgd(model)
+    with pytest.raises(delock.UsageError, match=says):
+        fit(model, given, make(given))
+
+
+def test_a_schedule_of_an_object_beside_a_factory() -> None:
+    model = network()
+    with pytest.raises(delock.UsageError, match="the StepLR belongs to another optimizer than is given"):
+        fit(model, partial(optim.SGD, lr=0.1), rates.StepLR(sgd(model), 2))
+
+
+def test_a_lambda_cannot_go_to_a_process() -> None:
+    model = network()
+    given = sgd(model)
+    with pytest.raises(delock.UsageError, match=r"schedule\.lr_lambdas\[0\]:.*no lambda"):
+        fit(model, given, rates.LambdaLR(given, lambda n: 0.9), workers="processes")
+
+
+def test_a_class_in_place_of_a_model_is_said_first() -> None:
+    with pytest.raises(delock.UsageError, match="a model is a module"):
+        fit(nn.Linear, sgd(network()))  # type: ignore[arg-type]
