@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -323,3 +324,56 @@ def test_under_torchrun_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="under torchrun use fit"):
         session(network())
+
+
+def ends_in_an_error(run: Session, loop: Callable[[Session], None]) -> None:
+    loop(run)
+    run.save()
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("drain", [False, True])
+@pytest.mark.parametrize(
+    ("method", "workers"),
+    [(FDG(), "inline"), (FDG(), "processes"), (PipeDream2BW(micro_batches=3), "inline"), (BP(accumulate=3), "inline")],
+    ids=str,
+)
+def test_a_saved_session_goes_on_as_if_nothing_had_happened(method: Method, workers: Any, drain: bool, tmp_path: Path) -> None:
+    """With what was in flight, and after an earlier drain; the process that goes on knows nothing but the folder."""
+
+    def first(run: Session) -> None:
+        for i, batch in enumerate(batches()[:5]):
+            run.step(batch, outputs=i == 4)
+            if drain and i == 2:
+                run.drain()
+
+    whole = network()
+    with session(whole, method=method) as run:
+        first(run)
+        came = [one for batch in batches()[5:] for one in run.step(batch)] + run.drain()
+    saved = delock.Checkpoint(tmp_path)
+    with pytest.raises(ZeroDivisionError), session(network(), method=method, workers=workers, checkpoint=saved) as run:
+        ends_in_an_error(run, first)
+    again = network()
+    with session(again, method=method, workers=workers, checkpoint=delock.Checkpoint(tmp_path, resume="newest")) as run:
+        assert run.number == 5
+        found = [one for batch in batches()[5:] for one in run.step(batch)] + run.drain()
+    assert equal(again, whole)
+    assert [one.loss for one in found][-4:] == [one.loss for one in came][-4:]
+    assert [one.outputs is None for one in found] == [one.number != 4 for one in found]
+
+
+def test_refusals_of_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"calls save\(\)"):
+        session(network(), checkpoint=delock.Checkpoint(tmp_path, every=3))
+    with session(network()) as run, pytest.raises(UsageError, match="no folder"):
+        run.save()
+    with session(network(), method="fdg", checkpoint=delock.Checkpoint(tmp_path)) as run:
+        run.save()
+    with pytest.raises(UsageError, match="earlier run"), session(network(), method="fdg", checkpoint=delock.Checkpoint(tmp_path)):
+        pass
+    resume = delock.Checkpoint(tmp_path, resume="newest")
+    with pytest.raises(UsageError, match="method was"), session(network(), method="bp", checkpoint=resume):
+        pass
+    with pytest.raises(UsageError, match="in the stages"), session(network(), method="fdg", stages=2, checkpoint=resume):
+        pass

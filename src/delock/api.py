@@ -200,6 +200,7 @@ def session(
     compression: Compression = Compression(),
     simulation: Simulation = Simulation(),
     report: Report = Report(),
+    checkpoint: Checkpoint | None = None,
 ) -> Session:
     """Returns a run for a loop of your own: `with delock.session(...) as session: session.step(batch)`, as docs/own-loop.md shows.
 
@@ -207,6 +208,7 @@ def session(
                     no chain, and cut. delock.data.Batches(example_batch, inputs=..., targets=..., samples=..., weight=...) says what cannot
                     be guessed of all batches
     metrics         are computed of the outputs of every batch in training, and in `evaluate`
+    checkpoint      the folder that `save` writes into, and with resume="newest" the checkpoint that the session goes on from
 
     The other arguments are those of `fit`. A session and `fit` with the same batches have the same weights and losses, bit for bit. Raises
     UsageError for bad input, here and when the block is entered; for a method whose stages run freely, for captured ticks, and under
@@ -237,6 +239,7 @@ def session(
         compression=compression,
         simulation=simulation,
         report=report,
+        checkpoint=checkpoint,
     )
     refuse_sessionless(request)
     _check(request)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from delock.methods.base import Method
 from delock.ops import Evaluate
 from delock.plan.pattern import Made, patterns
 from delock.plan.steps import Plan, RunLength, Step
 from delock.plan.unroll import Column
+
+COUNTS = ("batches", "tested", "first")
 
 
 class OpenPlan:
@@ -21,7 +24,7 @@ class OpenPlan:
     def __init__(self, method: Method, K: int, clip: float | None = None, stages: Sequence[int] | None = None) -> None:
         self.method, self.K, self.clip = method.fitted(K), K, clip
         self.stages = range(K) if stages is None else stages
-        self.batches = self.tested = 0  # so far: of training, of evaluations
+        self.batches = self.tested = self.first = 0  # batches of training and of evaluations so far; the first since the last `rest`
         self.made = [Made() for _ in self.stages]
         self.columns = self._columns()
 
@@ -33,6 +36,7 @@ class OpenPlan:
     def rest(self) -> Plan:
         """Returns the steps that are left when no further batch comes for now."""
         left = self._ticks(self.batches, self.batches + self.method.span(self.K))
+        self.first = self.batches
         self.columns = self._columns()
         return left
 
@@ -46,9 +50,20 @@ class OpenPlan:
             ]
         )
 
+    def state(self) -> dict[str, Any]:
+        """Returns its place, as plain values."""
+        return {"made": [[one.version, one.pending] for one in self.made], **{name: getattr(self, name) for name in COUNTS}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state()` of a plan with the same stages."""
+        for name in COUNTS:
+            setattr(self, name, state[name])
+        self.made = [Made(*one) for one in state["made"]]
+        self.columns = self._columns()
+
     def _columns(self) -> list[Column]:
-        length = RunLength(1, clip=self.clip, first=self.batches)
-        return [Column(one, length) for one in patterns(self.method, self.K, self.stages, self.batches)]
+        length = RunLength(1, clip=self.clip, first=self.first)
+        return [Column(one, length) for one in patterns(self.method, self.K, self.stages, self.first)]
 
     def _ticks(self, begin: int, end: int) -> Plan:
         return self._plan([[*self._steps(*one, begin, end)] for one in zip(self.columns, self.made, strict=True)])

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from delock.checkpoints.directory import Writer, name_of, prune
-from delock.checkpoints.encoding import encode
+from delock.checkpoints.encoding import copied, encode
 from delock.engine.agreement import Agreement, Wish
 from delock.engine.engine import Engine
 from delock.engine.feed import Feed
@@ -83,6 +83,7 @@ class Saver:
         self.since = time.monotonic()
         self.parts: list[Part] = []
         self.news: deque[CheckpointRecord] = deque()  # of threads, to be told by the stage's own
+        self.begun: dict[str, Any] = {}  # the rest of the checkpoint that the run goes on from
 
     def begin(self) -> None:
         """Goes on from a checkpoint, if the run does. Raises UsageError for state that cannot be kept, and for another optimizer."""
@@ -91,6 +92,7 @@ class Saver:
             restage.take_over(job, stage, self.history, self.feed)
         elif job.begin:
             state, rest = parts.load(Path(job.begin.path), job.k, job.names, stage.device)
+            self.begun = rest
             self.engine.load(state)
             self.log.load(rest["log"])
             self.history.load(rest["history"])
@@ -100,6 +102,18 @@ class Saver:
         _refuse_unsavable(stage)  # now, and not when a checkpoint is due
         if self.feed:
             self.feed.kept = True
+
+    def save_now(self, tick: int, beside: Mapping[str, Any]) -> list[CheckpointRecord]:
+        """Saves the stage between two windows, and `beside`; every stage is asked at this tick.
+
+        The stage that is the last to write returns a record of it; one that cannot write returns the problem.
+        """
+        began = time.perf_counter()
+        state, rest = copied(self.engine.state(), f"stage {self.job.k}"), {**self._rest(), **beside}
+        self._write(Instant(tick, tick), state, rest, began)
+        told = [*self.news]
+        self.news.clear()
+        return told
 
     def tell(self) -> None:
         """Emits the records of what was written."""

@@ -14,7 +14,7 @@ from delock.links import meeting
 from delock.links.connect import refuse_link
 from delock.memory.sizes import Outputs
 from delock.methods import Method
-from delock.options import Execution, check_types
+from delock.options import Checkpoint, Execution, check_types
 from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.plan import check, sends_errors, unroll
@@ -79,6 +79,9 @@ def refuse_sessionless(request: Request) -> None:
     for what, given in {"captured": request.execution.captured, "replay": request.simulation.replay is not None}.items():
         if given:
             raise UsageError(f"a session does not go with {what}: leave it out, or use fit")
+    for name in ("every", "best", "restarts"):
+        if isinstance(request.checkpoint, Checkpoint) and getattr(request.checkpoint, name):
+            raise UsageError(f"{name} of the checkpoint is given, but a session is saved when its loop calls save(): leave it out")
     if request.workers == "processes" and meeting.here() is None:
         raise UsageError('a session hands batches over in shared memory, which this system lacks (Linux has it): use workers="inline"')
 

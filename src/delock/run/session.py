@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from delock.run.own_loop.turns import LoopedJob, Weights
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.request import Request
+from delock.run.resume import Begin, find, held
 from delock.stage.loading import load_module, volatile
 
 
@@ -46,12 +48,24 @@ class Session:
         self._stages: StagesHere | StagesApart | None = None
         self._prepared: PreparedRun | None = None
         self._started: Started | None = None
+        self._held = ExitStack()  # the folder of checkpoints
 
     def __enter__(self) -> Self:
         """Measures the network on the example batch, cuts it, and starts the stages. Raises UsageError for what does not fit."""
         if self._prepared:
             raise UsageError("a session can be entered once: make another one with delock.session")
-        prepared = self._prepared = prepare(self.request)
+        try:
+            self._start()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def _start(self) -> None:
+        begin = self._begin()
+        prepared = self._prepared = prepare(self.request, begin)
+        if begin and begin.restages(prepared.places):
+            raise UsageError("a session goes on in the stages that it was saved in: give it the same cuts, and as many stages")
         self._started = prepared.started()
         show = self.request.network.on_output(_outputs)
         jobs = [LoopedJob(job, show) for job in prepared.jobs()]
@@ -60,7 +74,17 @@ class Session:
                 self._stages = StagesHere(jobs, torch.device(self.request.device))
             else:
                 self._stages = StagesApart(jobs, self.request.placement, self.request.device, prepared.patience())
-        return self
+
+    def _begin(self) -> Begin | None:
+        """Returns the checkpoint that the session goes on from; its folder is this session's from now on."""
+        options = self.request.checkpoint
+        if options is None:
+            return None
+        begin, _ = find(options)
+        self._held.enter_context(held(options))
+        if begin:
+            self.number, self.open = begin.manifest.batches, True
+        return begin
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Lets what is in flight arrive, and puts the trained weights into the model; after an exception it only ends the stages."""
@@ -160,6 +184,20 @@ class Session:
         with self._told():
             running.load(own)
 
+    def save(self) -> Path:
+        """Writes a checkpoint of all stages with what is in flight, and returns its folder. No batch is waited for.
+
+        A session with `checkpoint=delock.Checkpoint(FOLDER, resume="newest")` goes on from it, bit for bit, at the batch `number`. Raises
+        UsageError if it cannot be written; the session goes on then.
+        """
+        if self.request.checkpoint is None:
+            raise UsageError("the session has no folder for checkpoints: give it checkpoint=delock.Checkpoint(FOLDER)")
+        with self._told():
+            found = self._running().ask("save")
+        if problems := [one.problem for one in found if one.problem]:
+            raise UsageError(f"the checkpoint could not be written: {problems[0]}")
+        return Path(found[-1].path)
+
     def _model(self) -> Any:
         model = self.request.model
         return model if isinstance(model, torch.nn.Module) else torch.nn.ModuleList(model)
@@ -207,6 +245,7 @@ class Session:
         if self._stages:
             self._stages.stop()
         self._stages = None
+        self._held.close()
 
 
 def _outputs(outputs: Any, targets: Any) -> Any:

@@ -88,7 +88,8 @@ class Worker:
             slow=slow,
             delay=delay,
         )
-        self.saver = _saver_of(job)(job, self.engine, feed, self.log, self.tracker, emit, asked) if job.checkpoint else None
+        saves = Saver if history is not History else _saver_of(job)  # a session says itself when it is to be saved
+        self.saver = saves(job, self.engine, feed, self.log, self.tracker, emit, asked) if job.checkpoint else None
         self.stopped: int | None = None
         if self.saver:
             self.saver.begin()

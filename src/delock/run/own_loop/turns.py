@@ -10,7 +10,7 @@ from torch import Tensor
 
 from delock.checkpoints.encoding import copied
 from delock.plan import OpenPlan, Plan
-from delock.records import BatchResult
+from delock.records import BatchResult, CheckpointRecord
 from delock.run.job import StageJob
 from delock.run.own_loop.results import Results
 from delock.run.request import Metric
@@ -46,6 +46,11 @@ class Turns:
         self.last = workers[-1].job.k == job.K - 1
         if self.last:
             self.results.watch(workers[-1].stage, looped.show)
+        if job.begin:
+            begun = [worker.saver.begun for worker in workers if worker.saver][-1]
+            self.plan.load(begun["plan"])
+            if self.last:
+                self.results.wanted.update(begun["wanted"])
 
     @property
     def results(self) -> Results:
@@ -89,6 +94,11 @@ class Turns:
     def weights(self) -> list[Weights]:
         """Returns copies of the weights of each stage."""
         return [copied(_weights(worker), "the weights") for worker in self.workers]
+
+    def save(self) -> list[CheckpointRecord]:
+        """Saves each stage as it is now, with what is in flight to it."""
+        beside = {"plan": self.plan.state(), "wanted": sorted(self.results.wanted) if self.last else []}
+        return [one for worker in self.workers if worker.saver for one in worker.saver.save_now(self.plan.batches, beside)]
 
     def load(self, weights: Sequence[Weights]) -> None:
         """Lets each stage have these weights; what is not among them stays as it is."""
