@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/api.md", "docs/text.md")
-RECIPES = ("docs/bring-your-model.md", "docs/models-vision.md", "docs/models-language.md", "docs/models-own.md")
+RECIPES = ("docs/bring-your-model.md", "docs/models-vision.md", "docs/models-language.md", "docs/models-own.md", "docs/own-loop.md")
 
 
 def main() -> None:

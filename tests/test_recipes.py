@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from delock.cli import main
 pytestmark = pytest.mark.usefixtures("own_random")
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = ("bring-your-model", "models-vision", "models-language", "models-own")
+PAGES = ("bring-your-model", "models-vision", "models-language", "models-own", "own-loop")
 
 
 class Recipe(NamedTuple):
@@ -43,6 +44,10 @@ RECIPES = [one for page in PAGES for one in recipes((DOCS / f"{page}.md").read_t
 NAMES = [one.file for one in RECIPES]
 
 
+def inline(function: Any, *args: Any, **options: Any) -> Any:
+    return function(*args, **{**options, "workers": "inline"})
+
+
 def test_there_are_recipes_of_every_kind() -> None:
     assert len(RECIPES) >= 10
     assert len(set(NAMES)) == len(NAMES)
@@ -51,8 +56,8 @@ def test_there_are_recipes_of_every_kind() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
 def test_a_recipe_runs(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process; what a program claims, it asserts itself."""
-    fit = delock.fit
-    monkeypatch.setattr(delock, "fit", lambda *args, **options: fit(*args, **{**options, "workers": "inline"}), raising=False)
+    for name in ("fit", "session"):
+        monkeypatch.setattr(delock, name, partial(inline, getattr(delock, name)), raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / recipe.file).write_text(recipe.program, encoding="utf-8")
     names: dict[str, Any] = {"__name__": "__main__"}

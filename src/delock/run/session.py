@@ -216,10 +216,10 @@ class Session:
     # ---- the stages ----------------------------------------------------------------------------------------------------------------
 
     def _running(self) -> StagesHere | StagesApart:
+        if self._stages is None and self._prepared:
+            raise UsageError("the session is over: make another one with delock.session")
         if self._stages is None:
-            raise UsageError(
-                "the session is over" if self._prepared else "use the session in a block: with delock.session(...) as session:"
-            )
+            raise UsageError("the session has not begun: use it in a block, with delock.session(...) as session:")
         return self._stages
 
     def _collect(self) -> None:
