@@ -16,7 +16,7 @@ from delock.data.loader import LoadedBatch, Loader, Reader, call_of, loaded, pla
 from delock.data.named_sets import NamedSets
 from delock.data.plain import Plain, length_of, once
 from delock.data.reading import Choice, Chosen, Reading
-from delock.errors import UsageError
+from delock.errors import UsageError, users_own
 
 
 def as_loader(obj: Any, seed: int = 0, *, batches_per_epoch: int | None = None) -> Loader:
@@ -153,7 +153,8 @@ class Batches(Reader):
     def count(self, targets: Any) -> float:
         """Returns weight(targets). Raises UsageError if it is not one finite number, 0 or more."""
         assert self.weight is not None
-        found = self.weight(targets)
+        with users_own("the weight of batches"):
+            found = self.weight(targets)
         number = found.item() if isinstance(found, Tensor) and found.dim() == 0 else found
         if isinstance(number, Real) and 0 <= float(number) < math.inf:
             return float(number)

@@ -86,7 +86,7 @@ def measure(
             last = i == len(layers) - 1
             behind = partial(_loss, loss, targets) if last else None
             with _explained(i, layer, value):
-                module = lay_out_weights(execution, _own(layer.module).to(device))
+                module = lay_out_weights(execution, own_copy(layer.module).to(device))
                 Modes(module, layer.trains).train()
                 part = lean(module)
                 given = part.used(tensors(value)) if part else tensors(value)
@@ -113,7 +113,7 @@ def measure(
     return costs
 
 
-def _own(module: nn.Module) -> nn.Module:
+def own_copy(module: nn.Module) -> nn.Module:
     """Returns a copy; that of a piece shares the memory of its weights, to which no traced model writes."""
     return copied_but_for_handles(module, aliases(module.parameters()) if isinstance(module, Segment) else {})
 

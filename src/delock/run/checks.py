@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from delock.data.iterable import weigher
-from delock.data.loader import call_of, loaded
+from delock.data.loader import LoadedBatch, call_of, loaded
 from delock.data.named_sets import NamedSets, sets_of
 from delock.errors import UsageError, users_own
 from delock.links import meeting
@@ -153,24 +153,25 @@ def refuse_untrainable(layers: list[Layer]) -> None:
         )
 
 
-def refuse_empty_test(request: Request) -> None:
-    """Raises UsageError for test data without a sample, or that calls the model otherwise than the training data.
+def first_of_test(request: Request) -> dict[str, LoadedBatch]:
+    """Returns the first batch with samples of each test set, by what an error calls the set.
 
-    It is read where the sizes of its batches are not known; of data that calls the model by its arguments the first batch is.
+    Raises UsageError for test data without a sample, or that calls the model otherwise than the training data.
     """
+    found = {}
     for name, test in sets_of(request.test).items() if request.test is not None else ():
         which, sizes = f"test data {name!r}" if name else "test data", test.sizes()
-        if not any(sizes if sizes is not None else (batch.samples for batch in loaded(test, 0))):
-            raise UsageError(f"the {which} has no samples, so an evaluation has no mean: give it some, or leave test out")
-        call = call_of(request.train)
-        if call is None:
-            continue
         with users_own("the test data"):
-            next(iter(loaded(test, 0)))
-        if (other := call_of(test)) is not None and other != call:
+            first = next((one for one in loaded(test, 0) if one.samples), None) if sizes is None or any(sizes) else None
+        if first is None:
+            raise UsageError(f"the {which} has no samples, so an evaluation has no mean: give it some, or leave test out")
+        call, other = call_of(request.train), call_of(test)
+        if call is not None and other is not None and other != call:
             raise UsageError(
                 f"the {which} gives the model {other.words()}, but the training data gives it {call.words()}: let both give it the same"
             )
+        found[which] = first
+    return found
 
 
 def refuse_other_rows(execution: Execution, inputs: Sequence[Outputs], n: int) -> None:

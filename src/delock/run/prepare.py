@@ -19,7 +19,7 @@ from delock.options import Simulation
 from delock.partition.graph.cutter import ENOUGH
 from delock.partition.graph.examples import Examples
 from delock.run.checks import (
-    refuse_empty_test,
+    first_of_test,
     refuse_other_rows,
     refuse_recomputation,
     refuse_unfit,
@@ -35,7 +35,7 @@ from delock.run.prepared import Batch, PreparedRun
 from delock.run.request import Request
 from delock.run.resume import Begin, refuse_changed, settled
 from delock.run.room import make_folder, refuse_folder
-from delock.run.user_functions import refuse_stale
+from delock.run.user_functions import refuse_stale, try_user_functions
 from delock.stage.learner import described
 from delock.stage.module import refuse_derived_weights
 from delock.stage.unfit import made_by, refuse_unfit_optimizer
@@ -97,7 +97,7 @@ def measured_network(request: Request, *, counts: bool = False, fine: bool = Fal
         first = next(iter(loaded(request.train, 0)))
     inputs, targets = first.inputs, first.targets
     refuse_stale(request, _call(request, inputs), inputs, targets)
-    refuse_empty_test(request)
+    tests = first_of_test(request)
     batch = Batch.of(inputs, targets, first.counted)
     if not request.network.chain:
         request.network.trace(_call(request, inputs), _examples(request, first), K, wanted, inf if fine else ENOUGH)
@@ -116,6 +116,7 @@ def measured_network(request: Request, *, counts: bool = False, fine: bool = Fal
     refuse_other_rows(execution, [batch.inputs, *(cost.outputs for cost in costs[:-1])], batch.rows)
     for what in (layer.called(i) for i, layer in enumerate(network) if costs[i].recomputes):
         refuse_recomputation(request.method, execution, what)
+    try_user_functions(request, execution, first, {} if waits else tests)
     marks = request.network.marks() if cuts is None else ()
     return MeasuredNetwork(request, K, network, costs, batch, execution, inputs, targets, marks)
 

@@ -1,9 +1,10 @@
-"""Tries the user's loss and metrics before the start, and refuses those that would read old state of the model."""
+"""Tries the user's loss, metrics and weights of batches before the start; refuses those that fail, or would read old state of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,19 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from delock.data.call import Call
-from delock.errors import UsageError
+from delock.data.iterable import weigher
+from delock.data.loader import LoadedBatch
+from delock.data.named_sets import sets_of
+from delock.errors import DelockError, UsageError, said
+from delock.execution import apply, lay_out_input, lay_out_weights, precision
+from delock.options import Execution
 from delock.partition.graph.python_state import changed, marks
 from delock.partition.graph.root import in_mode
 from delock.partition.holdings import reaches
+from delock.partition.measure import own_copy
+from delock.run.history import measured
 from delock.run.request import Request
-from delock.tensors import Value, address, same, tensors, tree_tensors
+from delock.tensors import Value, address, map_tensors, same, shown, tensors, tree_tensors
 
 
 def refuse_stale(request: Request, call: Call, inputs: Value, targets: Any) -> None:
@@ -39,6 +47,48 @@ def refuse_stale(request: Request, call: Call, inputs: Value, targets: Any) -> N
                 f"{what} holds the model, and with it {behind}: stages train copies of the model, so {what} would read what was there "
                 f"before the run: return from forward what {what} needs, or let it not hold the model"
             )
+
+
+def try_user_functions(request: Request, execution: Execution, first: LoadedBatch, tests: Mapping[str, LoadedBatch]) -> None:
+    """Evaluates the first batch of each test set, and weighs the first batch of all data. Raises UsageError for what fails.
+
+    first: a batch of the training data, on which the loss has been tried; tests: of test sets, by what an error calls them.
+    """
+    sets = sets_of(request.test).values() if request.test is not None else ()
+    for which, loader in [("training data", request.train), *zip(tests, sets, strict=False)]:
+        batch = tests.get(which, first)
+        if weights := weigher(loader):
+            with _told(f"the weight of batches fails on the first batch of the {which}, whose targets are {shown(batch.targets)}"):
+                weights.count(batch.targets)
+    for which, batch in tests.items():
+        what = f"the first batch of the {which}, whose inputs are {shown(batch.inputs)} (in the training data {shown(first.inputs)})"
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), precision(execution, torch.device(request.device)):
+            with _told(f"the model fails in evaluation on {what}"):
+                outputs, targets = _evaluated(request, execution, batch)
+            for name, measure in {"": request.criterion, **request.metrics}.items():
+                given = f"it was called with outputs {shown(outputs)} and targets {shown(targets, values=True)}"
+                with _told(f"{f'the metric {name!r}' if name else 'the loss'} fails on {what}; {given}"):
+                    measured(name, measure, outputs, targets)
+
+
+def _evaluated(request: Request, execution: Execution, batch: LoadedBatch) -> tuple[Any, Any]:
+    """Returns the output of the model in evaluation, and the targets. One layer at a time is copied: some write to buffers."""
+    device, plain = torch.device(request.device), replace(execution, compile=False)
+    value = map_tensors(lambda x: lay_out_input(plain, x.to(device)), batch.inputs)
+    for layer in request.network.layers():
+        value = apply(plain, lay_out_weights(plain, own_copy(layer.module).to(device)).eval(), value, device)
+    return value, map_tensors(lambda x: x.to(device), batch.targets)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turns what is raised within the block into a UsageError that begins with `what`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, DelockError):
+        raise
+    except Exception as error:
+        raise UsageError(f"{what}: {said(error)}") from error
 
 
 def _after_a_forward(model: nn.Module, call: Call, inputs: Value) -> tuple[list[str], set[str], Any]:
