@@ -196,3 +196,12 @@ def test_nothing_is_read_again_while_all_is_well() -> None:
         workers="inline",
     )
     assert data.read == 2
+
+
+@pytest.mark.parametrize(("rate", "says"), [(3e38, r"the weight \S+ NaN or infinite"), (1e30, "a test loss of (nan|inf)")])
+def test_a_run_that_ends_with_what_is_no_number_warns(rate: float, says: str) -> None:
+    """The loss of its last batch was finite, and what the update has spoilt would be seen by the next one."""
+    model, data = seeded(lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))), vectors(1)
+    made = partial(torch.optim.SGD, lr=rate, weight_decay=100.0)
+    with pytest.warns(UserWarning, match=f"the run has ended with {says}.*: lower the learning rate"):
+        delock.fit(model, data, data, loss=mse_loss, optimizer=made, cuts=[1], batches=1, workers="inline", method="bp")

@@ -86,6 +86,14 @@ def test_what_checkpoints_cannot_be_is_refused(tmp_path: Path, keeps: dict[str, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_does_not_exist_is_told_once(tmp_path: Path) -> None:
+    train(tmp_path, keeps={"every": 10})
+    with pytest.raises(
+        UsageError, match=r"^elsewhere/batch-7 is no checkpoint: it does not exist, and .* holds batch-00000020, batch-00000010;"
+    ):
+        train(tmp_path, keeps={"resume": "elsewhere/batch-7"})
+
+
 def test_batches_of_another_size_are_refused(tmp_path: Path) -> None:
     train(tmp_path, keeps={"every": 10})
     larger = [(torch.cat([x, x]), torch.cat([y, y])) for x, y in data()]

@@ -131,3 +131,9 @@ def test_evaluations_are_not_changed_by_the_trial() -> None:
     assert all(torch.equal(one, plain.state_dict()[name]) for name, one in model.state_dict().items())
     losses = [float(cross_entropy(plain.eval()(x), y).detach()) for x, y in batches(seed=5)]
     assert result.evaluations[-1].test_loss == pytest.approx(sum(losses) / 2, abs=0)
+
+
+def test_a_forgotten_loss_is_told_as_such() -> None:
+    says = "of the data has targets, but the model's forward does not take them, and fit is given no loss"
+    refused(says, Own(), batches(), None, loss=None)
+    refused(says, Own(), [{"x": x, "labels": y} for x, y in batches()], None, loss=None)

@@ -151,7 +151,11 @@ class Reading:
                 raise UsageError(f"{where} of the data has inputs by name, and targets without one: {_CHOOSE}")
             return args, {**kwargs, free[0]: targets}
         more = list(targets) if _is_list(targets) else [targets]
-        return ([*args, *more], {}) if self._fits(len(args) + len(more)) else ([inputs, targets], {})
+        if self._fits(len(args) + len(more)):
+            return [*args, *more], {}
+        if not self._fits(2):
+            raise _no_loss(where)
+        return [inputs, targets], {}
 
     def _placed(self, inputs: Any) -> Arguments:
         """Returns inputs without names as arguments: a tuple entry by entry if the model takes as many, else the inputs as one."""
@@ -179,6 +183,8 @@ class Reading:
                     f"{where} of the data has the inputs {_listed(found)}, but a chain of modules takes one: choose it with "
                     f"delock.data.Batches(loader, inputs=[{next(iter(found))!r}])"
                 )
+        elif unknown and not self.takes.loss and self.chosen.inputs is None and all(name in LABELS for name in unknown):
+            raise _no_loss(where)
         elif unknown:
             known = [name for name in found if name not in unknown] or ["..."]
             raise UsageError(
@@ -238,6 +244,13 @@ def _no_pair(item: Any, where: str) -> UsageError:
     return UsageError(
         f"{where} of the data is {_kind(item)}, not a pair (inputs, targets) or a dict: say what is in it with "
         "delock.data.Batches(loader, inputs=..., targets=...)"
+    )
+
+
+def _no_loss(where: str) -> UsageError:
+    return UsageError(
+        f"{where} of the data has targets, but the model's forward does not take them, and fit is given no loss: give it "
+        "loss=loss(outputs, targets), or a model that computes its own from the targets"
     )
 
 

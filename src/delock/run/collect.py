@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import replace
+from math import isfinite
 
+import torch
+from torch import Tensor, nn
+
+from delock.data.iterable import weigher
+from delock.data.named_sets import sets_of
 from delock.partition.stages import stages
 from delock.records import Result, Started
 from delock.run.job import StageResult
 from delock.run.request import Request
 from delock.stage.loading import load_module
+from delock.tensors import is_floating
 
 
 def collect(request: Request, started: Started, results: list[StageResult]) -> Result:
@@ -17,7 +26,7 @@ def collect(request: Request, started: Started, results: list[StageResult]) -> R
         _load(request, started.cuts, results)
     last = results[-1]
     seconds = max(result.seconds for result in results)  # the lower stages are the last to be done
-    return Result(
+    result = Result(
         started=started,
         losses=last.losses,
         evaluations=last.evaluations,
@@ -27,6 +36,25 @@ def collect(request: Request, started: Started, results: list[StageResult]) -> R
         samples=last.samples,
         spans=tuple(tuple(result.spans) for result in results),
     )
+    if request.simulation.emulate is None and (found := _no_numbers(request, result)):
+        warnings.warn(f"the run has ended with {found}: lower the learning rate, or take an earlier checkpoint", stacklevel=4)
+    return result
+
+
+def _no_numbers(request: Request, result: Result) -> str:
+    """Returns what of a finished run is NaN or infinite; "" if nothing is. Where the loader weighs batches, a loss may be none."""
+    bad = [f"the weight {name}" for name, one in _weights(request) if is_floating(one) and not bool(torch.isfinite(one).all())]
+    if bad:
+        return f"{bad[0]} NaN or infinite" + (f", and {len(bad) - 1} more" if len(bad) > 1 else "")
+    if not result.evaluations or request.test is None or any(weigher(one) for one in sets_of(request.test).values()):
+        return ""
+    last = result.evaluations[-1]
+    losses = {"": last.test_loss, **{name: value for name, value in last.metrics.items() if name.endswith("/loss")}}
+    return next((f"{name or 'a test loss'} of {value}" for name, value in losses.items() if not isfinite(value)), "")
+
+
+def _weights(request: Request) -> Iterable[tuple[str, Tensor]]:
+    return (request.model if isinstance(request.model, nn.Module) else nn.ModuleList(request.model)).named_parameters()
 
 
 def _load(request: Request, cuts: tuple[int | str, ...], results: list[StageResult]) -> None:

@@ -64,7 +64,10 @@ def find(options: Checkpoint, *, writes: bool = True) -> tuple[Begin | None, tup
         return None, ()
     if str(resume) == NEWEST:
         return _newest(there, folder)
-    path = Path(resume) if Path(resume).exists() or Path(resume).is_absolute() else folder / resume
+    path = next((one for one in (Path(resume), folder / resume) if one.exists()), None)
+    if path is None:
+        holds = f"and {folder} holds {', '.join(one.name for one in there[:3]) or 'none'}"
+        raise UsageError(f"{resume} is no checkpoint: it does not exist, {holds}; give the folder of one, or {NEWEST!r}")
     if inside := newest_first(path):
         return _newest(inside, path)
     begin = Begin(str(path), verified(path))
