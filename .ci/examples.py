@@ -8,7 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/api.md", "docs/text.md")
-RECIPES = ("docs/bring-your-model.md", "docs/models-vision.md", "docs/models-language.md", "docs/models-own.md", "docs/own-loop.md")
+RECIPES = tuple(
+    f"docs/{page}.md"
+    for page in ("bring-your-model", "models-vision", "models-language", "models-own", "own-loop", "callbacks")
+)
 
 
 def main() -> None:

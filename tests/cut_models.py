@@ -118,7 +118,7 @@ def started(model: nn.Module | Sequence[nn.Module], **options: Any) -> Started:
         model,
         data,
         **{"loss": mse_loss, "optimizer": SGD, "method": "bp", "workers": "inline", "batches": len(data), **options},
-        on_event=events.append,
+        callbacks=[events.append],
     )
     found: Started = events[0]
     return found

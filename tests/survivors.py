@@ -59,7 +59,7 @@ def assert_same(a: Run, b: Run) -> None:
 
 
 class Killer:
-    """Kills a stage with SIGKILL, once, when the last stage has trained so and so many batches; to be given to `fit` as on_event."""
+    """Kills a stage with SIGKILL, once, when the last stage has trained so and so many batches; a callback of `fit`."""
 
     def __init__(self, seed: int, K: int, batches: int = BATCHES) -> None:
         draw = random.Random(seed)

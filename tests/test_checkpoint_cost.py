@@ -149,10 +149,10 @@ def test_a_full_disk_is_seen_before_the_first_update(tmp_path: Path) -> None:
     keeps: dict[str, Any] = {"every": 10}
     try:
         with pytest.raises(UsageError, match=r"the disk of \S+/below has 1.2 MB free, but .* need about 1.\d MB more, 0.\d MB each"):
-            train(tmp_path / "new" / "below", width=150, keeps=keeps, on_event=told.append)
+            train(tmp_path / "new" / "below", width=150, keeps=keeps, callbacks=[told.append])
         assert not told
         assert not (tmp_path / "new").exists()
-        train(tmp_path / "new", width=150, keeps={**keeps, "keep": 1}, on_event=told.append)
+        train(tmp_path / "new", width=150, keeps={**keeps, "keep": 1}, callbacks=[told.append])
         train(tmp_path / "new", width=150, keeps={**keeps, "keep": 1, "resume": "newest"})  # what is there goes
         subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True)
         with pytest.raises(UsageError, match="nothing can be written into"):

@@ -274,9 +274,10 @@ STARTED = Started("fdg", "inline", 8, 2.0, (2,), (), 100.0)
 def test_what_was_recorded_is_kept(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, status: str
 ) -> None:
-    def fit(*_: Any, on_event: Any, **__: Any) -> None:
-        on_event(STARTED)
-        on_event(StepRecord(3, 0.75, 1.25, 0.1, 96, 2.0))
+    def fit(*_: Any, callbacks: Any, **__: Any) -> None:
+        [tell] = callbacks
+        tell(STARTED)
+        tell(StepRecord(3, 0.75, 1.25, 0.1, 96, 2.0))
         raise error
 
     monkeypatch.setattr("delock.api.fit", fit)

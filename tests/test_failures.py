@@ -80,7 +80,7 @@ def troubled(how: str, cut: int, patience: float = 60.0, link: Literal["auto", "
             epochs=1,
             placement=Placement(patience=patience, link=link),
             report=Report(log_every=1),
-            on_event=note,
+            callbacks=[note],
         )
     ended = time.monotonic() - heard[-1]
     assert len(heard) > 1, "it failed before the first batch was through"

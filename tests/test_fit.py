@@ -126,7 +126,7 @@ def mean_loss(out: Tensor, target: dict[str, Tensor]) -> Tensor:
 
 def test_events_come_in_order_and_are_the_result() -> None:
     heard: list[Event] = []
-    _, result = fit(test=test_data(), on_event=heard.append, report=Report(log_every=3), metrics={"hits": hits, "one": one})
+    _, result = fit(test=test_data(), callbacks=[heard.append], report=Report(log_every=3), metrics={"hits": hits, "one": one})
     first, *rest = heard
     assert isinstance(first, Started)
     assert first == result.started

@@ -43,6 +43,9 @@ def tied() -> nn.Sequential:
         ({"device": "gpu"}, "no device 'gpu'"),
         ({"threads": 2}, r"fit has no keyword 'threads' any more: write placement=delock.Placement\(threads=...\)"),
         ({"steps": 2}, r"fit has no keyword 'steps' any more: write batches=..."),
+        ({"on_event": print}, r"fit has no keyword 'on_event' any more: write callbacks=\[...\]"),
+        ({"callbacks": print}, r"callbacks is <built-in function print>, but it must be a list of functions"),
+        ({"callbacks": ["print"]}, r"callbacks is \['print'\], but it must be a list of functions"),
         ({"model": tied(), "cuts": [1]}, "0.weight.*2.weight.*same tensor"),
         ({"model": nn.Sequential()}, "no layer"),
         ({"model": nn.Linear(6, CLASSES)}, "network of 1 layers into 2 stages"),
@@ -74,7 +77,7 @@ def test_bad_input_is_refused_before_anything_runs(options: dict[str, Any], says
     before = [value.clone() for value in weights(model)]
     heard: list[Event] = []
     with pytest.raises(UsageError, match=says):
-        fit(model, options.pop("train", None), options.pop("test", None), on_event=heard.append, **({"workers": workers} | options))
+        fit(model, options.pop("train", None), options.pop("test", None), **({"workers": workers, "callbacks": [heard.append]} | options))
     assert not heard
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
 

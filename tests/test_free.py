@@ -250,7 +250,7 @@ def test_a_stage_in_trouble_ends_the_run_and_is_named(how: str, expected: str) -
     with pytest.raises(StageFailed) as caught:
         fit(net, batches, loss=nn.functional.cross_entropy, method=AsyncDGL(3), cuts=[1, 2], epochs=1000,
             report=Report(log_every=1), placement=Placement(patience=2),
-            optimizer=functools.partial(torch.optim.SGD, lr=0.1), on_event=note)  # fmt: skip
+            optimizer=functools.partial(torch.optim.SGD, lr=0.1), callbacks=[note])  # fmt: skip
     assert time.monotonic() - heard[-1] < 15
     assert re.match(expected, str(caught.value)), str(caught.value)
     assert multiprocessing.active_children() == []

@@ -76,7 +76,7 @@ def run(folder: Path | None, K: int, method: AsyncDGL, gates: dict[int, Gate] | 
 
 def free(folder: Path | None, K: int, hear: Any, method: AsyncDGL = METHOD, **more: Any) -> Run:
     """A free run in processes."""
-    return run(folder, K, method, workers="processes", on_event=hear, **more)
+    return run(folder, K, method, workers="processes", callbacks=[hear], **more)
 
 
 def again(heard: Listener, method: AsyncDGL = METHOD, start: Path | None = None, **more: Any) -> Run:
@@ -169,7 +169,7 @@ def test_what_an_earlier_run_left_half_written_is_no_part_of_a_checkpoint(tmp_pa
         done = {"updates": 1, "files": {f"optimizer-{k}.safetensors": [1, 1]}, "known": {}}
         Path(tmp_path / ".batch-00000005" / f"done-{k}.json").write_text(json.dumps(done))
     events: list[Event] = []
-    train(tmp_path, batches=8, keeps={"every": 5}, on_event=events.append)
+    train(tmp_path, batches=8, keeps={"every": 5}, callbacks=[events.append])
     assert [one.problem for one in events if isinstance(one, CheckpointRecord)] == [""]
     assert verified(tmp_path / "batch-00000005").updates == (1, 2, 3)
 

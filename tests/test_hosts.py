@@ -32,7 +32,7 @@ from test_hosts import slow, train
 from points import network
 
 model = network()
-train(model, int(sys.argv[1]), on_event=lambda event: print(event, flush=True) if getattr(event, "batches", 0) == 20 else None)
+train(model, int(sys.argv[1]), callbacks=[lambda event: print(event, flush=True) if getattr(event, "batches", 0) == 20 else None])
 torch.save(model.state_dict(), sys.argv[2] + __import__("os").environ["RANK"])
 """
 

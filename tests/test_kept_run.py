@@ -61,13 +61,13 @@ def test_a_run_killed_after_its_first_checkpoint_has_a_config(here: Path, monkey
     seen: list[tuple[bool, bool, bool]] = []
     whole = delock.api.fit
 
-    def fit(*given: Any, on_event: Any, **options: Any) -> Any:
+    def fit(*given: Any, callbacks: Any, **options: Any) -> Any:
         def hear(event: Any) -> None:
-            on_event(event)
+            callbacks[0](event)
             if isinstance(event, CheckpointRecord):
                 seen.append((Path("a/config.toml").exists(), Path("a/metrics.jsonl").exists(), kept("batch-00000003").exists()))
 
-        return whole(*given, on_event=hear, **options)
+        return whole(*given, callbacks=[hear], **options)
 
     monkeypatch.setattr("delock.api.fit", fit)
     long = ["--batches", "150", "--batch-size", "8", "--log-every", "150", "--eval-every", "150"]

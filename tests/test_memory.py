@@ -279,7 +279,7 @@ def test_counting_bytes() -> None:
 def started(method: str | Method, **options: Any) -> Started:
     """The prediction that a run in one process reports before it begins."""
     told: list[Event] = []
-    given = {"loss": cross_entropy, "method": method, "cuts": [2], "batches": 3, "workers": "inline", "on_event": told.append, **options}
+    given = {"loss": cross_entropy, "method": method, "cuts": [2], "batches": 3, "workers": "inline", "callbacks": [told.append], **options}
     data = [(torch.randn(4, 6), torch.randint(3, (4,)))] * 3
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     sgd = partial(torch.optim.SGD, lr=0.1)

@@ -55,7 +55,7 @@ def refused(act: Any = torch.tanh, data: Any = None, **options: Any) -> tuple[st
     """The words of a refusal before a run begins, and the error behind it."""
     heard: list[Any] = []
     with pytest.raises(UsageError) as caught:
-        fit(act, data, on_event=heard.append, **options)
+        fit(act, data, callbacks=[heard.append], **options)
     assert not heard
     return str(caught.value), caught.value.__cause__
 
@@ -237,8 +237,8 @@ def scheduled(optimizer: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "where"),
     [
-        ({"on_event": boom}, "on_event"),
-        ({"on_event": on_a_record}, "on_event"),
+        ({"callbacks": [boom]}, "a callback"),
+        ({"callbacks": [on_a_record]}, "a callback"),
         ({"test": batches(1), "metrics": {"hits": boom}}, "the metric 'hits'"),
         ({"test": Spoilt()}, "the test data"),
         ({"data": Spoilt()}, "the training data"),
@@ -246,15 +246,17 @@ def scheduled(optimizer: Any) -> Any:
     ],
     ids=["Started", "a record", "metric", "test data", "training data", "schedule"],
 )
-def test_what_a_callback_raises_comes_out_of_a_run_in_one_process_as_it_is(options: dict[str, Any], where: str) -> None:
+def test_what_own_code_raises_comes_out_of_a_run_in_one_process_as_it_is(options: dict[str, Any], where: str) -> None:
     with pytest.raises(Mine) as caught:
         fit(**options)
     assert caught.value.__notes__ == [f"raised within {where}, which delock.fit called"]
 
 
-def test_what_on_event_raises_comes_out_of_processes_as_it_is() -> None:
+def test_what_a_callback_raises_comes_out_of_processes_as_it_is() -> None:
     with pytest.raises(Mine):
-        fit(torch.tanh, model=nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 3)), on_event=on_a_record, workers="processes")
+        fit(
+            torch.tanh, model=nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 3)), callbacks=[on_a_record], workers="processes"
+        )
 
 
 @pytest.mark.parametrize(("returned", "kind"), [("x", "a str"), (None, "None"), (torch.ones(2), "a Tensor of shape (2,)")])

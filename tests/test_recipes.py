@@ -19,7 +19,7 @@ from delock.cli import main
 pytestmark = pytest.mark.usefixtures("own_random")
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = ("bring-your-model", "models-vision", "models-language", "models-own", "own-loop")
+PAGES = ("bring-your-model", "models-vision", "models-language", "models-own", "own-loop", "callbacks")
 
 
 class Recipe(NamedTuple):

@@ -127,7 +127,7 @@ def test_such_a_run_goes_on_in_the_same_stages_bit_for_bit(tmp_path: Path, metho
     for batches in older[:2]:
         newest_first(tmp_path)[0].rename(tmp_path / f"aside-{batches}")
         events: list[Event] = []
-        again, result = train(tmp_path, 3, 24, on_event=events.append, **more)
+        again, result = train(tmp_path, 3, 24, callbacks=[events.append], **more)
         assert [event.batches for event in events if isinstance(event, Resumed)] == [batches]
         assert same_state(again.state_dict(), model.state_dict())
         assert str(result.losses) == str(whole.losses)
@@ -145,7 +145,7 @@ def test_the_rate_is_a_function_of_the_batch(tmp_path: Path) -> None:
     """It is that of a run that never changed its stages, for every stage's update."""
     rates: dict[int, float] = {}
     told: Callable[[Event], None] = lambda event: rates.update({event.batches: event.lr}) if isinstance(event, StepRecord) else None  # noqa: E731
-    chain(tmp_path, [4, 2, 3, 1], method=ADL(accumulate=3), schedule=partial(LambdaLR, lr_lambda=falling), on_event=told)
+    chain(tmp_path, [4, 2, 3, 1], method=ADL(accumulate=3), schedule=partial(LambdaLR, lr_lambda=falling), callbacks=[told])
     assert rates == {n + 1: pytest.approx(0.01 * falling(n // 3)) for n in range(44) if n + 1 in rates}
     assert len(rates) > 35
     for path in newest_first(tmp_path):

@@ -107,7 +107,7 @@ def test_a_weight_keeps_the_state_of_its_optimizer(tmp_path: Path, optimizer: An
 def said(folder: Path, K: int, **more: Any) -> tuple[str, ...]:
     """Returns the notes of a run that goes on in K stages."""
     events: list[Event] = []
-    train(folder, K, 24, on_event=events.append, **more)
+    train(folder, K, 24, callbacks=[events.append], **more)
     (resumed,) = [event for event in events if isinstance(event, Resumed)]
     return resumed.notes
 

@@ -91,13 +91,13 @@ def during(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], batch: in
     """Lets `act` happen when a batch has been recorded."""
     whole = delock.api.fit
 
-    def fit(*args: Any, on_event: Callable[[Any], None], **options: Any) -> Any:
+    def fit(*args: Any, callbacks: list[Callable[[Any], None]], **options: Any) -> Any:
         def hear(event: Any) -> None:
-            on_event(event)
+            callbacks[0](event)
             if isinstance(event, StepRecord) and event.batches == batch:
                 act()
 
-        return whole(*args, on_event=hear, **options)
+        return whole(*args, callbacks=[hear], **options)
 
     monkeypatch.setattr("delock.api.fit", fit)
 

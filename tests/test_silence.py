@@ -208,7 +208,7 @@ def test_a_run_that_is_interrupted_leaves_the_model_as_it_was() -> None:
 
     model, before = network(), weights(network())
     with pytest.raises(KeyboardInterrupt):
-        fit(model, cuts=[4], on_event=interrupted)
+        fit(model, cuts=[4], callbacks=[interrupted])
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
 
 

@@ -22,7 +22,7 @@ MORE, LOSS = 512 << 10, 120  # bytes: of what an allocator keeps, and of a batch
 
 
 class Census:
-    """Counts what the stages' processes and this one hold, on the way; to be given to `fit` as on_event."""
+    """Counts what the stages' processes and this one hold, on the way; to be given to `fit` as a callback."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, str, str], int] = defaultdict(lambda: 1 << 60)  # (updates, process, what) -> least
@@ -62,7 +62,7 @@ def test_checkpoints_leave_nothing_behind(tmp_path: Path) -> None:
     census = Census()
     delock.fit(
         network(64), data(EVERY), None, loss=torch.nn.functional.cross_entropy, optimizer=SGD, method=delock.FDG(micro_batches=2),
-        cuts=[2, 4, 5], batches=UPDATES, report=delock.Report(log_every=10), on_event=census,
+        cuts=[2, 4, 5], batches=UPDATES, report=delock.Report(log_every=10), callbacks=[census],
         checkpoint=delock.Checkpoint(tmp_path, every=EVERY),
     )  # fmt: skip
     assert [one.problem for one in census.checkpoints] == [""] * (UPDATES // EVERY - 1)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("own_random")
 def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(tmp_path: Path, workers: str) -> None:
     whole = train(workers=workers)
     events: list[Event] = []
-    assert_same(train(tmp_path, keeps={"every": 10}, workers=workers, on_event=events.append), whole)
+    assert_same(train(tmp_path, keeps={"every": 10}, workers=workers, callbacks=[events.append]), whole)
     written = [event for event in events if isinstance(event, CheckpointRecord)]
     assert [(one.batches, one.problem) for one in written] == [(10, ""), (20, "")]
     for name in ("batch-00000020", "batch-00000010"):
@@ -39,14 +39,14 @@ def test_a_run_whose_stage_is_killed_goes_on_by_itself(tmp_path: Path) -> None:
     killer.at = 17
     half = tmp_path / ".batch-00000020"
 
-    def on_event(event: Event) -> None:
+    def told(event: Event) -> None:
         before = killer.killed
         killer(event)
         if killer.killed and not before:  # what the first life has left half written must not enter a checkpoint of the second
             half.mkdir(exist_ok=True)
             (half / "of-the-first-life").touch()
 
-    again = train(tmp_path, keeps={"every": 5, "restarts": 1}, workers="processes", on_event=on_event)
+    again = train(tmp_path, keeps={"every": 5, "restarts": 1}, workers="processes", callbacks=[told])
     assert not list(tmp_path.rglob("of-the-first-life"))
     assert [event.batches > 0 for event in killer.resumed] == [True]
     assert f"stage {killer.stage} was killed by SIGKILL" in killer.resumed[0].notes[0]
@@ -56,7 +56,7 @@ def test_a_run_whose_stage_is_killed_goes_on_by_itself(tmp_path: Path) -> None:
 
 def test_without_restarts_a_kill_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match="was killed by SIGKILL"):
-        train(tmp_path, keeps={"every": 5}, workers="processes", on_event=Killer(3, 3))
+        train(tmp_path, keeps={"every": 5}, workers="processes", callbacks=[Killer(3, 3)])
 
 
 def test_a_folder_of_checkpoints_is_for_one_run(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def written(events: list[Event]) -> list[CheckpointRecord]:
 @pytest.mark.parametrize(("best", "better"), [("min:loss", min), ("max:loss", max)])
 def test_the_best_stays(tmp_path: Path, best: str, better: Callable[..., Any]) -> None:
     events: list[Event] = []
-    train(tmp_path, keeps={"best": best, "keep": 1}, eval_every=3, on_event=events.append)
+    train(tmp_path, keeps={"best": best, "keep": 1}, eval_every=3, callbacks=[events.append])
     made = [event.batches for event in written(events)]
     judged = [(event.batches, event.test_loss) for event in events if isinstance(event, EvaluationRecord)][: len(made)]
     assert len(made) == 6
@@ -66,7 +66,7 @@ def test_a_checkpoint_after_some_time(tmp_path: Path, monkeypatch: pytest.Monkey
         events.append(event)
         done[0] += isinstance(event, StepRecord)
 
-    train(tmp_path, keeps={"every": "0.2s", "keep": 99}, on_event=note)
+    train(tmp_path, keeps={"every": "0.2s", "keep": 99}, callbacks=[note])
     made = [event.batches for event in written(events)]
     assert len(made) >= 3
     assert {b - a for a, b in pairwise(made)} <= {4, 5}  # of the batches that stage 0 has begun, which are ahead
@@ -138,7 +138,7 @@ def test_a_disk_that_fails_ends_no_run(tmp_path: Path, how: str) -> None:
     with bounded() as full:
         acts = {"full": full, "removed": lambda: shutil.rmtree(folder, ignore_errors=True), "a file": lambda: in_its_place(folder)}
         breaks = Breaks(acts[how])
-        again = train(folder, keeps={"every": 4, "keep": 99}, on_event=breaks)
+        again = train(folder, keeps={"every": 4, "keep": 99}, callbacks=[breaks])
     assert_same(again, whole)
     told = {one.batches: one.problem for one in written(breaks.events)}
     if how == "removed":  # it is made again
@@ -157,7 +157,7 @@ def test_a_disk_that_fails_ends_no_run_in_processes(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
 
     breaks = Breaks(lambda: in_its_place(folder))
-    more = {"workers": "processes", "batches": 60, "on_event": breaks}
+    more = {"workers": "processes", "batches": 60, "callbacks": [breaks]}
     assert_same(train(folder, keeps={"every": 2, "keep": 99}, **more), train(batches=60))
     problems = [one.problem for one in written(breaks.events) if one.problem]
     assert problems

@@ -31,7 +31,7 @@ def test_every_method_survives_a_kill(tmp_path: Path) -> None:
         given: dict[str, Any] = {"method": method, "cuts": CUTS[K], "heads": "linear" if method.local_losses else None}
         given["batches"] = 240
         killer = Killer(100 * n + seed, K, 240)
-        again = train(tmp_path / str(n), keeps={"every": 2, "restarts": 1}, workers="processes", on_event=killer, **given)
+        again = train(tmp_path / str(n), keeps={"every": 2, "restarts": 1}, workers="processes", callbacks=[killer], **given)
         assert killer.killed, (method, K, seed)
         assert len(killer.resumed) == 1
         assert_same(again, train(**given))
@@ -63,7 +63,7 @@ def _killed_while_writing(folder: Path, whole: Run, stage: int) -> bool:
     watcher.start()
     killer = Killer(0, 3)
     killer.killed = True  # it only listens
-    again = train(folder, width=700, keeps={"every": 6, "restarts": 1}, workers="processes", on_event=killer)
+    again = train(folder, width=700, keeps={"every": 6, "restarts": 1}, workers="processes", callbacks=[killer])
     caught = bool(done)
     done.append(True)
     watcher.join()

@@ -149,7 +149,7 @@ def test_state_that_does_not_fit_is_refused_before_the_first_update(tmp_path: Pa
             batches=8,
             workers="inline",
             checkpoint=delock.Checkpoint(tmp_path, every=3),
-            on_event=events.append,
+            callbacks=[events.append],
             **options,
         )
     assert message in str(error.value)
@@ -162,7 +162,7 @@ def test_state_that_does_not_fit_is_refused_before_the_first_update(tmp_path: Pa
 def test_state_that_fits_at_first_ends_no_run(tmp_path: Path) -> None:
     events: list[Event] = []
     whole = train(optimizer=SGD_LATE)
-    assert_same(train(tmp_path, keeps={"every": 6}, optimizer=SGD_LATE, on_event=events.append), whole)
+    assert_same(train(tmp_path, keeps={"every": 6}, optimizer=SGD_LATE, callbacks=[events.append]), whole)
     written = [event for event in events if isinstance(event, CheckpointRecord)]
     good, bad = ([one for one in written if bool(one.problem) is wrong] for wrong in (False, True))
     assert [one.batches for one in good] == [6]

@@ -35,7 +35,7 @@ def heard(**more: Any) -> tuple[delock.Result, list[Event]]:
     events: list[Event] = []
     result = delock.fit(
         network(), train_data(), test_data(), loss=weighted, method="fdg", optimizer=SGD, epochs=1, cuts=[4], workers="inline",
-        report=delock.Report(trace=True, log_every=1), on_event=events.append, **more,
+        report=delock.Report(trace=True, log_every=1), callbacks=[events.append], **more,
     )  # fmt: skip
     return result, events
 

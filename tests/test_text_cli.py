@@ -234,7 +234,7 @@ def test_a_head_is_compared_with_its_stage(here: Path, capsys: pytest.CaptureFix
     T, C, V = 16, 32, 11
     model = gpt(V, depth=2, width=C, heads=2, context=T)
     batches = [(torch.zeros(4, T, dtype=torch.int64),) * 2]
-    options = {"loss": nats, "optimizer": AdamW(1e-3), "cuts": [2], "batches": 1, "workers": "inline", "on_event": events.append}
+    options = {"loss": nats, "optimizer": AdamW(1e-3), "cuts": [2], "batches": 1, "workers": "inline", "callbacks": [events.append]}
     delock.fit(model, batches, method="dgl", **options)  # type: ignore[arg-type]
     first, last = next(event for event in events if isinstance(event, Started)).stages
     assert first.head_flops == pytest.approx(T * C * V / (12 * T * C**2 + 2 * T**2 * C))

@@ -44,7 +44,7 @@ for run in range(2):  # one program may train more than once
 
 model, heard = network(), []
 result = delock.fit(model, train_data(), test_data(), loss=weighted, method=ADL(2), optimizer=SGD, epochs=2, metrics={{"hits": hits}},
-                    cuts=[4], placement=delock.Placement(link="gloo"), on_event=heard.append)
+                    cuts=[4], placement=delock.Placement(link="gloo"), callbacks=[heard.append])
 seen = {{"state": model.state_dict(), "result": repr(result), "losses": result.losses, "heard": [type(e).__name__ for e in heard]}}
 shared, state = trained("shared" if here() is not None else "auto")
 torch.save((seen, (state, shared.losses)), sys.argv[1] + os.environ["RANK"])

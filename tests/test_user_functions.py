@@ -47,7 +47,7 @@ def refused(says: str, model: nn.Module, train: Any, test: Any, **options: Any) 
     """Expects a refusal before anything has been reported, and a model that is as it was."""
     before, events = {name: one.clone() for name, one in model.state_dict().items()}, list[Any]()
     with pytest.raises(UsageError, match=says):
-        fit(model, train, test, on_event=events.append, **options)
+        fit(model, train, test, callbacks=[events.append], **options)
     assert events == []
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 

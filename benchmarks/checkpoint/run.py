@@ -64,7 +64,7 @@ def train(batches: int, checkpoints: int, folder: Path, size: dict[str, int]) ->
     keeps = {"checkpoint": Checkpoint(folder, every=every)} if checkpoints else {}
     result = delock.fit(
         gpt(VOCABULARY, context=LENGTH, **size), Tokens(batches), None, loss=nats, optimizer=AdamW(lr=1e-4), method="fdg",
-        cuts=[1 + size["depth"] // 2], epochs=1, placement=Placement(threads=1), on_event=told.append, **keeps,
+        cuts=[1 + size["depth"] // 2], epochs=1, placement=Placement(threads=1), callbacks=[told.append], **keeps,
     )  # fmt: skip
     written = [event for event in told if isinstance(event, CheckpointRecord)]
     if problems := [event.problem for event in written if event.problem]:

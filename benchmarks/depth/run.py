@@ -56,7 +56,7 @@ def measured(method: Method, K: int, emulate: Emulation, batches: int) -> float:
         placement=delock.Placement(pin=False),
         simulation=delock.Simulation(emulate=emulate),
         report=delock.Report(log_every=1),
-        on_event=hear,
+        callbacks=[hear],
     )
     steady = ends[batches - 20 :]
     return (steady[-1] - steady[0]) / (len(steady) - 1)

@@ -41,7 +41,7 @@ def row(name: str, n: int, model: torch.nn.Module, data: Loader, cuts: list[int 
         batches=STEPS,
         heads=head if n < K else None,
         report=delock.Report(log_every=1),
-        on_event=reported.append,
+        callbacks=[reported.append],
     )
     [started] = [event for event in reported if isinstance(event, Started)]
     ends = [event.seconds for event in reported if isinstance(event, StepRecord)][WARM:]

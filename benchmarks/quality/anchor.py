@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from types import SimpleNamespace
@@ -27,9 +27,9 @@ class Anchor(Text):
     context: int = 64
     clip: ClassVar[float | None] = 1.0
 
-    def fit(self, run: Run, *, batches: int = 0, on_event: Callable[[Event], None] | None = None) -> Any:
+    def fit(self, run: Run, *, batches: int = 0, callbacks: Sequence[Callable[[Event], None]] = ()) -> Any:
         if run.row.method != PLAIN:
-            return super().fit(run, batches=batches, on_event=on_event)
+            return super().fit(run, batches=batches, callbacks=callbacks)
         given, length = self.workload(run.seed), batches or self.updates
         model: nn.Module = given["model"].train()
         optimizer = run.row.factory(run.rate)(list(model.named_parameters()))
@@ -43,8 +43,8 @@ class Anchor(Text):
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-            if on_event:
-                on_event(None)  # type: ignore[arg-type]
+            for tell in callbacks:
+                tell(None)  # type: ignore[arg-type]
             if len(losses) == length:
                 break
         return SimpleNamespace(losses=losses, evaluations=[SimpleNamespace(batches=length, metrics={"bits": self.quality(given)})])

@@ -92,7 +92,7 @@ def progress(rows: list[Row], seeds: int, records: todo.Records, run: Run, jobs:
 def seconds_per_update(task: Task, row: Row) -> float:
     """Returns the processor's seconds of an update, after a few."""
     at: list[float] = []
-    task.fit(Run(row, row.rates[0], 0), batches=TRIAL, on_event=lambda event: at.append(time.process_time()))
+    task.fit(Run(row, row.rates[0], 0), batches=TRIAL, callbacks=[lambda event: at.append(time.process_time())])
     return (at[-1] - at[-1 - (TRIAL - WARM)]) / (TRIAL - WARM)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -76,7 +76,7 @@ class Task:
         own = {name: value for name, value in asdict(self).items() if name != "cuts"}
         return {"task": type(self).__name__, **own, "cuts": dict(self.cuts)[run.row.K], **run.settings()}
 
-    def fit(self, run: Run, *, batches: int = 0, on_event: Callable[[Event], None] | None = None) -> Result:
+    def fit(self, run: Run, *, batches: int = 0, callbacks: Sequence[Callable[[Event], None]] = ()) -> Result:
         """Trains; `batches` ends a trial of the speed early, without evaluation."""
         given = self.workload(run.seed)
         length = batches or self.updates
@@ -95,7 +95,7 @@ class Task:
             seed=run.seed,
             workers="inline",
             report=delock.Report(log_every=1 if batches else length),
-            on_event=on_event,
+            callbacks=callbacks,
         )
 
     def workload(self, seed: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def main(method: str, codec: str, error_codec: str, batches: int, out: Path) -> 
         batches=batches,
         compression=delock.Compression(codec, error_codec),
         report=delock.Report(log_every=WARM),
-        on_event=lambda event: marks.append(event) if isinstance(event, delock.records.StepRecord) else None,
+        callbacks=[lambda event: marks.append(event) if isinstance(event, delock.records.StepRecord) else None],
     )
     if os.environ["RANK"] != "0":
         return

@@ -98,7 +98,7 @@ def measured(
         placement=delock.Placement(link=LINK if not isinstance(method, delock.AsyncDGL) else "gloo", pin=False),
         simulation=delock.Simulation(slow, Emulation(*waits)),
         report=delock.Report(log_every=1),
-        on_event=hear,
+        callbacks=[hear],
     )
     if isinstance(method, delock.AsyncDGL):
         return paces([(own[-1].end - own[WARM].end) / (steps - 1 - WARM) for own in visits])

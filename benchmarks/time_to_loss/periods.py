@@ -103,7 +103,7 @@ def emulated(method: Method, K: int, stage: Stage) -> float:
         placement=delock.Placement(pin=False),
         simulation=delock.Simulation(emulate=Emulation(stage.forward, stage.backward)),
         report=delock.Report(log_every=1),
-        on_event=lambda event: _note(ends, event),
+        callbacks=[lambda event: _note(ends, event)],
     )
     return (ends[-1] - ends[WARM]) / (STEPS - 1 - WARM)
 

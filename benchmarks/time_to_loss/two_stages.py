@@ -33,7 +33,7 @@ def main(method: str, parts: int, optimizer: str, batches: int, out: Path) -> No
         cuts=[f"block{DEPTH // 2}"],
         batches=batches,
         report=delock.Report(log_every=WARM),
-        on_event=lambda event: marks.append(event) if isinstance(event, StepRecord) else None,
+        callbacks=[lambda event: marks.append(event) if isinstance(event, StepRecord) else None],
     )
     if os.environ["RANK"] != "0":
         return

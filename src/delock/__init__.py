@@ -30,7 +30,7 @@ from delock.records import Result
 
 if TYPE_CHECKING:
     from delock import codecs, data, draw, nets, optim, options, plan, recipes, timeline
-    from delock.api import fit, session
+    from delock.api import evaluate, fit, session
     from delock.codecs import BF16, INT8, VQ
     from delock.nets.cut_point import CutPoint
     from delock.options import Compression, Execution, Placement, Report, Simulation
@@ -74,6 +74,7 @@ __all__ = [
     "codecs",
     "data",
     "draw",
+    "evaluate",
     "fit",
     "methods",
     "nets",
@@ -93,6 +94,7 @@ LATER = MappingProxyType(
         **dict.fromkeys(("Checkpoint", "Compression", "Execution", "Placement", "Report", "Simulation"), "delock.options"),
         **dict.fromkeys(("Emulation", "Slowdown"), "delock.timeline"),
         "CutPoint": "delock.nets.cut_point",
+        "evaluate": "delock.api",
         "fit": "delock.api",
         "session": "delock.api",
     }

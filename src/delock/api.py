@@ -25,18 +25,21 @@ from delock.methods import Method, make
 from delock.methods.base import whole
 from delock.optim.objects import per_stage
 from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
+from delock.partition.graph.outputs import own_loss
 from delock.partition.wrappers import unwrapped
-from delock.records import Event, Result
+from delock.records import Evaluation, Event, Result
 from delock.run.carry_out import carry_out
 from delock.run.checks import (
     refuse_replay,
     refuse_sessionless,
     refuse_uncapturable,
     refuse_unsavable,
+    refuse_wrong_callbacks,
     refuse_wrong_link,
     refuse_wrong_types,
 )
 from delock.run.collect import collect
+from delock.run.evaluation import evaluation
 from delock.run.nonfinite import explained
 from delock.run.own_loop.turns import ENDLESS
 from delock.run.request import Metric, Request, Workers
@@ -53,6 +56,7 @@ MOVED = MappingProxyType(
     {
         **{option.name: f"{name}=delock.{group.__name__}({option.name}=...)" for name, group in GROUPS.items() for option in fields(group)},
         "steps": "batches=...",
+        "on_event": "callbacks=[...]",
         "turns": "simulation=delock.Simulation(replay=...)",
     }
 )
@@ -99,7 +103,7 @@ def fit(
     simulation: Simulation = Simulation(),
     report: Report = Report(),
     checkpoint: Checkpoint | None = None,
-    on_event: Callable[[Event], None] | None = None,
+    callbacks: Sequence[Callable[[Event], None]] = (),
 ) -> Result:
     """Trains `model` on several workers, one stage each, and leaves the trained weights in it; after an error it is as it was.
 
@@ -139,11 +143,11 @@ def fit(
     simulation  stragglers, emulated stages, a run to be done again (delock.Simulation)
     report      how often losses are reported, and whether a timeline is kept (delock.Report)
     checkpoint  where and when the run is saved, and what it goes on from (delock.Checkpoint); without it a signal ends the run at once
-    on_event    called with Started, StepRecord (every `report.log_every` batches) and EvaluationRecord as they come; with a free-running
-                method also with VisitsRecord. Under torchrun on rank 0 alone
+    callbacks   functions, called one after the other with Started, StepRecord (every `report.log_every` batches) and EvaluationRecord as
+                they come; with a free-running method also with VisitsRecord. Under torchrun on rank 0 alone
 
     Raises UsageError for bad input, NonFinite (a UsageError) for a loss that is no number, StageFailed when a stage raises, dies or hangs.
-    What on_event raises comes out as it is; inline so does what the data, a metric or the schedule raise.
+    What a callback raises comes out as it is; inline so does what the data, a metric or the schedule raise.
     """
     model, taken = _taken(model, loss, workers, seed, execution)
     made, scheduled = per_stage(model, heads, optimizer, schedule)
@@ -173,9 +177,10 @@ def fit(
         report=report,
         checkpoint=checkpoint,
     )
+    refuse_wrong_callbacks(callbacks)
     _check(request)
     with torch.enable_grad(), explained(request):
-        started, results = carry_out(request, _telling(on_event))
+        started, results = carry_out(request, _telling(callbacks))
     return collect(request, started, results)
 
 
@@ -246,6 +251,33 @@ def session(
     return Session(request, handed)
 
 
+def evaluate(
+    model: nn.Module | Sequence[nn.Module],
+    batches: Any,
+    *,
+    loss: Loss | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    seed: int = 0,
+    execution: Execution = Execution(),
+) -> Evaluation:
+    """Returns loss and metrics of a model on data, in this process, as an evaluation of `fit` has them.
+
+    batches     as `fit` takes test data: batches of any form, Batches that say what is in them, several sets by name
+    loss        as for `fit`; without it the model returns its own
+    seed        of data that draws
+    execution   how `fit` computes: of use for amp and layout, to have the same numbers
+
+    The model stays where it is, computes in eval mode without gradients, and is in the mode in which it was afterwards. Raises UsageError
+    for data in which nothing counts, and what `fit` raises for data that it cannot read.
+    """
+    whole("seed", seed, 0, MOST_SEED)
+    model = model if isinstance(model, nn.Module) else nn.Sequential(*model)
+    taken = takes(model, loss=loss is not None)
+    if loss is None and taken.chain:
+        raise UsageError("loss is missing, and a chain of modules computes none: give evaluate a loss(outputs, targets)")
+    return evaluation(model, evaluation_loader(batches, seed, taken), loss or own_loss, metrics or {}, taken, execution)
+
+
 def _taken(
     model: nn.Module | Sequence[nn.Module], loss: Loss | None, workers: str, seed: int, execution: Execution
 ) -> tuple[nn.Module | Sequence[nn.Module], Takes]:
@@ -261,11 +293,11 @@ def _taken(
     return model, taken
 
 
-def _telling(on_event: Callable[[Event], None] | None) -> Callable[[Event], None]:
+def _telling(callbacks: Sequence[Callable[[Event], None]]) -> Callable[[Event], None]:
     def tell(event: Event) -> None:
-        with users_own("on_event"):
-            if on_event:
-                on_event(event)
+        with users_own("a callback"):
+            for hear in callbacks:
+                hear(event)
 
     return tell
 

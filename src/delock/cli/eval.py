@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from delock.cli.arguments import parse
 from delock.cli.config import TrainConfig, is_text, shown
@@ -15,16 +15,11 @@ from delock.cli.tables import metric_text
 from delock.cli.terminal import Terminal
 from delock.cli.workload import build_model, goals
 from delock.errors import UsageError
-from delock.ops import Evaluate
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from delock.cli.models.facts import Loaded
-    from delock.data import Loader
-    from delock.data.call import Takes
-    from delock.engine.feed import Feed
     from delock.options import Execution
 
 ABOUT = """Evaluate the weights of a run on its test data, in one process. RUN is the folder of a run, or of a checkpoint.
@@ -91,74 +86,22 @@ def measured(config: TrainConfig, data: Loaded, model: nn.Module, kept: Kept) ->
 
     Of several test sets they are those of each, as NAME/loss, and "" is the loss of the first.
     """
-    import torch
-
     from delock.data.call import takes
-    from delock.data.iterable import evaluation_loader, train_loader
-    from delock.data.named_sets import sets_of
-    from delock.engine.feed import Feed
+    from delock.data.iterable import evaluation_loader, train_loader, weigher
+    from delock.execution import lay_out_weights
     from delock.launch.rank import backend_for
     from delock.partition.graph.outputs import own_loss
+    from delock.run.evaluation import evaluation
 
     backend_for(config.machine.device, None, 1)
-    device, execution, seed = torch.device(config.machine.device), _execution(config, kept), config.training.seed
+    execution, seed = _execution(config, kept), config.training.seed
     loss, metrics = goals(config, data)
     taken = takes(model, loss=loss is not None)
     train = train_loader(data.train, seed, taken, config.training.batches)
-    found: dict[str, float] = {}
+    tests, placed = evaluation_loader(data.test, seed, taken), lay_out_weights(execution, model.to(config.machine.device))
     with _as_a_stage(config.placement.threads):
-        for name, test in sets_of(evaluation_loader(data.test, seed, taken)).items():
-            outputs = _outputs_of(model, test, taken, device, execution)
-            means = _means(Feed(train, test, 1, device), outputs, {"": loss or own_loss, **metrics}, device, execution)
-            found.setdefault("", means[""])
-            found |= {f"{name}/{measure or 'loss'}": value for measure, value in means.items()} if name else means
-    return found
-
-
-def _means(
-    feed: Feed,
-    outputs_of: Callable[[Any], Any],
-    measures: Mapping[str, Callable[[Any, Any], Any]],
-    device: torch.device,
-    execution: Execution,
-) -> dict[str, float]:
-    """Returns the means over a test set."""
-    import torch
-
-    from delock.execution import precision
-
-    sums, total = dict.fromkeys(measures, 0.0), 0.0
-    for i in range(feed.per_evaluation):
-        message = feed(Evaluate(i))
-        if not message.count:
-            continue
-        outputs = outputs_of(message.values)
-        with torch.no_grad(), precision(execution, device):
-            sums = {name: sums[name] + float(one(outputs, message.targets)) * message.count for name, one in measures.items()}
-        total += message.count
-    return {name: value / total for name, value in sums.items()}
-
-
-def _outputs_of(model: nn.Module, test: Loader, taken: Takes, device: torch.device, execution: Execution) -> Callable[[Any], Any]:
-    """Returns a function from a batch's inputs to what the model returns in evaluation."""
-    import torch
-
-    from delock.data.call import Call
-    from delock.data.loader import call_of
-    from delock.execution import lay_out_input, lay_out_weights, precision
-    from delock.stage.module import ModuleFunction
-    from delock.tensors import tensors
-
-    if taken.chain:
-        return ModuleFunction(model, (0,), device, execution).evaluate
-    placed = lay_out_weights(execution, model.to(device)).eval()
-
-    def outputs_of(values: Any) -> Any:
-        args, named = (call_of(test) or Call()).arguments([lay_out_input(execution, one) for one in tensors(values)])
-        with torch.no_grad(), precision(execution, device):
-            return placed(*args, **named)
-
-    return outputs_of
+        found = evaluation(placed, tests, loss or own_loss, metrics, taken, execution, weigher(train))
+    return {"": found.loss, **found.metrics}
 
 
 def _execution(config: TrainConfig, kept: Kept) -> Execution:

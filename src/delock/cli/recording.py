@@ -177,7 +177,7 @@ def fit_config(
     config: TrainConfig,
     data: Loaded,
     model: nn.Module,
-    on_event: Callable[[Event], None],
+    tell: Callable[[Event], None],
     replay: Sequence[Sequence[Visit]] | None = None,
     kept: Checkpoint | None = None,
 ) -> Result:
@@ -215,5 +215,5 @@ def fit_config(
         simulation=replace(config.simulation, replay=replay),
         report=config.report,
         checkpoint=kept,
-        on_event=on_event,
+        callbacks=[tell],
     )

@@ -281,7 +281,7 @@ def describe(step: Step, micro_batches: int) -> str:
 def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
     """Executes a plan, or a window of one, over all stages in this process. Raises StageFailed when a stage raises.
 
-    What the user's data, metrics, schedule or on_event raise comes out as it is.
+    What the user's data, metrics, schedule or a callback raise comes out as it is.
     """
     for engine in engines:
         engine.window = plan

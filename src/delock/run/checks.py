@@ -57,6 +57,12 @@ def _refuse_metrics(request: Request) -> None:
         raise UsageError("a metric is called loss, as the loss of each of the several test sets is: give it another name")
 
 
+def refuse_wrong_callbacks(callbacks: object) -> None:
+    """Raises UsageError unless it is a list of functions."""
+    if not isinstance(callbacks, Sequence) or not all(callable(one) for one in callbacks):
+        raise UsageError(f"callbacks is {callbacks!r}, but it must be a list of functions of an event, as callbacks=[print]")
+
+
 def refuse_wrong_link(method: Method, link: str, device: str) -> None:
     """Raises UsageError for a link between processes that the method or the device cannot use."""
     refuse_link(link, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ from delock.run.job import StageResult
 from delock.run.nonfinite import explained
 from delock.run.own_loop.apart import StagesApart
 from delock.run.own_loop.here import StagesHere
-from delock.run.own_loop.results import means
+from delock.run.own_loop.results import Measured, evaluation_of
 from delock.run.own_loop.turns import LoopedJob, Weights
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
@@ -129,17 +128,11 @@ class Session:
         Nothing in flight is lost, and no batch is waited for. Updates that its batches are still to bring are not in these weights: after
         `drain` they are.
         """
-        running, found, metrics, samples = self._running(), dict[str, dict[str, float]](), dict[str, float](), 0
+        running, judged = self._running(), dict[str, list[Measured]]()
         for name, test in sets_of(self.reads.tests(batches)).items():
             with self._told():
-                judged = running.evaluate(_weighed(test))
-            if not any(count for _, count, _ in judged):
-                raise UsageError("the test data has no samples, so an evaluation has no mean: give it some")
-            found[name] = means(judged)
-            samples += sum(n for _, _, n in judged)
-        for name, own in found.items():
-            metrics |= {f"{name}/{one or 'loss'}" if name else one: value for one, value in own.items() if name or one}
-        return Evaluation(next(iter(found.values())).get("", math.nan), metrics, samples)
+                judged[name] = running.evaluate(_weighed(test))
+        return evaluation_of(judged)
 
     @property
     def lr(self) -> float:

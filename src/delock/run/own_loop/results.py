@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from delock.errors import UsageError
 from delock.execution import Loss, precision
 from delock.links import Message
 from delock.ops import Backward
 from delock.plan import Step
-from delock.records import BatchResult
+from delock.records import BatchResult, Evaluation
 from delock.run.history import History, measured
 from delock.run.request import Metric
 from delock.stage import Stage
 from delock.tensors import flatten, map_tensors, unflatten
+
+Measured: TypeAlias = tuple[dict[str, float], float, int]
+"""Measures of a batch, what they weigh, and its samples."""
 
 
 class Results(History):
@@ -31,10 +35,10 @@ class Results(History):
         assert stage.loss is not None
         self.wanted, self.show = set(), show
         self.ready: list[BatchResult] = []
-        self.tested: list[tuple[dict[str, float], float, int]] = []  # measures, what they weigh, samples
+        self.tested: list[Measured] = []  # measures, what they weigh, samples
         self.noted = stage.loss = Noted(stage.loss)
         self.outputs: list[Any] = []  # of the parts of a batch so far
-        self.parts: list[tuple[dict[str, float], float, int]] = []
+        self.parts: list[Measured] = []
 
     def loss(self, step: Step, value: float, stage: Stage, message: Message) -> None:
         """Takes the loss of a (micro-)batch."""
@@ -84,7 +88,17 @@ class Noted:
         return self.loss(outputs, targets)
 
 
-def means(found: list[tuple[dict[str, float], float, int]]) -> dict[str, float]:
+def evaluation_of(judged: Mapping[str, list[Measured]]) -> Evaluation:
+    """Returns the evaluation of test sets by name; one without a name is called "". Raises UsageError for a set in which nothing counts."""
+    found, metrics = {name: means(own) for name, own in judged.items()}, dict[str, float]()
+    if not all(any(count for _, count, _ in own) for own in judged.values()):
+        raise UsageError("the test data has no samples, so an evaluation has no mean: give it some")
+    for name, own in found.items():
+        metrics |= {f"{name}/{one or 'loss'}" if name else one: value for one, value in own.items() if name or one}
+    return Evaluation(next(iter(found.values()))[""], metrics, sum(n for own in judged.values() for _, _, n in own))
+
+
+def means(found: list[Measured]) -> dict[str, float]:
     """Returns the means of measures over what they weigh; NaN where nothing weighs."""
     whole, names = sum(count for _, count, _ in found), dict.fromkeys(name for one, _, _ in found for name in one)
     return {name: sum(one[name] * count for one, count, _ in found if one) / whole if whole else math.nan for name in names}
