@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from delock.data.call import Call
+from delock.errors import UsageError
 from delock.partition.graph import examples, proof
 from delock.partition.graph.cutter import Piece
 from delock.partition.graph.digests import Gradients, digest
 from delock.partition.graph.examples import Examples
 from delock.partition.graph.proof import difference
+from delock.partition.graph.refusals import Obstacle, furthest
 from delock.partition.graph.segment import computation
 from delock.partition.graph.split import split
 
@@ -165,3 +167,36 @@ def test_a_tensor_is_unpacked_by_one_operation() -> None:
     seen = [event.name for event in profile.events()]
     assert seen.count("aten::unbind") == 1
     assert seen.count("aten::select_backward") == 2  # of pair[0] and pair[1]
+
+
+def test_the_tracer_that_came_furthest_is_quoted() -> None:
+    """torch.export traces it, and the pieces count in Python: torch.fx's reason, a type that it does not know, would help nobody."""
+    told = [
+        Obstacle("torch.fx", "TypeError: 'Proxy' object cannot be interpreted", "net.py:7, `range(x)`"),
+        Obstacle("torch.export", "its forward changes the attribute n", far=1),
+        Obstacle("torch.export", "RuntimeError: no", "net.py:9, `x`"),
+    ]
+    assert furthest(told) == told[1]
+    assert furthest([*told, Obstacle("torch.export", "in pieces it would compute something else", far=2)]).far == 2
+    assert furthest([told[0], told[2]]) == told[2]
+    assert furthest([told[0], Obstacle("torch.export", "RuntimeError: no")]) == told[0]
+
+
+class FailsTwice(nn.Module):
+    """torch.fx cannot iterate over a tensor; torch.export can, and finds a number that changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.out, self.n = nn.Linear(4, 4), nn.Linear(4, 2), 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.n += 1
+        h = self.low(x) if float(torch.tensor(1.0)) else x
+        return self.out(sum(part for part in h.chunk(int(x.shape[1] > 0))))
+
+
+def test_a_reason_of_delocks_own_goes_before_a_tracers() -> None:
+    model = FailsTwice()
+    batches = Examples.by_rows([torch.randn(4, 4)], 4, model)
+    with pytest.raises(UsageError, match=r"cannot be traced \(torch.export: its forward changes the attribute n"):
+        split(model, Call(), batches, 2)

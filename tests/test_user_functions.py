@@ -118,6 +118,34 @@ def test_a_weight_that_fails_later_is_the_users_own_error() -> None:
     assert error.value.__notes__ == ["raised within the weight of batches, which delock.fit called"]
 
 
+class Counting:
+    """A metric that counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> int:
+        self.calls += 1
+        return self.calls
+
+
+def test_a_metric_that_keeps_something_does_not_see_the_trial() -> None:
+    assert fit(chain(), batches(), batches(), metrics={"calls": Counting()}).evaluations[-1].metrics == {"calls": 1.5}
+
+
+class Writing(nn.Module):
+    """Writes to its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+def test_a_model_that_writes_to_its_input_does_not_write_to_the_data() -> None:
+    test = batches(seed=5)
+    fit(nn.Sequential(Writing(), chain()), batches(), test)
+    assert all(torch.equal(one, other) for (one, _), (other, _) in zip(test, batches(seed=5), strict=True))
+
+
 def test_evaluations_are_not_changed_by_the_trial() -> None:
     """Statistics, random numbers and data are as without it."""
     model, plain = chain(), chain()

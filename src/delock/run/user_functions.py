@@ -18,6 +18,7 @@ from delock.data.named_sets import sets_of
 from delock.errors import DelockError, UsageError, said
 from delock.execution import apply, lay_out_input, lay_out_weights, precision
 from delock.options import Execution
+from delock.partition.copying import copied_but_for_handles
 from delock.partition.graph.python_state import changed, marks
 from delock.partition.graph.root import in_mode
 from delock.partition.holdings import reaches
@@ -65,7 +66,7 @@ def try_user_functions(request: Request, execution: Execution, first: LoadedBatc
         with torch.random.fork_rng(devices=[]), torch.no_grad(), precision(execution, torch.device(request.device)):
             with _told(f"the model fails in evaluation on {what}"):
                 outputs, targets = _evaluated(request, execution, batch)
-            for name, measure in {"": request.criterion, **request.metrics}.items():
+            for name, measure in copied_but_for_handles({"": request.criterion, **request.metrics}).items():  # some count their calls
                 given = f"it was called with outputs {shown(outputs)} and targets {shown(targets, values=True)}"
                 with _told(f"{f'the metric {name!r}' if name else 'the loss'} fails on {what}; {given}"):
                     measured(name, measure, outputs, targets)
@@ -74,10 +75,10 @@ def try_user_functions(request: Request, execution: Execution, first: LoadedBatc
 def _evaluated(request: Request, execution: Execution, batch: LoadedBatch) -> tuple[Any, Any]:
     """Returns the output of the model in evaluation, and the targets. One layer at a time is copied: some write to buffers."""
     device, plain = torch.device(request.device), replace(execution, compile=False)
-    value = map_tensors(lambda x: lay_out_input(plain, x.to(device)), batch.inputs)
+    value = map_tensors(lambda x: lay_out_input(plain, x.to(device, copy=True)), batch.inputs)  # a model may write to its input
     for layer in request.network.layers():
         value = apply(plain, lay_out_weights(plain, own_copy(layer.module).to(device)).eval(), value, device)
-    return value, map_tensors(lambda x: x.to(device), batch.targets)
+    return value, map_tensors(lambda x: x.to(device, copy=True), batch.targets)
 
 
 @contextmanager

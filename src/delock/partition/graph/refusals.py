@@ -19,11 +19,15 @@ MOST = 160  # characters of torch's words
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Holds why one tracer failed. place: file and line of the model's code, and the line itself; "" where none is known."""
+    """Holds why one tracer failed. place: file and line of the model's code, and the line itself; "" where none is known.
+
+    far: how far it came. 0: tracing failed, 1: the graph is one that Delock refuses, 2: the pieces are not the model.
+    """
 
     how: str
     reason: str
     place: str = ""
+    far: int = 0
 
     def __str__(self) -> str:
         return f"{self.how}: {self.reason}{self.place and f' at {self.place}'}"
@@ -31,18 +35,23 @@ class Obstacle:
 
 def obstacle(how: str, error: BaseException) -> Obstacle:
     """Returns what went wrong, with the innermost line of the model's own code."""
-    chain = _chain(error)
-    frames = [frame for one in chain for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(OWN)]
-    frames = frames if not isinstance(error, UsageError) else []
+    if isinstance(error, UsageError):
+        return Obstacle(how, str(error), far=1)
+    frames = [frame for one in _chain(error) for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(OWN)]
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
-    words = str(error) if isinstance(error, UsageError) else said(error)
-    first = words.strip().splitlines()[0] if words.strip() else type(error).__name__
-    return Obstacle(how, first[:MOST], place)
+    words = said(error).strip()
+    return Obstacle(how, words.splitlines()[0][:MOST] if words else type(error).__name__, place)
+
+
+def furthest(failed: Sequence[Obstacle]) -> Obstacle:
+    """Returns the failure of the tracer that came furthest; of several, the last one that knows a line of the model's code."""
+    best = [one for one in failed if one.far == max(other.far for other in failed)]
+    return next((one for one in reversed(best) if one.place), best[-1])
 
 
 def refusal(model: nn.Module, failed: Sequence[Obstacle]) -> str:
-    """Returns the sentence of the error. It tells the last failure that knows a line of the model's code, or else the last one."""
-    told = next((one for one in reversed(failed) if one.place), failed[-1])
+    """Returns the sentence of the error."""
+    told = furthest(failed)
     on_value = any(words in told.reason for words in ON_VALUES)
     why = f"its forward decides on a value at {told.place}" if on_value and told.place else f"its forward cannot be traced ({told})"
     remedy = "decide on sizes and options instead, move that line into a part that stays whole" if on_value else "change that"

@@ -14,7 +14,7 @@ from delock.partition.graph.cutter import ENOUGH, NoCutError, Piece, pieces
 from delock.partition.graph.examples import Examples
 from delock.partition.graph.exported import exported
 from delock.partition.graph.proof import difference
-from delock.partition.graph.refusals import Obstacle, obstacle, refusal
+from delock.partition.graph.refusals import Obstacle, furthest, obstacle, refusal
 from delock.partition.graph.root import in_mode, root
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.symbolic import symbolic
@@ -79,7 +79,7 @@ def split(
             failed.append(obstacle(how, error))
             continue
         if unlike:
-            failed.append(Obstacle(how, f"in pieces it would compute something else, first seen in {unlike}"))
+            failed.append(Obstacle(how, f"in pieces it would compute something else, first seen in {unlike}", far=2))
             continue
         if given.single:
             _allow_single(traced, made, call, given.single, told)
@@ -88,7 +88,7 @@ def split(
         if len(made) >= max(stages, 2):
             break
     if best is None and elsewhere:
-        raise NoCutError(f"{elsewhere}; finer tracing fails ({failed[-1]})") if failed else elsewhere
+        raise NoCutError(f"{elsewhere}; finer tracing fails ({furthest(failed)})") if failed else elsewhere
     if best is None:
         raise UsageError(refusal(model, failed))
     return best
