@@ -170,5 +170,5 @@ def main(words: Sequence[str] | None = None) -> Result:
     return result
 
 
-if __name__ == "__main__":  # the stages' processes import this file; they must not train again
+if __name__ == "__main__":
     main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,10 @@ def greet(rank: Rank, payload: Any) -> tuple[int, int, Any]:
     ranks = torch.tensor([rank.rank])
     dist.all_reduce(ranks)
     return rank.rank, int(ranks), payload
+
+
+def of_this_module() -> Callable[[Rank, object], bool]:
+    return lambda rank, payload: globals() is vars(sys.modules[__name__])
 
 
 def raise_in_one(rank: Rank, how: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from delock.api import fit
-from delock.errors import StageFailed, UsageError
+from delock.errors import StageFailed
 from delock.options import Placement, Report
 from delock.records import StepRecord
 
@@ -142,16 +142,9 @@ def test_a_user_error_in_a_metric_is_told() -> None:
 
     batches = [(torch.randn(6, 4), torch.randint(2, (6,)))]
     optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+    options = {"loss": nn.functional.cross_entropy, "metrics": {"accuracy": wrong}, "optimizer": optimizer, "epochs": 1}
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     with pytest.raises(KeyError, match="accuracy"):
-        fit(
-            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)),
-            batches,
-            batches,
-            loss=nn.functional.cross_entropy,
-            metrics={"accuracy": wrong},
-            optimizer=optimizer,
-            epochs=1,
-            workers="inline",
-        )
-    with pytest.raises(UsageError, match="cannot be sent to its process"):
-        fit(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), batches, loss=lambda a, b: a.sum(), optimizer=optimizer, epochs=1)
+        fit(model, batches, batches, workers="inline", **options)
+    with pytest.raises(StageFailed, match=r"stage 1 failed in .*: KeyError: 'accuracy'(.|\n)*raise KeyError\(\"accuracy\"\)"):
+        fit(model, batches, batches, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -117,5 +118,6 @@ def test_a_loss_per_sample_is_told_what_is_missing(workers: str) -> None:
 
 
 def test_what_cannot_go_to_a_process_is_named() -> None:
-    with pytest.raises(UsageError, match=r'process: loss: .*workers="inline"'):
-        fit(loss=lambda out, y: weighted(out, y), workers="processes")
+    lock = Lock()
+    with pytest.raises(UsageError, match=r'process: the variable `lock` of the lambda in line \d+: .*workers="inline"'):
+        fit(loss=lambda out, y: weighted(out, y) if lock else None, workers="processes")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from delock.launch.cores import share_cores
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
 
-from ranks import Pids, alive, born_with, environment, greet, wait_until
+from ranks import Pids, alive, born_with, environment, greet, of_this_module, wait_until
 
 # -- all is well -------------------------------------------------------------------------------------------------------------------
 
@@ -73,19 +76,41 @@ def test_ranks_are_bound_to_cores_of_their_own_if_there_are_enough() -> None:
 # -- bad input ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("own_random")
 def test_what_cannot_be_pickled_is_named() -> None:
-    def local(rank: Rank, payload: object) -> None: ...
+    lock = Lock()
 
-    class Net(torch.nn.Linear):
-        pass
+    def local(rank: Rank, payload: object) -> None:
+        lock.acquire()
 
-    with pytest.raises(UsageError, match=r"the target: .*local.*workers=\"inline\""):
+    def entered(x: object) -> object:
+        return local if lock else x
+
+    with pytest.raises(UsageError, match=r"process: the variable `lock` of the function `local`: cannot pickle .*workers=\"inline\""):
         run_processes(local, [None])
-    with pytest.raises(UsageError, match=r"stage 1 .*payload\['loss'\]\[0\]: .*lambda.*top level of a module"):
-        run_processes(greet, [None, {"loss": (lambda x: x, 1)}])
-    with pytest.raises(UsageError, match=r"payload\.1: .*Net"):
-        run_processes(greet, [torch.nn.Sequential(torch.nn.ReLU(), Net(2, 2))])
+    with pytest.raises(UsageError, match=r"stage 1 .*payload\['loss'\]\[0\]: cannot pickle .*lock.*into a module"):
+        run_processes(greet, [None, {"loss": (lock, 1)}])
+    with pytest.raises(UsageError, match=r"stage 0 .*: the variable `lock` of the function `local`: cannot pickle .*lock"):
+        run_processes(greet, [{"at": [partial(entered, 1)]}])
+    with pytest.raises(UsageError, match=r"payload\.keywords\['x'\]\.name: cannot pickle 'generator' object"):
+        run_processes(greet, [partial(greet, x=SimpleNamespace(name=(i for i in range(3))))])
+
+
+def test_what_is_defined_in_a_function_goes_by_value() -> None:
+    class Local:
+        kinds = (int, str)
+
+        def __init__(self, base: int) -> None:
+            self.base = base
+
+    def target(rank: Rank, payload: Any) -> Any:
+        return [type(payload).kinds, isinstance(payload, Local), payload.base + rank.rank]
+
+    assert run_processes(target, [Local(3), Local(5)]) == [[(int, str), True, 3], [(int, str), True, 6]]
+
+
+def test_a_lambda_of_a_module_uses_the_globals_of_that_module() -> None:
+    """A copy of them would be another state, and may be large."""
+    assert run_processes(of_this_module(), [None]) == [True]
 
 
 def test_an_unknown_or_absent_device_is_refused() -> None:
@@ -142,31 +167,6 @@ def test_ranks_do_not_outlive_their_parent(tmp_path: Path, by: signal.Signals) -
     program.send_signal(by)
     program.communicate(timeout=20)  # ends when the ranks and the fork server have closed its pipes too
     wait_until(lambda: not any(map(alive, ranks)), 20)
-
-
-def test_a_script_without_guard_is_told_so(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from delock.launch.context import context\ncontext()\n"
-        "from ranks import greet\nfrom delock.launch.processes import run_processes\nrun_processes(greet, [1, 2])\n"
-    )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert 'put the call under `if __name__ == "__main__":`' in done.stderr
-    assert done.stderr.count("Traceback") == 1  # the parent's
-
-
-@pytest.mark.slow
-def test_what_is_defined_in_a_notebook_is_told_so() -> None:
-    code = "from delock.launch.context import context\ncontext()\nfrom delock.launch.processes import run_processes\n"
-    code += "def target(rank, payload): pass\nrun_processes(target, [1, 2])\n"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert re.search(
-        r"UsageError: the process of stage 0 cannot rebuild target, which is defined in a program without a file.*workers=\"inline\"",
-        done.stderr,
-    )
 
 
 def test_the_fork_server_can_be_started_before_torch_is_imported() -> None:

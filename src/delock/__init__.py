@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from delock import codecs, data, draw, nets, optim, options, plan, recipes, timeline
     from delock.api import evaluate, fit, session
     from delock.codecs import BF16, INT8, VQ
+    from delock.draw.progress_bar import ProgressBar
     from delock.nets.cut_point import CutPoint
     from delock.options import Compression, Execution, Placement, Report, Simulation
     from delock.timeline import Emulation, Slowdown
@@ -65,6 +66,7 @@ __all__ = [
     "OneFOneB",
     "PipeDream2BW",
     "Placement",
+    "ProgressBar",
     "Report",
     "Result",
     "Simulation",
@@ -94,6 +96,7 @@ LATER = MappingProxyType(
         **dict.fromkeys(("Checkpoint", "Compression", "Execution", "Placement", "Report", "Simulation"), "delock.options"),
         **dict.fromkeys(("Emulation", "Slowdown"), "delock.timeline"),
         "CutPoint": "delock.nets.cut_point",
+        "ProgressBar": "delock.draw.progress_bar",
         "evaluate": "delock.api",
         "fit": "delock.api",
         "session": "delock.api",

@@ -19,6 +19,8 @@ from delock.data.iterable import evaluation_loader, train_loader
 from delock.errors import UsageError, users_own
 from delock.keys import MOST_SEED
 from delock.launch.ambient import refuse_modes
+from delock.launch.context import importing_main
+from delock.launch.main_program import not_run_again
 from delock.launch.rank import backend_for
 from delock.launch.torchrun import under_torchrun
 from delock.methods import Method, make
@@ -179,7 +181,7 @@ def fit(
     )
     refuse_wrong_callbacks(callbacks)
     _check(request)
-    with torch.enable_grad(), explained(request):
+    with torch.enable_grad(), explained(request), not_run_again():
         started, results = carry_out(request, _telling(callbacks))
     return collect(request, started, results)
 
@@ -275,7 +277,8 @@ def evaluate(
     taken = takes(model, loss=loss is not None)
     if loss is None and taken.chain:
         raise UsageError("loss is missing, and a chain of modules computes none: give evaluate a loss(outputs, targets)")
-    return evaluation(model, evaluation_loader(batches, seed, taken), loss or own_loss, metrics or {}, taken, execution)
+    with not_run_again():
+        return evaluation(model, evaluation_loader(batches, seed, taken), loss or own_loss, metrics or {}, taken, execution)
 
 
 def _taken(
@@ -304,6 +307,11 @@ def _telling(callbacks: Sequence[Callable[[Event], None]]) -> Callable[[Event], 
 
 def _check(request: Request) -> None:
     """Refuses what can be seen before anything is measured."""
+    if importing_main():
+        raise UsageError(
+            "the script that trains is run again by a process that it has started, such as a worker of a DataLoader where Python starts "
+            'these afresh: put the call under `if __name__ == "__main__":`'
+        )
     refuse_wrong_types(request)
     backend_for(request.device, None, 1)
     refuse_modes(request.device)

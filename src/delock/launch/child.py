@@ -23,6 +23,7 @@ from delock.launch import allocator
 from delock.launch.context import OF_THE_PARENT
 from delock.launch.cores import settle
 from delock.launch.failure import Failure, raised
+from delock.launch.main_program import never_run_again
 from delock.launch.parcel import Parcel, receive
 from delock.launch.pickling import unpack
 from delock.launch.progress import Progress
@@ -73,7 +74,7 @@ class ParentPipe:
 
     def bring(self, result: object) -> None:
         """Sends the result. Raises whatever pickling it raises."""
-        parcel = Parcel(result, shared=True)
+        parcel = Parcel(result, returns=True)
         with self._lock:
             self._up.send_bytes(pickle.dumps(("result", None)))
             parcel.send(self._up.send_bytes)
@@ -127,6 +128,7 @@ def _prepare(config: RankConfig) -> None:
     os.environ.update(config.environ)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     threading.Thread(target=die_with_parent, daemon=True).start()
+    never_run_again()
     try:
         stacks = open(config.stacks, "a")  # noqa: SIM115  open as long as the process lives
     except FileNotFoundError:  # the run was given up while this rank was starting, and has removed the folder

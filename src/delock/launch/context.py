@@ -49,7 +49,7 @@ def context(preload: Sequence[str] = ()) -> RankContext:
 
 
 def importing_main() -> bool:
-    """Returns True in a rank that is about to start, which imports the user's program and must start nothing on the way."""
+    """Returns True in a process that a program has started afresh, not by Delock, and that imports this program at its beginning."""
     return getattr(current_process(), "_inheriting", False)
 
 

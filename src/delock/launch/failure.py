@@ -77,7 +77,7 @@ def hung_up(error: BaseException) -> bool:
 def died(rank: int, exit_code: int, at: Position, stack: str) -> Failure:
     """Returns the failure of a process that ended without a message; a negative exit code is the number of a signal."""
     if exit_code >= 0:
-        how = f"ended with exit code {exit_code}" + ("" if at.born else " while importing the program (its own words are above)")
+        how = f"ended with exit code {exit_code}" + ("" if at.born else " while it started (its own words are above)")
     else:
         name = signal.Signals(-exit_code).name
         hint = " (the system does so when memory runs out)" if name == "SIGKILL" else ""

@@ -16,6 +16,7 @@ import torch
 from torch import UntypedStorage
 from torch.storage import TypedStorage
 
+from delock.launch.by_value import ByValue
 from delock.launch.parametrized import reduced
 
 CHUNK = 4 << 20  # bytes of one message
@@ -29,12 +30,22 @@ class Parcel:
     between processes, and tie it to files and the sender.
     """
 
-    def __init__(self, value: object, *, shared: bool = False) -> None:
-        """Raises whatever an object's own reduction raises. shared: tensors over the same memory arrive over the same memory."""
+    def __init__(self, value: object, *, returns: bool = False) -> None:
+        """Raises whatever an object's own reduction raises.
+
+        returns: it goes where the program's own functions and classes have come from, so these are names; and tensors over the same memory
+        arrive over the same memory.
+        """
         into = io.BytesIO()
-        pickler = _Pickler(into, shared)
+        pickler = _Returning(into) if returns else Sending(into)
         pickler.dump(value)
-        self.pickled, self.storages = into.getvalue(), pickler.storages
+        self.pickled, self.storages = into.getvalue(), pickler.memory.storages
+        self.made = pickler.made if isinstance(pickler, Sending) else []
+
+    @property
+    def size(self) -> int:
+        """Returns the bytes that travel."""
+        return len(self.pickled) + sum(one.nbytes() for one in self.storages)
 
     def send(self, send: Callable[[Any], None]) -> None:
         """Sends it as messages: the sizes, then the memory in chunks, then the object."""
@@ -98,17 +109,14 @@ class Arriving:
         return Unpickler(io.BytesIO(self.pickled), list(_parts(mapped, self.sizes))).load()
 
 
-class _Pickler(pickle.Pickler):
-    def __init__(self, into: io.BytesIO, shared: bool) -> None:
-        super().__init__(into, protocol=pickle.HIGHEST_PROTOCOL)
+class _Memory:
+    """Collects the memory of tensors apart from the pickle."""
+
+    def __init__(self, shared: bool) -> None:
         self.shared, self.numbers = shared, dict[int, int]()
         self.storages: list[UntypedStorage] = []
 
-    def reducer_override(self, obj: Any) -> Any:
-        """Returns how an object is pickled that cannot say it itself."""
-        return reduced(obj)
-
-    def persistent_id(self, obj: Any) -> tuple[int, torch.dtype | None] | None:
+    def number(self, obj: Any) -> tuple[int, torch.dtype | None] | None:
         """Returns the number of a storage, and the dtype that it is seen with; None for all else."""
         if not isinstance(obj, TypedStorage | UntypedStorage):
             return None
@@ -119,6 +127,34 @@ class _Pickler(pickle.Pickler):
         if number == len(self.storages):
             self.storages.append(storage)
         return number, obj.dtype if isinstance(obj, TypedStorage) else None
+
+
+class Sending(ByValue):
+    """Pickles for a rank."""
+
+    def __init__(self, into: Any) -> None:
+        super().__init__(into)
+        self.memory = _Memory(shared=False)
+
+    def persistent_id(self, obj: Any) -> tuple[int, torch.dtype | None] | None:
+        """Returns the number of a storage."""
+        return self.memory.number(obj)
+
+
+class _Returning(pickle.Pickler):
+    """Pickles for the program that has sent a rank its target."""
+
+    def __init__(self, into: io.BytesIO) -> None:
+        super().__init__(into, protocol=pickle.HIGHEST_PROTOCOL)
+        self.memory = _Memory(shared=True)
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Returns how an object is pickled that cannot say it itself."""
+        return reduced(obj)
+
+    def persistent_id(self, obj: Any) -> tuple[int, torch.dtype | None] | None:
+        """Returns the number of a storage."""
+        return self.memory.number(obj)
 
 
 class Unpickler(pickle.Unpickler):

@@ -15,11 +15,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from delock.errors import StageFailed, UsageError
+from delock.errors import StageFailed
 from delock.launch.child import RankConfig, main
-from delock.launch.context import RankContext, context, importing_main
+from delock.launch.context import RankContext, context
 from delock.launch.cores import share_cores
 from delock.launch.failure import Failure, died, first
+from delock.launch.main_program import not_run_again
 from delock.launch.parcel import Arriving, Parcel
 from delock.launch.pickling import pack
 from delock.launch.private_folder import private_folder
@@ -35,7 +36,6 @@ OnEvent: TypeAlias = Callable[[int, object], None]
 _GRACE = 0.2  # seconds after a failure to notice the death that caused it
 _GRACE_ECHO = 1.0  # the same if all failures look like echoes of an unknown one
 _LEAVE, _TERM, _KILL = 5.0, 1.0, 3.0  # seconds that a process has to end by itself, after SIGTERM, after SIGKILL
-_NO_GUARD = 78  # exit code of a rank that found itself training again while importing the user's script
 
 
 def run_processes(
@@ -55,9 +55,9 @@ def run_processes(
 
     Neighbours are joined by sockets that nobody else can reach; nothing listens unless a target opens the process group.
 
-    Target, payloads and results travel by value. The memory of tensors is sent one rank after the other from where it is, and that of
-    results is read from a file when it is used, once every rank has ended well: letting go of each result before the next one is used keeps
-    this process small.
+    Target, payloads and results travel by value, with the functions and classes that no process can import. The memory of tensors is sent
+    one rank after the other from where it is, and that of results is read from a file when it is used, once every rank has ended well:
+    letting go of each result before the next one is used keeps this process small.
     threads: per process, bound to cores of their own if `pin` and there are enough cores (CPU only); data loading workers of a rank share
     its cores.
     device: "cuda" gives rank r GPU r.
@@ -92,8 +92,6 @@ def started(
     hand: bool = False,
 ) -> Iterator[Team]:
     """Starts the processes of `run_processes`, and ends them all behind the block. hand: the block has a socket to rank 0, its peer -1."""
-    if importing_main():
-        os._exit(_NO_GUARD)  # a script without guard runs again in the rank that imports it; the parent explains
     world = len(payloads)
     group = backend_for(device, backend, world)
     parcels = [pack(target, payload, rank) for rank, payload in enumerate(payloads)]
@@ -150,13 +148,14 @@ class Team:
             self._processes.append(process)
             self._downs.append(down)
             self._ups[up] = config.rank
-            process.start()
+            with not_run_again():
+                process.start()
             theirs.close()
             ours.close()
             for peer in peers.values():
                 peer.close()
         self._sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
-        # In a thread: a rank reads its target only when it has imported the user's program.
+        # In a thread: a rank reads its target only when it has begun, and the others begin meanwhile.
         self._sender = threading.Thread(target=_send_all, args=(self._downs, parcels), daemon=True)
         self._sender.start()
 
@@ -242,11 +241,6 @@ class Team:
         code = process.exitcode if process.exitcode is not None else 255
         if rank in self._results or any(failure.rank == rank for failure in self._failures):
             return
-        if code == _NO_GUARD and not at.born:
-            raise UsageError(
-                "the script that trains is run again by every stage's process, up to its definitions: "
-                'put the call under `if __name__ == "__main__":`, or use workers="inline"'
-            )
         self._failures.append(died(rank, code, at, own_frames(Path(self._configs[rank].stacks).read_text()) if at.born else ""))
 
     def _check(self) -> None:

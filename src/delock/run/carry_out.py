@@ -14,7 +14,6 @@ import torch
 from delock.checkpoints.directory import discard_unfinished
 from delock.errors import StageFailed
 from delock.launch import allocator
-from delock.launch.pickling import hidden_false_file
 from delock.launch.processes import OnEvent, run_processes
 from delock.launch.stopping import StopRequest
 from delock.launch.torchrun import run_torchrun
@@ -97,17 +96,16 @@ def _again(prepared: PreparedRun, options: Checkpoint, error: StageFailed, tell:
 def _processes(prepared: PreparedRun, tell: Tell, stop: StopRequest | None) -> list[StageResult]:
     placement = prepared.request.placement
     allocator.give_back()  # what was taken to prepare the run
-    with hidden_false_file():
-        return run_processes(
-            train_rank,
-            prepared.jobs(),
-            threads=placement.threads,
-            pin=placement.pin,
-            device=prepared.request.device,
-            patience=prepared.patience(),
-            on_event=_listener(tell),
-            stop=stop,
-        )
+    return run_processes(
+        train_rank,
+        prepared.jobs(),
+        threads=placement.threads,
+        pin=placement.pin,
+        device=prepared.request.device,
+        patience=prepared.patience(),
+        on_event=_listener(tell),
+        stop=stop,
+    )
 
 
 def _torchrun(request: Request, tell: Tell, stop: StopRequest | None) -> tuple[Started, list[StageResult]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -49,7 +48,7 @@ def _packed(value: Any) -> Any:
         return ("module", value.__name__)
     if isinstance(value, torch._ops.OpOverload):
         return ("op", str(value))
-    return ("value", pickle.dumps(value))
+    return ("value", value)
 
 
 def _unpacked(packed: Any) -> Any:
@@ -61,7 +60,7 @@ def _unpacked(packed: Any) -> Any:
             for part in name.split("."):
                 found = getattr(found, part)
             return found
-    return pickle.loads(packed[1])
+    return packed[1]
 
 
 @dataclass(frozen=True)

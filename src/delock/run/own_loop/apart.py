@@ -19,7 +19,6 @@ from delock.data.iterable import weigher
 from delock.data.loader import LoadedBatch
 from delock.engine.feed import HandedFeed
 from delock.launch import allocator
-from delock.launch.pickling import hidden_false_file
 from delock.launch.processes import Team, started
 from delock.launch.rank import Rank
 from delock.links.message import Message, MessageKind, MessageName
@@ -107,7 +106,6 @@ class StagesApart:
         self.news: deque[BatchResult] = deque()
         self.held = ExitStack()
         allocator.give_back()  # what was taken to prepare the run
-        self.held.enter_context(hidden_false_file())
         self.team: Team = self.held.enter_context(
             started(serve, looped, threads=placement.threads, pin=placement.pin, device=device, patience=patience, hand=True)
         )
