@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from delock.data.call import Call
 from delock.execution import Modes
+from delock.links.wire import make_dense
 from delock.partition.graph.digests import Gradients, NotApartError, Uses, caught, digest
 from delock.partition.graph.examples import is_large
 from delock.partition.graph.exported import answering
@@ -120,11 +121,11 @@ def _parts(pieces: Sequence[Segment], inputs: Sequence[Tensor], training: bool, 
     ran, values = list[Ran](), [x.detach() for x in inputs]
     for i, piece in enumerate(pieces):
         ran.append(_run(piece, values, training, learns=training and i > 0))
-        values = [x.detach() for x in ran[-1].out]
+        values = [x.detach() for x in ran[-1].out] if i == len(pieces) - 1 else make_dense([x.detach() for x in ran[-1].out])
     outputs, found = tuple(values), defaultdict[str, list[bytes | Tensor]](list)
     errors = _errors(outputs) if training else []
     for piece in reversed(pieces if training else []):
-        errors = _back(piece, ran.pop(), errors, found, apart)
+        errors = make_dense(_back(piece, ran.pop(), errors, found, apart))  # a sum over memory in another order has other last bits
     buffers = {name: b for piece in pieces for name, b in piece.named_buffers() if not name.startswith("copies.")}
     return Outcome(outputs, dict(found), buffers)
 
