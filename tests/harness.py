@@ -62,6 +62,7 @@ def every_method(K: int) -> list[Method]:
         *(FDG(micro_batches=2, ahead="mean"), FDG(0.5, "mixed", "backward-first", 2, "part"), ADL(2, micro_batches=2, ahead="part")),
         *(DSP(micro_batches=2, ahead="part"), PACI(micro_batches=3), PACI(micro_batches=2, ahead="mean")),
         *(PipeDream2BW(micro_batches=3), PipeDream2BW(micro_batches=3, ahead="part")),
+        *(DDG(accumulate=2), FR(2, accumulate=3, reduce="sum"), replace(papers.uneven_dsp(K), accumulate=2, ahead="mean")),
         DGL(),
         *(Interlocking(n_wise=n) for n in sorted({*range(1, min(K, 3) + 1), K})),
         Interlocking(n_wise=min(K, 2), combine="sum", send="late"),

@@ -62,7 +62,7 @@ def versions(method: Method, b: int, k: int, K: int) -> tuple[int, int]:
 
 def parts_of_update(method: Method) -> int:
     """The parts of all batches of an update."""
-    return method.micro_batches * (int(getattr(method, "accumulate", 1)) if method.name == "adl" else 1)
+    return method.micro_batches * (1 if method.name == "bp" else int(getattr(method, "accumulate", 1)))
 
 
 def staleness(method: Method, b: int, k: int, K: int) -> int:

@@ -23,6 +23,11 @@ pytestmark = pytest.mark.usefixtures("own_random")
         # methods and their options
         ("--method adl --at replay", "at is 'replay', but it must be one of stash, mixed"),
         ("--method adl --accumulate 0", "accumulate is 0"),
+        ("--method fr --accumulate 0", "accumulate is 0"),
+        ("--method ddg --accumulate 2 --reduce max", "max"),
+        ("--method fdg --accumulate 2", "fdg has no option 'accumulate': adl is fdg with the gradients of several batches"),
+        ("--method 2bw --accumulate 2", "2bw has no option 'accumulate': it adds the gradients of the parts of a batch"),
+        ("--method paci --accumulate 2", "so use larger batches in more micro_batches"),
         ("--method gpipe --micro-batches 0", "micro_batches is 0"),
         ("--method gpipe --micro-batches 33", "33 parts, but batch-size is 32: use fewer parts, or larger batches"),
         ("--method bp --accumulate 40", "40 parts, but batch-size is 32"),

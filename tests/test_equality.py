@@ -58,6 +58,7 @@ def test_windows_in_processes() -> None:
     [
         *(BP(2), OneFOneB(3), DDG(), FR(), FDG(beta=0.5), FDG(at="mixed", order="backward-first"), FDG(at="mixed"), ADL(3)),
         *(DSP(p=2, q=1), DGL(), Interlocking(2)),
+        *(DDG(accumulate=3), FR(accumulate=2), DSP(p=2, q=1, accumulate=4)),
     ],
     ids=str,
 )

@@ -205,6 +205,8 @@ def test_a_list_of_modules_a_frozen_weight_and_weights_given_by_name() -> None:
     want = by_hand(plain, named(plain))
     fit(model, data(), optimizer=named(model), stages=2)
     assert unlike(model.state_dict(), want) == []
+    like, _ = per_stage(model, None, named(model), None)
+    assert like([("8.bias", model[-1].bias)]).param_groups[0]["param_names"] == ["8.bias"]
     parts = [(again := network())[:3], again[3:]]
     again[2].weight.requires_grad_(False)
     fit(parts, data(), optimizer=in_parts(parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -127,11 +128,32 @@ def test_a_schedule_of_an_object_beside_a_factory() -> None:
         fit(model, partial(optim.SGD, lr=0.1), rates.StepLR(sgd(model), 2))
 
 
-def test_a_lambda_cannot_go_to_a_process() -> None:
+class Locked:
+    """A function with what cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, n: int) -> float:
+        return 1.0
+
+
+def test_a_schedule_that_cannot_be_copied() -> None:
     model = network()
     given = sgd(model)
-    with pytest.raises(delock.UsageError, match=r"schedule\.lr_lambdas\[0\]:.*no lambda"):
-        fit(model, given, rates.LambdaLR(given, lambda n: 0.9), workers="processes")
+    with pytest.raises(delock.UsageError, match=r"the LambdaLR cannot be copied for every stage: TypeError.*give a factory"):
+        fit(model, given, rates.LambdaLR(given, Locked()))
+
+
+def test_a_lambda_goes_to_a_process() -> None:
+    ends = []
+    for workers in ("inline", "processes"):
+        torch.manual_seed(0)
+        model = network()
+        given = sgd(model)
+        fit(model, given, rates.LambdaLR(given, lambda n: 0.5), workers=workers)
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_a_class_in_place_of_a_model_is_said_first() -> None:

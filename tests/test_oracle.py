@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from delock.run.job import StageResult
 import oracles
 import oracles_ticks
 import papers
-from harness import inline, jobs
+from harness import assert_equal, inline, jobs
 from oracles import OracleRun
 from papers import ORDERS
 from workloads import WORK, batches, sgd, warm_up
@@ -62,6 +63,8 @@ def delayed(K: int) -> Sequence[Method]:
             for order, at in (("forward-first", "stash"), ("backward-first", "stash"), ("forward-first", "mixed"))
         ),
         papers.uneven_dsp(K),
+        *(method(accumulate=A, reduce=reduce) for method in (DDG, FR, DSP) for A, reduce in ((2, "mean"), (3, "sum"))),
+        *(replace(papers.uneven_dsp(K), accumulate=A) for A in (2, 5)),
     )
 
 
@@ -124,6 +127,16 @@ def test_adl_with_one_batch_is_fdg(K: int) -> None:
         got, want = run(ADL(accumulate=1, reduce=reduce), K, "conv"), run(FDG(), K, "conv")  # type: ignore[arg-type]
         for a, b in zip(got, want, strict=True):
             assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("A", [2, 4])
+def test_one_stage_accumulates_alike(A: int, reduce: Any) -> None:
+    """Thirty batches leave a last group of two for A = 4."""
+    first, *others = (run(method(accumulate=A, reduce=reduce), 1, "conv") for method in (ADL, DDG, FR, DSP))
+    for got in others:
+        assert_equal(got, first)
+    assert first[0].report.updates == -(-N // A)
 
 
 @pytest.mark.parametrize("s", [0.0, 1.0], ids=["heavy ball", "nesterov"])

@@ -304,7 +304,7 @@ def test_dsp_as_the_paper_writes_it() -> None:
         ("zzz", {}, r"no method is called 'zzz' \(there are bp"),
         ("fdg", {"betta": 0.5}, "no option 'betta'; did you mean 'beta'"),
         ("adl", {"acumulate": 2}, "did you mean 'accumulate'"),
-        ("ddg", {"beta": 0.5}, r"ddg has no option 'beta' \(its options are micro_batches, ahead\)"),
+        ("ddg", {"beta": 0.5}, r"ddg has no option 'beta' \(its options are micro_batches, ahead, accumulate, reduce\)"),
         ("fdg", {"beta": 0.0}, r"beta is 0.0, but it must lie in \(0, 1\]"),
         ("fdg", {"at": "replay"}, "at is 'replay', but it must be one of stash, mixed"),
         ("adl", {"order": "forwards"}, "must be one of forward-first, backward-first"),

@@ -78,8 +78,10 @@ def test_every_change_keeps_the_loss(tmp_path: Path, method: Method, optimizer: 
         FDG(at="mixed", micro_batches=2),
         PACI(3, ahead="part"),
         FR(),
+        FR(accumulate=2),
+        DDG(accumulate=3),
     ],
-    ids=lambda method: method.name,
+    ids=str,
 )
 def test_the_rest_is_the_run_of_a_fresh_pipeline(tmp_path: Path, method: Method, K: int) -> None:
     """One that begins with the model, the momenta and the rate of the checkpoint, and with its next batch: to the last bit."""

@@ -100,6 +100,8 @@ DELAYED: list[Method] = [
     *(FDG(at=at, order=order) for at in ("stash", "mixed") for order in papers.ORDERS),
     *(ADL(accumulate=M, order=order) for M in (1, 2, 3, 4) for order in papers.ORDERS),
     ADL(accumulate=3, at="mixed", order="backward-first"),
+    *(method(accumulate=M) for method in (DDG, FR, DSP) for M in (2, 4)),
+    DSP(p=2, q=3, accumulate=3),
 ]
 PARTS: list[Method] = [
     *(DDG(M, ahead) for M, ahead in ((2, None), (4, None), (1, "part"), (3, "part"), (4, "mean"))),
@@ -109,6 +111,7 @@ PARTS: list[Method] = [
     *(FDG(at="mixed", micro_batches=M, ahead="part") for M in (1, 4)),
     *(ADL(2, micro_batches=3), ADL(3, order="backward-first", micro_batches=2, ahead="part"), ADL(2, micro_batches=1, ahead="mean")),
     *(DSP(p=2, q=3, micro_batches=4), DSP(p=2, q=1, micro_batches=3, ahead="part"), DSP(ahead="mean")),
+    *(DDG(2, accumulate=2), DDG(3, "part", 2), FR(2, "mean", 3), DSP(p=2, q=1, micro_batches=3, ahead="part", accumulate=2)),
     *(PACI(M, ahead) for M, ahead in ((1, None), (4, None), (2, "part"), (3, "mean"))),
     *(BP(M, n, ahead) for M, n, ahead in ((1, 1, None), (3, 2, None), (2, 3, "part"), (4, 1, "mean"))),
 ]

@@ -261,6 +261,11 @@ def test_what_stages_hold(K: int) -> None:
         assert held(DSP(2, 1))[k].versions == 1
         assert held(DSP(2, 1))[k].graphs == 1  # that of a recomputation, or of a batch that no Update passes
         assert held(FR())[k] == HeldCounts(1, 0 if last else d + 1, 1)
+        for A in (2, 3, 4):
+            assert held(DDG(accumulate=A))[k] == HeldCounts(d + 1, 0, -(-d // A) + 1)
+            assert held(FR(accumulate=A))[k].graphs == min(d + 1, A)
+            assert held(DSP(accumulate=A))[k].graphs == min(D + 1, A)
+            assert held(DSP(micro_batches=2, accumulate=A))[k].graphs == min(D + 1, 2 * A)
 
 
 def test_messages_under_way() -> None:

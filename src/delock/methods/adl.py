@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from delock.methods.base import Order, fraction, one_of, whole
+from delock.methods.base import Order, fraction, one_of
 from delock.methods.delay_line import Ahead, DelayLine
 from delock.ops import Reduce
 
@@ -44,15 +44,9 @@ class ADL(DelayLine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole("accumulate", self.accumulate, 1)
         fraction("beta", self.beta)
-        one_of("reduce", self.reduce, ("mean", "sum"))
         one_of("at", self.at, ("stash", "mixed"))
         one_of("order", self.order, ("forward-first", "backward-first"))
-
-    @property
-    def batches_per_update(self) -> int:
-        return self.accumulate
 
     def delay(self, k: int, K: int) -> int:
         return 2 * (K - 1 - k)

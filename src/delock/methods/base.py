@@ -36,6 +36,8 @@ class Method(ABC):
     """True if `tick` decides the order of ops; else every stage reads from a replay buffer, in an order known only during the run."""
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Old names of options, and their names today."""
+    elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Options of other methods that one may look for here, and what to use."""
 
     def __new__(cls, *given: object, **options: object) -> Self:
         cls.refuse_renamed(options)
@@ -43,10 +45,12 @@ class Method(ABC):
 
     @classmethod
     def refuse_renamed(cls, options: Iterable[str]) -> None:
-        """Raises UsageError for the old name of an option."""
+        """Raises UsageError for the old name of an option, and for one that is elsewhere."""
         for old in options:
             if old in cls.renamed:
                 raise UsageError(f"{cls.name} has no option {old!r} any more: it is called {cls.renamed[old]}")
+            if old in cls.elsewhere:
+                raise UsageError(f"{cls.name} has no option {old!r}: {cls.elsewhere[old]}")
 
     @property
     def micro_batches(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from delock.errors import UsageError
-from delock.methods.base import Method, Order, in_order, whole
+from delock.methods.base import Method, Order, in_order, one_of, whole
 from delock.ops import NEWEST, At, Backward, Forward, Op, Reduce, Update, Weights
 
 Ahead = Literal["part", "mean"]
@@ -17,9 +17,10 @@ class DelayLine(Method):
 
         slots s = t M .. t M + M - 1 of tick t, M = micro_batches:   F(s - off_k)   B(s - off_k - D_k)   and U behind a batch's last part
 
-    With N = M batches_per_update parts in an update, part b is forwarded at version floor(max(0, b - D_k + e) / N) of stage k. Its gradient
-    is max(0, ceil((D_k - e - j) / N)) updates old, j = b mod N, once warm; on the mean of j that is (D_k - e) / N. e = 1 if backward-first
-    and k < K-1, else 0. Replay takes the gradient anew at the weights of now, and only its input and error are that old.
+    An update takes N = M accumulate parts: the sum of the gradients of its batches, or their mean (reduce). Part b is forwarded at version
+    floor(max(0, b - D_k + e) / N) of stage k. Its gradient is max(0, ceil((D_k - e - j) / N)) updates old, j = b mod N, once warm; on the
+    mean of j that is (D_k - e) / N. e = 1 if backward-first and k < K-1, else 0. Replay takes the gradient anew at the weights of now, and
+    only its input and error are that old.
 
     ahead: a Forward takes w + s (w - the weights before the last Update) for w, the weights where the gradient will be applied if the
     updates go on like that; s is the part's own staleness ("part") or the mean over an update ("mean").
@@ -28,12 +29,19 @@ class DelayLine(Method):
     at: At = "stash"
     order: Order = "forward-first"
     beta: float = 1.0
-    reduce: Reduce = "sum"
+    accumulate: int = 1
+    reduce: Reduce = "mean"
     ahead: Ahead | None = None
 
     def __post_init__(self) -> None:
         whole("micro_batches", self.micro_batches, 1)
+        whole("accumulate", self.accumulate, 1)
+        one_of("reduce", self.reduce, ("mean", "sum"))
         refuse_ahead(self.ahead)
+
+    @property
+    def batches_per_update(self) -> int:
+        return self.accumulate
 
     @property
     def mixed(self) -> bool:
@@ -46,7 +54,7 @@ class DelayLine(Method):
             forward, b = s - offset, s - offset - delay
             backward: list[Op] = [Backward(b, loss=K - 1, at=self.at, shrink=self.beta)]
             if (b + 1) % N == 0:
-                backward.append(Update(self.reduce))
+                backward.append(Update(self.reduce) if self.batches_per_update > 1 else Update())  # of one batch both are the same
             yield from in_order(self.order, k == K - 1, Forward(forward, weights=self.weights(forward, delay, k == K - 1)), backward)
 
     def weights(self, b: int, delay: int, last: bool) -> Weights:

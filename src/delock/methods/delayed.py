@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from delock.methods.delay_line import Ahead, DelayLine
+from delock.ops import Reduce
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,15 @@ class DDG(DelayLine):
     Memory of stage k: K-k graphs and K-k versions of the weights.
 
     In M parts (micro_batches) this is PipeDream, 1F1B without a flush (Narayanan et al., SOSP 2019): part j is max(0, ceil((K-1-k-j) / M))
-    updates old, D_k counts parts, and there are ceil((K-1-k) / M) + 1 versions of the weights. ahead: see DelayLine.
+    updates old, D_k counts parts, and there are ceil((K-1-k) / M) + 1 versions of the weights. ahead: see DelayLine. With accumulate, A
+    batches make an update, of the mean or the sum (reduce) of their gradients, as for ADL; M is the parts of an update then.
     """
 
     name: ClassVar[str] = "ddg"
     micro_batches: int = 1
     ahead: Ahead | None = None
+    accumulate: int = 1
+    reduce: Reduce = "mean"
 
     def delay(self, k: int, K: int) -> int:
         return K - 1 - k
@@ -47,12 +51,14 @@ class FR(DelayLine):
 
     Deviations: none. Staleness of the gradient: 0. Layer-wise staleness: K-1-k batches.
     Memory of stage k: K-k inputs and one graph, no copy of the weights. In parts (micro_batches), D_k counts parts, and one that no Update
-    comes between keeps its graph. ahead, see DelayLine, acts on the Forward alone.
+    comes between keeps its graph. ahead, see DelayLine, acts on the Forward alone. accumulate and reduce as in DDG.
     """
 
     name: ClassVar[str] = "fr"
     micro_batches: int = 1
     ahead: Ahead | None = None
+    accumulate: int = 1
+    reduce: Reduce = "mean"
     at = "replay"
 
     def delay(self, k: int, K: int) -> int:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from delock.errors import UsageError
 from delock.methods.base import MANY, at_least
 from delock.methods.delay_line import Ahead, DelayLine
+from delock.ops import Reduce
 
 Lags = int | tuple[int, ...]
 
@@ -29,7 +30,7 @@ class DSP(DelayLine):
     Staleness of the gradient: 0. Layer-wise staleness: D_k batches.
     Memory of stage k: one graph, no copy of the weights, and (1 + D_k) |h_k| + (2 + p_k + q_k) |h_{k+1}| in the sizes of its input and
     output: D_k + 1 inputs, and the messages under way. In parts (micro_batches), lags count parts; ahead, see DelayLine, acts on the
-    Forward alone.
+    Forward alone; accumulate and reduce as in DDG.
     """
 
     name: ClassVar[str] = "dsp"
@@ -37,6 +38,8 @@ class DSP(DelayLine):
     q: Lags = 1
     micro_batches: int = 1
     ahead: Ahead | None = None
+    accumulate: int = 1
+    reduce: Reduce = "mean"
     at = "replay"
 
     def __post_init__(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from delock.methods.base import Order, fraction, one_of
@@ -32,6 +34,9 @@ class FDG(DelayLine):
     """
 
     name: ClassVar[str] = "fdg"
+    elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"accumulate": "adl is fdg with the gradients of several batches in an update, so use adl"}
+    )
     beta: float = 1.0
     at: Literal["stash", "mixed"] = "stash"
     order: Order = "forward-first"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from delock.methods.delay_line import Ahead, DelayLine
@@ -27,6 +29,9 @@ class PACI(DelayLine):
     """
 
     name: ClassVar[str] = "paci"
+    elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"accumulate": "it adds the gradients of the parts of a batch, so use larger batches in more micro_batches"}
+    )
     micro_batches: int = 4
     ahead: Ahead | None = None
     at = "mixed"

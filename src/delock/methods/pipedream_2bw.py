@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 from delock.errors import UsageError
@@ -32,6 +34,9 @@ class PipeDream2BW(DelayLine):
     """
 
     name: ClassVar[str] = "2bw"
+    elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"accumulate": "it adds the gradients of the parts of a batch, so use larger batches in more micro_batches"}
+    )
     micro_batches: int = 0  # 0: by the number of stages
     ahead: Ahead | None = None
 
