@@ -99,6 +99,11 @@ def begun(schedule: Any) -> Any:
     return schedule
 
 
+def measured(schedule: Any) -> Any:
+    schedule.step(0.5)
+    return schedule
+
+
 def warmed(o: optim.Optimizer) -> Any:
     return rates.SequentialLR(o, [rates.LinearLR(o), rates.ExponentialLR(o, 0.9)], [1])
 
@@ -109,7 +114,7 @@ SCHEDULES: dict[str, tuple[Callable[[optim.Optimizer], Any], str]] = {
     "begun": (lambda o: begun(rates.StepLR(o, 2)), BEGUN),
     "a begun sequence": (lambda o: begun(warmed(o)), BEGUN),
     "a begun chain": (lambda o: begun(rates.ChainedScheduler([rates.ExponentialLR(o, 0.9)])), BEGUN),
-    "of a measure": (lambda o: rates.ReduceLROnPlateau(o), "ReduceLROnPlateau waits for a measure"),
+    "begun by a measure": (lambda o: measured(rates.ReduceLROnPlateau(o)), BEGUN),
     "none": (lambda o: 3, "schedule is 3, but it must be one of torch.optim.lr_scheduler"),
 }
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from delock.codecs import BF16, INT8, VQ
     from delock.draw.progress_bar import ProgressBar
     from delock.nets.cut_point import CutPoint
-    from delock.options import Compression, Execution, Placement, Report, Simulation
+    from delock.options import Compression, EarlyStopping, Execution, Placement, Report, Simulation
     from delock.timeline import Emulation, Slowdown
 
 __version__ = "0.1.0"
@@ -58,6 +58,7 @@ __all__ = [
     "Compression",
     "CutPoint",
     "DelockError",
+    "EarlyStopping",
     "Emulation",
     "Execution",
     "GPipe",
@@ -93,7 +94,7 @@ __all__ = [
 LATER = MappingProxyType(
     {
         **dict.fromkeys(("BF16", "INT8", "VQ"), "delock.codecs"),
-        **dict.fromkeys(("Checkpoint", "Compression", "Execution", "Placement", "Report", "Simulation"), "delock.options"),
+        **dict.fromkeys(("Checkpoint", "EarlyStopping", "Compression", "Execution", "Placement", "Report", "Simulation"), "delock.options"),
         **dict.fromkeys(("Emulation", "Slowdown"), "delock.timeline"),
         "CutPoint": "delock.nets.cut_point",
         "ProgressBar": "delock.draw.progress_bar",

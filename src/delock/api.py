@@ -26,7 +26,7 @@ from delock.launch.torchrun import under_torchrun
 from delock.methods import Method, make
 from delock.methods.base import whole
 from delock.optim.objects import per_stage
-from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
+from delock.options import Acts, Checkpoint, Compression, Execution, Placement, Report, Simulation
 from delock.partition.graph.outputs import own_loss
 from delock.partition.wrappers import unwrapped
 from delock.records import Evaluation, Event, Result
@@ -46,6 +46,7 @@ from delock.run.nonfinite import explained
 from delock.run.own_loop.turns import ENDLESS
 from delock.run.request import Metric, Request, Workers
 from delock.run.session import Session
+from delock.run.unfit_acts import refuse_unfit_acts
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 
 P = ParamSpec("P")
@@ -105,7 +106,7 @@ def fit(
     simulation: Simulation = Simulation(),
     report: Report = Report(),
     checkpoint: Checkpoint | None = None,
-    callbacks: Sequence[Callable[[Event], None]] = (),
+    callbacks: Sequence[Callable[[Event], None] | Acts] = (),
 ) -> Result:
     """Trains `model` on several workers, one stage each, and leaves the trained weights in it; after an error it is as it was.
 
@@ -125,7 +126,8 @@ def fit(
                 model, parameter), ...], as functools.partial(torch.optim.SGD, lr=0.1), so that groups may be made by name
     method      a method of delock.methods, or its name
     schedule    a scheduler of torch.optim.lr_scheduler for the optimizer that is given, or a function that every stage calls with its own
-                optimizer and that returns one; it is stepped once per update
+                optimizer and that returns one; it is stepped once per update. ReduceLROnPlateau, or delock.recipes.Plateau for
+                another measure than the test loss, is stepped by evaluations: what one has measured acts at the next one
     stages      K; by default 2, the length of a list of modules, or torchrun's number of ranks; cuts: index or name of the first layer or
                 module of each stage but the first; by default at CutPoints if the model has some, so that the most expensive stage has the
                 least counted work
@@ -146,11 +148,13 @@ def fit(
     report      how often losses are reported, and whether a timeline is kept (delock.Report)
     checkpoint  where and when the run is saved, and what it goes on from (delock.Checkpoint); without it a signal ends the run at once
     callbacks   functions, called one after the other with Started, StepRecord (every `report.log_every` batches) and EvaluationRecord as
-                they come; with a free-running method also with VisitsRecord. Under torchrun on rank 0 alone
+                they come; with a free-running method also with VisitsRecord. Under torchrun on rank 0 alone. Or delock.EarlyStopping, which
+                acts on the run: what an evaluation has measured acts at the next one
 
     Raises UsageError for bad input, NonFinite (a UsageError) for a loss that is no number, StageFailed when a stage raises, dies or hangs.
     What a callback raises comes out as it is; inline so does what the data, a metric or the schedule raise.
     """
+    refuse_wrong_callbacks(callbacks)
     model, taken = _taken(model, loss, workers, seed, execution)
     made, scheduled = per_stage(model, heads, optimizer, schedule)
     request = Request(
@@ -178,11 +182,11 @@ def fit(
         simulation=simulation,
         report=report,
         checkpoint=checkpoint,
+        callbacks=tuple(one for one in callbacks if isinstance(one, Acts)),
     )
-    refuse_wrong_callbacks(callbacks)
     _check(request)
     with torch.enable_grad(), explained(request), not_run_again():
-        started, results = carry_out(request, _telling(callbacks))
+        started, results = carry_out(request, _telling([one for one in callbacks if not isinstance(one, Acts)]))
     return collect(request, started, results)
 
 
@@ -316,6 +320,7 @@ def _check(request: Request) -> None:
     backend_for(request.device, None, 1)
     refuse_modes(request.device)
     refuse_wrong_link(request.method, request.placement.link, request.device)
+    refuse_unfit_acts(request)
     if request.execution.captured:
         refuse_uncapturable(request)
     if request.simulation.replay is not None:

@@ -39,6 +39,14 @@ class Stopped(DelockError):
         self.tick = tick
 
 
+class Concluded(DelockError):
+    """Raised inside a stage, in front of its place of an evaluation, where the run is found to end earlier: as one of so many batches."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__(f"the run ends with {batches} batches")
+        self.batches = batches
+
+
 class PlanError(DelockError):
     """Raised for a plan that cannot be executed: the message shows its chart, and what waits for what."""
 

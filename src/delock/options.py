@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from delock.codecs import Codec, parse, parse_error
 from delock.errors import UsageError
@@ -273,9 +273,40 @@ class Checkpoint:
     @property
     def judged(self) -> tuple[str, bool] | None:
         """Returns the measure by which a checkpoint is the best, and whether more is better."""
-        if self.best is None:
-            return None
-        found = re.fullmatch(r"(min|max):(.+)", self.best)
-        if not found:
-            raise UsageError(f"best is {self.best!r}, but it must say which way is better: min:loss, max:accuracy")
-        return found[2], found[1] == "max"
+        return None if self.best is None else monitored(self.best, "best")
+
+
+# ---- callbacks that act on evaluations ---------------------------------------------------------------------------------------------
+
+
+def monitored(text: str, what: str = "monitor") -> tuple[str, bool]:
+    """Returns the measure of evaluations that a text names, as min:loss or max:accuracy, and whether more of it is better."""
+    found = re.fullmatch(r"(min|max):(.+)", text)
+    if not found:
+        raise UsageError(f"{what} is {text!r}, but it must say which way is better: min:loss, max:accuracy")
+    return found[2], found[1] == "max"
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Ends the run when a measure of its evaluations has become no better for a while; the weights are kept.
+
+    If evaluation e decides it, the run is one of as many batches as were trained in front of evaluation e + 1, and ends as such a run does.
+    """
+
+    monitor: str = "min:loss"
+    """min:NAME or max:NAME, by a metric's name, or loss."""
+    patience: int = 3
+    """Evaluations without a better one that end the run."""
+    min_delta: float = 0.0
+    """A difference up to that is none."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        monitored(self.monitor)
+        at_least("patience", self.patience, 1)
+        at_least("min_delta", self.min_delta, 0)
+
+
+Acts: TypeAlias = EarlyStopping
+"""The callbacks that act on stages."""

@@ -12,7 +12,7 @@ from delock.methods import Method, make
 from delock.optim.factories import SGD, Adam, AdamW, NAdamW, decays
 from delock.optim.feedback import error_feedback
 from delock.optim.muon import muon
-from delock.optim.rates import PipeMare, Schedule
+from delock.optim.rates import PipeMare, Plateau, Schedule
 from delock.optim.soap import soap
 from delock.optim.spike import scadamw, scsgd
 from delock.options import fits
@@ -23,6 +23,7 @@ __all__ = [
     "AdamW",
     "NAdamW",
     "PipeMare",
+    "Plateau",
     "Schedule",
     "accuracy",
     "decays",

@@ -238,6 +238,7 @@ class Result:
     samples_per_second: float
     samples: int
     spans: tuple[tuple[Span, ...], ...] = ()  # per stage, with Report(trace=True): every op on the clock of its host
+    stopped: str = ""  # why the run ended earlier than was planned, as EarlyStopping says it
 
 
 Event = Started | StepRecord | EvaluationRecord | VisitsRecord | CheckpointRecord | Resumed

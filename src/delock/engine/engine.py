@@ -68,19 +68,27 @@ class Engine:
         self.network_norm = NetworkNorm(stage.k, stage.K)
         self.in_flight: Counter[int] = Counter()  # by neighbour: messages sent in the windows so far, and not yet received
         self.window: Plan | None = None  # that is being executed
+        self.done = 0  # steps of it
         self.agreement: Agreement | None = None
+        self.on_evaluation: Callable[[Step], None] | None = None  # called in front of every Evaluate
 
-    def run(self, plan: Plan) -> None:
-        """Executes this stage's column of a plan, or of a window of one."""
-        self.window = plan
-        for step in plan.columns[self.stage.k]:
+    def run(self, plan: Plan, *, again: bool = False) -> None:
+        """Executes this stage's column of a plan, or of a window of one. again: steps of this window are done, which was longer."""
+        for step in self.enter(plan, again=again):
             self.execute(step)
         self.count_in_flight(plan)
+
+    def enter(self, plan: Plan, *, again: bool = False) -> tuple[Step, ...]:
+        """Begins with a window, or goes on in it; returns the steps that are left to do."""
+        self.window, self.done = plan, self.done if again else 0
+        return plan.columns[self.stage.k][self.done :]
 
     def execute(self, step: Step) -> None:
         """Executes one step: waits for what it needs, computes, sends what it gives."""
         if self.agreement:
             self.agreement.reached(step)
+        if self.on_evaluation and isinstance(step.op, Evaluate):
+            self.on_evaluation(step)
         if self.progress:
             self.progress.at(label(step.op), describe(step, self.micro_batches))
         version, start, self.spent = self.stage.version, perf_counter(), OpTime()
@@ -94,6 +102,7 @@ class Engine:
             case Update() as op:
                 self._update(step, op)
         self.log.op(self.stage.k, step, version, start, perf_counter(), self.spent)
+        self.done += 1
 
     def _forward(self, step: Step, op: Forward) -> None:
         message = self._input(op, MessageKind.ACTIVATION, op.batch if op.source is None else op.source)
@@ -278,14 +287,14 @@ def describe(step: Step, micro_batches: int) -> str:
     return f"{what}, tick {step.tick}"
 
 
-def run_here(plan: Plan, engines: Sequence[Engine]) -> None:
+def run_here(plan: Plan, engines: Sequence[Engine], *, again: bool = False) -> None:
     """Executes a plan, or a window of one, over all stages in this process. Raises StageFailed when a stage raises.
 
+    again: they have done steps of this window, which was a longer one.
     What the user's data, metrics, schedule or a callback raise comes out as it is.
     """
-    for engine in engines:
-        engine.window = plan
-    for k, step in walk(plan):
+    left = tuple(engine.enter(plan, again=again) for engine in engines)
+    for k, step in walk(Plan(left)):
         try:
             engines[k].execute(step)
         except DelockError:

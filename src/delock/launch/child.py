@@ -24,6 +24,7 @@ from delock.launch.context import OF_THE_PARENT
 from delock.launch.cores import settle
 from delock.launch.failure import Failure, raised
 from delock.launch.main_program import never_run_again
+from delock.launch.notices import NoticesThroughParent
 from delock.launch.parcel import Parcel, receive
 from delock.launch.pickling import unpack
 from delock.launch.progress import Progress
@@ -56,9 +57,9 @@ class RankConfig:
 
 
 class ParentPipe:
-    """Sends messages (kind, body) from the rank to its parent, whole and in order; the kind is "event", "here", "result" or "failure".
+    """Sends messages (kind, body) from the rank to its parent, whole and in order.
 
-    A result's messages follow its kind.
+    The kind is "event", "notice", "here", "result" or "failure". A result's messages follow its kind.
     """
 
     def __init__(self, up: Connection) -> None:
@@ -108,6 +109,7 @@ def main(config: RankConfig, memory: Any, stop: Any, peers: dict[int, socket.soc
             open_group=partial(_open_group, config),
             meet=meet,
             hear=down.recv_bytes,
+            notices=NoticesThroughParent(partial(report.send, "notice"), down.recv_bytes, progress),
         )
         result = target(rank, payload)
         allocator.give_back()  # what training took, before the parent keeps the result beside it
@@ -115,7 +117,8 @@ def main(config: RankConfig, memory: Any, stop: Any, peers: dict[int, socket.soc
     except BaseException as error:
         _tell(report, raised(config.rank, error, progress.read()))
         threading.Event().wait()  # until the parent ends this process: leaving would raise an error in every peer
-    down.recv_bytes()  # peers may still need this rank's connections; all end at the same time
+    while down.recv_bytes():  # notices that nobody took
+        pass  # peers may still need this rank's connections; all end at the same time
     if dist.is_initialized():
         dist.destroy_process_group()
 

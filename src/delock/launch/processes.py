@@ -212,6 +212,9 @@ class Team:
         if kind == "event":
             if on_event is not None:
                 on_event(rank, body)
+        elif kind == "notice":
+            for down in self._downs:
+                _send(down, pickle.dumps(body))
         elif kind == "here":
             self._here += 1
             if self._here % len(self._configs) == 0:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from delock.errors import UsageError
+from delock.launch.notices import Notices, NoticesHere
 from delock.launch.progress import Progress
 
 TIMEOUT = 30 * 60.0  # seconds; a wait that expires closes a gloo pair for good, so this must never happen in a healthy run
@@ -49,6 +50,7 @@ class Rank:
     the target has returned.
     `meet()`: waits until all ranks have called it.
     `hear()`: waits for a message of the parent, and returns it.
+    `notices`: what a rank tells all of them.
     """
 
     rank: int
@@ -62,6 +64,7 @@ class Rank:
     open_group: Callable[[], None] = _open
     meet: Callable[[], None] = _alone
     hear: Callable[[], bytes] = _nothing
+    notices: Notices = field(default_factory=NoticesHere)
 
 
 def device_of(device: str, local_rank: int) -> torch.device:

@@ -20,6 +20,7 @@ from delock.launch.collective import gather
 from delock.launch.cores import settle
 from delock.launch.failure import Ended, raised
 from delock.launch.heartbeats import BEAT, Heartbeats
+from delock.launch.notices import NoticesInStore
 from delock.launch.post import OnEvent, Post, Telling, store_name
 from delock.launch.progress import Progress
 from delock.launch.rank import TIMEOUT, Rank, backend_for, device_of
@@ -90,7 +91,10 @@ def run_torchrun(
         try:
             refuse_loopback(world, local_world)  # with the store at hand, so that the ranks on other hosts hear of it
             dist.init_process_group(group, store=PrefixStore(space, store), rank=rank, world_size=world, timeout=limit)
-            result = target(Rank(rank, world, where, emit, progress, be_patient, meet=_meet), payload_of(rank))
+            result = target(
+                Rank(rank, world, where, emit, progress, be_patient, meet=_meet, notices=NoticesInStore(post.store, progress)),
+                payload_of(rank),
+            )
             watch.done()
             results: list[tuple[R, int]] = [telling.unpack(one) for one in gather(telling.pack((result, post.emitted)))]
             if rank == 0:

@@ -116,12 +116,6 @@ def per_stage(
     return optimizer, schedule  # type: ignore[return-value]
 
 
-def refuse_plateau(made: object) -> None:
-    """Raises UsageError for the schedule that cannot be stepped without a measure."""
-    if isinstance(made, ReduceLROnPlateau):
-        raise UsageError("ReduceLROnPlateau waits for a measure, but a schedule is stepped once per update: use another schedule")
-
-
 def _optimizer_like(names: Mapping[int, tuple[str, ...]], beside: Collection[int], given: Optimizer) -> OptimizerLike:
     """names: of the model's weights, by their identity; beside: weights of heads."""
     kind = type(given)
@@ -212,7 +206,6 @@ def _schedule_like(given: LRScheduler, optimizer: object) -> ScheduleLike:
     kind = type(given).__name__
     remedy = f"give a factory, which every stage calls with its own optimizer, as functools.partial({kind}, ...)"
     for one in _all(given):
-        refuse_plateau(one)
         if getattr(one, "optimizer", None) is not optimizer:
             raise UsageError(f"the {type(one).__name__} belongs to another optimizer than is given: give that one, or {remedy}")
     if _begun(given):
@@ -227,7 +220,9 @@ def _begun(schedule: Any) -> bool:
     """Returns True for a schedule that has been stepped. To make a sequence steps those inside it, and a chain does not count."""
     if isinstance(schedule, ChainedScheduler):
         return any(map(_begun, schedule._schedulers))
-    return bool(schedule.last_epoch > 0 if isinstance(schedule, SequentialLR) else getattr(schedule, "_step_count", 1) > 1)
+    return bool(
+        schedule.last_epoch > 0 if isinstance(schedule, SequentialLR | ReduceLROnPlateau) else getattr(schedule, "_step_count", 1) > 1
+    )
 
 
 def _all(schedule: LRScheduler) -> Iterator[LRScheduler]:

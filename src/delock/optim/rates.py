@@ -6,10 +6,12 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from delock.errors import UsageError
 from delock.optim.stage_facts import ALONE, StageFacts
 
 
@@ -64,3 +66,36 @@ class PipeMare:
         """Returns the factor of the rate at update n of a stage whose mean staleness is tau."""
         slowed: float = max(1.0, tau) ** (1 - min(n / self.annealing, 1))
         return self.schedule.factor(n) / slowed
+
+
+class Plateau:
+    """Reduces the rate when a measure of evaluations has become no better for a while: torch's ReduceLROnPlateau, by any measure.
+
+    monitor: "min:NAME" or "max:NAME", by a metric's name, or loss. The options are those of ReduceLROnPlateau but `mode`.
+    """
+
+    def __init__(self, monitor: str = "min:loss", **options: Any) -> None:
+        self.monitor, self.options = monitor, options
+
+    def __call__(self, optimizer: Optimizer) -> ReduceLROnPlateau:
+        return ReduceLROnPlateau(optimizer, mode=self.monitor[:3], **self.options)  # type: ignore[arg-type]  # min or max
+
+
+def monitor_of(schedule: Any) -> str:
+    """Returns the measure by which a schedule goes, as "min:loss"; "" if it is stepped once per update.
+
+    Raises UsageError for a ReduceLROnPlateau that waits for the loss to rise.
+    """
+    if isinstance(schedule, Plateau):
+        return schedule.monitor
+    made = schedule
+    while hasattr(made, "func"):
+        made = made.func
+    if made is not ReduceLROnPlateau:
+        return ""
+    template = getattr(schedule, "template", None)
+    if (template.mode if template else getattr(schedule, "keywords", {}).get("mode", "min")) != "min":
+        raise UsageError(
+            'ReduceLROnPlateau is given the test loss, which gets better when it falls: give delock.recipes.Plateau("max:NAME", ...)'
+        )
+    return "min:loss"

@@ -5,7 +5,7 @@ from delock.plan.chart import chart
 from delock.plan.needs import Product, gives, named, needs, needs_error, received
 from delock.plan.open_ended import OpenPlan
 from delock.plan.steps import Keep, Plan, RunLength, Step
-from delock.plan.unroll import sends_errors, unroll, windows
+from delock.plan.unroll import rest, sends_errors, unroll, windows
 from delock.plan.walk import check, walk
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "needs",
     "needs_error",
     "received",
+    "rest",
     "sends_errors",
     "unroll",
     "walk",

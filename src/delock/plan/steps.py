@@ -46,9 +46,10 @@ class RunLength:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """columns[k] is the program of stage k, or the window of it that lies in some range of ticks."""
+    """columns[k] is the program of stage k, or the window of it that lies in some range of ticks. begin: the first of them."""
 
     columns: tuple[tuple[Step, ...], ...]
+    begin: int = 0
 
     @property
     def K(self) -> int:

@@ -32,10 +32,15 @@ def windows(
         raise UsageError(f"a run of {length.batches} batches has no plan; the least is 1")
     method, stages = method.fitted(K), range(K) if stages is None else stages
     columns = [column(pattern, length) for pattern in patterns(method, K, stages, length.first)]
-    ticks = length.batches + method.span(K)
-    for window in zip(*(_cut(steps, max(start, length.first), ticks, size) for steps in columns), strict=True):
+    ticks, start = length.batches + method.span(K), max(start, length.first)
+    for i, window in enumerate(zip(*(_cut(steps, start, ticks, size) for steps in columns), strict=True)):
         drawn = dict(zip(stages, window, strict=True))
-        yield Plan(tuple(drawn.get(k, ()) for k in range(K)))
+        yield Plan(tuple(drawn.get(k, ()) for k in range(K)), start + i * size)
+
+
+def rest(method: Method, K: int, length: RunLength, begin: int, stages: Sequence[int] | None = None) -> Plan:
+    """Returns all steps of the run from a tick on, as one window. Where a run ends earlier than was planned, its steps so far are these."""
+    return next(windows(method, K, length, sys.maxsize, stages, start=begin))
 
 
 def column(pattern: Pattern, length: RunLength) -> Iterator[Step]:

@@ -29,8 +29,9 @@ from delock.errors import Stopped, UsageError
 from delock.links.traffic import ByteCounts, SentBytes
 from delock.options import Checkpoint
 from delock.plan import Step
-from delock.records import CheckpointRecord, Event
+from delock.records import CheckpointRecord, EvaluationRecord, Event
 from delock.run import parts, restage
+from delock.run.acting import Acting, measures_of
 from delock.run.history import History
 from delock.run.job import StageJob
 from delock.run.made_with import made_with
@@ -73,8 +74,10 @@ class Saver:
         history: History,
         emit: Callable[[Event], None],
         asked: Callable[[], bool],
+        acting: Acting | None,
     ) -> None:
         assert job.checkpoint is not None
+        self.acting = acting
         self.job, self.engine, self.feed, self.log, self.history, self.emit = job, engine, feed, log, history, emit
         self.options: Checkpoint = job.checkpoint
         self.asked = asked
@@ -99,6 +102,8 @@ class Saver:
             _load_counts(self.engine.link.sent, rest["sent"])
             if self.feed and rest["data"] is not None:
                 self.feed.load(rest["data"])
+            if self.acting:
+                self.acting.load(rest["acting"])
         _refuse_unsavable(stage)  # now, and not when a checkpoint is due
         if self.feed:
             self.feed.kept = True
@@ -188,6 +193,7 @@ class Saver:
             "sent": sent,
             "data": data,
             "made": self.engine.stage.learner.made,
+            "acting": self.acting.state() if self.acting else None,
         }
 
 
@@ -261,8 +267,6 @@ def _known(history: Mapping[str, Any], first: str) -> dict[str, Any]:
     first: the name of the first of several test sets, whose measures are found without it, too.
     """
     evaluations = history["evaluations"]
-    last = {"loss": evaluations[-1]["test_loss"], **evaluations[-1]["metrics"]} if evaluations else {}
-    if first:
-        last |= {name.removeprefix(f"{first}/"): value for name, value in last.items() if name.startswith(f"{first}/")}
+    last = measures_of(EvaluationRecord(**evaluations[-1]), first) if evaluations else {}
     counts = {"trained": len(history["losses"]), "evaluations": len(evaluations)}
     return {**counts, "measures": {name: value for name, value in last.items() if math.isfinite(value)}}

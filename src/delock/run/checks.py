@@ -14,7 +14,8 @@ from delock.links import meeting
 from delock.links.connect import refuse_link
 from delock.memory.sizes import Outputs
 from delock.methods import Method
-from delock.options import Checkpoint, Execution, check_types
+from delock.optim.rates import monitor_of
+from delock.options import Acts, Checkpoint, Execution, check_types
 from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.plan import check, sends_errors, unroll
@@ -58,9 +59,11 @@ def _refuse_metrics(request: Request) -> None:
 
 
 def refuse_wrong_callbacks(callbacks: object) -> None:
-    """Raises UsageError unless it is a list of functions."""
-    if not isinstance(callbacks, Sequence) or not all(callable(one) for one in callbacks):
-        raise UsageError(f"callbacks is {callbacks!r}, but it must be a list of functions of an event, as callbacks=[print]")
+    """Raises UsageError unless it is a list of functions and of callbacks that act."""
+    if not isinstance(callbacks, Sequence) or not all(callable(one) or isinstance(one, Acts) for one in callbacks):
+        raise UsageError(
+            f"callbacks is {callbacks!r}, but it must be a list of functions of an event, as [print], or of EarlyStopping and others"
+        )
 
 
 def refuse_wrong_link(method: Method, link: str, device: str) -> None:
@@ -88,6 +91,8 @@ def refuse_sessionless(request: Request) -> None:
     for name in ("every", "best", "restarts"):
         if isinstance(request.checkpoint, Checkpoint) and getattr(request.checkpoint, name):
             raise UsageError(f"{name} of the checkpoint is given, but a session is saved when its loop calls save(): leave it out")
+    if monitor_of(request.schedule):
+        raise UsageError("a session evaluates when its loop says, so no schedule goes by that: leave it out, and set lr in the loop")
     if request.workers == "processes" and meeting.here() is None:
         raise UsageError('a session hands batches over in shared memory, which this system lacks (Linux has it): use workers="inline"')
 
@@ -102,14 +107,19 @@ def refuse_unsavable(request: Request) -> None:
         if given:
             raise UsageError(f"checkpoint does not go with {what}: leave one of them out")
     if request.checkpoint and request.checkpoint.judged:
-        name, known = request.checkpoint.judged[0], ["loss", *request.metrics]
-        known += [f"{one}/{measure}" for one in sets_of(request.test) if one for measure in known] if request.test is not None else []
         if request.test is None:
             raise UsageError("best asks for the best evaluation, but there is no test data: give it, or leave best out")
-        if name not in known:
-            raise UsageError(f"best goes by {name!r}, but evaluations have {', '.join(known)}: use one of them")
+        refuse_unknown_measure(request, request.checkpoint.judged[0], "best goes by")
     if not request.method.planned and not request.method.free_running:
         raise UsageError("turns that are drawn for a whole run cannot be saved in checkpoints: use order free, or leave checkpoint out")
+
+
+def refuse_unknown_measure(request: Request, name: str, what: str) -> None:
+    """Raises UsageError for a measure that evaluations do not have."""
+    known = ["loss", *request.metrics]
+    known += [f"{one}/{measure}" for one in sets_of(request.test) if one for measure in known] if request.test is not None else []
+    if name not in known:
+        raise UsageError(f"{what} {name!r}, but evaluations have {', '.join(known)}: use one of them")
 
 
 def _writes(request: Request) -> bool:

@@ -35,6 +35,7 @@ def collect(request: Request, started: Started, results: list[StageResult]) -> R
         samples_per_second=last.samples / seconds if seconds > 0 else 0.0,
         samples=last.samples,
         spans=tuple(tuple(result.spans) for result in results),
+        stopped=last.ended,
     )
     if request.simulation.emulate is None and (found := _no_numbers(request, result)):
         warnings.warn(f"the run has ended with {found}: lower the learning rate, or take an earlier checkpoint", stacklevel=4)

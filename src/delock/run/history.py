@@ -18,6 +18,7 @@ from delock.links import Message
 from delock.ops import Backward, Evaluate
 from delock.plan import Step
 from delock.records import EvaluationRecord, Event, StepRecord
+from delock.run.acting import Acting
 from delock.run.job import StageJob
 from delock.stage import Stage
 from delock.tensors import kind
@@ -43,6 +44,7 @@ class History:
         self.ends = _ends(job)
         self.earlier = 0.0  # seconds of training in other stages, before the run went on in these
         self.paused = 0.0  # seconds of training when the evaluation in progress began
+        self.acting: Acting | None = None  # on the last stage, where evaluations are acted on
 
     def seconds(self, until: float | None = None) -> float:
         """Returns the seconds of training until a moment, by default now, evaluations left out."""
@@ -129,6 +131,8 @@ class History:
         record = EvaluationRecord(done, done / self.job.per_epoch, train_loss, test_loss, metrics, seconds, self.samples)
         self.evaluations.append(record)
         self.emit(record)
+        if self.acting:
+            self.acting.tell(self.evaluations)
 
     def _mean_since(self) -> float:
         """Returns the mean loss of the batches since the last record, weighted where the loader weighs them; without any, that record's."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from delock.data.loader import Loader
 from delock.launch.ambient import Ambient
 from delock.methods import Method
-from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
+from delock.optim.rates import monitor_of
+from delock.options import Acts, Checkpoint, Compression, Execution, Placement, Report, Simulation
 from delock.plan import RunLength
 from delock.records import EvaluationRecord, StageReport
 from delock.run.request import Metric
@@ -58,6 +59,7 @@ class StageJob:
     conditions: Mapping[str, Any] = field(default_factory=dict)  # what must be the same in a run that goes on
     example: Tree = None  # on the meta device: a batch as it enters the stage, where that is compiled
     rows: int = 0  # samples in it
+    callbacks: tuple[Acts, ...] = ()  # that act on evaluations
     weighed: bool = False  # the loader says what its batches weigh in means
     window: int = 256
 
@@ -70,6 +72,16 @@ class StageJob:
     def start(self) -> int:
         """Returns the tick at which the stage begins."""
         return self.begin.tick if self.begin else 0
+
+    @property
+    def monitor(self) -> str:
+        """Returns the measure of evaluations by which the schedule goes; "" for one that is stepped once per update."""
+        return monitor_of(self.schedule)
+
+    @property
+    def acts(self) -> bool:
+        """Returns True if evaluations are acted on."""
+        return bool(self.callbacks or self.monitor)
 
     def parts_in_words(self) -> list[tuple[str, object]]:
         """Returns what it holds by the names that the user knows it by, for errors."""
@@ -91,3 +103,4 @@ class StageResult:
     spans: list[Span] = field(default_factory=list)
     optimizer: dict[str, Any] | None = None
     stopped: int | None = None  # the tick before which it ended, as was asked
+    ended: str = ""  # why the run was shorter than planned

@@ -35,6 +35,7 @@ from delock.run.prepared import Batch, PreparedRun
 from delock.run.request import Request
 from delock.run.resume import Begin, refuse_changed, settled
 from delock.run.room import make_folder, refuse_folder
+from delock.run.unfit_acts import refuse_restaged_acts, refuse_unfit_pace
 from delock.run.user_functions import refuse_stale, try_user_functions
 from delock.stage.learner import described
 from delock.stage.module import refuse_derived_weights
@@ -61,6 +62,8 @@ def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
         refuse_changed(prepared.conditions(), begin, prepared.length.batches, free=request.method.free_running)
         refuse_other_optimizers(prepared, begin)
         prepared.begin = begin
+        if begin.restages(prepared.places):
+            refuse_restaged_acts(request)
     if writes:
         make_folder(prepared)
     return prepared
@@ -83,6 +86,7 @@ def measured_network(request: Request, *, counts: bool = False, fine: bool = Fal
     K = _number_of_stages(request)
     request.placement.limits(K)  # raises UsageError
     request = replace(request, method=request.method.fitted(K))
+    refuse_unfit_pace(request, request.method, K)
     if request.simulation.slow and any(request.method.slowdown(k) > 1 for k in range(K)):
         raise UsageError("noise and slow both make stages slower: use one of them")
     _refuse_misfit(request.simulation, K, request.seed)

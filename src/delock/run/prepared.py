@@ -135,6 +135,7 @@ class PreparedRun:
                 simulation=request.simulation,
                 report=request.report,
                 checkpoint=request.checkpoint,
+                callbacks=request.callbacks,
                 begin=self.begin,
                 conditions=self.conditions(),
                 example=self._entering(k) if self.execution.compile else None,

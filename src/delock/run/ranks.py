@@ -23,7 +23,7 @@ def run_rank(rank: Rank, job: StageJob) -> StageResult:
     if job.method.free_running:
         return _run_free(rank, job)
     link = joined(rank, job)
-    worker = Worker(job, link, rank.device, rank.emit, rank.progress, rank.asked)
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress, rank.asked, notices=rank.notices)
     begin_together(rank, job)
     worker.run()
     result = worker.result(alone=True)

@@ -11,7 +11,7 @@ from torch import nn
 from delock.data.loader import Loader
 from delock.errors import UsageError
 from delock.methods import Method
-from delock.options import Checkpoint, Compression, Execution, Placement, Report, Simulation
+from delock.options import Acts, Checkpoint, Compression, Execution, Placement, Report, Simulation
 from delock.partition.network import Network
 from delock.plan import RunLength
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
@@ -48,6 +48,7 @@ class Request:
     simulation: Simulation = field(default_factory=Simulation)
     report: Report = field(default_factory=Report)
     checkpoint: Checkpoint | None = None
+    callbacks: tuple[Acts, ...] = ()  # that act on evaluations
     network: Network = None  # type: ignore[assignment]  # of the model: its layers, once they are known
 
     def __post_init__(self) -> None:

@@ -157,6 +157,7 @@ def conditions(request: Request, cuts: Sequence[int | str], samples: int, layout
         "metrics": [*request.metrics],
         "loss": _named(request.loss),
         "schedule": _named(request.schedule),
+        "callbacks": [*map(repr, request.callbacks)],
         MODEL: request.network.outline(),
     }
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +14,15 @@ from delock.engine.asynchronous.buffer import ReuseStatistics
 from delock.engine.engine import Engine, spin
 from delock.engine.feed import Feed, HandedFeed
 from delock.engine.log import StageLog
-from delock.errors import Stopped
+from delock.errors import Concluded, Stopped, UsageError
 from delock.launch import allocator, peak_memory
+from delock.launch.notices import Notices
 from delock.links import Link
 from delock.links.coded import CodedLink
 from delock.optim.stage_facts import for_stage
-from delock.plan import windows
+from delock.plan import Plan, rest, windows
 from delock.records import Event, StageReport, Traffic
+from delock.run.acting import Acting
 from delock.run.checkpointing import AgreedSaver, Saver
 from delock.run.free_checkpointing import FreeSaver
 from delock.run.history import History
@@ -45,8 +47,9 @@ class Worker:
         *,
         history: type[History] = History,
         handed: HandedFeed | None = None,
+        notices: Notices | None = None,
     ) -> None:
-        """history: of the last stage; handed: the feed of stage 0, if it is not to read the loaders."""
+        """history: of the last stage; handed: the feed of stage 0, if it is not to read the loaders; notices: of stages that may act."""
         self.job, self.device = job, device
         last, facts = job.k == job.K - 1, stage_facts(job.method, job.K)[job.k]
         self.stage = Stage(
@@ -89,7 +92,15 @@ class Worker:
             delay=delay,
         )
         saves = Saver if history is not History else _saver_of(job)  # a session says itself when it is to be saved
-        self.saver = saves(job, self.engine, feed, self.log, self.tracker, emit, asked) if job.checkpoint else None
+        self.acting = acting = Acting(job, self.stage, notices) if notices is not None and job.acts else None
+        if self.stage.learner.judged and not acting:
+            raise UsageError(
+                "ReduceLROnPlateau waits for a measure of evaluations, and is not seen in a function of your own: give "
+                "delock.recipes.Plateau, the class, or functools.partial of it"
+            )
+        self.engine.on_evaluation = acting
+        self.tracker.acting = acting if last else None
+        self.saver = saves(job, self.engine, feed, self.log, self.tracker, emit, asked, acting) if job.checkpoint else None
         self.stopped: int | None = None
         if self.saver:
             self.saver.begin()
@@ -107,11 +118,22 @@ class Worker:
         job = self.job
         near = range(max(0, job.k - 1), min(job.K, job.k + 2))
         try:
-            for plan in windows(job.method, job.K, job.length, job.window, near, start=job.start):
-                self.engine.run(plan)
+            self.begin()
+            windowed(job, self.engine.run, near)
+            self.end()
         except Stopped as stopped:
             self.stop(stopped.tick)
         self.close()
+
+    def begin(self) -> None:
+        """Tells the stages again what they may not have heard before the run went on."""
+        if self.tracker.acting:
+            self.tracker.acting.tell(self.tracker.evaluations)
+
+    def end(self) -> None:
+        """Lets the last evaluation act."""
+        if self.acting:
+            self.acting.finish()
 
     def stop(self, tick: int) -> None:
         """Saves the stage, which ends before its first step at this tick."""
@@ -170,7 +192,29 @@ class Worker:
             spans=spans,
             optimizer=_home(optimizer),
             stopped=self.stopped,
+            ended=self.acting.stopped if self.acting else "",
         )
+
+
+class Executes(Protocol):
+    """Executes a window of a plan, as `Engine.run` does."""
+
+    def __call__(self, plan: Plan, *, again: bool = False) -> None: ...
+
+
+def windowed(job: StageJob, execute: Executes, near: Sequence[int] | None = None) -> None:
+    """Executes the plan of a run window by window; where the run is found to end earlier, what is then left of the window and behind it.
+
+    near: the stages whose columns are wanted, by default all.
+    """
+    begin = max(job.start, job.length.first)
+    try:
+        for plan in windows(job.method, job.K, job.length, job.window, near, start=begin):
+            begin = plan.begin
+            execute(plan)
+    except Concluded as concluded:
+        length = replace(job.length, batches=concluded.batches)
+        execute(rest(job.method, job.K, length, begin, near), again=True)
 
 
 def _saver_of(job: StageJob) -> type[Saver]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from delock.errors import users_own
 from delock.ops import Update
@@ -98,11 +98,25 @@ class Learner:
         self.resume(0, [None] * len(self.grads))
 
     def count_update(self) -> None:
-        """Counts a version, and takes a step of the schedule: the rate is a function of the stage's own number of updates."""
+        """Counts a version, and takes a step of the schedule: the rate is a function of the stage's own number of updates.
+
+        A schedule that waits for a measure is stepped by `judge`.
+        """
         self.version += 1
-        if self.schedule:
+        if self.schedule and not self.judged:
             with users_own("the schedule"):
                 self.schedule.step()
+
+    @property
+    def judged(self) -> bool:
+        """Returns True if the schedule waits for a measure of evaluations."""
+        return isinstance(self.schedule, ReduceLROnPlateau)
+
+    def judge(self, measure: float) -> None:
+        """Takes a step of the schedule that waits for a measure."""
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            with users_own("the schedule"):
+                self.schedule.step(measure)
 
     def first_state(self) -> dict[str, Any] | None:
         """Returns the state that the optimizer will have after its first step, for a few weights; None where that is not known."""

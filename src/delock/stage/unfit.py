@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from delock.errors import DelockError, UsageError, said
-from delock.optim.objects import OptimizerLike, refuse_plateau
+from delock.optim.objects import OptimizerLike
 
 T = TypeVar("T")
 
@@ -64,8 +64,7 @@ def refuse_unfit_optimizer(made: object, named: Sequence[tuple[str, Tensor]], fa
 
 
 def refuse_unfit_schedule(made: object) -> None:
-    """Raises UsageError unless a factory has made a schedule that can be stepped once per update."""
-    refuse_plateau(made)
+    """Raises UsageError unless a factory has made a schedule."""
     if isinstance(made, Optimizer) or not callable(getattr(made, "step", None)):
         kind = "None" if made is None else f"a {type(made).__name__}"
         raise UsageError(
