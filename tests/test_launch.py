@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 
+import delock
 from delock.errors import UsageError
 from delock.launch.cores import share_cores
 from delock.launch.processes import run_processes
 from delock.launch.rank import Rank
+from delock.run import carry_out, session
 
 from ranks import Pids, alive, born_with, environment, greet, of_this_module, wait_until
 
@@ -172,3 +174,24 @@ def test_ranks_do_not_outlive_their_parent(tmp_path: Path, by: signal.Signals) -
 def test_the_fork_server_can_be_started_before_torch_is_imported() -> None:
     code = "import sys, delock.launch.context as c; c.context(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.parametrize(("workers", "expected"), [("processes", ["server", "prepare"]), ("inline", ["prepare"])])
+def test_the_fork_server_loads_while_a_run_is_prepared(workers: Any, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def prepared(*_: object) -> None:
+        seen.append("prepare")
+        raise UsageError("it ends here")
+
+    for where in (carry_out, session):
+        monkeypatch.setattr(where, "context", lambda modules: seen.append("server"))
+        monkeypatch.setattr(where, "prepare", prepared)
+    model, batch = torch.nn.Linear(2, 2), (torch.zeros(2, 2), torch.zeros(2, 2))
+    options: Any = {"loss": torch.nn.functional.mse_loss, "optimizer": torch.optim.SGD, "stages": 1, "workers": workers}
+    with pytest.raises(UsageError, match="it ends here"):
+        delock.fit(model, [batch], epochs=1, **options)
+    with pytest.raises(UsageError, match="it ends here"), delock.session(model, batch, **options):
+        pass
+    assert seen == expected * 2

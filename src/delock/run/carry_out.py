@@ -14,6 +14,7 @@ import torch
 from delock.checkpoints.directory import discard_unfinished
 from delock.errors import StageFailed
 from delock.launch import allocator
+from delock.launch.context import context
 from delock.launch.processes import OnEvent, run_processes
 from delock.launch.stopping import StopRequest
 from delock.launch.torchrun import run_torchrun
@@ -57,6 +58,8 @@ def _here(request: Request, tell: Tell, stop: StopRequest | None) -> tuple[Start
     if anew:
         request.method.fits_workers(request.workers)
     begin, notes = find(request.checkpoint, writes=anew) if request.checkpoint else (None, ())
+    if request.workers == "processes":
+        context([train_rank.__module__])  # its server loads while the run is prepared
     prepared = prepare(request, begin)
     left = left_out(prepared)
     started = prepared.started()

@@ -16,6 +16,7 @@ from delock.data.iterable import weigher
 from delock.data.loader import LoadedBatch, Loader, loaded
 from delock.data.named_sets import sets_of
 from delock.errors import NonFinite, UsageError, users_own
+from delock.launch.context import context
 from delock.partition.stages import stages
 from delock.records import BatchResult, Evaluation, Result, Started
 from delock.run.collect import collect
@@ -62,6 +63,8 @@ class Session:
 
     def _start(self) -> None:
         begin = self._begin()
+        if self.request.workers == "processes":
+            context([StagesApart.__module__])  # its server loads while the network is measured
         prepared = self._prepared = prepare(self.request, begin)
         if begin and begin.restages(prepared.places):
             raise UsageError("a session goes on in the stages that it was saved in: give it the same cuts, and as many stages")

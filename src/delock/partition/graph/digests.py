@@ -129,7 +129,9 @@ def digest(tensor: Tensor) -> bytes:
         flat = torch.view_as_real(flat.resolve_conj().resolve_neg()).reshape(-1) if flat.is_complex() else flat
         for chunk in torch.split(flat, CHUNK):
             if is_floating(chunk):
-                chunk = torch.where(chunk == chunk, chunk + 0.0, torch.nan)  # -0 is equal to 0
+                chunk = chunk + 0.0  # -0 is equal to 0
+                if not chunk.sum().isfinite():
+                    chunk = torch.where(chunk == chunk, chunk, torch.nan)
             hashed.update(chunk.contiguous().view(torch.uint8).numpy().data)
     return hashed.digest()
 

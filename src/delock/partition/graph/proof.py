@@ -20,6 +20,7 @@ from delock.partition.graph.exported import answering
 from delock.partition.graph.python_state import attributes, refuse_changed
 from delock.partition.graph.root import aliases, in_mode, root, shadow
 from delock.partition.graph.segment import Segment, computation
+from delock.partition.graph.structure import Structure
 from delock.tensors import is_floating, same, tensors
 
 SEED = 20_261_127  # any number: both are given the same, so that dropout draws the same
@@ -35,6 +36,7 @@ class Outcome:
     outputs: tuple[Tensor, ...]
     gradients: dict[str, list[bytes | Tensor]]
     buffers: dict[str, Tensor]
+    structure: Structure = ()  # of the model's output
 
 
 def difference(
@@ -59,17 +61,21 @@ def difference(
     return _difference(model, call, pieces, examples, told, False)
 
 
-def forward_differs(model: nn.Module, call: Call, pieces: Sequence[Segment], inputs: Sequence[Tensor], told: bool) -> str:
-    """Returns the first thing in which a forward of pieces that have been proved before differs from the model's; "" if there is none."""
-    own, cut = Uses(shadow(model), False), _copies(pieces)
+def forward_structures(
+    model: nn.Module, call: Call, pieces: Sequence[Segment], inputs: Sequence[Tensor], told: bool
+) -> dict[bool, Structure]:
+    """Returns the structures of the model's output in both modes; none if a forward of pieces that were proved before differs from it."""
+    own, cut, found = Uses(shadow(model), False), _copies(pieces), dict[bool, Structure]()
     modes = [Modes(one, model.training) for one in (own.model, *cut)]
     with torch.random.fork_rng(devices=[]), torch.no_grad(), answering(exporting=True, compiling=True) if told else nullcontext():
         for training in (True, False):
             for mode in modes:
                 mode.train() if training else mode.module.eval()
-            if found := _compared(_whole(own, call, inputs, False), _parts(cut, inputs, False, False), same):
-                return found
-    return ""
+            whole = _whole(own, call, inputs, False)
+            if _compared(whole, _parts(cut, inputs, False, False), same):
+                return {}
+            found[training] = whole.structure
+    return found
 
 
 def _difference(
@@ -108,12 +114,14 @@ def _copies(pieces: Sequence[Segment]) -> list[Segment]:
 def _whole(own: Uses, call: Call, inputs: Sequence[Tensor], training: bool, *, samples: bool = False) -> Outcome:
     torch.default_generator.manual_seed(SEED)
     with torch.set_grad_enabled(training):
-        outputs = root(own.model, call, len(inputs))(*(x.clone() for x in inputs))
+        under = root(own.model, call, len(inputs))
+        outputs = under(*(x.clone() for x in inputs))
     own.refuse_repeated(outputs)
     with Gradients(own.learning(), samples=samples) as gradients:
         if training:
             _backward(outputs, _errors(outputs))
-    return Outcome(tuple(x.detach() for x in outputs), own.by_weight(gradients.found), dict(own.model.named_buffers()))
+    given, buffers = tuple(x.detach() for x in outputs), dict(own.model.named_buffers())
+    return Outcome(given, own.by_weight(gradients.found), buffers, under.structure)
 
 
 def _parts(pieces: Sequence[Segment], inputs: Sequence[Tensor], training: bool, apart: bool) -> Outcome:
@@ -174,7 +182,7 @@ def _errors(outputs: Sequence[Tensor]) -> list[Tensor | None]:
     """Returns an error for each floating output: numbers that differ from place to place."""
     errors: list[Tensor | None] = []
     for x in outputs:
-        wave = torch.arange(x.numel(), dtype=torch.float32, device=x.device).sin().add(1.5).reshape(x.shape)
+        wave = torch.arange(x.numel(), dtype=torch.float32, device=x.device).sin_().add_(1.5).reshape(x.shape)
         errors.append(wave.to(x.dtype) if is_floating(x) else None)
     return errors
 

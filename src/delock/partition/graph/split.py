@@ -55,7 +55,7 @@ def split(
     the line of the model's code at which tracing ended.
     """
     examples = [given.first, given.other]
-    structures = structures_of(model, call, given)
+    structures = {mode: _structure(model, call, examples[0], mode) for mode in (True, False)}
     best: Split | None = None
     elsewhere: NoCutError | None = None  # it can be cut, but not where it was asked for
     failed: list[Obstacle] = []
@@ -92,11 +92,6 @@ def split(
     if best is None:
         raise UsageError(refusal(model, failed))
     return best
-
-
-def structures_of(model: nn.Module, call: Call, given: Examples) -> dict[bool, Structure]:
-    """Returns the structures of the model's output in both modes. Raises UsageError if it fails on its first batch."""
-    return {mode: _structure(model, call, given.first, mode) for mode in (True, False)}
 
 
 def _enough(

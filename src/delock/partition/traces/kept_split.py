@@ -11,8 +11,8 @@ from torch import nn
 from delock.data.call import Call
 from delock.partition.graph.cutter import ENOUGH
 from delock.partition.graph.examples import Examples
-from delock.partition.graph.proof import forward_differs
-from delock.partition.graph.split import Split, split, structures_of
+from delock.partition.graph.proof import forward_structures
+from delock.partition.graph.split import Split, split
 from delock.partition.traces.stored_form import UnstorableError, restored, stored
 from delock.partition.traces.trace_files import folder, read_trace, write_trace
 from delock.partition.traces.trace_key import trace_key
@@ -48,10 +48,9 @@ def _earlier(place: Path, key: str, model: nn.Module, call: Call, given: Example
     kept = read_trace(place, key)
     if kept is None:
         return None
-    structures = structures_of(model, call, given)
     try:
-        found = restored(model, *kept, structures)
-        unlike = forward_differs(model, call, [piece.module for piece in found.pieces], given.first, found.told)
-    except Exception:  # whatever is wrong with it, the remedy is to trace anew
+        found = restored(model, *kept)
+        found.structures = forward_structures(model, call, [piece.module for piece in found.pieces], given.first, found.told)
+    except Exception:  # whatever is wrong with it or with the model, tracing it anew will tell
         return None
-    return None if unlike else found
+    return found if found.structures else None

@@ -19,7 +19,6 @@ from delock.partition.graph.refusals import Obstacle
 from delock.partition.graph.regions import Region
 from delock.partition.graph.segment import Computation, Program, computation
 from delock.partition.graph.split import Split
-from delock.partition.graph.structure import Structure
 from delock.partition.graph.traceable import Apply
 from delock.partition.traces.description import named
 
@@ -39,11 +38,11 @@ def stored(split: Split) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return form, constants
 
 
-def restored(model: nn.Module, form: Mapping[str, Any], constants: Mapping[str, Tensor], structures: dict[bool, Structure]) -> Split:
-    """Returns the split again, with parts of this model."""
+def restored(model: nn.Module, form: Mapping[str, Any], constants: Mapping[str, Tensor]) -> Split:
+    """Returns the split again, with parts of this model, and without the structures."""
     made = [_made(model, one, f"{i}.", constants) for i, one in enumerate(form["pieces"])]
     refused = [Obstacle(**one) for one in form["refused"]]
-    return Split(made, structures, form["how"], form["checksum"], refused, form["told"], kept=True)
+    return Split(made, {}, form["how"], form["checksum"], refused, form["told"], kept=True)
 
 
 def _piece(piece: Piece, prefix: str, constants: dict[str, Tensor]) -> dict[str, Any]:
