@@ -205,7 +205,7 @@ def test_a_list_of_modules_a_frozen_weight_and_weights_given_by_name() -> None:
     want = by_hand(plain, named(plain))
     fit(model, data(), optimizer=named(model), stages=2)
     assert unlike(model.state_dict(), want) == []
-    like, _ = per_stage(model, None, named(model), None)
+    like, _ = per_stage(model, None, None, named(model), None)
     assert like([("8.bias", model[-1].bias)]).param_groups[0]["param_names"] == ["8.bias"]
     parts = [(again := network())[:3], again[3:]]
     again[2].weight.requires_grad_(False)
@@ -232,6 +232,57 @@ def test_a_tied_weight_of_a_traced_model_is_one() -> None:
     want = by_hand(plain, optim.Adam(plain.parameters(), lr=0.1))
     fit(model, data(), optimizer=optim.Adam(model.parameters(), lr=0.1), cuts=["last"])
     assert unlike(model.state_dict(), want) == []
+
+
+class Scaled(nn.Module):
+    """A loss with a temperature and a weight per class that learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.weight = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(3))
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(out * self.temperature * self.weight, y)
+
+
+class WithLoss(nn.Module):
+    """The model and the loss in one, as docs/api.md has it."""
+
+    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        outputs = self.model(x)
+        return {"loss": self.loss(outputs, labels), "outputs": outputs}
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_loss_that_learns_is_a_part_of_the_model(K: int) -> None:
+    plain, model = (WithLoss(network(), Scaled()) for _ in range(2))
+    want_of_loss = optim.AdamW(plain.parameters(), lr=0.05)
+    for x, y in data():
+        plain.zero_grad()
+        plain(x, y)["loss"].backward()
+        want_of_loss.step()
+    result = delock.fit(
+        model,
+        data(),
+        data(2),
+        method="bp",
+        stages=K,
+        optimizer=optim.AdamW(model.parameters(), lr=0.05),
+        metrics={"mean": mean_output},
+        epochs=1,
+        workers="inline",
+    )
+    assert unlike(model.state_dict(), plain.state_dict()) == []
+    assert model.loss.temperature != 1
+    assert result.evaluations[-1].metrics.keys() == {"mean"}
+
+
+def mean_output(found: dict[str, Tensor], labels: Tensor) -> Tensor:
+    return found["outputs"].mean()
 
 
 ADAM = partial(optim.Adam, lr=0.01)
@@ -318,18 +369,18 @@ class Grouped:
 def test_its_memory_is_predicted() -> None:
     model = network()
     own = list(model.named_parameters())
-    like, _ = per_stage(model, None, optim.AdamW(groups(model, 1), lr=0.1), None)
+    like, _ = per_stage(model, None, None, optim.AdamW(groups(model, 1), lr=0.1), None)
     assert optimizer_bytes(like, own, "cpu") == optimizer_bytes(partial(optim.AdamW, lr=0.1), own, "cpu")
     assert optimizer_bytes(like, own[:2], "cpu") == optimizer_bytes(partial(optim.AdamW, lr=0.1), own[:2], "cpu")
-    like, _ = per_stage(model, None, optim.AdamW(model[0].parameters()), None)
+    like, _ = per_stage(model, None, None, optim.AdamW(model[0].parameters()), None)
     assert optimizer_bytes(like, own[2:], "cpu") == (0, 0)
-    like, _ = per_stage(model, None, delock.optim.SCAdamW(model.parameters(), tau=1), None)
+    like, _ = per_stage(model, None, None, delock.optim.SCAdamW(model.parameters(), tau=1), None)
     assert optimizer_bytes(like, own, "cpu") is None
 
 
 def test_a_group_may_be_empty_in_captured_ticks() -> None:
     model = network()
-    like, _ = per_stage(model, None, optim.SGD(groups(model, 1), lr=0.1), None)
+    like, _ = per_stage(model, None, None, optim.SGD(groups(model, 1), lr=0.1), None)
     weight = nn.Parameter(torch.ones(6, 6))
     learner = Learner([("8.weight", weight)], capturable(like), None, False, 1, 2)
     learner.add([torch.ones(6, 6)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler as rates
 
@@ -90,7 +90,8 @@ def test_an_optimizer_that_stages_cannot_have(make: Callable[[nn.Module], Any], 
 
 def fit(model: nn.Module, optimizer: Any, schedule: Any = None, **options: Any) -> None:
     data = [(torch.ones(2, 6), torch.zeros(2).long())]
-    delock.fit(model, data, loss=cross_entropy, optimizer=optimizer, schedule=schedule, epochs=1, **{"workers": "inline", **options})
+    options = {"loss": cross_entropy, "workers": "inline"} | options
+    delock.fit(model, data, optimizer=optimizer, schedule=schedule, epochs=1, **options)
 
 
 def begun(schedule: Any) -> Any:
@@ -131,6 +132,25 @@ def test_a_schedule_of_an_object_beside_a_factory() -> None:
     model = network()
     with pytest.raises(delock.UsageError, match="the StepLR belongs to another optimizer than is given"):
         fit(model, partial(optim.SGD, lr=0.1), rates.StepLR(sgd(model), 2))
+
+
+class Scaled(nn.Module):
+    """A loss that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(out * self.temperature, y)
+
+
+def test_a_loss_that_learns_is_named() -> None:
+    model, loss = network(), Scaled()
+    with pytest.raises(
+        delock.UsageError, match=r"the SGD holds the parameter temperature of the loss.*let a module hold the model and the"
+    ):
+        fit(model, optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1), loss=loss)
 
 
 class Locked:

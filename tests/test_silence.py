@@ -110,7 +110,7 @@ def penalized(model: nn.Module, out: Tensor, target: Any) -> Tensor:
 
 @pytest.mark.usefixtures("own_random")
 def test_a_loss_that_has_parameters_of_its_own() -> None:
-    says = r"the loss computes with a parameter of its own, of shape \(3,\).*last layer of the model"
+    says = r"the loss computes with a parameter of its own, of shape \(3,\).*let a module hold the model and the loss"
     unchanged(says, loss=Scaled())
     scaled = Scaled()
     unchanged(says, loss=lambda out, target: scaled(out, target))

@@ -156,7 +156,7 @@ def fit(
     """
     refuse_wrong_callbacks(callbacks)
     model, taken = _taken(model, loss, workers, seed, execution)
-    made, scheduled = per_stage(model, heads, optimizer, schedule)
+    made, scheduled = per_stage(model, loss, heads, optimizer, schedule)
     request = Request(
         model=model,
         train=train_loader(train, seed, taken, batches),
@@ -226,7 +226,7 @@ def session(
     torchrun, where `fit` is to be used.
     """
     model, taken = _taken(model, loss, workers, seed, execution)
-    made, scheduled = per_stage(model, heads, optimizer, schedule)
+    made, scheduled = per_stage(model, loss, heads, optimizer, schedule)
     handed = Handed(example_batch, seed, taken)
     request = Request(
         model=model,

@@ -20,6 +20,9 @@ MadeSchedule: TypeAlias = Callable[[Optimizer], LRScheduler]
 Modules: TypeAlias = nn.Module | Sequence[nn.Module]
 
 OF_SCHEDULES = ("step", "_opt_called")  # attributes that a schedule gives its optimizer
+WITH_LOSS = (
+    "let a module hold the model and the loss, with a forward(x, labels) that returns the loss, and give fit that module and no loss"
+)
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -102,7 +105,7 @@ class ScheduleLike:
 
 
 def per_stage(
-    model: Modules, heads: Any, optimizer: MadeOptimizer | Optimizer, schedule: MadeSchedule | LRScheduler | None
+    model: Modules, loss: object, heads: Any, optimizer: MadeOptimizer | Optimizer, schedule: MadeSchedule | LRScheduler | None
 ) -> tuple[MadeOptimizer, MadeSchedule | None]:
     """Returns factories of optimizer and schedule, of which each may be given as an object. Raises UsageError for one that has no like.
 
@@ -110,10 +113,22 @@ def per_stage(
     """
     if isinstance(schedule, LRScheduler):
         schedule = _schedule_like(schedule, optimizer)
+    if isinstance(optimizer, Optimizer) and isinstance(loss, nn.Module):
+        _refuse_learning_loss(optimizer, model, loss)
     if isinstance(optimizer, Optimizer) and (names := _names(model)):  # without weights the model is refused later
         beside = {id(weight) for head in _modules(heads) for weight in head.parameters()}
         optimizer = _optimizer_like(names, beside, optimizer)
     return optimizer, schedule  # type: ignore[return-value]
+
+
+def _refuse_learning_loss(given: Optimizer, model: Modules, loss: nn.Module) -> None:
+    """Raises UsageError for an optimizer that is to train the loss, too."""
+    held, names = {id(weight) for group in given.param_groups for weight in group["params"]}, _names(model)
+    if own := [name for name, weight in loss.named_parameters() if id(weight) in held and id(weight) not in names]:
+        raise UsageError(
+            f"the {type(given).__name__} holds the parameter {own[0]} of the loss, which no stage would train: {WITH_LOSS}, or freeze it "
+            "and leave it out of the optimizer"
+        )
 
 
 def _optimizer_like(names: Mapping[int, tuple[str, ...]], beside: Collection[int], given: Optimizer) -> OptimizerLike:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from delock.errors import UsageError
+from delock.optim.objects import WITH_LOSS
 
 
 def refuse_learning_loss(losses: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -15,8 +16,8 @@ def refuse_learning_loss(losses: Sequence[Tensor], outputs: Sequence[Tensor]) ->
     known = {id(one) for one in (*outputs, *_leaves(outputs))}
     if foreign := [one for one in _leaves(losses) if id(one) not in known]:
         raise UsageError(
-            f"the loss computes with a parameter of its own, of shape {tuple(foreign[0].shape)}, which no stage would train: put it into "
-            "the last layer of the model, or freeze it with requires_grad_(False)"
+            f"the loss computes with a parameter of its own, of shape {tuple(foreign[0].shape)}, which no stage would train: {WITH_LOSS}, "
+            "or freeze it with requires_grad_(False)"
         )
 
 
