@@ -19,6 +19,7 @@ from chain import seeded
 
 SGD = partial(torch.optim.SGD, lr=0.3, momentum=0.9)
 EVERY = 4
+PLATEAU = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.05)
 Batches = list[tuple[Tensor, Tensor]]
 
 

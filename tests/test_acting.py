@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import delock
-from acting import EVERY, SGD, Loop, assert_equal, batches, fit, network
+from acting import EVERY, PLATEAU, SGD, Loop, assert_equal, batches, fit, network
 from delock import EarlyStopping
 from delock.engine.agreement import reach
 from delock.errors import UsageError
@@ -25,7 +25,6 @@ from delock.records import Event, StepRecord
 from harness import every_method, same_state
 
 pytestmark = pytest.mark.usefixtures("own_random")
-PLATEAU = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=0.05)
 EARLY = EarlyStopping(patience=2, min_delta=0.05)
 EACH = pytest.mark.parametrize("workers", ["inline", "processes"])
 
@@ -167,7 +166,7 @@ def test_what_comes_too_fast_is_refused() -> None:
     [
         ({"callbacks": [EARLY], "test": None}, "EarlyStopping acts on evaluations, but there is no test data"),
         ({"schedule": PLATEAU, "test": None}, "a schedule of evaluations acts on evaluations, but there is no test data"),
-        ({"callbacks": [EARLY], "method": "dgl-async"}, "EarlyStopping acts at the same batch on every stage, but the stages of dgl-async"),
+        ({"callbacks": [EARLY], "method": "dgl-async"}, "EarlyStopping needs stages that keep one order, but those of dgl-async"),
         ({"callbacks": [EARLY], "simulation": delock.Simulation(emulate="1:1")}, "EarlyStopping does not go with emulate"),
         ({"callbacks": [EarlyStopping("max:hits")]}, "EarlyStopping goes by 'hits', but evaluations have loss, accuracy: use one of them"),
         ({"schedule": Plateau("max:hits")}, "a schedule of evaluations goes by 'hits', but evaluations have loss, accuracy"),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from acting import assert_equal, fit
-from test_acting import EARLY, PLATEAU
+from acting import PLATEAU, assert_equal, fit
+from test_acting import EARLY
 
 from programs import torchrun
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from delock.codecs import BF16, INT8, VQ
     from delock.draw.progress_bar import ProgressBar
     from delock.nets.cut_point import CutPoint
-    from delock.options import Compression, EarlyStopping, Execution, Placement, Report, Simulation
+    from delock.options import EMA, Compression, EarlyStopping, Execution, KeepBest, Placement, Report, Simulation
     from delock.timeline import Emulation, Slowdown
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ __all__ = [
     "DDG",
     "DGL",
     "DSP",
+    "EMA",
     "FDG",
     "FR",
     "INT8",
@@ -63,6 +64,7 @@ __all__ = [
     "Execution",
     "GPipe",
     "Interlocking",
+    "KeepBest",
     "Method",
     "OneFOneB",
     "PipeDream2BW",
@@ -94,7 +96,10 @@ __all__ = [
 LATER = MappingProxyType(
     {
         **dict.fromkeys(("BF16", "INT8", "VQ"), "delock.codecs"),
-        **dict.fromkeys(("Checkpoint", "EarlyStopping", "Compression", "Execution", "Placement", "Report", "Simulation"), "delock.options"),
+        **dict.fromkeys(
+            ("EMA", "Checkpoint", "EarlyStopping", "KeepBest", "Compression", "Execution", "Placement", "Report", "Simulation"),
+            "delock.options",
+        ),
         **dict.fromkeys(("Emulation", "Slowdown"), "delock.timeline"),
         "CutPoint": "delock.nets.cut_point",
         "ProgressBar": "delock.draw.progress_bar",

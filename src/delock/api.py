@@ -148,8 +148,8 @@ def fit(
     report      how often losses are reported, and whether a timeline is kept (delock.Report)
     checkpoint  where and when the run is saved, and what it goes on from (delock.Checkpoint); without it a signal ends the run at once
     callbacks   functions, called one after the other with Started, StepRecord (every `report.log_every` batches) and EvaluationRecord as
-                they come; with a free-running method also with VisitsRecord. Under torchrun on rank 0 alone. Or delock.EarlyStopping, which
-                acts on the run: what an evaluation has measured acts at the next one
+                they come; with a free-running method also with VisitsRecord. Under torchrun on rank 0 alone. Or delock.EarlyStopping,
+                KeepBest and EMA, which act on the run: what an evaluation has measured acts at the next one
 
     Raises UsageError for bad input, NonFinite (a UsageError) for a loss that is no number, StageFailed when a stage raises, dies or hangs.
     What a callback raises comes out as it is; inline so does what the data, a metric or the schedule raise.

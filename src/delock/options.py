@@ -308,5 +308,35 @@ class EarlyStopping:
         at_least("min_delta", self.min_delta, 0)
 
 
-Acts: TypeAlias = EarlyStopping
+@dataclass(frozen=True)
+class KeepBest:
+    """Puts the weights of the best evaluation into the model at the end of the run: of every stage those that this evaluation saw."""
+
+    monitor: str = "min:loss"
+    """min:NAME or max:NAME, by a metric's name, or loss."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        monitored(self.monitor)
+
+
+@dataclass(frozen=True)
+class EMA:
+    """Keeps a moving average of the weights, which every update of a stage enters: decay * average + (1 - decay) * weights."""
+
+    decay: float = 0.999
+    """The share of the average that stays."""
+    evaluate: bool = True
+    """Evaluate the average in place of the weights."""
+    load: bool = True
+    """Put the average into the model at the end of the run."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        at_least("decay", self.decay, 0.0, 1.0)
+        if not (self.evaluate or self.load):
+            raise UsageError("EMA is neither evaluated nor put into the model, so it would change nothing: let it do one of these")
+
+
+Acts: TypeAlias = EarlyStopping | KeepBest | EMA
 """The callbacks that act on stages."""

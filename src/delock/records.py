@@ -238,6 +238,7 @@ class Result:
     samples_per_second: float
     samples: int
     spans: tuple[tuple[Span, ...], ...] = ()  # per stage, with Report(trace=True): every op on the clock of its host
+    best: EvaluationRecord | None = None  # with KeepBest: that of the weights in the model
     stopped: str = ""  # why the run ended earlier than was planned, as EarlyStopping says it
 
 

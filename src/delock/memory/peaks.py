@@ -96,6 +96,11 @@ class PeakBytes:
     resident: int
     saved: int = 0
 
+    def beside(self, kept: int, copied: int) -> PeakBytes:
+        """Returns the same with so many bytes that are kept from early on until the end, and those of them that a checkpoint copies."""
+        more = kept + (copied if self.saved else 0)
+        return PeakBytes(self.live + more, self.resident + more, self.saved + (copied if self.saved else 0))
+
     def grows(self, device: str) -> int:
         """Returns the number to compare with the measurement, which on a GPU is the allocator's count of living bytes."""
         return self.resident if device == "cpu" else self.live

@@ -12,16 +12,23 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
+from torch import Tensor
+
+from delock.checkpoints.encoding import copied
 from delock.errors import Concluded
 from delock.launch.notices import Notices
 from delock.ops import Evaluate
-from delock.options import EarlyStopping, monitored
+from delock.options import EarlyStopping, KeepBest, monitored
 from delock.plan import Step
 from delock.records import EvaluationRecord
 from delock.run.job import StageJob
 from delock.stage import Stage
+from delock.stage.loading import load_module, volatile
+
+Weights: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
+"""The state of a stage's module, and what is in no state dict."""
 
 
 class Best:
@@ -54,11 +61,16 @@ class Acting:
         self.heard = 0  # evaluations whose measures have been taken in
         self.stopped = ""  # why the run ends earlier than was planned
         self.early = [(one, Best(one.monitor, one.min_delta)) for one in job.callbacks if isinstance(one, EarlyStopping)]
+        self.best = next((Best(one.monitor) for one in job.callbacks if isinstance(one, KeepBest)), None)
+        self.kept: dict[int, Weights] = {}  # the best evaluation's, and those of one whose measures have not been taken in
 
     def __call__(self, step: Step) -> None:
-        """Takes in all evaluations before this one. Raises Concluded where the run is to end here."""
+        """Takes in all evaluations before this one, and keeps what it sees. Raises Concluded where the run is to end here."""
         assert isinstance(step.op, Evaluate)
-        self._hear(step.op.batch // self.job.length.evaluation)
+        number = step.op.batch // self.job.length.evaluation
+        self._hear(number)
+        if self.best and number not in self.kept:
+            self.kept[number] = evaluated(self.stage)
 
     def tell(self, evaluations: list[EvaluationRecord]) -> None:
         """Tells all stages what the latest evaluation has measured; on the last stage."""
@@ -66,9 +78,17 @@ class Acting:
             self.notices.put(len(evaluations) - 1, json.dumps(measures_of(evaluations[-1], next(iter(self.job.tests), ""))))
 
     def finish(self) -> None:
-        """Takes in the evaluation at the end of the run."""
-        length = self.job.length
+        """Takes in the evaluation at the end of the run, and lets the stage have the best weights, if they are kept."""
+        length, stage = self.job.length, self.stage
         self._hear(-(-length.batches // length.every))
+        if self.kept_number is not None:
+            state, rest = self.kept[self.kept_number]
+            load_module(stage.module, state, rest, f"module of stage {stage.k}")
+
+    @property
+    def kept_number(self) -> int | None:
+        """Returns the number of the best evaluation so far; None if none is kept."""
+        return self.best.number if self.best and self.best.number >= 0 else None
 
     def _hear(self, count: int) -> None:
         while self.heard < count:
@@ -77,6 +97,9 @@ class Acting:
             self._act(number, measures)
 
     def _act(self, number: int, measures: Mapping[str, float]) -> None:
+        if self.best:
+            self.best.take(number, measures)
+            self.kept = {n: one for n, one in self.kept.items() if n == self.best.number}
         batches = (number + 2) * self.job.length.every  # before the place of the next evaluation
         for one, best in self.early:
             best.take(number, measures)
@@ -90,16 +113,32 @@ class Acting:
 
     def state(self) -> dict[str, Any]:
         """Returns what decisions to come depend on, as plain values."""
-        early = [(best.value, best.number) for _, best in self.early]
-        return {"heard": self.heard, "stopped": self.stopped, "batches": self.job.length.batches if self.stopped else None, "early": early}
+        return {
+            "heard": self.heard,
+            "stopped": self.stopped,
+            "batches": self.job.length.batches if self.stopped else None,
+            "bests": [(best.value, best.number) for best in self._bests()],
+            "kept": dict(self.kept),
+        }
+
+    def _bests(self) -> list[Best]:
+        return [*(best for _, best in self.early), *([self.best] if self.best else [])]
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state()`."""
         self.heard, self.stopped = state["heard"], state["stopped"]
         if self.stopped:
             self.job.length = replace(self.job.length, batches=state["batches"])
-        for (_, best), (value, number) in zip(self.early, state["early"], strict=True):
+        for best, (value, number) in zip(self._bests(), state["bests"], strict=True):
             best.value, best.number = value, number
+        self.kept = state["kept"]
+
+
+def evaluated(stage: Stage) -> Weights:
+    """Returns a copy of what an evaluation of the stage sees: its weights and buffers, with the average of weights where it sees that."""
+    state, means = stage.module.state_dict(), stage.body.average.weights if stage.body.average else {}
+    found: Weights = copied(({**state, **{name: w for name, w in means.items() if name in state}}, volatile(stage.module)), "the weights")
+    return found
 
 
 def _why(one: EarlyStopping, best: Best, batches: int) -> str:

@@ -36,6 +36,7 @@ def collect(request: Request, started: Started, results: list[StageResult]) -> R
         samples=last.samples,
         spans=tuple(tuple(result.spans) for result in results),
         stopped=last.ended,
+        best=None if last.best is None else last.evaluations[last.best],
     )
     if request.simulation.emulate is None and (found := _no_numbers(request, result)):
         warnings.warn(f"the run has ended with {found}: lower the learning rate, or take an earlier checkpoint", stacklevel=4)

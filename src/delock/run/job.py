@@ -12,7 +12,7 @@ from delock.data.loader import Loader
 from delock.launch.ambient import Ambient
 from delock.methods import Method
 from delock.optim.rates import monitor_of
-from delock.options import Acts, Checkpoint, Compression, Execution, Placement, Report, Simulation
+from delock.options import EMA, Acts, Checkpoint, Compression, Execution, Placement, Report, Simulation
 from delock.plan import RunLength
 from delock.records import EvaluationRecord, StageReport
 from delock.run.request import Metric
@@ -79,9 +79,14 @@ class StageJob:
         return monitor_of(self.schedule)
 
     @property
+    def ema(self) -> EMA | None:
+        """Returns the average of the weights that is to be kept."""
+        return next((one for one in self.callbacks if isinstance(one, EMA)), None)
+
+    @property
     def acts(self) -> bool:
         """Returns True if evaluations are acted on."""
-        return bool(self.callbacks or self.monitor)
+        return bool(self.monitor) or any(not isinstance(one, EMA) for one in self.callbacks)
 
     def parts_in_words(self) -> list[tuple[str, object]]:
         """Returns what it holds by the names that the user knows it by, for errors."""
@@ -104,3 +109,4 @@ class StageResult:
     optimizer: dict[str, Any] | None = None
     stopped: int | None = None  # the tick before which it ended, as was asked
     ended: str = ""  # why the run was shorter than planned
+    best: int | None = None  # the evaluation whose weights it brings home

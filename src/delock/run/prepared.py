@@ -22,7 +22,7 @@ from delock.memory.slots import slots_of_any
 from delock.methods import Method, spelled
 from delock.nets.emulated import Emulated
 from delock.nets.heads import HeadShare
-from delock.options import Execution
+from delock.options import EMA, Execution, KeepBest
 from delock.partition.head_loss import HeadLoss
 from delock.partition.layers import Layer
 from delock.partition.measure import LayerCost
@@ -233,7 +233,14 @@ class PreparedRun:
         known = [one for one in sizes if one]
         if len(known) < self.K:
             return [None] * self.K
-        return [*peaks(request.method, known, self.length.batches, saves=request.checkpoint is not None)]
+        found = peaks(request.method, known, self.length.batches, saves=request.checkpoint is not None)
+        return [one.beside(*self._kept(module)) for one, module in zip(found, self.modules, strict=True)]
+
+    def _kept(self, module: nn.Module) -> tuple[int, int]:
+        """Returns the bytes of weights that callbacks keep beside a stage's own, and those of them that a checkpoint copies."""
+        weights, buffers = (sum(one.nbytes for one in own) for own in (module.parameters(), module.buffers()))
+        average = sum(weights for one in self.request.callbacks if isinstance(one, EMA))
+        return sum(2 * (weights + buffers) for one in self.request.callbacks if isinstance(one, KeepBest)) + average, average
 
     def tied(self, cut: int) -> int:
         """Returns the bytes of weights that cross a cut, because stages on both sides use them."""

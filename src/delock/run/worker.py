@@ -28,6 +28,7 @@ from delock.run.free_checkpointing import FreeSaver
 from delock.run.history import History
 from delock.run.job import StageJob, StageResult
 from delock.stage import Stage
+from delock.stage.average import Average
 from delock.stage.compiled import pieces, zeros
 from delock.stage.loading import volatile
 from delock.timeline import Slowdown, stage_facts
@@ -71,6 +72,9 @@ class Worker:
             micro_batches=job.method.micro_batches,
             execution=job.execution,
         )
+        if ema := job.ema:
+            self.stage.learner.average = Average(self.stage.module, ema.decay)
+            self.stage.body.average = self.stage.learner.average if ema.evaluate else None
         if job.execution.compile:
             self.rehearse()
         self.log = StageLog(spans=[] if job.report.trace else None)
@@ -131,7 +135,9 @@ class Worker:
             self.tracker.acting.tell(self.tracker.evaluations)
 
     def end(self) -> None:
-        """Lets the last evaluation act."""
+        """Lets the last evaluation act, and the module have the weights that it is to have in the end."""
+        if self.job.ema and self.job.ema.load and self.stage.learner.average:
+            self.stage.learner.average.put()
         if self.acting:
             self.acting.finish()
 
@@ -193,6 +199,7 @@ class Worker:
             optimizer=_home(optimizer),
             stopped=self.stopped,
             ended=self.acting.stopped if self.acting else "",
+            best=self.acting.kept_number if self.acting else None,
         )
 
 

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from delock.errors import users_own
 from delock.ops import Update
 from delock.optim.kinds import kinds
+from delock.stage.average import Average
 from delock.stage.optimizer_state import first_state, load_exactly
 from delock.stage.unfit import made_by, refuse_unfit_optimizer, refuse_unfit_schedule
 from delock.tensors import address
@@ -52,6 +53,7 @@ class Learner:
         self.grads: list[Tensor | None] = [None] * len(named)
         self.count = 0  # Backwards accumulated since the last Update, those of parts without samples too
         self.version = 0  # Updates made
+        self.average: Average | None = None  # of the module's weights, where it is wanted
 
     def add(self, grads: Sequence[Tensor | None], first: int = 0, passed_on: Sequence[Tensor | None] = ()) -> None:
         """g += grads, for the weights from index `first` on, in memory that is g's own and laid out as the weights are.
@@ -98,11 +100,13 @@ class Learner:
         self.resume(0, [None] * len(self.grads))
 
     def count_update(self) -> None:
-        """Counts a version, and takes a step of the schedule: the rate is a function of the stage's own number of updates.
+        """Counts a version, which enters the average, and takes a step of the schedule: its rate is a function of the stage's own updates.
 
         A schedule that waits for a measure is stepped by `judge`.
         """
         self.version += 1
+        if self.average:
+            self.average.update()
         if self.schedule and not self.judged:
             with users_own("the schedule"):
                 self.schedule.step()
@@ -131,6 +135,7 @@ class Learner:
             "version": self.version,
             "count": self.count,
             "grads": self.grads,
+            "average": self.average.state() if self.average else None,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -140,6 +145,8 @@ class Learner:
         if self.schedule:
             self.schedule.load_state_dict(state["schedule"])
         self.version = state["version"]
+        if self.average:
+            self.average.load(state["average"])
         self.resume(state["count"], [g if g is None else g.to(w.device) for w, g in zip(self.weights, state["grads"], strict=True)])
 
     def held(self) -> list[list[str | None]]:

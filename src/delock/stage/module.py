@@ -17,6 +17,7 @@ from delock.execution import PLAIN, Modes, apply, lay_out_input, lay_out_weights
 from delock.keys import key
 from delock.options import Execution
 from delock.recomputation import Lender, Rereading
+from delock.stage.average import Average
 from delock.stage.buffers import BufferCopies, Buffers, buffers_of, cloned
 from delock.stage.compiled import Compiled, statistics
 from delock.stage.split_backward import Gradients
@@ -45,6 +46,7 @@ class ModuleFunction:
         self.written: tuple[str, ...] | None = None  # buffers that a forward writes to; None: not seen yet
         self.lender = Lender(self.module)
         self.copies = BufferCopies(self.module)
+        self.average: Average | None = None  # to be evaluated in place of the weights
         self.extras = {name: one for name, one in module.named_modules() if _has_extra_state(one)}
 
     def __call__(
@@ -95,11 +97,13 @@ class ModuleFunction:
         return outputs
 
     def evaluate(self, values: Value) -> Value:
-        """Returns f(values) in eval mode, without a graph."""
+        """Returns f(values) in eval mode, without a graph: at the average of the weights where that is to be evaluated."""
         self.module.eval()
+        weights = self.average.weights if self.average else {}
         try:
             with torch.no_grad(), precision(self.execution, self.device):
-                return self._checked(self.module(self._enter(values, ())))
+                entered = self._enter(values, ())
+                return self._checked(functional_call(self.module, weights, (entered,)) if weights else self.module(entered))
         finally:
             self.modes.train()
 
@@ -174,7 +178,7 @@ class ModuleFunction:
         """Returns outputs cut off from any graph. One that lies in a weight or buffer is copied: an Update would change it under way."""
         if self.own is None:
             self.own = frozenset(map(address, (*self.module.parameters(), *self.module.buffers())))
-        own = self.own
+        own = self.own.union(map(address, self.average.weights.values())) if self.average else self.own
         return like(outputs, [t.detach().clone() if address(t) in own else t.detach() for t in tensors(outputs)])
 
     def _enter(self, values: Value, leaves: tuple[Tensor, ...]) -> Value:
