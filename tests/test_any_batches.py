@@ -356,3 +356,28 @@ class Arrays(Unsized):
 
 def counted(batch: dict[str, Any]) -> int:
     return len(batch["y"])
+
+
+class Filling(nn.Module):
+    """Returns an entry without a tensor in evaluation alone, as models for text do with a cache; or another constant."""
+
+    def __init__(self, constant: object) -> None:
+        super().__init__()
+        self.a, self.b, self.constant = nn.Linear(4, 4), nn.Linear(4, 2), constant
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        h = torch.relu(self.a(x))
+        return {"logits": self.b(h + h.tanh()), **({} if self.training else {"cache": self.constant})}
+
+
+@pytest.mark.usefixtures("own_random")
+def test_an_entry_that_is_none_may_be_missing_in_the_other_mode() -> None:
+    data = [(torch.randn(4, 4), torch.tensor([0, 1, 1, 0])) for _ in range(2)]
+    options: dict[str, Any] = {"optimizer": partial(torch.optim.SGD, lr=0.1), "method": "bp", "epochs": 1, "workers": "inline"}
+
+    def loss(out: dict[str, Any], y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(out["logits"], y) + (0 if out["cache"] is None else 1)
+
+    delock.fit(Filling(object()), data, data, loss=loss, **options)
+    with pytest.raises(UsageError, match="in different structures"):
+        delock.fit(Filling(3), data, data, loss=loss, **options)

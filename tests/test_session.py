@@ -102,7 +102,10 @@ def test_a_session_has_the_bits_of_fit(method: Method, clip: float | None) -> No
         assert losses == result.losses
 
 
-@pytest.mark.parametrize("method", PROCESSES, ids=str)
+REST = [pytest.param(one, marks=pytest.mark.slow) for one in every_method(3) if one not in PROCESSES]
+
+
+@pytest.mark.parametrize("method", [*PROCESSES, *REST], ids=str)
 def test_processes_have_the_bits_of_one(method: Method) -> None:
     options: dict[str, Any] = {"clip": 0.3, "metrics": {"accuracy": accuracy}}
     if method == PROCESSES[1]:

@@ -1,6 +1,6 @@
 """Times a session beside `fit` on the same batches: seconds of training per batch, in turns, so that each pair meets the same machine.
 
-    python benchmarks/own_loop/run.py --rounds 15
+    python benchmarks/own_loop/run.py --rounds 9
 
 In memory: a list of batches. Loader: a DataLoader that makes each batch of single samples, read by stage 0 in `fit` and by the loop's own
 process in a session.
@@ -29,7 +29,7 @@ def networks() -> dict[str, tuple[Callable[[], nn.Module], Sequence[int], int]]:
     """Returns networks with the shape of a sample, and batches of a run."""
     return {
         "MLP, 4 x 512": (partial(mlp, 512), (512,), 300),
-        "ResNet-20": (partial(build, "resnet20", classes=10, in_channels=3, image_size=32), (3, 32, 32), 40),
+        "ResNet-20": (partial(build, "resnet20", classes=10, in_channels=3, image_size=32), (3, 32, 32), 20),
     }
 
 
@@ -58,7 +58,7 @@ def by_session(model: nn.Module, batches: Any, **options: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     print("| network | stages | batches | `fit`, ms per batch | session / `fit`: median (quartiles) |\n|---|---|---|---:|---:|")
@@ -67,7 +67,7 @@ def main() -> None:
         loader: DataLoader[Any] = DataLoader(samples, batch_size=64)
         for kind, batches in {"in memory": list(loader), "loader": loader}.items():
             workers: Literal["inline", "processes"]
-            for workers in ("inline", "processes"):
+            for workers in ("inline", "processes") if kind == "in memory" else ("processes",):
                 options = {"loss": nn.functional.cross_entropy, "optimizer": SGD, "method": "ddg", "stages": 2, "workers": workers}
                 times = [(by_fit(make(), batches, **options), by_session(make(), batches, **options)) for _ in range(asked.rounds + 1)][1:]
                 low, middle, high = statistics.quantiles([own / fit for fit, own in times])

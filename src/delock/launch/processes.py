@@ -166,13 +166,13 @@ class Team:
         self._release()
         return [self._results.pop(rank) for rank in range(len(self._configs))]
 
-    def turn(self, on_event: OnEvent | None, seconds: float = POLL, also: Sequence[socket.socket] = ()) -> None:
-        """Waits for something to come from the ranks, or from the sockets in `also`, for so long at most, and passes events on.
+    def turn(self, on_event: OnEvent | None, seconds: float = POLL) -> None:
+        """Waits for something to come from the ranks, for so long at most, and passes events on.
 
         Raises StageFailed, or UsageError, for a rank that has failed or hangs.
         """
         wait = min(seconds, max(0.0, self._over - time.monotonic()))
-        for ready in connection.wait([*self._ups, *self._sentinels, *also], wait):
+        for ready in connection.wait([*self._ups, *self._sentinels], wait):
             if isinstance(ready, Connection) and ready in self._ups:
                 self._watch.moved(self._ups[ready])
                 self._hear(ready, on_event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -56,9 +57,15 @@ def own_loss(outputs: Any, targets: Any) -> Tensor:
 
 
 def by_count(structures: Mapping[bool, Structure]) -> dict[int, Structure]:
-    """Returns the structures of both modes by the number of their tensors. Raises UsageError where that does not tell the modes apart."""
+    """Returns the structures of both modes by the number of their tensors. Raises UsageError where that does not tell the modes apart.
+
+    An entry that is None in one mode may be missing in the other, as the cache that a model for text fills in evaluation alone: then both
+    have it.
+    """
     counts = {mode: _count(one) for mode, one in structures.items()}
-    if counts[True] == counts[False] and structures[True] != structures[False]:
+    if counts[True] == counts[False] and _filled(structures[True]) == _filled(structures[False]):
+        return {counts[True]: max(structures.values(), key=partial(_count, constants=True))}
+    if counts[True] == counts[False]:
         raise UsageError(
             f"the model returns {counts[True]} tensors in training and in evaluation, but in different structures, which a stage cannot "
             "tell apart: let it return the same"
@@ -66,14 +73,27 @@ def by_count(structures: Mapping[bool, Structure]) -> dict[int, Structure]:
     return {counts[mode]: one for mode, one in structures.items()}
 
 
-def _count(structure: Structure) -> int:
+def _filled(structure: Structure) -> Structure:
+    """Returns a structure without entries of objects that are None."""
+    match structure:
+        case ("o", cls, *items):
+            return ("o", cls, *((name, _filled(item)) for name, item in items if item != ("c", None)))
+        case ("t" | "c", _):
+            return structure
+        case (mark, *items):
+            return (mark, *map(_filled, items))
+    raise AssertionError(structure)
+
+
+def _count(structure: Structure, constants: bool = False) -> int:
+    """Returns the number of tensors in a structure; constants: with what is none."""
     match structure:
         case ("t", _):
             return 1
         case ("c", _):
-            return 0
+            return int(constants)
         case ("o", _, *items):
-            return sum(_count(item) for _, item in items)
+            return sum(_count(item, constants) for _, item in items)
         case (_, *items):
-            return sum(map(_count, items))
+            return sum(_count(item, constants) for item in items)
     raise AssertionError

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from typing import Any
 
 from delock.data.iterable import weigher
@@ -21,6 +22,7 @@ from delock.engine.feed import HandedFeed
 from delock.launch import allocator
 from delock.launch.processes import Team, started
 from delock.launch.rank import Rank
+from delock.launch.watchdog import POLL
 from delock.links.message import Message, MessageKind, MessageName
 from delock.links.shared_memory import SharedChannel
 from delock.options import Placement
@@ -165,7 +167,8 @@ class StagesApart:
         try:
             packed, _ = self.channel.pack(_NAME, Message(batch.inputs, batch.targets, samples=batch.samples))
             while not self.channel.ready():
-                self._hear(None, also=True)
+                if not connection.wait([self.team.hand], POLL):  # what the others tell can wait that long
+                    self._hear(0)
             self.channel.post(packed)
         except OSError:  # stage 0 is gone, as will show
             self._hear(None)
@@ -188,10 +191,9 @@ class StagesApart:
             self._hear(None)
         return self.answers.pop(number)
 
-    def _hear(self, seconds: float | None, also: bool = False) -> None:
+    def _hear(self, seconds: float | None) -> None:
         """Takes in what has come; None: waits a little for something."""
-        beside = [self.team.hand] if also else []
-        self.team.turn(self._event, also=beside) if seconds is None else self.team.turn(self._event, seconds, beside)
+        self.team.turn(self._event) if seconds is None else self.team.turn(self._event, seconds)
 
     def _event(self, rank: int, event: object) -> None:
         match event:
