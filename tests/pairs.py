@@ -22,7 +22,7 @@ from delock.run.inline import run_inline
 from delock.run.job import StageJob, StageResult
 from delock.run.prepare import prepare
 from delock.run.request import Request
-from delock.run.resume import Begin, find
+from delock.run.survival.resume import Begin, find
 
 from harness import assert_equal, every_method
 from odd_data import DATA, OPTIMIZERS, SCHEDULES, R, listed

@@ -35,10 +35,10 @@ from delock.methods import FDG, Method
 from delock.options import Checkpoint, Placement
 from delock.plan import unroll, windows
 from delock.records import CheckpointRecord, Event
-from delock.run.checkpointing import Saver
 from delock.run.job import StageJob
 from delock.run.prepare import prepare
 from delock.run.request import Request
+from delock.run.survival.checkpointing import Saver
 from delock.run.worker import Worker
 from delock.stage import Stage
 from test_memory import Batches, allocated, images

@@ -33,8 +33,8 @@ from delock.ops import Forward, Update
 from delock.options import Compression, Simulation
 from delock.plan import Plan
 from delock.records import CheckpointRecord, Cut, Event, StepRecord, Visit, VisitsRecord
-from delock.run.free_checkpointing import FreeSaver
-from delock.run.parts import cuts
+from delock.run.survival.free_checkpointing import FreeSaver
+from delock.run.survival.parts import cuts
 from delock.run.worker import Worker
 
 from free_runs import Listener, assert_counted, assert_in_order

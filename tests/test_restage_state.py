@@ -22,10 +22,10 @@ from delock.methods import ADL, BP, DDG, DGL, FDG, FR, PACI, Method
 from delock.optim.stage_facts import StageFacts
 from delock.plan import RunLength, unroll
 from delock.records import Event, Resumed
-from delock.run.left_out import missed
 from delock.run.prepare import prepare
 from delock.run.request import Request
-from delock.run.resume import Begin
+from delock.run.survival.left_out import missed
+from delock.run.survival.resume import Begin
 from delock.run.worker import Worker
 
 from harness import CPU

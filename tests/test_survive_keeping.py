@@ -21,7 +21,7 @@ import delock
 from delock.checkpoints.directory import newest_first, verified
 from delock.errors import NonFinite
 from delock.records import CheckpointRecord, EvaluationRecord, Event, StepRecord
-from delock.run import checkpointing
+from delock.run.survival import checkpointing
 
 from survivors import SGD, assert_same, data, network, train
 

@@ -21,7 +21,7 @@ from delock.links.message import Message, MessageKind, MessageName
 from delock.links.wire import pack as pack_message
 from delock.ops import Backward, Evaluate, Forward, Update, Weights
 from delock.records import CheckpointRecord, Cut, EvaluationRecord, Event, Resumed, StepRecord, Visit, VisitsRecord
-from delock.run.resume import Begin
+from delock.run.survival.resume import Begin
 from delock.run.telling import CLASSES, pack, unpack
 from delock.timeline import Slowdown, Span
 

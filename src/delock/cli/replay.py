@@ -100,8 +100,8 @@ def _begin(run: Path, start: str | None, visits: Sequence[Sequence[Visit]]) -> C
 
 def cuts_of(begin: Checkpoint | None) -> tuple[Cut, ...]:
     """Returns where the checkpoint cuts the visits of each stage. Raises UsageError for one that is not there, damaged, or not free."""
-    from delock.run.parts import cuts
-    from delock.run.resume import find
+    from delock.run.survival.parts import cuts
+    from delock.run.survival.resume import find
 
     if begin is None:
         return ()

@@ -23,12 +23,12 @@ from delock.records import CheckpointRecord, Event, Started
 from delock.run import telling
 from delock.run.inline import run_inline
 from delock.run.job import StageResult
-from delock.run.left_out import left_out
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.ranks import train_rank
 from delock.run.request import Request
-from delock.run.resume import NEWEST, find, held, resumed
+from delock.run.survival.left_out import left_out
+from delock.run.survival.resume import NEWEST, find, held, resumed
 from delock.run.torchrun_rank import run_torchrun_rank
 
 Tell = Callable[[Event], None]

@@ -24,7 +24,7 @@ from delock.partition.copying import copied_but_for_handles
 from delock.plan import Plan
 from delock.records import Event, Visit
 from delock.run.job import StageJob, StageResult
-from delock.run.parts import cuts
+from delock.run.survival.parts import cuts
 from delock.run.worker import Executes, Worker, windowed
 
 

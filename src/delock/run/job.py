@@ -16,7 +16,7 @@ from delock.options import EMA, Acts, Checkpoint, Compression, Execution, Placem
 from delock.plan import RunLength
 from delock.records import EvaluationRecord, StageReport
 from delock.run.request import Metric
-from delock.run.resume import Begin
+from delock.run.survival.resume import Begin
 from delock.stage import Loss, OptimizerFactory, ScheduleFactory
 from delock.tensors import Tree
 from delock.timeline import Span

@@ -30,11 +30,11 @@ from delock.run.heads import refuse_own_loss
 from delock.run.hidden import refuse_hidden
 from delock.run.layout_choice import choose_layout
 from delock.run.measured_network import MeasuredNetwork
-from delock.run.parts import refuse_other
 from delock.run.prepared import Batch, PreparedRun
 from delock.run.request import Request
-from delock.run.resume import Begin, refuse_changed, settled
-from delock.run.room import make_folder, refuse_folder
+from delock.run.survival.parts import refuse_other
+from delock.run.survival.resume import Begin, refuse_changed, settled
+from delock.run.survival.room import make_folder, refuse_folder
 from delock.run.unfit_acts import refuse_restaged_acts, refuse_unfit_pace
 from delock.run.user_functions import refuse_stale, try_user_functions
 from delock.stage.learner import described

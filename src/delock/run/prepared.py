@@ -31,7 +31,7 @@ from delock.plan import RunLength, sends_errors
 from delock.records import StagePrediction, Started
 from delock.run.job import StageJob
 from delock.run.request import Request
-from delock.run.resume import Begin, conditions
+from delock.run.survival.resume import Begin, conditions
 from delock.tensors import Tree, tensors, tree_tensors
 from delock.timeline import Costs, predict, stage_facts
 

@@ -12,8 +12,8 @@ from delock.launch.rank import Rank
 from delock.links.coded import ReceivedCodebooks
 from delock.links.connect import connect, free_ways
 from delock.links.rank_link import RankLink
-from delock.run.free_checkpointing import FreeSaver
 from delock.run.job import StageJob, StageResult
+from delock.run.survival.free_checkpointing import FreeSaver
 from delock.run.worker import Worker
 
 

@@ -29,7 +29,7 @@ from delock.run.own_loop.turns import LoopedJob, Weights
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.request import Request
-from delock.run.resume import Begin, find, held
+from delock.run.survival.resume import Begin, find, held
 from delock.stage.loading import load_module, volatile
 
 

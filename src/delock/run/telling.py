@@ -45,7 +45,7 @@ from delock.records import (
     VisitsRecord,
 )
 from delock.run.job import StageResult
-from delock.run.resume import Begin
+from delock.run.survival.resume import Begin
 from delock.timeline import Slowdown, Span
 
 CLASSES: Mapping[str, type[Any]] = MappingProxyType(

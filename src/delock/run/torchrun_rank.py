@@ -15,13 +15,13 @@ from delock.launch.rank import Rank
 from delock.launch.stopping import Relay, StopRequest
 from delock.records import Started
 from delock.run.job import StageResult
-from delock.run.left_out import left_out
 from delock.run.nonfinite import explained
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.ranks import train_rank
 from delock.run.request import Request
-from delock.run.resume import NEWEST, find, held, resumed
+from delock.run.survival.left_out import left_out
+from delock.run.survival.resume import NEWEST, find, held, resumed
 from delock.run.telling import pack, unpack
 
 

@@ -23,10 +23,10 @@ from delock.optim.stage_facts import for_stage
 from delock.plan import Plan, rest, windows
 from delock.records import Event, StageReport, Traffic
 from delock.run.acting import Acting
-from delock.run.checkpointing import AgreedSaver, Saver
-from delock.run.free_checkpointing import FreeSaver
 from delock.run.history import History
 from delock.run.job import StageJob, StageResult
+from delock.run.survival.checkpointing import AgreedSaver, Saver
+from delock.run.survival.free_checkpointing import FreeSaver
 from delock.stage import Stage
 from delock.stage.average import Average
 from delock.stage.compiled import pieces, zeros

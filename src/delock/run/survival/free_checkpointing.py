@@ -11,8 +11,8 @@ from delock.checkpoints.directory import read
 from delock.engine.agreement import Wish
 from delock.engine.asynchronous.mark import Mark
 from delock.engine.asynchronous.runner import FreeRun
-from delock.run.checkpointing import Instant, Saver
 from delock.run.job import StageJob
+from delock.run.survival.checkpointing import Instant, Saver
 
 
 class FreeSaver(Saver):

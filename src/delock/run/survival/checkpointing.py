@@ -30,11 +30,11 @@ from delock.links.traffic import ByteCounts, SentBytes
 from delock.options import Checkpoint
 from delock.plan import Step
 from delock.records import CheckpointRecord, EvaluationRecord, Event
-from delock.run import parts, restage
 from delock.run.acting import Acting, measures_of
 from delock.run.history import History
 from delock.run.job import StageJob
-from delock.run.made_with import made_with
+from delock.run.survival import parts, restage
+from delock.run.survival.made_with import made_with
 from delock.stage import Stage, checkpoint
 
 PROBLEMS = (OSError, UsageError, SafetensorError)

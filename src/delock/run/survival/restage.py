@@ -12,10 +12,10 @@ from torch import Tensor
 
 from delock.engine.feed import Feed
 from delock.partition.layers import state_names
-from delock.run import parts
 from delock.run.history import History
 from delock.run.job import StageJob
-from delock.run.kept_state import KeptState
+from delock.run.survival import parts
+from delock.run.survival.kept_state import KeptState
 from delock.stage import Stage
 from delock.stage.loading import load_module
 

@@ -18,11 +18,11 @@ from delock.optim.stage_facts import StageFacts, for_stage
 from delock.partition.layers import Layer, listed, under
 from delock.partition.stages import stages
 from delock.plan import RunLength, unroll
-from delock.run import parts
-from delock.run.kept_state import KeptState
 from delock.run.prepared import PreparedRun
 from delock.run.request import Request
-from delock.run.restage import fits
+from delock.run.survival import parts
+from delock.run.survival.kept_state import KeptState
+from delock.run.survival.restage import fits
 from delock.stage.learner import Learner
 from delock.timeline import stage_facts
 

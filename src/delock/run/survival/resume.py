@@ -21,9 +21,9 @@ from delock.methods import spelled
 from delock.options import Checkpoint
 from delock.partition.network import FORWARD
 from delock.records import Resumed
-from delock.run.made_with import made_with
-from delock.run.parts import cuts
 from delock.run.request import Request
+from delock.run.survival.made_with import made_with
+from delock.run.survival.parts import cuts
 
 NEWEST = "newest"
 MODEL = "model"  # the condition that is the model's outline
