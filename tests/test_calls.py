@@ -152,7 +152,7 @@ def test_lists_that_are_arguments_stay_lists() -> None:
     ("model", "data", "loss", "says"),
     [
         (Own(), [{"x": X, "id": Y, "labels": Y}], True, r"has 'id', which the model's forward does not take by name: .* inputs=\['x'\]\)"),
-        (Own(), [{"x": X, "label": Y}], False, "has 'label', which the model's forward does not take by name"),
+        (Own(), [{"x": X, "label": Y}], False, "has targets, but the model's forward does not take them, and fit is given no loss"),
         (Own(), Batches([{"x": X, "id": Y}], inputs=["x", "id"], targets="id"), True, "has 'id', which the model's forward does not take"),
         (Own(), [({"x": X, 3: X}, Y)], True, "has 3, which the model's forward does not take by name"),
         (Pair(), [({"both": (X, X)}, Y)], False, "has inputs by name, and targets without one"),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from io import BytesIO, TextIOWrapper
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -234,12 +234,22 @@ def scheduled(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, late)
 
 
+class Second:
+    """A metric that raises when it is called again: the first call is the trial before the run."""
+
+    calls: ClassVar[list[int]] = []
+
+    def __call__(self, *given: Any) -> float:
+        self.calls.append(1)
+        return boom() if len(self.calls) > 1 else 0.0
+
+
 @pytest.mark.parametrize(
     ("options", "where"),
     [
         ({"callbacks": [boom]}, "a callback"),
         ({"callbacks": [on_a_record]}, "a callback"),
-        ({"test": batches(1), "metrics": {"hits": boom}}, "the metric 'hits'"),
+        ({"test": batches(1), "metrics": {"hits": Second()}}, "the metric 'hits'"),
         ({"test": Spoilt()}, "the test data"),
         ({"data": Spoilt()}, "the training data"),
         ({"schedule": scheduled}, "the schedule"),

@@ -64,21 +64,24 @@ class Network:
             self.chain = not self.opened
             self.found = self.found if self.chain else None
 
-    def refuse_numbers(self, cuts: Sequence[int | str] | None) -> None:
-        """Raises UsageError for a cut of a traced model by number: its pieces are others for another number of stages, or other names."""
+    def named(self, cuts: Sequence[int | str] | None) -> Sequence[int | str] | None:
+        """Returns cuts, those of a traced model by name. A number is one if a module is called so, as the layers of an nn.Sequential are.
+
+        Raises UsageError for another number: the pieces are others for another number of stages, or other names.
+        """
         if self.chain or cuts is None:
-            return
+            return cuts
         assert isinstance(self.model, nn.Module)
         names = [path for path, _ in self.model.named_modules() if path]
         example = next((path for path in names if path.rpartition(".")[2] == "1"), names[-1] if names else "NAME")
-        number = next(
-            (cut for cut in cuts if cut not in names and (isinstance(cut, int) or cut.strip().removeprefix("-").isdecimal())), None
-        )
-        if number is not None:
-            raise UsageError(
-                f"cut {number!r} is a number, but a {type(self.model).__name__} is traced, and its pieces are numbered anew for every "
-                f"number of stages: give the name of the module that the stage begins with, as cuts=[{example!r}]; `delock cuts` lists them"
-            )
+        for cut in cuts:
+            if str(cut) not in names and (isinstance(cut, int) or cut.strip().removeprefix("-").isdecimal()):
+                raise UsageError(
+                    f"cut {cut!r} is a number, but a {type(self.model).__name__} is traced, and its pieces are numbered anew for every "
+                    f"number of stages: give the name of the module that the stage begins with, as cuts=[{example!r}]; "
+                    "`delock cuts` lists them"
+                )
+        return [*map(str, cuts)]
 
     def trace(self, call: Call, examples: Examples, stages: int, wanted: Sequence[str] = (), enough: float = ENOUGH) -> None:
         """Traces a model that is no chain. Raises UsageError if it cannot be cut.

@@ -71,7 +71,7 @@ def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
 
 def _prepared(request: Request) -> PreparedRun:
     measured = measured_network(request)
-    return cut_network(measured, request.cuts)
+    return cut_network(measured, measured.request.cuts)
 
 
 def measured_network(request: Request, *, counts: bool = False, fine: bool = False) -> MeasuredNetwork:
@@ -91,9 +91,10 @@ def measured_network(request: Request, *, counts: bool = False, fine: bool = Fal
         raise UsageError("noise and slow both make stages slower: use one of them")
     _refuse_misfit(request.simulation, K, request.seed)
     refuse_hidden(request.model)
+    request.network.open(request.network.wanted(cuts, K), everywhere=fine)
+    cuts = request.network.named(cuts)
+    request = replace(request, cuts=cuts)
     wanted = request.network.wanted(cuts, K)
-    request.network.open(wanted, everywhere=fine)
-    request.network.refuse_numbers(cuts)
     refuse_own_loss(request, K)
     if request.network.chain:
         _refuse_network(request, K)

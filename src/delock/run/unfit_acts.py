@@ -31,9 +31,11 @@ def refuse_unfit_acts(request: Request) -> None:
 
 def refuse_unfit_pace(request: Request, method: Method, K: int) -> None:
     """Raises UsageError if evaluations follow each other so closely that one could not act at the next."""
-    least, every = reach(method, K) + 1, request.length().every
     what = next((what for what, monitor in _monitors(request) if monitor), "")
-    if what and every < least:
+    if not what:
+        return
+    least, every = reach(method, K) + 1, request.length().every
+    if every < least:
         raise UsageError(
             f"eval_every is {every}, but {what} acts at an evaluation on what the one before has measured, and in {K} stages of "
             f"{method.name} that is known {least} batches later: evaluate every {least} batches, or less often"

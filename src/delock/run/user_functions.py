@@ -64,12 +64,28 @@ def try_user_functions(request: Request, execution: Execution, first: LoadedBatc
     for which, batch in tests.items():
         what = f"the first batch of the {which}, whose inputs are {shown(batch.inputs)} (in the training data {shown(first.inputs)})"
         with torch.random.fork_rng(devices=[]), torch.no_grad(), precision(execution, torch.device(request.device)):
-            with _told(f"the model fails in evaluation on {what}"):
+            try:
                 outputs, targets = _evaluated(request, execution, batch)
+            except Exception as error:
+                if not _evaluates(request, execution, first):
+                    return  # before it has been trained, as a model that makes its buffers then
+                with _told(f"the model fails in evaluation on {what}"):
+                    raise error
             for name, measure in copied_but_for_handles({"": request.criterion, **request.metrics}).items():  # some count their calls
                 given = f"it was called with outputs {shown(outputs)} and targets {shown(targets, values=True)}"
                 with _told(f"{f'the metric {name!r}' if name else 'the loss'} fails on {what}; {given}"):
                     measured(name, measure, outputs, targets)
+
+
+def _evaluates(request: Request, execution: Execution, batch: LoadedBatch) -> bool:
+    """Returns True if the model can be evaluated at all as it is now."""
+    try:
+        _evaluated(request, execution, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return False
+    return True
 
 
 def _evaluated(request: Request, execution: Execution, batch: LoadedBatch) -> tuple[Any, Any]:
