@@ -259,7 +259,7 @@ class Second:
 def test_what_own_code_raises_comes_out_of_a_run_in_one_process_as_it_is(options: dict[str, Any], where: str) -> None:
     with pytest.raises(Mine) as caught:
         fit(**options)
-    assert caught.value.__notes__ == [f"raised within {where}, which delock.fit called"]
+    assert caught.value.__notes__ == [f"raised within {where}, which Delock called"]
 
 
 def test_what_a_callback_raises_comes_out_of_processes_as_it_is() -> None:

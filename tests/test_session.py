@@ -201,6 +201,50 @@ def test_weights_and_rates_can_be_set(workers: Any) -> None:
     assert torch.equal(weights["0.weight"], other[0].weight)
 
 
+def in_groups(named: Any) -> torch.optim.Optimizer:
+    """Leaves out groups that would be empty, as many do."""
+    found: dict[bool, list[Any]] = {True: [], False: []}
+    for name, weight in named:
+        found[name.startswith("5.")].append(weight)
+    rates = {False: 0.01, True: 0.1}
+    return torch.optim.SGD([{"params": own, "lr": rates[last]} for last, own in found.items() if own])
+
+
+@EACH
+def test_rates_keep_the_proportions_in_which_they_were_made(workers: Any) -> None:
+    """Over all stages, and after a rate of 0."""
+    model, plain = network(), network()
+    model[2].p = plain[2].p = 0.0  # type: ignore[assignment]
+    with session(model, method="bp", optimizer=in_groups, workers=workers) as run:
+        for i, batch in enumerate(batches()):
+            run.lr = 0.0 if i == 2 else 0.01 / (i + 1)
+            run.step(batch)
+        for wrong in (-1.0, float("nan"), None, "0.1", True):
+            with pytest.raises(UsageError, match="lr is"):
+                run.lr = wrong  # type: ignore[assignment]
+    optimizer = in_groups(plain.named_parameters())
+    for i, (x, y) in enumerate(batches()):
+        for group, rate in zip(optimizer.param_groups, (0.1, 0.01), strict=True):
+            group["lr"] = 0.0 if i == 2 else (0.01 / (i + 1)) / 0.01 * rate
+        optimizer.zero_grad()
+        cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    assert equal(model, plain)
+    with session(network(), method="bp", optimizer=partial(torch.optim.SGD, lr=0.0)) as run, pytest.raises(UsageError, match="a rate of 0"):
+        run.lr = 0.1
+
+
+@EACH
+def test_a_mistake_in_an_evaluation_does_not_end_the_session(workers: Any) -> None:
+    with session(network(), method="fdg", workers=workers) as run:
+        run.step(batches()[0])
+        for wrong in (batches()[0], [batches()[0], 3], iter(batches())):
+            with pytest.raises(UsageError):
+                run.evaluate(wrong)
+        assert run.evaluate(batches(2)).samples == 13
+        run.step(batches()[1])
+
+
 class Names(nn.Module):
     """Takes a dict and returns one, with a loss of its own."""
 

@@ -118,3 +118,8 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return importlib.import_module(f"delock.{name}")
     raise AttributeError(f"module 'delock' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Returns what the package offers, loaded or not: notebooks complete names by it."""
+    return sorted(__all__)

@@ -74,7 +74,7 @@ def users_own(what: str) -> Iterator[None]:
     except DelockError:
         raise
     except Exception as error:
-        error.add_note(f"{OWN}{what}, which delock.fit called")
+        error.add_note(f"{OWN}{what}, which Delock called")
         raise
 
 

@@ -60,6 +60,8 @@ def _refuse_metrics(request: Request) -> None:
 
 def refuse_wrong_callbacks(callbacks: object) -> None:
     """Raises UsageError unless it is a list of functions and of callbacks that act."""
+    if isinstance(callbacks, Sequence) and (kinds := [one for one in callbacks if isinstance(one, type) and issubclass(one, Acts)]):
+        raise UsageError(f"callbacks holds the class {kinds[0].__name__}: give {kinds[0].__name__}(...), not {kinds[0].__name__}")
     if not isinstance(callbacks, Sequence) or not all(callable(one) or isinstance(one, Acts) for one in callbacks):
         raise UsageError(
             f"callbacks is {callbacks!r}, but it must be a list of functions of an event, as [print], or of EarlyStopping and others"

@@ -38,6 +38,7 @@ class History:
         self.samples = 0
         self.batch_loss = self.batch_count = 0.0
         self.since = 0  # losses already averaged into a record
+        self.told = 0  # batches up to the last record of a batch
         self.sums: dict[str, float] = {}  # of the test set that is being read
         self.judged = 0.0
         self.means: dict[str, dict[str, float]] = {}  # of the test sets of this evaluation that have been read
@@ -71,9 +72,18 @@ class History:
         self.batch_loss = self.batch_count = 0.0
         done = len(self.losses)
         if done % self.job.report.log_every == 0 or done == self.job.length.batches:
-            self.emit(StepRecord(done, done / self.job.per_epoch, self.losses[-1], stage.lr, self.samples, self.seconds()))
+            self._step(stage.lr)
         if not self.job.length.every and (done % self.job.per_epoch == 0 or done == self.job.length.batches):
             self._record(math.nan, {}, self.seconds())
+
+    def finish(self, lr: float) -> None:
+        """Tells of the last batch of a run that has ended earlier than it knew when that batch came."""
+        if self.losses and self.told < len(self.losses):
+            self._step(lr)
+
+    def _step(self, lr: float) -> None:
+        done = self.told = len(self.losses)
+        self.emit(StepRecord(done, done / self.job.per_epoch, self.losses[-1], lr, self.samples, self.seconds()))
 
     def state(self) -> dict[str, Any]:
         """Returns what the records to come depend on, and those of evaluations so far, as plain values and tensors."""

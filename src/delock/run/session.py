@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +17,7 @@ from delock.data.handed import Handed
 from delock.data.iterable import weigher
 from delock.data.loader import LoadedBatch, Loader, loaded
 from delock.data.named_sets import sets_of
-from delock.errors import NonFinite, UsageError, users_own
+from delock.errors import NonFinite, UsageError, said, users_own
 from delock.launch.context import context
 from delock.partition.stages import stages
 from delock.records import BatchResult, Evaluation, Result, Started
@@ -48,6 +50,7 @@ class Session:
         self._stages: StagesHere | StagesApart | None = None
         self._prepared: PreparedRun | None = None
         self._started: Started | None = None
+        self._why = ""  # it is over, after an error
         self._held = ExitStack()  # the folder of checkpoints
 
     def __enter__(self) -> Self:
@@ -133,24 +136,41 @@ class Session:
         """
         running, judged = self._running(), dict[str, list[Measured]]()
         for name, test in sets_of(self.reads.tests(batches)).items():
-            with self._told():
-                judged[name] = running.evaluate(_weighed(test))
+            try:
+                for batch in _weighed(test):
+                    with self._told():
+                        running.judge(batch)
+            finally:  # data that raises does not end the session
+                if self._stages:
+                    with self._told():
+                        judged[name] = running.judged()
         return evaluation_of(judged)
 
     @property
     def lr(self) -> float:
-        """The learning rate of the coming update, of the first parameter group. When it is set, other groups change in proportion."""
-        return self._rate(None)
+        """The learning rate of the coming update: that of the first parameter group of the first stage that learns.
+
+        When it is set, all groups of all stages get rates in the proportions in which they were made. Raises UsageError for what is no
+        rate, beside a schedule, and where this first rate was made 0.
+        """
+        return self._rates(None)[0][1]
 
     @lr.setter
     def lr(self, value: float) -> None:
         if self.request.schedule is not None:
             raise UsageError("the schedule sets the learning rate: leave it out of the session to set lr in the loop")
-        self._rate(float(value))
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+            raise UsageError(f"lr is {value!r}, but it must be a number, 0 or more")
+        made = self._rates(None)[0][0]
+        if not made:
+            raise UsageError("the first parameter group was made with a rate of 0, so the others have no proportion to it: give it another")
+        self._rates(float(value) / made)
 
-    def _rate(self, value: float | None) -> float:
+    def _rates(self, factor: float | None) -> list[tuple[float, float]]:
+        running = self._running()
         with self._told():
-            return float(self._running().ask("rate", value)[0])
+            found: list[tuple[float, float]] = running.ask("rate", factor)
+        return found
 
     # ---- weights -------------------------------------------------------------------------------------------------------------------
 
@@ -213,7 +233,7 @@ class Session:
 
     def _running(self) -> StagesHere | StagesApart:
         if self._stages is None and self._prepared:
-            raise UsageError("the session is over: make another one with delock.session")
+            raise UsageError(f"the session is over{self._why}: make another one with delock.session")
         if self._stages is None:
             raise UsageError("the session has not begun: use it in a block, with delock.session(...) as session:")
         return self._stages
@@ -232,6 +252,7 @@ class Session:
             yield
         except BaseException as error:
             self._stop()
+            self._why = f", because of an error: {said(error)}"
             if isinstance(error, NonFinite):
                 with explained(self.request):  # the batch cannot be read again
                     raise NonFinite(str(error), part=error.part, parts=error.parts, updates=error.updates) from None

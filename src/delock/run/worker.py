@@ -140,6 +140,8 @@ class Worker:
             self.stage.learner.average.put()
         if self.acting:
             self.acting.finish()
+            if self.acting.stopped:
+                self.tracker.finish(self.stage.lr)
 
     def stop(self, tick: int) -> None:
         """Saves the stage, which ends before its first step at this tick."""

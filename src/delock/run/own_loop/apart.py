@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import connection
@@ -28,7 +28,7 @@ from delock.links.shared_memory import SharedChannel
 from delock.options import Placement
 from delock.records import BatchResult
 from delock.run.job import StageResult
-from delock.run.own_loop.results import Results
+from delock.run.own_loop.results import Measured, Results
 from delock.run.own_loop.turns import LoopedJob, Turns, Weights
 from delock.run.ranks import begin_together, joined
 from delock.run.worker import Worker
@@ -106,6 +106,7 @@ class StagesApart:
         self.K, self.number = len(looped), 0
         self.answers: dict[int, dict[int, Any]] = {0: {}}  # to orders that are waited for: stage -> its answer
         self.news: deque[BatchResult] = deque()
+        self.judgements: list[int] = []  # orders
         self.held = ExitStack()
         allocator.give_back()  # what was taken to prepare the run
         self.team: Team = self.held.enter_context(
@@ -124,12 +125,14 @@ class StagesApart:
         number = self._tell("batch", outputs, asked=wait, of=(self.K - 1,))
         self._answers(number, 1) if wait else self._hear(0)
 
-    def evaluate(self, batches: Iterator[LoadedBatch]) -> list[tuple[dict[str, float], float, int]]:
-        """Returns measures, their weight and samples of each batch."""
-        numbers = []
-        for batch in batches:
-            self._hand(batch)
-            numbers.append(self._tell("evaluate", asked=True, of=(self.K - 1,)))
+    def judge(self, batch: LoadedBatch) -> None:
+        """Evaluates a batch, which may take until `judged`."""
+        self._hand(batch)
+        self.judgements.append(self._tell("judge", asked=True, of=(self.K - 1,)))
+
+    def judged(self) -> list[Measured]:
+        """Returns measures, their weight and samples of each batch that was evaluated."""
+        numbers, self.judgements = self.judgements, []
         return [self._answers(number, 1)[self.K - 1] for number in numbers]
 
     def rest(self) -> None:

@@ -19,7 +19,7 @@ from delock.links.mailbox import Mailbox
 from delock.records import BatchResult, Event
 from delock.run.inline import copied_job
 from delock.run.job import StageResult
-from delock.run.own_loop.results import Results
+from delock.run.own_loop.results import Measured, Results
 from delock.run.own_loop.turns import LoopedJob, Turns, Weights
 from delock.run.worker import Worker
 from delock.tensors import map_tensors
@@ -31,6 +31,7 @@ class StagesHere:
     def __init__(self, looped: Sequence[LoopedJob], device: torch.device) -> None:
         self.handed: deque[LoadedBatch] = deque()
         self.news: deque[BatchResult] = deque()
+        self.judgements: list[Measured | None] = []
         self.device, first = device, looped[0].job
         self.threads = first.placement.threads
         feed = HandedFeed(self.handed.popleft, weigher(first.train) if first.train else None, first.method.micro_batches, device)
@@ -51,13 +52,15 @@ class StagesHere:
         with self._own():
             self.news += self.turns.batch(outputs) or ()
 
-    def evaluate(self, batches: Iterator[LoadedBatch]) -> list[tuple[dict[str, float], float, int]]:
-        """Returns measures, their weight and samples of each batch."""
-        found = []
-        for batch in batches:
-            self._take(batch)
-            with self._own():
-                found.append(self.turns.evaluate())
+    def judge(self, batch: LoadedBatch) -> None:
+        """Evaluates a batch."""
+        self._take(batch)
+        with self._own():
+            self.judgements.append(self.turns.judge())
+
+    def judged(self) -> list[Measured]:
+        """Returns measures, their weight and samples of each batch that was evaluated."""
+        found, self.judgements = self.judgements, []
         return [one for one in found if one]
 
     def rest(self) -> None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from delock.checkpoints.encoding import copied
 from delock.plan import OpenPlan, Plan
 from delock.records import BatchResult, CheckpointRecord
 from delock.run.job import StageJob
-from delock.run.own_loop.results import Results
+from delock.run.own_loop.results import Measured, Results
 from delock.run.request import Metric
 from delock.run.worker import Worker
 from delock.stage.loading import load_module, volatile
@@ -46,9 +47,11 @@ class Turns:
         self.last = workers[-1].job.k == job.K - 1
         if self.last:
             self.results.watch(workers[-1].stage, looped.show)
+        self.rates = {worker.job.k: _rates(worker.stage.optimizer) for worker in workers}  # as they were made
         if job.begin:
             begun = [worker.saver.begun for worker in workers if worker.saver][-1]
             self.plan.load(begun["plan"])
+            self.rates = {int(k): rates for k, rates in begun["rates"].items()}
             if self.last:
                 self.results.wanted.update(begun["wanted"])
 
@@ -70,7 +73,7 @@ class Turns:
         self.execute(self.plan.rest())
         return self.results.taken() if self.last else None
 
-    def evaluate(self) -> tuple[dict[str, float], float, int] | None:
+    def judge(self) -> Measured | None:
         """Evaluates the network as it is now on the next batch; what is in flight waits. Returns measures, their weight, and samples."""
         aside = [worker.engine.set_aside() for worker in self.workers]
         self.execute(self.plan.evaluation(1))
@@ -78,17 +81,19 @@ class Turns:
             worker.engine.put_back(messages)
         return self.results.tested.pop() if self.last else None
 
-    def rate(self, value: float | None) -> list[float]:
-        """Returns the learning rate of each stage that learns: of its first parameter group. value: makes it that, of the others in
-        proportion.
+    def rate(self, factor: float | None) -> list[tuple[float, float]]:
+        """Returns of each stage that learns the rate of its first parameter group, as it was made and as it is now.
+
+        factor: makes the rate of every group that many times what it was made with.
         """
         found = []
-        for optimizer in filter(None, (worker.stage.optimizer for worker in self.workers)):
-            first = optimizer.param_groups[0]["lr"]
-            if value is not None:
-                for group in optimizer.param_groups:
-                    _set(group, value * float(group["lr"] / first) if first else value)
-            found.append(float(optimizer.param_groups[0]["lr"]))
+        for worker in self.workers:
+            base = self.rates.get(worker.job.k, [])
+            for made, group in zip(base, worker.stage.optimizer.param_groups if worker.stage.optimizer else (), strict=True):
+                if factor is not None:
+                    _set(group, factor * made)
+            if base and worker.stage.optimizer:
+                found.append((base[0], float(worker.stage.optimizer.param_groups[0]["lr"])))
         return found
 
     def weights(self) -> list[Weights]:
@@ -97,7 +102,8 @@ class Turns:
 
     def save(self) -> list[CheckpointRecord]:
         """Saves each stage as it is now, with what is in flight to it."""
-        beside = {"plan": self.plan.state(), "wanted": sorted(self.results.wanted) if self.last else []}
+        rates = {str(k): own for k, own in self.rates.items()}
+        beside = {"plan": self.plan.state(), "rates": rates, "wanted": sorted(self.results.wanted) if self.last else []}
         return [one for worker in self.workers if worker.saver for one in worker.saver.save_now(self.plan.batches, beside)]
 
     def load(self, weights: Sequence[Weights]) -> None:
@@ -114,6 +120,10 @@ def _modules(worker: Worker) -> dict[str, Any]:
 
 def _weights(worker: Worker) -> Weights:
     return {name: {"state": dict(module.state_dict()), "rest": volatile(module)} for name, module in _modules(worker).items()}
+
+
+def _rates(optimizer: Optimizer | None) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups] if optimizer else []
 
 
 def _set(group: dict[str, Any], value: float) -> None:
