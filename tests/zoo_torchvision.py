@@ -136,7 +136,7 @@ def specimen(name: str, make: Any, batch: Any = images, loss: Any = cross_entrop
 SPECIMENS = (
     specimen("resnet", resnet, optimizer=SLOW),
     specimen("resnet wrapped", lambda: Wrapped(resnet(Bottleneck)), optimizer=SLOW),
-    specimen("mobilenet_v2", mobilenet_v2),
+    specimen("mobilenet_v2", mobilenet_v2, optimizer=SLOW),
     specimen("mobilenet_v3", mobilenet_v3),
     specimen("efficientnet", efficientnet),
     specimen("efficientnet_v2", efficientnet_v2),
