@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,40 +18,14 @@ from delock.errors import NonFinite, StageFailed, UsageError
 from delock.methods import BP, DGL, FDG, GPipe, Method, PipeDream2BW
 from delock.records import BatchResult
 from delock.run.session import Session
+from loops import EACH, SGD, accuracy, batches, equal, network, session
 
 from chain import seeded
 from harness import every_method
 from leftovers import children
 
-SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-EACH = pytest.mark.parametrize("workers", ["inline", "processes"])
 PROCESSES: list[Method] = [GPipe(micro_batches=2), FDG(beta=0.5), PipeDream2BW(micro_batches=3, ahead="part"), DGL()]
 pytestmark = pytest.mark.usefixtures("own_random")
-
-
-def network() -> nn.Sequential:
-    """Five layers, with dropout and batch norm."""
-    return seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)))
-
-
-def batches(n: int = 9) -> list[tuple[Tensor, Tensor]]:
-    """Batches of seven samples, and at last of six."""
-    g = torch.Generator().manual_seed(1)
-    sizes = [*[7] * (n - 1), 6]
-    return [(torch.randn(size, 8, generator=g), torch.randint(0, 3, (size,), generator=g)) for size in sizes]
-
-
-def accuracy(out: Tensor, y: Tensor) -> Tensor:
-    return (out.argmax(1) == y).float().mean()
-
-
-def session(model: nn.Module, **options: Any) -> Session:
-    given = {"loss": cross_entropy, "optimizer": SGD, "stages": 3, "workers": "inline", "cuts": None} | options
-    return delock.session(model, batches()[0], **given)
-
-
-def equal(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def trained(method: Method, workers: Any, loop: Callable[[Session], list[BatchResult]], **options: Any) -> tuple[nn.Module, list[float]]:
@@ -183,68 +156,6 @@ def test_an_evaluation_is_of_the_weights_of_now(workers: Any) -> None:
     assert found.samples == 20
 
 
-@EACH
-def test_weights_and_rates_can_be_set(workers: Any) -> None:
-    other = seeded(network, 3)
-    with session(network(), method="fdg", workers=workers) as run:
-        run.step(batches()[0])
-        with pytest.raises(UsageError, match=r"in flight.*drain\(\)"):
-            run.load_state_dict(other.state_dict())
-        run.drain()
-        run.load_state_dict(other.state_dict())
-        assert all(torch.equal(run.state_dict()[name], one) for name, one in other.state_dict().items())
-        run.lr = 0.0
-        assert run.lr == 0.0
-        run.step(batches()[1])
-        run.drain()
-        weights = run.state_dict()
-    assert torch.equal(weights["0.weight"], other[0].weight)
-
-
-def in_groups(named: Any) -> torch.optim.Optimizer:
-    """Leaves out groups that would be empty, as many do."""
-    found: dict[bool, list[Any]] = {True: [], False: []}
-    for name, weight in named:
-        found[name.startswith("5.")].append(weight)
-    rates = {False: 0.01, True: 0.1}
-    return torch.optim.SGD([{"params": own, "lr": rates[last]} for last, own in found.items() if own])
-
-
-@EACH
-def test_rates_keep_the_proportions_in_which_they_were_made(workers: Any) -> None:
-    """Over all stages, and after a rate of 0."""
-    model, plain = network(), network()
-    model[2].p = plain[2].p = 0.0  # type: ignore[assignment]
-    with session(model, method="bp", optimizer=in_groups, workers=workers) as run:
-        for i, batch in enumerate(batches()):
-            run.lr = 0.0 if i == 2 else 0.01 / (i + 1)
-            run.step(batch)
-        for wrong in (-1.0, float("nan"), None, "0.1", True):
-            with pytest.raises(UsageError, match="lr is"):
-                run.lr = wrong  # type: ignore[assignment]
-    optimizer = in_groups(plain.named_parameters())
-    for i, (x, y) in enumerate(batches()):
-        for group, rate in zip(optimizer.param_groups, (0.1, 0.01), strict=True):
-            group["lr"] = 0.0 if i == 2 else (0.01 / (i + 1)) / 0.01 * rate
-        optimizer.zero_grad()
-        cross_entropy(plain(x), y).backward()
-        optimizer.step()
-    assert equal(model, plain)
-    with session(network(), method="bp", optimizer=partial(torch.optim.SGD, lr=0.0)) as run, pytest.raises(UsageError, match="a rate of 0"):
-        run.lr = 0.1
-
-
-@EACH
-def test_a_mistake_in_an_evaluation_does_not_end_the_session(workers: Any) -> None:
-    with session(network(), method="fdg", workers=workers) as run:
-        run.step(batches()[0])
-        for wrong in (batches()[0], [batches()[0], 3], iter(batches())):
-            with pytest.raises(UsageError):
-                run.evaluate(wrong)
-        assert run.evaluate(batches(2)).samples == 13
-        run.step(batches()[1])
-
-
 class Names(nn.Module):
     """Takes a dict and returns one, with a loss of its own."""
 
@@ -280,7 +191,7 @@ def test_a_traced_model_computes_its_own_loss(workers: Any) -> None:
         own = plain(**batch)["loss"]
         own.backward()
         optimizer.step()
-        assert float(own) == loss
+        assert own.item() == loss
     assert equal(model, plain)
 
 
@@ -371,56 +282,3 @@ def test_under_torchrun_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="under torchrun use fit"):
         session(network())
-
-
-def ends_in_an_error(run: Session, loop: Callable[[Session], None]) -> None:
-    loop(run)
-    run.save()
-    raise ZeroDivisionError
-
-
-@pytest.mark.parametrize("drain", [False, True])
-@pytest.mark.parametrize(
-    ("method", "workers"),
-    [(FDG(), "inline"), (FDG(), "processes"), (PipeDream2BW(micro_batches=3), "inline"), (BP(accumulate=3), "inline")],
-    ids=str,
-)
-def test_a_saved_session_goes_on_as_if_nothing_had_happened(method: Method, workers: Any, drain: bool, tmp_path: Path) -> None:
-    """With what was in flight, and after an earlier drain; the process that goes on knows nothing but the folder."""
-
-    def first(run: Session) -> None:
-        for i, batch in enumerate(batches()[:5]):
-            run.step(batch, outputs=i == 4)
-            if drain and i == 2:
-                run.drain()
-
-    whole = network()
-    with session(whole, method=method) as run:
-        first(run)
-        came = [one for batch in batches()[5:] for one in run.step(batch)] + run.drain()
-    saved = delock.Checkpoint(tmp_path)
-    with pytest.raises(ZeroDivisionError), session(network(), method=method, workers=workers, checkpoint=saved) as run:
-        ends_in_an_error(run, first)
-    again = network()
-    with session(again, method=method, workers=workers, checkpoint=delock.Checkpoint(tmp_path, resume="newest")) as run:
-        assert run.number == 5
-        found = [one for batch in batches()[5:] for one in run.step(batch)] + run.drain()
-    assert equal(again, whole)
-    assert [one.loss for one in found][-4:] == [one.loss for one in came][-4:]
-    assert [one.outputs is None for one in found] == [one.number != 4 for one in found]
-
-
-def test_refusals_of_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"calls save\(\)"):
-        session(network(), checkpoint=delock.Checkpoint(tmp_path, every=3))
-    with session(network()) as run, pytest.raises(UsageError, match="no folder"):
-        run.save()
-    with session(network(), method="fdg", checkpoint=delock.Checkpoint(tmp_path)) as run:
-        run.save()
-    with pytest.raises(UsageError, match="earlier run"), session(network(), method="fdg", checkpoint=delock.Checkpoint(tmp_path)):
-        pass
-    resume = delock.Checkpoint(tmp_path, resume="newest")
-    with pytest.raises(UsageError, match="method was"), session(network(), method="bp", checkpoint=resume):
-        pass
-    with pytest.raises(UsageError, match="in the stages"), session(network(), method="fdg", stages=2, checkpoint=resume):
-        pass
