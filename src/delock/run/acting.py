@@ -12,9 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeAlias
-
-from torch import Tensor
+from typing import Any
 
 from delock.checkpoints.encoding import copied
 from delock.errors import Concluded
@@ -25,10 +23,7 @@ from delock.plan import Step
 from delock.records import EvaluationRecord
 from delock.run.job import StageJob
 from delock.stage import Stage
-from delock.stage.loading import load_module, volatile
-
-Weights: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
-"""The state of a stage's module, and what is in no state dict."""
+from delock.stage.loading import Held, load_module, volatile
 
 
 class Best:
@@ -62,7 +57,7 @@ class Acting:
         self.stopped = ""  # why the run ends earlier than was planned
         self.early = [(one, Best(one.monitor, one.min_delta)) for one in job.callbacks if isinstance(one, EarlyStopping)]
         self.best = next((Best(one.monitor) for one in job.callbacks if isinstance(one, KeepBest)), None)
-        self.kept: dict[int, Weights] = {}  # the best evaluation's, and those of one whose measures have not been taken in
+        self.kept: dict[int, Held] = {}  # the best evaluation's, and those of one whose measures have not been taken in
 
     def __call__(self, step: Step) -> None:
         """Takes in all evaluations before this one, and keeps what it sees. Raises Concluded where the run is to end here."""
@@ -134,10 +129,10 @@ class Acting:
         self.kept = state["kept"]
 
 
-def evaluated(stage: Stage) -> Weights:
+def evaluated(stage: Stage) -> Held:
     """Returns a copy of what an evaluation of the stage sees: its weights and buffers, with the average of weights where it sees that."""
     state, means = stage.module.state_dict(), stage.body.average.weights if stage.body.average else {}
-    found: Weights = copied(({**state, **{name: w for name, w in means.items() if name in state}}, volatile(stage.module)), "the weights")
+    found: Held = copied(({**state, **{name: w for name, w in means.items() if name in state}}, volatile(stage.module)), "the weights")
     return found
 
 

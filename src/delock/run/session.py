@@ -19,7 +19,6 @@ from delock.data.loader import LoadedBatch, Loader, loaded
 from delock.data.named_sets import sets_of
 from delock.errors import NonFinite, UsageError, said, users_own
 from delock.launch.context import context
-from delock.partition.stages import stages
 from delock.records import BatchResult, Evaluation, Result, Started
 from delock.run.collect import collect
 from delock.run.job import StageResult
@@ -27,12 +26,12 @@ from delock.run.nonfinite import explained
 from delock.run.own_loop.apart import StagesApart
 from delock.run.own_loop.here import StagesHere
 from delock.run.own_loop.results import Measured, evaluation_of
-from delock.run.own_loop.turns import LoopedJob, Weights
+from delock.run.own_loop.turns import LoopedJob
 from delock.run.prepare import prepare
 from delock.run.prepared import PreparedRun
 from delock.run.request import Request
 from delock.run.survival.resume import Begin, find, held
-from delock.stage.loading import load_module, volatile
+from delock.stage.loading import Held, load_module, snapshot
 
 
 class Session:
@@ -218,15 +217,12 @@ class Session:
         model = self.request.model
         return model if isinstance(model, torch.nn.Module) else torch.nn.ModuleList(model)
 
-    def _exchanged(self, weights: list[Weights] | None) -> list[Weights]:
+    def _exchanged(self, weights: list[Held] | None) -> list[Held]:
         """Lets the model have the weights of stages, if there are any, and returns copies of those that it had."""
-        before = list[Weights]()
         assert self._prepared
-        for k, module in enumerate(stages(self._prepared.layers, self._prepared.cuts)):
-            state = {name: one.clone() if isinstance(one, Tensor) else one for name, one in module.state_dict().items()}
-            before.append({"module": {"state": state, "rest": {name: one.clone() for name, one in volatile(module).items()}}})
-            if weights is not None:
-                load_module(module, weights[k]["module"]["state"], weights[k]["module"]["rest"], f"module of stage {k}")
+        before = [snapshot(module) for module in self._prepared.modules]
+        for k, (module, own) in enumerate(zip(self._prepared.modules, weights or (), strict=False)):
+            load_module(module, *own, f"module of stage {k}")
         return before
 
     # ---- the stages ----------------------------------------------------------------------------------------------------------------

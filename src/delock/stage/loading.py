@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from delock.checkpoints.encoding import copied
 from delock.errors import UsageError
 from delock.stage.buffers import Buffers, buffers_of
+
+Held: TypeAlias = tuple[dict[str, Any], dict[str, Tensor]]
+"""The state dict of a module, and its weights and buffers that are in none: what `load_module` takes."""
+
+
+def snapshot(module: nn.Module) -> Held:
+    """Returns a copy of a module's state. Raises UsageError for state that cannot be copied."""
+    found: Held = copied((dict(module.state_dict()), volatile(module)), "the weights")
+    return found
 
 
 def volatile(module: nn.Module) -> dict[str, Tensor]:

@@ -29,9 +29,10 @@ from delock.options import Placement
 from delock.records import BatchResult
 from delock.run.job import StageResult
 from delock.run.own_loop.results import Measured, Results
-from delock.run.own_loop.turns import LoopedJob, Turns, Weights
+from delock.run.own_loop.turns import LoopedJob, Turns
 from delock.run.ranks import begin_together, joined
 from delock.run.worker import Worker
+from delock.stage.loading import Held
 
 AHEAD = 2  # batches that stage 0 has not taken yet
 LOOP = -1  # the loop's process, as a neighbour of stage 0
@@ -144,7 +145,7 @@ class StagesApart:
         found = self._answers(self._tell(what, *given, asked=True), self.K)
         return [one for _, own in sorted(found.items()) for one in own]
 
-    def load(self, weights: Sequence[Weights]) -> None:
+    def load(self, weights: Sequence[Held]) -> None:
         """Lets the stages have these weights."""
         number = self._tell("load", asked=True, each=[[own] for own in weights])
         self._answers(number, self.K)

@@ -20,8 +20,9 @@ from delock.records import BatchResult, Event
 from delock.run.inline import copied_job
 from delock.run.job import StageResult
 from delock.run.own_loop.results import Measured, Results
-from delock.run.own_loop.turns import LoopedJob, Turns, Weights
+from delock.run.own_loop.turns import LoopedJob, Turns
 from delock.run.worker import Worker
+from delock.stage.loading import Held
 from delock.tensors import map_tensors
 
 
@@ -74,7 +75,7 @@ class StagesHere:
             found = getattr(self.turns, what)(*given)
         return found or []
 
-    def load(self, weights: Sequence[Weights]) -> None:
+    def load(self, weights: Sequence[Held]) -> None:
         """Lets the stages have these weights."""
         self.ask("load", weights)
 

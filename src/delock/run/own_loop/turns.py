@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from delock.checkpoints.encoding import copied
 from delock.plan import OpenPlan, Plan
 from delock.records import BatchResult, CheckpointRecord
 from delock.run.job import StageJob
 from delock.run.own_loop.results import Measured, Results
 from delock.run.request import Metric
 from delock.run.worker import Worker
-from delock.stage.loading import load_module, volatile
+from delock.stage.loading import Held, load_module, snapshot
 
 ENDLESS = 1 << 62  # batches
-
-Weights = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
-"""The weights of a stage: of "module" and "head" the "state", and the "rest" that is in no state dict."""
 
 
 @dataclass
@@ -96,9 +92,9 @@ class Turns:
                 found.append((base[0], float(worker.stage.optimizer.param_groups[0]["lr"])))
         return found
 
-    def weights(self) -> list[Weights]:
+    def weights(self) -> list[Held]:
         """Returns copies of the weights of each stage."""
-        return [copied(_weights(worker), "the weights") for worker in self.workers]
+        return [snapshot(worker.stage.module) for worker in self.workers]
 
     def save(self) -> list[CheckpointRecord]:
         """Saves each stage as it is now, with what is in flight to it."""
@@ -106,20 +102,10 @@ class Turns:
         beside = {"plan": self.plan.state(), "rates": rates, "wanted": sorted(self.results.wanted) if self.last else []}
         return [one for worker in self.workers if worker.saver for one in worker.saver.save_now(self.plan.batches, beside)]
 
-    def load(self, weights: Sequence[Weights]) -> None:
-        """Lets each stage have these weights; what is not among them stays as it is."""
+    def load(self, weights: Sequence[Held]) -> None:
+        """Lets each stage have these weights; a head keeps its own."""
         for worker, own in zip(self.workers, weights, strict=True):
-            for name, one in own.items():
-                load_module(_modules(worker)[name], one["state"], one["rest"], f"{name} of stage {worker.job.k}")
-
-
-def _modules(worker: Worker) -> dict[str, Any]:
-    head = worker.stage.head
-    return {"module": worker.stage.module, **({"head": head.module} if head else {})}
-
-
-def _weights(worker: Worker) -> Weights:
-    return {name: {"state": dict(module.state_dict()), "rest": volatile(module)} for name, module in _modules(worker).items()}
+            load_module(worker.stage.module, *own, f"module of stage {worker.job.k}")
 
 
 def _rates(optimizer: Optimizer | None) -> list[float]:
