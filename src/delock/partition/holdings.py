@@ -5,7 +5,6 @@ A copy of a module has copies of what it holds, but a function is never copied: 
 
 from __future__ import annotations
 
-import dis
 import sys
 import sysconfig
 import weakref
@@ -13,10 +12,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 
 import torch
 from torch import Tensor, nn
+
+from delock.partition.code_names import codes, loaded
 
 LIBRARIES = ("<frozen", str(Path(__file__).parents[1]), *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
 PLAIN = (str, bytes, int, float, complex, type(None), ModuleType, torch.dtype, torch.device, torch.Generator)
@@ -84,22 +85,10 @@ def _of_function(function: FunctionType) -> list[object]:
 
 def _globals(function: FunctionType) -> list[object]:
     """Returns the globals that the code of a function names, and what it names of modules of the user's own."""
-    codes = list(_codes(function.__code__))
-    found = [function.__globals__[name] for code in codes for name in _global_names(code) if name in function.__globals__]
+    found = [function.__globals__[name] for name in sorted(loaded(function.__code__)) if name in function.__globals__]
     modules = [one for one in found if isinstance(one, ModuleType) and not _is_library(one)]
-    return [*found, *(vars(module)[name] for module in modules for code in codes for name in code.co_names if name in vars(module))]
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Yields the code of a function, and of those inside it."""
-    yield code
-    for one in code.co_consts:
-        if isinstance(one, CodeType):
-            yield from _codes(one)
-
-
-def _global_names(code: CodeType) -> set[str]:
-    return {one.argval for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL"}
+    names = [name for code in codes(function.__code__) for name in code.co_names]
+    return [*found, *(vars(module)[name] for module in modules for name in names if name in vars(module))]
 
 
 def _filled(cell: object) -> bool:

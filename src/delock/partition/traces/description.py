@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copyreg
-import dis
 import enum
 import functools
 import hashlib
@@ -21,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from delock.partition.code_names import imports, loaded
 from delock.partition.traces.installed import Installed, UndescribedError, home
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), range, slice)
 BY_NAME = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo, PurePath)
 TYPES = (types.GenericAlias, types.UnionType)
 BUILT_IN = (types.BuiltinFunctionType, types.WrapperDescriptorType, types.MethodDescriptorType, np.ufunc)
-LOADS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 OPERATIONS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 HOOKS = frozenset(name for name in vars(nn.Module()) if "hooks" in name)  # their keys count all hooks of the program
 SALTED = ("_original_object_hash",)  # which transformers keeps of options for generating text: another one in every program
@@ -223,18 +222,6 @@ class Description:
         self.names.update(code.co_names)
         self.texts.update(one for one in code.co_consts if isinstance(one, str))
         self.each(code.co_consts)
-
-
-def loaded(code: types.CodeType) -> set[str]:
-    """Returns the global names that code looks up, that of functions inside it included."""
-    own = {one.argval for one in dis.get_instructions(code) if one.opname in LOADS}
-    return own.union(*(loaded(one) for one in code.co_consts if isinstance(one, types.CodeType)))
-
-
-def imports(code: types.CodeType) -> set[str]:
-    """Returns the modules that code imports when it runs."""
-    own = {one.argval for one in dis.get_instructions(code) if one.opname == "IMPORT_NAME"}
-    return own.union(*(imports(one) for one in code.co_consts if isinstance(one, types.CodeType)))
 
 
 def named(module: str, qualname: str) -> Any:
