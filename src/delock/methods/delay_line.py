@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Literal
 
 from delock.errors import UsageError
@@ -10,6 +11,10 @@ from delock.methods.base import Method, Order, in_order, one_of, whole
 from delock.ops import NEWEST, At, Backward, Forward, Op, Reduce, Update, Weights
 
 Ahead = Literal["part", "mean"]
+
+
+IN_PARTS = MappingProxyType({"accumulate": "it adds the gradients of the parts of a batch, so use larger batches in more micro_batches"})
+"""The option of other delay lines that is not one of methods which add the gradients of the parts of a batch."""
 
 
 class DelayLine(Method):

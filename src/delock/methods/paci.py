@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
-from delock.methods.delay_line import Ahead, DelayLine
+from delock.methods.delay_line import IN_PARTS, Ahead, DelayLine
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,7 @@ class PACI(DelayLine):
     """
 
     name: ClassVar[str] = "paci"
-    elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {"accumulate": "it adds the gradients of the parts of a batch, so use larger batches in more micro_batches"}
-    )
+    elsewhere: ClassVar[Mapping[str, str]] = IN_PARTS
     micro_batches: int = 4
     ahead: Ahead | None = None
     at = "mixed"

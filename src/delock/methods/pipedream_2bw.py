@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import ClassVar
 
 from delock.errors import UsageError
 from delock.methods.base import whole
-from delock.methods.delay_line import Ahead, DelayLine, refuse_ahead
+from delock.methods.delay_line import IN_PARTS, Ahead, DelayLine, refuse_ahead
 from delock.ops import Weights
 
 
@@ -34,9 +33,7 @@ class PipeDream2BW(DelayLine):
     """
 
     name: ClassVar[str] = "2bw"
-    elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {"accumulate": "it adds the gradients of the parts of a batch, so use larger batches in more micro_batches"}
-    )
+    elsewhere: ClassVar[Mapping[str, str]] = IN_PARTS
     micro_batches: int = 0  # 0: by the number of stages
     ahead: Ahead | None = None
 

@@ -44,9 +44,14 @@ class Network:
         assert self.found is not None
         return self.found
 
+    @property
+    def whole(self) -> nn.Module:
+        """Returns the model as one module, also where it is given as a list."""
+        return self.model if isinstance(self.model, nn.Module) else nn.ModuleList(self.model)
+
     def marks(self) -> list[str]:
         """Returns the paths of the CutPoints in the model."""
-        return cut_points(self.model if isinstance(self.model, nn.Module) else nn.ModuleList(self.model))
+        return cut_points(self.whole)
 
     def wanted(self, cuts: Sequence[int | str] | None, stages: int) -> list[str]:
         """Returns the names in front of which there must be a cut: those of the cuts, or without cuts all CutPoints."""
@@ -111,8 +116,8 @@ class Network:
 
     def outline(self) -> dict[str, str]:
         """Returns the class of every module by its path, with options of torch's own, and a checksum of what a traced model computes."""
-        model = self.model if isinstance(self.model, nn.Module) else nn.ModuleList(self.model)
-        found = {path: f"{type(one).__name__}({one.extra_repr() if _of_torch(one) else ''})" for path, one in model.named_modules()}
+        modules = self.whole.named_modules()
+        found = {path: f"{type(one).__name__}({one.extra_repr() if _of_torch(one) else ''})" for path, one in modules}
         return {**found, **({FORWARD: f"{self.split.how} {self.split.checksum:08x}"} if self.split else {})}
 
     def on_output(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import replace
 from math import isfinite
 
 import torch
-from torch import Tensor, nn
 
 from delock.data.iterable import weigher
 from delock.data.named_sets import sets_of
@@ -45,7 +43,11 @@ def collect(request: Request, started: Started, results: list[StageResult]) -> R
 
 def _no_numbers(request: Request, result: Result) -> str:
     """Returns what of a finished run is NaN or infinite; "" if nothing is. Where the loader weighs batches, a loss may be none."""
-    bad = [f"the weight {name}" for name, one in _weights(request) if is_floating(one) and not bool(torch.isfinite(one).all())]
+    bad = [
+        f"the weight {name}"
+        for name, one in request.network.whole.named_parameters()
+        if is_floating(one) and not bool(torch.isfinite(one).all())
+    ]
     if bad:
         return f"{bad[0]} NaN or infinite" + (f", and {len(bad) - 1} more" if len(bad) > 1 else "")
     if not result.evaluations or request.test is None or any(weigher(one) for one in sets_of(request.test).values()):
@@ -53,10 +55,6 @@ def _no_numbers(request: Request, result: Result) -> str:
     last = result.evaluations[-1]
     losses = {"": last.test_loss, **{name: value for name, value in last.metrics.items() if name.endswith("/loss")}}
     return next((f"{name or 'a test loss'} of {value}" for name, value in losses.items() if not isfinite(value)), "")
-
-
-def _weights(request: Request) -> Iterable[tuple[str, Tensor]]:
-    return (request.model if isinstance(request.model, nn.Module) else nn.ModuleList(request.model)).named_parameters()
 
 
 def _load(request: Request, cuts: tuple[int | str, ...], results: list[StageResult]) -> None:

@@ -179,7 +179,7 @@ class Session:
             own = self._running().ask("weights")
         before = self._exchanged(own)
         try:
-            found = {name: one.clone() if isinstance(one, Tensor) else one for name, one in self._model().state_dict().items()}
+            found = {name: one.clone() if isinstance(one, Tensor) else one for name, one in self.request.network.whole.state_dict().items()}
         finally:
             self._exchanged(before)
         return found
@@ -191,7 +191,7 @@ class Session:
             raise UsageError("batches are in flight, which have been computed with other weights: call drain() before load_state_dict()")
         before = self._exchanged(None)
         try:
-            self._model().load_state_dict(state)
+            self.request.network.whole.load_state_dict(state)
             own = self._exchanged(before)
         except BaseException:
             self._exchanged(before)
@@ -212,10 +212,6 @@ class Session:
         if problems := [one.problem for one in found if one.problem]:
             raise UsageError(f"the checkpoint could not be written: {problems[0]}")
         return Path(found[-1].path)
-
-    def _model(self) -> Any:
-        model = self.request.model
-        return model if isinstance(model, torch.nn.Module) else torch.nn.ModuleList(model)
 
     def _exchanged(self, weights: list[Held] | None) -> list[Held]:
         """Lets the model have the weights of stages, if there are any, and returns copies of those that it had."""

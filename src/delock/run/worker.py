@@ -48,9 +48,13 @@ class Worker:
         *,
         history: type[History] = History,
         handed: HandedFeed | None = None,
+        saver: type[Saver] | None = None,
         notices: Notices | None = None,
     ) -> None:
-        """history: of the last stage; handed: the feed of stage 0, if it is not to read the loaders; notices: of stages that may act."""
+        """history: of the last stage; handed: the feed of stage 0, if it is not to read the loaders; notices: of stages that may act.
+
+        saver: how the stage is saved, by default at the times that the job's checkpoint says.
+        """
         self.job, self.device = job, device
         last, facts = job.k == job.K - 1, stage_facts(job.method, job.K)[job.k]
         self.stage = Stage(
@@ -95,7 +99,7 @@ class Worker:
             slow=slow,
             delay=delay,
         )
-        saves = Saver if history is not History else _saver_of(job)  # a session says itself when it is to be saved
+        saves = saver or _saver_of(job)
         self.acting = acting = Acting(job, self.stage, notices) if notices is not None and job.acts else None
         if self.stage.learner.judged and not acting:
             raise UsageError(

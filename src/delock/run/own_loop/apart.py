@@ -31,6 +31,7 @@ from delock.run.job import StageResult
 from delock.run.own_loop.results import Measured, Results
 from delock.run.own_loop.turns import LoopedJob, Turns
 from delock.run.ranks import begin_together, joined
+from delock.run.survival.checkpointing import Saver
 from delock.run.worker import Worker
 from delock.stage.loading import Held
 
@@ -61,7 +62,7 @@ def serve(rank: Rank, looped: LoopedJob) -> StageResult:
     job.ambient.enter(rank.device)
     link = joined(rank, job)
     handed = HandedFeed(_taker(rank), weigher(job.train) if job.train else None, job.method.micro_batches, rank.device)
-    worker = Worker(job, link, rank.device, rank.emit, rank.progress, history=Results, handed=handed if job.k == 0 else None)
+    worker = Worker(job, link, rank.device, rank.emit, rank.progress, history=Results, saver=Saver, handed=handed if job.k == 0 else None)
     begin_together(rank, job)
     near = range(max(0, job.k - 1), min(job.K, job.k + 2))
     turns = Turns(looped, [worker], worker.engine.run, near)
@@ -175,7 +176,7 @@ class StagesApart:
                     self._hear(0)
             self.channel.post(packed)
         except OSError:  # stage 0 is gone, as will show
-            self._hear(None)
+            self._hear()
             self._answers(self.number + 1, 1)
 
     def _tell(self, name: str, *given: Any, asked: bool = False, of: Sequence[int] = (), each: Sequence[Any] = ()) -> int:
@@ -192,12 +193,12 @@ class StagesApart:
         """Waits for answers to an order."""
         own = self.answers.setdefault(number, {})
         while len(own) < count:
-            self._hear(None)
+            self._hear()
         return self.answers.pop(number)
 
-    def _hear(self, seconds: float | None) -> None:
-        """Takes in what has come; None: waits a little for something."""
-        self.team.turn(self._event) if seconds is None else self.team.turn(self._event, seconds)
+    def _hear(self, seconds: float = POLL) -> None:
+        """Takes in what has come; waits so long for something."""
+        self.team.turn(self._event, seconds)
 
     def _event(self, rank: int, event: object) -> None:
         match event:

@@ -21,6 +21,7 @@ from delock.run.inline import copied_job
 from delock.run.job import StageResult
 from delock.run.own_loop.results import Measured, Results
 from delock.run.own_loop.turns import LoopedJob, Turns
+from delock.run.survival.checkpointing import Saver
 from delock.run.worker import Worker
 from delock.stage.loading import Held
 from delock.tensors import map_tensors
@@ -38,9 +39,9 @@ class StagesHere:
         feed = HandedFeed(self.handed.popleft, weigher(first.train) if first.train else None, first.method.micro_batches, device)
         box = Mailbox()
         with self._own():
-            jobs = [copied_job(one.job) for one in looped]
             self.workers = [
-                Worker(job, box.end(job.k), device, _unheard, history=Results, handed=feed if job.k == 0 else None) for job in jobs
+                Worker(job, box.end(job.k), device, _unheard, history=Results, saver=Saver, handed=None if job.k else feed)
+                for job in (copied_job(one.job) for one in looped)
             ]
         for worker in self.workers:
             worker.tracker.logs = [other.log for other in self.workers]
