@@ -2,7 +2,7 @@
 
     python benchmarks/any_model/start.py --rounds 3 --out benchmarks/any_model
 
-Every run is a program of its own; that with a kept trace follows the cold one. The fastest of all rounds is told, in seconds by the clock.
+Every run is a program of its own. The run with a kept trace follows the cold one. The table has the fastest of all rounds, by the clock.
 In brackets is the processor time that the calling program took meanwhile, because other programs may run on the machine.
 """
 

@@ -40,7 +40,7 @@ class Stopped(DelockError):
 
 
 class Concluded(DelockError):
-    """Raised inside a stage, in front of its place of an evaluation, where the run is found to end earlier: as one of so many batches."""
+    """Raised inside a stage in front of an evaluation, where the run turns out to be shorter than planned; batches: its length now."""
 
     def __init__(self, batches: int) -> None:
         super().__init__(f"the run ends with {batches} batches")

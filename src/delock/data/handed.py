@@ -14,7 +14,7 @@ class Handed:
     """Knows by an example batch how batches are read. example: a batch, or `Batches` of one, which say what cannot be guessed."""
 
     def __init__(self, example: Any, seed: int, takes: Takes) -> None:
-        """Raises UsageError for what is no batch of such a model."""
+        """Raises UsageError for an example that cannot be read as data."""
         self.seed, self.takes = seed, takes
         self.loader: Loader = train_loader(example.over([example.loader]) if isinstance(example, Batches) else [example], seed, takes, None)
 

@@ -133,7 +133,7 @@ class Team:
         self._failures: list[Failure] = []
         self._here = 0  # ranks that have come to where they all meet
         self._sentinels: dict[int, int] = {}  # of processes that have not been seen to end -> ranks
-        self._over = float("inf")  # when a failure is told: until then its cause may show
+        self._over = float("inf")  # the time at which a failure is raised; its cause may show before
         self._ends: tuple[socket.socket, ...] = socket.socketpair() if hand else ()  # ours, and that of rank 0
         self._sender: threading.Thread | None = None
 

@@ -97,7 +97,7 @@ class PeakBytes:
     saved: int = 0
 
     def beside(self, kept: int, copied: int) -> PeakBytes:
-        """Returns the same with so many bytes that are kept from early on until the end, and those of them that a checkpoint copies."""
+        """Returns these peaks with memory beside them that is kept until the end; copied: the bytes of it that a checkpoint copies."""
         more = kept + (copied if self.saved else 0)
         return PeakBytes(self.live + more, self.resident + more, self.saved + (copied if self.saved else 0))
 

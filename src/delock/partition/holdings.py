@@ -26,7 +26,7 @@ OWN = (frozenset(vars(nn.Module())) - {*HOOKS}) | {"_flat_weight_refs"}  # of an
 
 
 def beside(module: nn.Module) -> list[object]:
-    """Returns what a module holds beside its parameters, buffers and parts: plain attributes, hooks, and its class's code."""
+    """Returns a module's plain attributes, its hooks and its class; its parameters, buffers and parts are left out."""
     return [*(value for name, value in vars(module).items() if name not in OWN), type(module)]
 
 

@@ -209,7 +209,7 @@ class Description:
         self._extended(value)
 
     def _extended(self, value: Any) -> None:
-        """Takes what a class derived from a container holds beside its items."""
+        """Takes class and attributes of a value; the items of a container are taken elsewhere."""
         if type(value).__flags__ & HEAP:
             self.add(type(value))
             held = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
