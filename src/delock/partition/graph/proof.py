@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from delock.data.call import Call
 from delock.execution import Modes
+from delock.launch import allocator
 from delock.links.wire import make_dense
 from delock.partition.graph.digests import Gradients, NotApartError, Uses, caught, digest
 from delock.partition.graph.examples import is_large
@@ -89,9 +90,7 @@ def _difference(
         for training, inputs in [(True, one) for one in (*examples, examples[0])] + [(False, one) for one in examples]:
             for mode in modes:
                 mode.train() if training else mode.module.eval()
-            with answering(exporting=True, compiling=True) if told else nullcontext():
-                whole = _whole(own, call, inputs, training)
-            if found := _compared(whole, _parts(cut, inputs, training, apart), same):
+            if found := _step(own, call, cut, inputs, training, told, apart):
                 refuse_changed(seen or {}, attributes(own.model, kept))
                 return f"{found} in {'training' if training else 'evaluation'}"
             if inputs is examples[0] and training:
@@ -105,6 +104,16 @@ def _difference(
                 whole = _whole(Uses(in_mode(model, True), apart), call, examples[0], True, samples=True)
             return _compared(plain, whole, close)
     return ""
+
+
+def _step(own: Uses, call: Call, cut: Sequence[Segment], inputs: Sequence[Tensor], training: bool, told: bool, apart: bool) -> str:
+    """Compares one step of both. What a large model's step has taken goes back to the system before the next: it leaves little room."""
+    give_back = allocator.give_back if is_large(own.model) else lambda: None
+    give_back()
+    with answering(exporting=True, compiling=True) if told else nullcontext():
+        whole = _whole(own, call, inputs, training)
+    give_back()
+    return _compared(whole, _parts(cut, inputs, training, apart), same)
 
 
 def _copies(pieces: Sequence[Segment]) -> list[Segment]:
