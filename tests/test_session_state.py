@@ -12,10 +12,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import delock
+from delock import EMA, Checkpoint
 from delock.errors import UsageError
 from delock.methods import BP, FDG, Method, PipeDream2BW
 from delock.run.session import Session
-from loops import EACH, batches, equal, network, session
+from loops import EACH, SGD, batches, equal, network, session
 
 from chain import seeded
 
@@ -135,3 +136,65 @@ def test_refusals_of_checkpoints(tmp_path: Path) -> None:
         pass
     with pytest.raises(UsageError, match="in the stages"), session(network(), method="fdg", stages=2, checkpoint=resume):
         pass
+
+
+@EACH
+def test_an_average_is_that_of_fit(workers: Any) -> None:
+    """In evaluations, at the end, and in a session that goes on."""
+    average, own, model = EMA(0.8), network(), network()
+    options: dict[str, Any] = {"loss": cross_entropy, "optimizer": SGD, "method": "bp", "stages": 3, "callbacks": [average]}
+    result = delock.fit(model, batches(), batches(3), epochs=1, eval_every=9, workers="inline", **options)
+    with session(own, method="bp", workers=workers, callbacks=[average]) as run:
+        for batch in batches():
+            run.step(batch)
+        run.drain()
+        assert run.evaluate(batches(3)).loss == pytest.approx(result.evaluations[-1].test_loss, rel=1e-6)
+        weights = run.state_dict()
+    assert equal(own, model)
+    assert not torch.equal(weights["0.weight"], own[0].weight)  # the weights themselves
+
+
+def test_an_average_goes_on_with_its_session(tmp_path: Path) -> None:
+    whole, own = network(), network()
+    with session(whole, method="ddg", callbacks=[EMA(0.8)]) as run:
+        for batch in batches():
+            run.step(batch)
+    checkpoint = Checkpoint(tmp_path, resume="newest")
+    with session(network(), method="ddg", callbacks=[EMA(0.8)], checkpoint=checkpoint) as run:
+        for batch in batches()[:5]:
+            run.step(batch)
+        run.save()
+    with session(own, method="ddg", callbacks=[EMA(0.8)], checkpoint=checkpoint) as run:
+        for batch in batches()[run.number :]:
+            run.step(batch)
+    assert equal(own, whole)
+
+
+def test_a_loop_acts_by_itself() -> None:
+    with pytest.raises(UsageError, match="callbacks of a session holds EarlyStopping"):
+        session(network(), callbacks=[delock.EarlyStopping()])
+    with pytest.raises(UsageError, match="callbacks of a session holds print"):
+        session(network(), callbacks=[print])
+
+
+def test_one_run_at_a_time_trains_a_model() -> None:
+    model = network()
+    with session(model, method="bp") as run:
+        with pytest.raises(UsageError, match="is being trained by another run"), session(model):
+            raise AssertionError
+        with pytest.raises(UsageError, match="is being trained by another run"):
+            delock.fit(model, batches(), loss=cross_entropy, optimizer=SGD, workers="inline", stages=3, epochs=1)
+        run.step(batches()[0])
+    with session(model, method="bp") as run:  # it has ended
+        run.step(batches()[0])
+
+
+@EACH
+def test_an_empty_batch_is_refused_and_the_session_goes_on(workers: Any) -> None:
+    with session(network(), method="bp", workers=workers) as run:
+        run.step(batches()[0])
+        with pytest.raises(UsageError, match="batch 1 has no samples"):
+            run.step((torch.empty(0, 8), torch.empty(0, dtype=torch.long)))
+        run.step(batches()[1])
+    assert run.result is not None
+    assert len(run.result.losses) == 2

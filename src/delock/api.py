@@ -42,6 +42,7 @@ from delock.run.checks import (
 )
 from delock.run.collect import collect
 from delock.run.evaluation import evaluation
+from delock.run.in_use import trained_alone
 from delock.run.nonfinite import explained
 from delock.run.own_loop.turns import ENDLESS
 from delock.run.request import Metric, Request, Workers
@@ -185,7 +186,7 @@ def fit(
         callbacks=tuple(one for one in callbacks if isinstance(one, Acts)),
     )
     _check(request)
-    with torch.enable_grad(), explained(request), not_run_again():
+    with torch.enable_grad(), explained(request), not_run_again(), trained_alone(request.network.whole):
         started, results = carry_out(request, _telling([one for one in callbacks if not isinstance(one, Acts)]))
     return collect(request, started, results)
 
@@ -212,6 +213,7 @@ def session(
     simulation: Simulation = Simulation(),
     report: Report = Report(),
     checkpoint: Checkpoint | None = None,
+    callbacks: Sequence[Acts] = (),
 ) -> Session:
     """Returns a run for a loop of your own: `with delock.session(...) as session: session.step(batch)`, as docs/own-loop.md shows.
 
@@ -220,11 +222,13 @@ def session(
                     be guessed of all batches
     metrics         are computed of the outputs of every batch in training, and in `evaluate`
     checkpoint      the folder that `save` writes into, and with resume="newest" the checkpoint that the session goes on from
+    callbacks       delock.EMA, or nothing: the loop has the results and evaluates by itself, so it can act by them
 
     The other arguments are those of `fit`. A session and `fit` with the same batches have the same weights and losses, bit for bit. Raises
-    UsageError for bad input, here and when the block is entered; for a method whose stages run freely, for captured ticks, and under
-    torchrun, where `fit` is to be used.
+    UsageError for bad input, here and when the block is entered; for a model that another run is training, a method whose stages run
+    freely, captured ticks, and under torchrun, where `fit` is to be used.
     """
+    refuse_wrong_callbacks(callbacks)
     model, taken = _taken(model, loss, workers, seed, execution)
     made, scheduled = per_stage(model, loss, heads, optimizer, schedule)
     handed = Handed(example_batch, seed, taken)
@@ -251,6 +255,7 @@ def session(
         simulation=simulation,
         report=report,
         checkpoint=checkpoint,
+        callbacks=tuple(callbacks),
     )
     refuse_sessionless(request)
     _check(request)

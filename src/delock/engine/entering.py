@@ -39,8 +39,7 @@ class Entering:
     def split(self, number: int, batch: LoadedBatch) -> list[Message]:
         """Splits a batch. What it counts is asked of the targets where the loader has them: on a GPU the answer would be waited for."""
         n, inputs, targets = batch.samples, batch.inputs, batch.targets
-        if not n:
-            raise UsageError(f"batch {number} has no samples, so it has no mean: leave empty batches out of the data")
+        refuse_empty(number, n)
         whole = self.weights.count(targets) if self.weights else n
         moved = self._moved((inputs, targets))
         if self.micro_batches == 1:
@@ -65,6 +64,12 @@ class Entering:
                 "must be a sum over the samples, as the number of tokens that are not ignored, and not a mean"
             )
         return counts
+
+
+def refuse_empty(number: int, samples: int) -> None:
+    """Raises UsageError for a batch without samples."""
+    if not samples:
+        raise UsageError(f"batch {number} has no samples, so it has no mean: leave empty batches out of the data")
 
 
 def _refuse_unsplit(number: int, inputs: Tree, targets: Tree, n: int) -> None:

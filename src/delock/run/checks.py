@@ -15,7 +15,7 @@ from delock.links.connect import refuse_link
 from delock.memory.sizes import Outputs
 from delock.methods import Method
 from delock.optim.rates import monitor_of
-from delock.options import Acts, Checkpoint, Execution, check_types
+from delock.options import EMA, Acts, Checkpoint, Execution, check_types
 from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.plan import check, sends_errors, unroll
@@ -93,6 +93,10 @@ def refuse_sessionless(request: Request) -> None:
     for name in ("every", "best", "restarts"):
         if isinstance(request.checkpoint, Checkpoint) and getattr(request.checkpoint, name):
             raise UsageError(f"{name} of the checkpoint is given, but a session is saved when its loop calls save(): leave it out")
+    for one in request.callbacks:
+        if not isinstance(one, EMA):
+            name = type(one).__name__ if isinstance(one, Acts) else getattr(one, "__name__", repr(one))
+            raise UsageError(f"callbacks of a session holds {name}, but its loop has all results and can act by them: leave it out")
     if monitor_of(request.schedule):
         raise UsageError("a session evaluates when its loop says, so no schedule goes by that: leave it out, and set lr in the loop")
     if request.workers == "processes" and meeting.here() is None:

@@ -17,10 +17,12 @@ from delock.data.handed import Handed
 from delock.data.iterable import weigher
 from delock.data.loader import LoadedBatch, Loader, loaded
 from delock.data.named_sets import sets_of
+from delock.engine.entering import refuse_empty
 from delock.errors import NonFinite, UsageError, said, users_own
 from delock.launch.context import context
 from delock.records import BatchResult, Evaluation, Result, Started
 from delock.run.collect import collect
+from delock.run.in_use import trained_alone
 from delock.run.job import StageResult
 from delock.run.nonfinite import explained
 from delock.run.own_loop.apart import StagesApart
@@ -50,7 +52,7 @@ class Session:
         self._prepared: PreparedRun | None = None
         self._started: Started | None = None
         self._why = ""  # it is over, after an error
-        self._held = ExitStack()  # the folder of checkpoints
+        self._held = ExitStack()  # the model, and the folder of checkpoints
 
     def __enter__(self) -> Self:
         """Measures the network on the example batch, cuts it, and starts the stages. Raises UsageError for what does not fit."""
@@ -64,6 +66,7 @@ class Session:
         return self
 
     def _start(self) -> None:
+        self._held.enter_context(trained_alone(self.request.network.whole))
         begin = self._begin()
         if self.request.workers == "processes":
             context([StagesApart.__module__])  # its server loads while the network is measured
@@ -110,6 +113,7 @@ class Session:
         """
         stages = self._running()
         read = self.reads.one(batch, self.number)
+        refuse_empty(self.number, read.samples)
         with self._told():
             self.open, self.number = True, self.number + 1
             stages.batch(read, outputs, wait)

@@ -76,6 +76,7 @@ def serve(rank: Rank, looped: LoopedJob) -> StageResult:
             rank.emit(Came(answer))
         if asked:
             rank.emit(Reply(number, None if name in BATCHES else answer))
+    worker.end()
     result = worker.result(alone=True)
     link.close()
     return replace(result, optimizer=None)

@@ -88,6 +88,8 @@ class StagesHere:
 
     def end(self) -> list[StageResult]:
         """Returns the results of the stages."""
+        for worker in self.workers:
+            worker.end()
         return [worker.result(alone=len(self.workers) == 1) for worker in self.workers]
 
     def stop(self) -> None:
