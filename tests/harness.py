@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
+import pytest
 import torch
 
 from delock.checkpoints.encoding import decode, encode
@@ -36,6 +39,30 @@ CPU = torch.device("cpu")
 def plainly(value: object) -> str:
     """Returns the text of a parameter without addresses, which differ between the processes that run the tests."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+def enough(cases: Iterable[tuple[Any, ...]], together: int = 2) -> list[Any]:
+    """Cases as parameters of a test, of which the fast suite has enough for any two of their values to meet; the rest are slow.
+
+    Values that stand together in no case need not meet. With together=1 every value is there once, and those of each place take turns.
+    """
+    found = list(cases)
+    values = [[(place, plainly(value)) for place, value in enumerate(case)] for case in found]
+    groups = [set(itertools.combinations(own, together)) for own in values]
+    wanted, used, chosen = set[Any]().union(*groups), Counter[Any](), set[int]()
+    while wanted:
+        best = max(range(len(found)), key=lambda i: (len(groups[i] & wanted), -sum(used[one] for one in values[i])))
+        wanted -= groups[best]
+        used.update(values[best])
+        chosen.add(best)
+    return [pytest.param(*case, marks=[] if i in chosen else [pytest.mark.slow]) for i, case in enumerate(found)]
+
+
+def one_of_each(methods: Iterable[Method]) -> list[Any]:
+    """Methods as parameters of a test; the fast suite has of each the last one that is listed, which has the most options."""
+    found = list(methods)
+    kept = {method.name: i for i, method in enumerate(found)}.values()
+    return [pytest.param(method, marks=[] if i in kept else [pytest.mark.slow]) for i, method in enumerate(found)]
 
 
 def every_method(K: int) -> list[Method]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from delock.plan import RunLength, rest, unroll, windows
 from delock.recipes import Plateau
 from delock.records import Event, StepRecord
 
-from harness import every_method, same_state
+from harness import enough, every_method, same_state
 
 pytestmark = pytest.mark.usefixtures("own_random")
 EARLY = EarlyStopping(patience=2, min_delta=0.05)
@@ -55,8 +56,11 @@ def test_a_run_that_stops_early_is_the_plain_loop(K: int) -> None:
     assert f"stopped early, behind batch {len(loop.losses)}: loss was not less than" in result.stopped
 
 
-@EACH
-@pytest.mark.parametrize("method", ["fdg", "gpipe", "dgl", "2bw", delock.ADL(accumulate=3)], ids=str)
+@pytest.mark.parametrize(
+    ("method", "workers"),
+    enough(itertools.product(("fdg", "gpipe", "dgl", "2bw", delock.ADL(accumulate=3)), ("inline", "processes")), together=1),
+    ids=str,
+)
 def test_a_run_that_stops_early_is_a_run_of_that_length(method: Any, workers: str) -> None:
     model, result = fit(method=method, K=3, workers=workers, callbacks=[EarlyStopping(patience=1, min_delta=0.3)])
     n = len(result.losses)
@@ -71,8 +75,7 @@ def test_a_run_that_stops_early_is_a_run_of_that_length(method: Any, workers: st
     assert whole.stopped == ""
 
 
-@pytest.mark.parametrize("K", [1, 3])
-@pytest.mark.parametrize("how", ["class", "recipe", "object"])
+@pytest.mark.parametrize(("K", "how"), enough(itertools.product((1, 3), ("class", "recipe", "object")), together=1))
 def test_a_rate_that_goes_by_evaluations_is_that_of_a_plain_loop(K: int, how: str) -> None:
     loop = Loop(lambda loop, number, measures: loop.made.step(measures["loss"]), schedule=PLATEAU).run()
     assert len(set(loop.rates)) > 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,7 @@ from delock.run.inline import run_inline
 from delock.run.job import StageJob, StageResult
 from delock.run.request import Request
 
-from harness import CPU, assert_equal, inline, jobs, plainly
+from harness import CPU, assert_equal, enough, inline, jobs, plainly
 from workloads import Samples, class_loss, mlp, sgd, warm_up
 
 METHODS: list[Method] = [
@@ -76,8 +77,7 @@ def captured(found: list[StageJob], device: torch.device = CPU) -> list[StageRes
 # ---- the numbers -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("K", [1, 2, 3, 4])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "K"), enough(itertools.product(METHODS, (1, 2, 3, 4)), together=1), ids=str)
 def test_static_memory_gives_the_same_bits(method: Method, K: int) -> None:
     """Through fill, steady state and drain, in float32, with batch norm, a schedule, evaluations and windows of five ticks."""
     ours, plain = captured(made("conv", K, method)), inline(made("conv", K, method))

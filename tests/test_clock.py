@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,6 +34,7 @@ from delock.timeline import (
 from delock.timeline.measures import at_once
 from test_pattern import Counted, Mixed
 
+from harness import enough
 from oracles_clock import PlainClock
 from timings import EVERY
 
@@ -56,9 +58,7 @@ def drawn(method: Method, K: int, barrier: bool) -> Iterator[Costs]:
             yield Costs(*work, some(K - 1, 1.5), some(K - 1, 1.5), capacity, barrier, slow)
 
 
-@pytest.mark.parametrize("barrier", [False, True])
-@pytest.mark.parametrize("K", [1, 4])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "K", "barrier"), enough(itertools.product(METHODS, (1, 4), (False, True)), together=1), ids=str)
 def test_a_timeline_equals_that_of_the_plain_clock(method: Method, K: int, barrier: bool) -> None:
     method = chosen(method, K)
     length = RunLength(9, clip=1.0) if barrier else RunLength(9, every=4, evaluation=5, clip=1.0)
@@ -68,9 +68,7 @@ def test_a_timeline_equals_that_of_the_plain_clock(method: Method, K: int, barri
         assert found == PlainClock(plan, costs).run()
 
 
-@pytest.mark.parametrize("barrier", [False, True])
-@pytest.mark.parametrize("K", [5])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "K", "barrier"), enough(itertools.product(METHODS, (5,), (False, True)), together=1), ids=str)
 def test_patterns_have_the_times_of_their_plan(method: Method, K: int, barrier: bool) -> None:
     method = chosen(method, K)
     for costs in drawn(method, K, barrier):
@@ -85,9 +83,7 @@ def whole(draw: random.Random, K: int, most: int) -> tuple[float, ...]:
     return tuple(draw.choice((draw.randrange(1, most), most)) / 4 for _ in range(K))
 
 
-@pytest.mark.parametrize("barrier", [False, True])
-@pytest.mark.parametrize("K", [5])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "K", "barrier"), enough(itertools.product(METHODS, (5,), (False, True)), together=1), ids=str)
 def test_a_run_that_is_drawn_out_equals_one_that_is_followed(method: Method, K: int, barrier: bool) -> None:
     method = chosen(method, K)
     draw = random.Random(f"{method} {K} {barrier}")
@@ -120,8 +116,7 @@ def test_what_is_known_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert followed.count(1000) == 3 * 4
 
 
-@pytest.mark.parametrize("K", [2, 5])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "K"), enough(itertools.product(METHODS, (2, 5)), together=1), ids=str)
 def test_a_prediction_is_what_the_whole_plan_says(method: Method, K: int) -> None:
     method = chosen(method, K)
     costs = list(drawn(method, K, barrier=False))[1]
@@ -142,8 +137,9 @@ def test_a_speedup_is_that_of_the_prediction() -> None:
             assert speedup(method, 4, costs) == predict(method, 4, costs).speedup
 
 
-@pytest.mark.parametrize("decoded", [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize(
+    ("method", "decoded"), enough(itertools.product(EVERY, ((False, False), (True, False), (True, True))), together=1), ids=str
+)
 def test_slots_are_those_of_the_costliest_run(method: Method, decoded: tuple[bool, bool]) -> None:
     K = 4
     costs = replace(next(drawn(method, K, barrier=False)), up=(), down=())

@@ -59,7 +59,11 @@ def close(a: list[StageResult], b: list[StageResult]) -> None:
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.parametrize("method", [FDG(), FR(), Interlocking(2, combine="sum")], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(FDG(), marks=pytest.mark.slow), FR(), pytest.param(Interlocking(2, combine="sum"), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_one_process_is_many_and_compiled_is_plain_training_but_for_rounding(method: Method) -> None:
     a, b = inline(made(method)), in_processes(made(method))
     assert_equal(a, b)

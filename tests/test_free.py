@@ -88,7 +88,10 @@ def jobs_of(name: str) -> list[StageJob]:
     return [replace(job, compression=Compression(codec or "none"), length=replace(job.length, clip=clip)) for job in made]
 
 
-@pytest.mark.parametrize("name", RUNS)
+SELDOM = ("once more", "of two", "alone")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else []) for name in RUNS])
 def test_a_free_run_is_done_again_to_the_last_bit(name: str) -> None:
     _, K, method, _ = RUNS[name]
     made = jobs_of(name)

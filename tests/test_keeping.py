@@ -20,7 +20,7 @@ from delock.options import Checkpoint
 from delock.stage.average import Average
 from delock.stage.module import ModuleFunction
 
-from harness import every_method, same_state
+from harness import every_method, one_of_each, same_state
 
 pytestmark = pytest.mark.usefixtures("own_random")
 AVERAGE = EMA(0.8)
@@ -102,7 +102,7 @@ def test_an_average_is_that_of_torch(K: int) -> None:
         assert result.losses == loop.losses
 
 
-@pytest.mark.parametrize("method", every_method(3), ids=str)
+@pytest.mark.parametrize("method", one_of_each(every_method(3)), ids=str)
 def test_averages_and_best_weights_change_no_training(method: Any) -> None:
     """With every method they give the loss of the evaluation that they are of."""
     small = [(x[:7].repeat(2, 1), y[:7].repeat(2)) for x, y in batches(12)]

@@ -29,7 +29,7 @@ from specimens import Specimen
 from zoo import ZOO
 
 KEPT = "; they were kept by an earlier run"
-OFTEN = ("hf GPT2LMHeadModel", "U-Net")
+OFTEN = (("hf GPT2LMHeadModel", 3), ("U-Net", 2))
 
 
 class Net(nn.Module):
@@ -84,14 +84,15 @@ def assert_equal_pieces(a: Split, b: Split) -> None:
 
 
 def specimens() -> Iterable[Any]:
-    return [pytest.param(ZOO[name], id=name, marks=[] if name in OFTEN else [pytest.mark.slow]) for name in SHOWN.values()]
+    """One of each family and a number of stages, all but a few of them slow."""
+    rare = pytest.mark.slow
+    return [pytest.param(ZOO[n], K, id=f"{n} {K}", marks=[] if (n, K) in OFTEN else [rare]) for n in SHOWN.values() for K in (2, 3)]
 
 
 # -- the same run ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.parametrize("specimen", specimens())
+@pytest.mark.parametrize(("specimen", "stages"), specimens())
 def test_a_kept_trace_trains_as_a_new_one(specimen: Specimen, stages: int, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, plain = list[Split](), keeping.kept_split
     monkeypatch.setattr("delock.partition.network.kept_split", lambda *given: found.append(plain(*given)) or found[-1])

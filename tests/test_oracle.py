@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from delock.run.job import StageResult
 import oracles
 import oracles_ticks
 import papers
-from harness import assert_equal, inline, jobs
+from harness import assert_equal, enough, inline, jobs
 from oracles import OracleRun
 from papers import ORDERS
 from workloads import WORK, batches, sgd, warm_up
@@ -46,9 +47,12 @@ def assert_close(got: list[StageResult], want: OracleRun) -> None:
 
 
 def by_turns(methods: Callable[[int], Sequence[Method]]) -> list[Any]:
-    """Every pair of a method and a number of stages, on one workload and the other by turns: every pair of these and a workload, too."""
-    found = [(("conv", "tuple")[(K + i) % 2], K, method) for K in (2, 3, 5) for i, method in enumerate(methods(K))]
-    return [pytest.param(*case, marks=[pytest.mark.slow] if case[1] == 5 else []) for case in found]
+    """Every pair of a method and a number of stages, on one workload and the other by turns: every pair of these and a workload, too.
+
+    The fast suite has every method in two stages or in three, by turns.
+    """
+    found = [(i, ("conv", "tuple")[(K + i) % 2], K, method) for K in (2, 3, 5) for i, method in enumerate(methods(K))]
+    return [pytest.param(*case, marks=[] if case[1] == 2 + i // 2 % 2 else [pytest.mark.slow]) for i, *case in found]
 
 
 def delayed(K: int) -> Sequence[Method]:
@@ -81,11 +85,12 @@ def test_synchronous(work: str, K: int, method: Method) -> None:
     assert_close(run(method, K, work), oracle(method, K, work, accumulate=method.micro_batches))
 
 
-@pytest.mark.parametrize("work", ["conv", "tuple"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+LIKE_PLAIN = [*((K, BP()) for K in range(1, 6)), *((1, m) for m in (DDG(), FR(), FDG(), FDG(order="backward-first"), ADL(1), DSP()))]
+
+
 @pytest.mark.parametrize(
-    ("K", "method"),
-    [*((K, BP()) for K in range(1, 6)), *((1, m) for m in (DDG(), FR(), FDG(), FDG(order="backward-first"), ADL(1), DSP()))],
+    ("work", "dtype", "K", "method"),
+    enough((work, dtype, *case) for work in ("conv", "tuple") for dtype in (torch.float32, torch.float64) for case in LIKE_PLAIN),
     ids=str,
 )
 def test_plain_training_bit_for_bit(work: str, dtype: torch.dtype, K: int, method: Method) -> None:
@@ -96,10 +101,9 @@ def test_plain_training_bit_for_bit(work: str, dtype: torch.dtype, K: int, metho
     assert got[-1].losses == [loss.item() for loss in want.losses]
 
 
-@pytest.mark.parametrize("work", ["conv", "tuple"])
-@pytest.mark.parametrize("K", [2, 3, 4])
-@pytest.mark.parametrize("backward_first", [True, False])
-@pytest.mark.parametrize("beta", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("work", "K", "backward_first", "beta"), enough(itertools.product(("conv", "tuple"), (2, 3, 4), (True, False), (1.0, 0.5)))
+)
 def test_mixed_is_what_the_released_code_computed(work: str, K: int, backward_first: bool, beta: float) -> None:
     """A hand-written loop keeps graphs in a deque while the optimizer writes in place: equal bit for bit."""
     net, kind, loss = WORK[work]
@@ -121,7 +125,7 @@ def test_mixed_is_what_the_released_code_computed(work: str, K: int, backward_fi
         assert all(torch.equal(stage.state[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("K", [2, 4])
+@pytest.mark.parametrize("K", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_adl_with_one_batch_is_fdg(K: int) -> None:
     for reduce in ("mean", "sum"):
         got, want = run(ADL(accumulate=1, reduce=reduce), K, "conv"), run(FDG(), K, "conv")  # type: ignore[arg-type]
@@ -129,8 +133,7 @@ def test_adl_with_one_batch_is_fdg(K: int) -> None:
             assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
 
 
-@pytest.mark.parametrize("reduce", ["mean", "sum"])
-@pytest.mark.parametrize("A", [2, 4])
+@pytest.mark.parametrize(("reduce", "A"), enough(itertools.product(("mean", "sum"), (2, 4)), together=1))
 def test_one_stage_accumulates_alike(A: int, reduce: Any) -> None:
     """Thirty batches leave a last group of two for A = 4."""
     first, *others = (run(method(accumulate=A, reduce=reduce), 1, "conv") for method in (ADL, DDG, FR, DSP))

@@ -18,7 +18,7 @@ from delock.run.job import StageResult
 import oracles
 import oracles_parts
 import papers
-from harness import assert_equal, inline, jobs, same_state
+from harness import assert_equal, enough, inline, jobs, same_state
 from oracles import MakeOptimizer, OracleRun
 from workloads import WORK, batches, sgd, warm_up
 
@@ -116,8 +116,10 @@ def test_parts(method: Method, K: int, work: str, optimizer: str) -> None:
 # -- equal to the last bit ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", ["stash", "replay", "mixed"])
-@pytest.mark.parametrize(("A", "backward_first", "reduce"), [(1, False, "mean"), (1, True, "sum"), (2, False, "sum"), (3, True, "mean")])
+@pytest.mark.parametrize(
+    ("at", "A", "backward_first", "reduce"),
+    enough(itertools.product(("stash", "replay", "mixed"), (1, 2, 3), (False, True), ("mean", "sum"))),
+)
 def test_undivided_batches_are_the_oracle_of_before(at: Any, A: int, backward_first: bool, reduce: Any) -> None:
     net, kind, loss = WORK["tuple"]
     options: dict[str, Any] = {"loss": loss, "make_optimizer": sgd, "make_schedule": warm_up, "delays": [4, 2, 0], "at": at}
@@ -127,8 +129,7 @@ def test_undivided_batches_are_the_oracle_of_before(at: Any, A: int, backward_fi
     assert oracles.gap(vars(new), vars(old)) == 0
 
 
-@pytest.mark.parametrize("M", range(1, 6))
-@pytest.mark.parametrize("K", range(1, 5))
+@pytest.mark.parametrize(("K", "M"), enough(itertools.product(range(1, 5), range(1, 6)), together=1))
 def test_zb1p_is_gpipe(K: int, M: int) -> None:
     """With batch norm, dropout, empty parts, on both workloads and in both precisions by turns."""
     one, other = ("conv", "tuple")[:: (-1) ** (K + M)]
@@ -137,7 +138,7 @@ def test_zb1p_is_gpipe(K: int, M: int) -> None:
         assert_equal(got, want)
 
 
-@pytest.mark.parametrize("M", range(1, 5))
+@pytest.mark.parametrize("M", [3, *(pytest.param(M, marks=pytest.mark.slow) for M in (1, 2, 4))])
 def test_one_stage_is_plain_training_in_parts(M: int) -> None:
     """Nothing is late, so that nothing is ahead either."""
     short = {"dtype": torch.float32, "epochs": 2}
@@ -147,8 +148,7 @@ def test_one_stage_is_plain_training_in_parts(M: int) -> None:
         assert_equal(run(method, 1, "conv", **short), want)
 
 
-@pytest.mark.parametrize("ahead", [None, "mean"])
-@pytest.mark.parametrize("K", range(1, 5))
+@pytest.mark.parametrize(("K", "ahead"), enough(itertools.product(range(1, 5), (None, "mean")), together=1))
 def test_2bw_is_backpropagation_one_update_behind(K: int, ahead: Any) -> None:
     got, want = (run(method, K, "conv", dtype=torch.float32) for method in (PipeDream2BW(3, ahead), BP(3, 1, ahead)))
     assert all(same_state(a.state, b.state) for a, b in zip(got, want, strict=True))

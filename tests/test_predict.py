@@ -19,6 +19,7 @@ from delock.timeline import (
     predict,
 )
 
+from harness import one_of_each
 from timings import EVERY
 
 
@@ -74,7 +75,7 @@ def test_weights_that_are_far_behind_are_counted(behind: int) -> None:
     assert repeating(BP(behind=behind), 2) > behind
 
 
-@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize("method", one_of_each(EVERY), ids=str)
 def test_predictions_take_little_work(method: Method) -> None:
     """Under a hundredth of a second for eight stages, and not four times as much for twice as many."""
     calls(method, 2)  # what is imported when it is first used

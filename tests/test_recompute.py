@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,7 +29,7 @@ from delock.tensors import map_tensors
 from test_memory import allocated
 
 from chain import Chain, seeded, vectors
-from harness import inline, jobs, plainly, same_state, same_tree, whole_and_resumed
+from harness import enough, inline, jobs, plainly, same_state, same_tree, whole_and_resumed
 from workloads import sgd
 
 pytestmark = pytest.mark.usefixtures("own_random")
@@ -143,8 +144,10 @@ def resnet(dropped: bool) -> tuple[list[nn.Module], Any, Any]:
     return [Checkpointed(part) if dropped and 0 < i < 4 else part for i, part in enumerate(parts)], data, cross_entropy
 
 
-@pytest.mark.parametrize("method", [DDG(), FR(), FDG(ahead="part"), DDG(micro_batches=2, ahead="mean")], ids=str)
-@pytest.mark.parametrize("net", [transformer, resnet])
+LATE = (DDG(), FR(), FDG(ahead="part"), DDG(micro_batches=2, ahead="mean"))
+
+
+@pytest.mark.parametrize(("net", "method"), enough(itertools.product((transformer, resnet), LATE), together=1), ids=plainly)
 def test_a_gpt_and_a_resnet(net: Callable[[bool], tuple[list[nn.Module], Any, Any]], method: Method) -> None:
     seen = []
     for dropped in (True, False):
@@ -156,7 +159,15 @@ def test_a_gpt_and_a_resnet(net: Callable[[bool], tuple[list[nn.Module], Any, An
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("net", "method"), [(transformer, FDG(ahead="part")), (resnet, DDG()), (transformer, FR())], ids=plainly)
+@pytest.mark.parametrize(
+    ("net", "method"),
+    [
+        (transformer, FDG(ahead="part")),
+        pytest.param(resnet, DDG(), marks=pytest.mark.slow),
+        pytest.param(transformer, FR(), marks=pytest.mark.slow),
+    ],
+    ids=plainly,
+)
 def test_processes_equal_one(net: Callable[[bool], tuple[list[nn.Module], Any, Any]], method: Method) -> None:
     seen = []
     for workers in ("inline", "processes"):
@@ -188,8 +199,10 @@ def fading_jobs(method: Method, wrap: Callable[[nn.Module], nn.Module]) -> list[
     return [replace(job, module=nn.Sequential(wrap(nn.Sequential(job.module, Fading())))) for job in made]
 
 
-@pytest.mark.parametrize("method", [DDG(), FR(), FDG(ahead="part"), PipeDream2BW(micro_batches=3)], ids=str)
-@pytest.mark.parametrize("stop", [1, 3])
+SAVED = (DDG(), FR(), FDG(ahead="part"), PipeDream2BW(micro_batches=3))
+
+
+@pytest.mark.parametrize(("method", "stop"), enough(itertools.product(SAVED, (1, 3)), together=1), ids=str)
 def test_a_run_goes_on_from_its_saved_state(method: Method, stop: int) -> None:
     whole, resumed, losses = whole_and_resumed(lambda: fading_jobs(method, Checkpointed), stop)
     plain = inline(fading_jobs(method, nn.Sequential))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from delock.run.session import Session
 from loops import EACH, SGD, accuracy, batches, equal, network, session
 
 from chain import seeded
-from harness import every_method
+from harness import enough, every_method
 from leftovers import children
 
 PROCESSES: list[Method] = [GPipe(micro_batches=2), FDG(beta=0.5), PipeDream2BW(micro_batches=3, ahead="part"), DGL()]
@@ -63,8 +64,7 @@ def busily(run: Session) -> list[BatchResult]:
     return found
 
 
-@pytest.mark.parametrize("clip", [None, 0.3])
-@pytest.mark.parametrize("method", every_method(3), ids=str)
+@pytest.mark.parametrize(("method", "clip"), enough(itertools.product(every_method(3), (None, 0.3)), together=1), ids=str)
 def test_a_session_has_the_bits_of_fit(method: Method, clip: float | None) -> None:
     options: dict[str, Any] = {"clip": clip} if clip else {"metrics": {"accuracy": accuracy}}
     model = network()
