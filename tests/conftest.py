@@ -7,10 +7,14 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tyro._parsers import ParserSpecification
+
+from delock.cli import arguments
 
 from commands import Program
 from leftovers import State
@@ -29,6 +33,28 @@ def nothing_left() -> Iterator[None]:
     before = State()
     yield
     assert not before.changed(), f"the test left behind or changed: {', '.join(before.changed())}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forms_kept() -> Iterator[None]:
+    """The form of a command with the same defaults is read once: tyro takes a third of a second for it, at every call of `main`."""
+    forms, parsers = dict[str, Any](), dict[Any, Any]()
+    make, read = arguments._form, ParserSpecification.from_callable_or_type
+
+    def form(config: Any) -> Any:
+        name = repr((type(config), config))
+        return forms.get(name) or forms.setdefault(name, make(config))
+
+    def parser(f: Any, description: Any = None, **given: Any) -> Any:
+        if getattr(f, "__origin__", None) not in forms.values():
+            return read(f, description=description, **given)  # type: ignore[misc]
+        key = f.__origin__, description
+        return parsers.get(key) or parsers.setdefault(key, read(f, description=description, **given))  # type: ignore[misc]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(arguments, "_form", form)
+        patched.setattr(ParserSpecification, "from_callable_or_type", staticmethod(parser))
+        yield
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def enough(cases: Iterable[tuple[Any, ...]], together: int = 2) -> list[Any]:
     Values that stand together in no case need not meet. With together=1 every value is there once, and those of each place take turns.
     """
     found = list(cases)
-    values = [[(place, plainly(value)) for place, value in enumerate(case)] for case in found]
+    values = [[(place, str(value)) for place, value in enumerate(case)] for case in found]
     groups = [set(itertools.combinations(own, together)) for own in values]
     wanted, used, chosen = set[Any]().union(*groups), Counter[Any](), set[int]()
     while wanted:

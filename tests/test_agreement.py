@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from delock.plan import unroll, windows
 from delock.run.job import StageJob
 
 import papers
-from harness import Held, jobs, same_tree
+from harness import Held, enough, jobs, same_tree
 
 METHODS: list[Method] = [
     *(BP(2), GPipe(3), DDG(), DDG(micro_batches=3), FR(), FDG(), FDG(micro_batches=2, ahead="part"), ADL(2), ADL(2, micro_batches=3)),
@@ -46,8 +47,7 @@ def agree(engines: list[Engine], method: Method, at: int) -> dict[int, tuple[int
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.parametrize("at", [0, 1, 4])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("method", "at"), enough(itertools.product(METHODS, (0, 1, 4)), together=1), ids=str)
 def test_what_is_recorded_on_the_way_is_what_a_stop_would_leave(method: Method, at: int) -> None:
     whole, stopped = Held(made(method)), Held(made(method))
     found = agree(whole.engines, method, at)

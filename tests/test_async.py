@@ -23,7 +23,7 @@ from delock.records import Visit
 
 import oracles
 import oracles_async
-from harness import assert_equal, inline, jobs, same_tree
+from harness import assert_equal, enough, inline, jobs, same_tree
 from oracles_local import tiny_heads
 from workloads import WORK, Samples, sgd, warm_up
 
@@ -197,8 +197,7 @@ def test_max_reuse_costs_a_stage_its_turns() -> None:
     assert sum(turn == 1 for turn in turns[: upper[-1]]) > len(upper), "no turn was lost"
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.25, 0.5, 0.8])
-@pytest.mark.parametrize("slow", [0, 2])
+@pytest.mark.parametrize(("slow", "noise"), enough(itertools.product((0, 2), (0.0, 0.25, 0.5, 0.8)), together=1))
 def test_a_slowed_stage_acts_as_often_as_its_slowness_says(slow: int, noise: float) -> None:
     """1 - noise against 1, counted until the first stage is done."""
     plan, _ = drawn(AsyncDGL(order="sampled", slow_stage=slow, noise=noise), 4, RunLength(4000))
@@ -227,8 +226,7 @@ def evaluated_at(plan: Plan) -> list[int]:
 # -- what is computed --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("work", ["conv", "tuple"])
-@pytest.mark.parametrize("K", range(1, 5))
+@pytest.mark.parametrize(("work", "K"), enough(itertools.product(("conv", "tuple"), range(1, 5)), together=1))
 def test_round_robin_is_synchronous(work: str, K: int) -> None:
     """Whatever the buffer holds: the newest batch is the least used. Weights, heads, losses, and evaluations."""
     want = inline(jobs(work, K, DGL()))
@@ -245,8 +243,11 @@ def test_stage_0_and_an_uncut_network_learn_as_ever(method: AsyncDGL) -> None:
     same_tree((drawn_.state, drawn_.head, drawn_.optimizer), (want.state, want.head, want.optimizer))
 
 
-@pytest.mark.parametrize(("work", "K"), [("conv", 3), ("tuple", 4), ("conv", 5)])
-@pytest.mark.parametrize("method", SAMPLED, ids=str)
+@pytest.mark.parametrize(
+    ("work", "K", "method"),
+    enough(((*cut, method) for cut in (("conv", 3), ("tuple", 4), ("conv", 5)) for method in SAMPLED), together=1),
+    ids=str,
+)
 def test_a_sampled_run_is_the_naive_loop(work: str, K: int, method: AsyncDGL) -> None:
     """In float64, dropout and batch norm on; stages that are done go on in eval mode. Evaluation changes nothing."""
     net, kind, loss = WORK[work]

@@ -146,7 +146,11 @@ def with_slots(method: Method, K: int, slots: int) -> Period:
     return period_of(unroll(method, K, 60), slots, 1, method.span(K))
 
 
-@pytest.mark.parametrize("method", [FR(), FDG(), FDG(at="mixed"), DSP(), DGL()], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [FR(), pytest.param(FDG(), marks=pytest.mark.slow), FDG(at="mixed"), DSP(), pytest.param(DGL(), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_one_slot_less_is_noticed(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     K, plain = 3, inline(made("conv", 3, method))
     needed = find_period(method, K).slots

@@ -43,7 +43,7 @@ from delock.run.worker import Worker
 from delock.stage import Stage
 from test_memory import Batches, allocated, images
 
-from harness import every_method, jobs
+from harness import every_method, jobs, one_of_each
 from survivors import train
 
 pytestmark = pytest.mark.usefixtures("own_random")
@@ -74,7 +74,7 @@ def places(tree: Any) -> set[int]:
     return {tensor.data_ptr() for tensor in encode(tree)[1].values()}
 
 
-@pytest.mark.parametrize("method", every_method(3), ids=str)
+@pytest.mark.parametrize("method", one_of_each(every_method(3)), ids=str)
 def test_what_is_predicted_is_what_is_recorded(method: Method) -> None:
     """The bytes that a checkpoint holds, and the messages that it waits for, before every tick of a run in one process."""
     box = Mailbox()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,10 @@ from delock.keys import key
 from delock.methods import ADL, BP, DDG, DGL, FDG, FR, PACI, ZB1P, GPipe, Interlocking, Method, OneFOneB, PipeDream2BW
 from delock.ops import Update
 from delock.plan import RunLength, unroll
-from delock.run.job import StageJob
+from delock.run.job import StageJob, StageResult
 from delock.timeline import Costs, simulate
 
-from harness import assert_equal, in_processes, inline, jobs, same_tree
+from harness import assert_equal, enough, in_the_same_processes, inline, jobs, same_tree
 from workloads import WORK, Samples, batches, sgd
 
 CLIP = 0.3  # of gradients whose norms are about 1
@@ -57,16 +58,25 @@ def loop(work: str, K: int, parts: int) -> list[dict[str, torch.Tensor]]:
     return [stage.state_dict() for stage in stages]
 
 
-@pytest.mark.parametrize("K", range(1, 5))
-@pytest.mark.parametrize("method", [BP(), BP(2), GPipe(3), OneFOneB(2), ZB1P(3)], ids=str)
+@pytest.mark.parametrize(
+    ("method", "K"), enough(itertools.product((BP(), BP(2), GPipe(3), OneFOneB(2), ZB1P(3)), range(1, 5)), together=1), ids=str
+)
 def test_over_the_network_it_is_that_of_torch(method: Method, K: int) -> None:
     got = inline(clipped("conv", K, method, evaluate=False))
     same_tree([result.state for result in got], loop("conv", K, method.micro_batches))
 
 
-@pytest.mark.parametrize("method", [BP(), OneFOneB(3), ZB1P(3), BP(2, 1), FDG(), DDG(3, "part"), PipeDream2BW(3), Interlocking(2)], ids=str)
-def test_processes_equal_one_process(method: Method) -> None:
-    assert_equal(inline(clipped("tuple", 3, method, window=2)), in_processes(clipped("tuple", 3, method)))
+APART = (BP(), OneFOneB(3), ZB1P(3), BP(2, 1), FDG(), DDG(3, "part"), PipeDream2BW(3), Interlocking(2))
+
+
+@pytest.fixture(scope="module")
+def there() -> dict[Any, list[StageResult]]:
+    return in_the_same_processes({method: clipped("tuple", 3, method) for method in APART})
+
+
+@pytest.mark.parametrize("method", APART, ids=str)
+def test_processes_equal_one_process(method: Method, there: Any) -> None:
+    assert_equal(inline(clipped("tuple", 3, method, window=2)), there[method])
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,18 @@ def test_processes_equal_one_process(K: int, often: bool, work: str, method: Met
     assert_equal(there(K, often)[work, method], inline(jobs(work, K, method, samples=SAMPLES)))
 
 
-@pytest.mark.parametrize(("method", "window"), enough(itertools.product(every_method(4), (1, 2, 5)), together=1), ids=str)
+FORMS = {method.name: method for method in every_method(4)}.values()  # one of each
+OTHERS = [method for method in every_method(4) if method not in FORMS]
+
+
+@pytest.mark.parametrize(
+    ("method", "window"),
+    [
+        *enough(itertools.product(FORMS, (1, 2, 5)), together=1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(OTHERS, (1, 2, 5))),
+    ],
+    ids=str,
+)
 def test_any_window_gives_the_same_run(method: Method, window: int) -> None:
     assert_equal(inline(jobs("conv", 4, method, window=window)), inline(jobs("conv", 4, method)))
 

@@ -106,7 +106,7 @@ def test_a_kept_trace_trains_as_a_new_one(specimen: Specimen, stages: int, kept:
 
 @pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_train_kept_pieces(stages: int, kept: Path) -> None:
-    specimen = ZOO["hf GPT2LMHeadModel"]
+    specimen = ZOO["U-Net"]
     (model, result), (other, again) = (fit(specimen, method="bp", stages=stages, workers="processes") for _ in range(2))
     assert again.started.traced == result.started.traced + KEPT
     assert result.losses == again.losses

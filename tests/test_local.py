@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,14 +12,12 @@ from delock.errors import UsageError
 from delock.methods import BP, DGL
 from delock.nets import build
 
-from harness import in_processes, inline, jobs
+from harness import enough, in_processes, inline, jobs
 from oracles_local import greedy, tiny_heads
 from workloads import WORK, Samples, batches, sgd, warm_up
 
 
-@pytest.mark.parametrize("work", ["conv", "tuple"])
-@pytest.mark.parametrize("K", range(1, 6))
-@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize(("work", "K", "processes"), enough(itertools.product(("conv", "tuple"), range(1, 6), (False, True))))
 def test_dgl_is_the_sequential_loop(work: str, K: int, processes: bool) -> None:
     net, kind, loss = WORK[work]
     made = batches(22, 8, 2, kind, torch.float32)

@@ -38,7 +38,7 @@ from delock.run.ranks import joined
 from delock.run.request import Request
 from delock.run.worker import Worker
 
-from harness import every_method
+from harness import every_method, one_of_each
 from harness import jobs as tiny_jobs
 
 pytestmark = pytest.mark.usefixtures("own_random")
@@ -147,7 +147,7 @@ def test_a_backward_frees_what_it_has_used() -> None:
 # ---- what stages hold --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", every_method(3), ids=str)
+@pytest.mark.parametrize("method", one_of_each(every_method(3)), ids=str)
 def test_what_is_predicted_is_what_stages_hold(method: Method) -> None:
     """Graphs, copies of weights, batches and gradients after every step of a run in one process."""
     box = Mailbox()

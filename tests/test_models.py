@@ -13,7 +13,7 @@ from delock.nets import MODELS, build
 from delock.partition.layers import layers
 from delock.partition.stages import stages
 
-from harness import same_state
+from harness import enough, same_state
 from workloads import SMALL, digits
 
 pytestmark = pytest.mark.usefixtures("own_random")
@@ -60,8 +60,10 @@ def test_number_of_parameters_of_the_networks_with_heads_at_several_resolutions(
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32)])
-@pytest.mark.parametrize("name", [*SMALL, "torchvision/resnet18"])
+@pytest.mark.parametrize(
+    ("name", "channels", "size"),
+    enough(((name, *image) for name in (*SMALL, "torchvision/resnet18") for image in ((1, 8), (3, 32))), together=1),
+)
 def test_every_model_takes_digits_and_cifar_and_every_parameter_learns(name, channels, size):
     model = build(name, classes=7, in_channels=channels, image_size=size)
     out = model(torch.randn(4, channels, size, size))  # of two samples a batch norm on 1 x 1 pixels makes 1 and -1, whatever they are

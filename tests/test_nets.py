@@ -101,7 +101,7 @@ def test_an_overridden_sequential_inside_is_one_atom():
 TORCHVISION = [name for name in MODELS if name.startswith("torchvision/")]
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if i % 3 else []) for i, name in enumerate(TORCHVISION)])
 def test_torchvision_resnets_keep_their_names(name):
     with torch.device("meta"):
         model = MODELS[name](classes=10, in_channels=3)

@@ -15,24 +15,6 @@ from delock.records import EvaluationRecord, Event, Started, StepRecord
 NOTEBOOK = Path(__file__).resolve().parent.parent / "examples" / "notebook.ipynb"
 
 
-def executed(cells: list[str]) -> Any:
-    """The cells with their outputs."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(notebook, timeout=200, kernel_name="python3").execute()  # ends the kernel in any case
-    return notebook.cells
-
-
-def test_the_notebook_runs_as_it_stands() -> None:
-    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in cells), "a notebook is kept without its outputs"
-    *_, training, last = executed([cell.source for cell in cells])
-    [bar] = training.outputs
-    assert bar["data"]["text/plain"].startswith("━" * 24 + " 150 of 150 batches; loss ")
-    assert "; test loss " in bar["data"]["text/plain"]
-    [printed] = last.outputs
-    assert printed["text"].startswith("stage 0: 150 updates")
-
-
 ENDS = """
 import multiprocessing, torch, delock
 def helper(x):
@@ -49,9 +31,32 @@ except delock.StageFailed as failed:
 """
 
 
-def test_an_error_in_a_cell_shows_the_line_of_the_cell() -> None:
-    [cell] = executed([ENDS])
-    told = "".join(one.get("text", "") for one in cell.outputs)
+def executed(cells: list[str]) -> Any:
+    """The cells with their outputs."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=200, kernel_name="python3").execute()  # ends the kernel in any case
+    return notebook.cells
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[Any]:
+    """The cells of the notebook, and one more, executed in one kernel: to start one takes longer than to run them."""
+    kept = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in kept), "a notebook is kept without its outputs"
+    return list(executed([*(cell.source for cell in kept), ENDS]))
+
+
+def test_the_notebook_runs_as_it_stands(cells: list[Any]) -> None:
+    *_, training, last, _ = cells
+    [bar] = training.outputs
+    assert bar["data"]["text/plain"].startswith("━" * 24 + " 150 of 150 batches; loss ")
+    assert "; test loss " in bar["data"]["text/plain"]
+    [printed] = last.outputs
+    assert printed["text"].startswith("stage 0: 150 updates")
+
+
+def test_an_error_in_a_cell_shows_the_line_of_the_cell(cells: list[Any]) -> None:
+    told = "".join(one.get("text", "") for one in cells[-1].outputs)
     assert "stage 1 failed in B0" in told
     assert 'raise ArithmeticError("mine")  # a line of the user\'s\n' in told
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from delock.optim.objects import per_stage
 from delock.stage.learner import Learner
 
 import restaging
+from harness import enough, plainly
 from points import network as points_network
 from points import train_data, weighted
 
@@ -102,8 +104,7 @@ KINDS += [
 ]
 
 
-@pytest.mark.parametrize("K", [1, 3])
-@pytest.mark.parametrize("make", KINDS, ids=lambda make: f"{getattr(make, 'func', make).__name__}{getattr(make, 'keywords', '')}")
+@pytest.mark.parametrize(("make", "K"), enough(itertools.product(KINDS, (1, 3)), together=1), ids=plainly)
 def test_an_object_is_plain_pytorch_with_that_object(make: Make, K: int) -> None:
     plain, model = network(), network()
     want = by_hand(plain, make(groups(plain), lr=0.01))  # type: ignore[call-arg]
@@ -146,9 +147,9 @@ SCHEDULES: dict[str, Rate] = {
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")  # torch's own, as it makes a sequence of a chain
-@pytest.mark.parametrize("K", [1, 3])
-@pytest.mark.parametrize("rate", SCHEDULES.values(), ids=list(SCHEDULES))
-def test_a_schedule_is_stepped_as_in_plain_pytorch(rate: Rate, K: int) -> None:
+@pytest.mark.parametrize(("name", "K"), enough(itertools.product(SCHEDULES, (1, 3)), together=1))
+def test_a_schedule_is_stepped_as_in_plain_pytorch(name: str, K: int) -> None:
+    rate: Rate = SCHEDULES[name]
     plain, model = network(), network()
     momentum = partial(optim.SGD, lr=0.1, momentum=0.9)
     of_plain, given = momentum(groups(plain, 1)), momentum(groups(model, 1))

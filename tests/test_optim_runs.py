@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,12 +15,13 @@ from delock.optim.feedback import ErrorFeedback
 from delock.optim.spike import SCAdamW
 from delock.optim.stage_facts import StageFacts
 from delock.recipes import SGD, PipeMare, Schedule, error_feedback, muon, scadamw, scsgd, soap
+from delock.run.job import StageJob, StageResult
 from delock.timeline import stage_facts
 
 import oracles
 import oracles_parts
 import papers
-from harness import assert_equal, in_processes, inline, jobs, plainly, same_tree, whole_and_resumed
+from harness import assert_equal, enough, in_the_same_processes, inline, jobs, plainly, same_tree, whole_and_resumed
 from oracles import MakeOptimizer
 from workloads import WORK, batches, warm_up
 
@@ -67,8 +68,9 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("factory", "make"), BY_HAND, ids=["spike", "feedback"])
-@pytest.mark.parametrize("method", RUNS, ids=str)
+@pytest.mark.parametrize(
+    ("method", "factory", "make"), enough(((method, *case) for method in RUNS for case in BY_HAND), together=1), ids=plainly
+)
 def test_a_run_is_its_oracle_with_the_optimizer_of_every_stage(method: Method, factory: Any, make: Any) -> None:
     """tau_k = (D_k - e) / N, with N the parts of an update: at K = 3 from 0.25 to 4."""
     got = inline(jobs("conv", 3, method, samples=13, batch=5, epochs=4, dtype=torch.float64, evaluate=False, optimizer=factory))
@@ -89,27 +91,40 @@ def test_a_run_is_its_oracle_with_the_optimizer_of_every_stage(method: Method, f
     assert oracles.gap([stage.state for stage in got], want.states) <= 1e-10
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "schedule"),
-    [
-        (muon(), warm_up),
-        (soap(precondition_frequency=2), warm_up),
-        (scadamw(0.01), SLOW_START),
-        (error_feedback(scsgd(0.01)), SLOW_START),
-        (error_feedback(muon()), SLOW_START),
-    ],
-    ids=["muon", "soap", "scadamw", "feedback, sgd", "feedback, muon"],
-)
-@pytest.mark.parametrize("method", [DDG(3, "part"), ADL(4)], ids=str)
-def test_processes_equal_one_process(method: Method, optimizer: Any, schedule: Any) -> None:
-    made = partial(jobs, "tuple", 3, method, optimizer=optimizer, schedule=schedule)
-    assert_equal(in_processes(made()), inline(made()))
+APART = {
+    "muon": (muon(), warm_up),
+    "soap": (soap(precondition_frequency=2), warm_up),
+    "scadamw": (scadamw(0.01), SLOW_START),
+    "feedback, sgd": (error_feedback(scsgd(0.01)), SLOW_START),
+    "feedback, muon": (error_feedback(muon()), SLOW_START),
+}
+LATE = (DDG(3, "part"), ADL(4))
+
+
+def apart(name: str, method: Method) -> list[StageJob]:
+    optimizer, schedule = APART[name]
+    return jobs("tuple", 3, method, optimizer=optimizer, schedule=schedule)
+
+
+@pytest.fixture(scope="module")
+def there() -> dict[Any, list[StageResult]]:
+    return in_the_same_processes({case: apart(*case) for case in itertools.product(APART, LATE)})
+
+
+@pytest.mark.parametrize(("name", "method"), enough(itertools.product(APART, LATE), together=1), ids=str)
+def test_processes_equal_one_process(name: str, method: Method, there: Any) -> None:
+    assert_equal(there[name, method], inline(apart(name, method)))
+
+
+SAVED = (muon(), soap(), scadamw(0.01), error_feedback(SGD(0.01)), error_feedback(muon()))
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.parametrize("optimizer", [muon(), soap(), scadamw(0.01), error_feedback(SGD(0.01)), error_feedback(muon())], ids=plainly)
-@pytest.mark.parametrize("method", [FDG(micro_batches=3, ahead="part"), ADL(4)], ids=str)
-@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize(
+    ("optimizer", "method", "stop"),
+    enough(itertools.product(SAVED, (FDG(micro_batches=3, ahead="part"), ADL(4)), (2, 5)), together=1),
+    ids=plainly,
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, optimizer: Any, stop: int) -> None:
     whole, second, losses = whole_and_resumed(lambda: jobs("tuple", 3, method, optimizer=optimizer, schedule=SLOW_START, window=2), stop)
     for a, b in zip(second.engines, whole.engines, strict=True):

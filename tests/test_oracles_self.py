@@ -1,6 +1,7 @@
 """The oracles checked among themselves: limits, closed formulas, and second ways to the same numbers."""
 
 import copy
+import itertools
 import math
 import pickle
 from collections import deque
@@ -12,6 +13,7 @@ from torch import nn
 
 from delock.keys import key
 
+from harness import enough
 from oracles import OracleRun, backprop, delayed, delays_of, gap
 from oracles_ticks import UnifiedSGD, dsp_unified, mixed_deque
 from workloads import WORK, Samples, batches, class_loss, mlp, sgd, warm_up, weighted_loss
@@ -166,8 +168,7 @@ def test_shrinking_compounds_down_the_stages(beta):
 # Staleness ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("M", [1, 2, 3, 4])
-@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(("early", "M"), enough(itertools.product((False, True), (1, 2, 3, 4)), together=1))
 def test_staleness_equals_the_closed_formulas(early, M):
     data = [(torch.ones(2, 3), torch.zeros(2, 3))] * (22 + M)
     for K in range(1, 9):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from delock.checkpoints.directory import newest_first, read, verified
 from delock.methods import ADL, BP, DDG, DGL, FDG, FR, PACI, Method, OneFOneB, PipeDream2BW
 from delock.records import Event, Resumed, StepRecord
 
-from harness import same_state
+from harness import enough, same_state
 from restaging import ADAM, MOMENTUM, falling, joined, kept_by_name, loss_of, network, train
 
 pytestmark = pytest.mark.usefixtures("own_random")
@@ -39,13 +40,13 @@ def chain(folder: Path, stages: list[int], apart: int = 10, **more: Any) -> list
     ("method", "optimizer"),
     [
         (BP(), ADAM),
-        (OneFOneB(micro_batches=2), MOMENTUM),
+        pytest.param(OneFOneB(micro_batches=2), MOMENTUM, marks=pytest.mark.slow),
         (PipeDream2BW(micro_batches=3), delock.recipes.muon(lr=0.01)),
-        (DDG(), delock.recipes.scadamw(lr=0.01)),
+        pytest.param(DDG(), delock.recipes.scadamw(lr=0.01), marks=pytest.mark.slow),
         (FR(), delock.recipes.error_feedback(MOMENTUM)),
-        (ADL(accumulate=3), ADAM),
+        pytest.param(ADL(accumulate=3), ADAM, marks=pytest.mark.slow),
         (FDG(beta=0.7, at="mixed", order="backward-first"), delock.recipes.scsgd(lr=0.05)),
-        (PACI(micro_batches=2, ahead="mean"), MOMENTUM),
+        pytest.param(PACI(micro_batches=2, ahead="mean"), MOMENTUM, marks=pytest.mark.slow),
     ],
     ids=lambda one: getattr(one, "name", ""),
 )
@@ -66,23 +67,21 @@ def test_every_change_keeps_the_loss(tmp_path: Path, method: Method, optimizer: 
         before = result
 
 
-@pytest.mark.parametrize("K", [2, 1])
-@pytest.mark.parametrize(
-    "method",
-    [
-        BP(),
-        OneFOneB(micro_batches=2),
-        PipeDream2BW(micro_batches=3),
-        DDG(),
-        ADL(accumulate=3),
-        FDG(at="mixed", micro_batches=2),
-        PACI(3, ahead="part"),
-        FR(),
-        FR(accumulate=2),
-        DDG(accumulate=3),
-    ],
-    ids=str,
+FRESH: tuple[Method, ...] = (
+    BP(),
+    OneFOneB(micro_batches=2),
+    PipeDream2BW(micro_batches=3),
+    DDG(),
+    ADL(accumulate=3),
+    FDG(at="mixed", micro_batches=2),
+    PACI(3, ahead="part"),
+    FR(),
+    FR(accumulate=2),
+    DDG(accumulate=3),
 )
+
+
+@pytest.mark.parametrize(("method", "K"), enough(itertools.product(FRESH, (2, 1)), together=1), ids=str)
 def test_the_rest_is_the_run_of_a_fresh_pipeline(tmp_path: Path, method: Method, K: int) -> None:
     """One that begins with the model, the momenta and the rate of the checkpoint, and with its next batch: to the last bit."""
     more = {"method": method, "optimizer": MOMENTUM, "eval_every": None}
@@ -111,10 +110,10 @@ def test_the_rest_is_the_run_of_a_fresh_pipeline(tmp_path: Path, method: Method,
 @pytest.mark.parametrize(
     ("method", "more"),
     [
-        (OneFOneB(micro_batches=2), {"clip": 0.5}),
+        pytest.param(OneFOneB(micro_batches=2), {"clip": 0.5}, marks=pytest.mark.slow),
         (PipeDream2BW(micro_batches=3), {}),
         (DDG(ahead="mean"), {"optimizer": delock.recipes.error_feedback(MOMENTUM)}),
-        (ADL(accumulate=3), {"optimizer": delock.recipes.muon(lr=0.01)}),
+        pytest.param(ADL(accumulate=3), {"optimizer": delock.recipes.muon(lr=0.01)}, marks=pytest.mark.slow),
         (FDG(order="backward-first"), {"compression": delock.Compression("vq:codes=4:dim=4:every=3", "int8")}),
         (DGL(), {"optimizer": delock.recipes.scadamw(lr=0.01)}),
     ],

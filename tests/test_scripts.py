@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = """
 import enum, sys
@@ -105,11 +108,13 @@ def run(*words: str, program: str | None = None, folder: Path | None = None) -> 
 
 
 @pytest.fixture(scope="module")
-def inline(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The output of the script if nothing is sent anywhere."""
-    folder = tmp_path_factory.mktemp("inline")
-    (folder / "train.py").write_text(SCRIPT)
-    return run("train.py", "inline", folder=folder)
+def inline() -> str:
+    """The output of the script if nothing is sent anywhere, run here."""
+    said = StringIO()
+    with pytest.MonkeyPatch.context() as patched, torch.random.fork_rng(devices=[]), redirect_stdout(said):
+        patched.setattr(sys, "argv", ["train.py", "inline"])
+        exec(compile(SCRIPT, "train.py", "exec", dont_inherit=True), {"__name__": "__main__"})
+    return said.getvalue()
 
 
 FROM_INPUT = "import sys; exec(compile(sys.stdin.read(), '<console>', 'exec'))"
@@ -118,7 +123,7 @@ FROM_INPUT = "import sys; exec(compile(sys.stdin.read(), '<console>', 'exec'))"
 @pytest.mark.parametrize(
     "words",
     [
-        ["train.py"],
+        pytest.param(["train.py"], marks=pytest.mark.slow),
         pytest.param(["-m", "train"], marks=pytest.mark.slow),
         pytest.param(["-"], marks=pytest.mark.slow),
         pytest.param(["-c", SCRIPT], marks=pytest.mark.slow),

@@ -60,7 +60,7 @@ def test_ctrl_c_ends_a_comparison_in_order(start: Callable[..., Program]) -> Non
     assert Path("a/bp/metrics.jsonl").read_text().endswith("}\n")
 
 
-@pytest.mark.parametrize("there", ["servers", "stages"])
+@pytest.mark.parametrize("there", ["servers", pytest.param("stages", marks=pytest.mark.slow)])
 def test_ctrl_c_while_starting(start: Callable[..., Program], here: Path, there: str) -> None:
     program = start(*UNSAVED)
     if there == "stages" or sys.platform == "linux":

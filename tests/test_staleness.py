@@ -19,7 +19,7 @@ from delock.timeline import gradient_staleness, in_flight, layer_staleness
 
 import papers
 from chain import Chain
-from harness import in_processes, inline, jobs
+from harness import enough, in_processes, inline, jobs
 
 BATCHES, LAYERS = 25, 8  # the last group of M = 2, 3, 4 is incomplete
 GROUPS, EVERY = range(BATCHES), 10
@@ -135,7 +135,10 @@ def reach(method: Method, b: int, k: int, K: int) -> float:
 
 @pytest.mark.parametrize(
     ("method", "K"),
-    [*((m, K) for K in (1, 3, 5) for m in DELAYED), *((m, K) for K in (2, 5) for m in (*PARTS, *two_banks(K)))],
+    [
+        *enough(itertools.product(DELAYED, (1, 3, 5)), together=1),
+        *enough(((m, K) for K in (2, 5) for m in (*PARTS, *two_banks(K))), together=1),
+    ],
     ids=str,
 )
 def test_staleness_is_the_formulas_for_every_batch(method: Method, K: int) -> None:
@@ -198,8 +201,9 @@ def test_four_stages_and_four_parts(method: Method) -> None:
     assert max(held) == in_flight(chain.plan())[0].versions == versions
 
 
-@pytest.mark.parametrize("K", [1, 2, 5])
-@pytest.mark.parametrize("method", [BP(), BP(3), GPipe(2), OneFOneB(4), ZB1P(3)], ids=str)
+@pytest.mark.parametrize(
+    ("method", "K"), enough(itertools.product((BP(), BP(3), GPipe(2), OneFOneB(4), ZB1P(3)), (1, 2, 5)), together=1), ids=str
+)
 def test_synchronous_methods_are_never_stale(method: Method, K: int) -> None:
     chain = ticking(method, K).run()
     for spans, engine in zip(chain.spans, chain.engines, strict=True):

@@ -178,13 +178,13 @@ def test_the_forward_lock_costs_time_only_under_a_barrier_or_latency() -> None:
 @pytest.mark.parametrize(
     ("method", "calm", "straggling"),
     [
-        (BP(), 1.00, 0.80),
+        pytest.param(BP(), 1.00, 0.80, marks=pytest.mark.slow),
         (DDG(), 4.00, 2.47),
-        (FR(), 3.00, 1.85),
+        pytest.param(FR(), 3.00, 1.85, marks=pytest.mark.slow),
         (FDG(), 4.00, 2.86),
-        (DSP(1, 1), 3.00, 2.14),
+        pytest.param(DSP(1, 1), 3.00, 2.14, marks=pytest.mark.slow),
         (DSP(2, 2), 3.00, 2.27),
-        (DSP(3, 3), 3.00, 2.31),
+        pytest.param(DSP(3, 3), 3.00, 2.31, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -200,13 +200,13 @@ def test_stragglers_as_the_reference_simulation_has_them(method: Method, calm: f
     assert whole_pass * throughput(slow) == pytest.approx(straggling, rel=0.025)
 
 
-def test_overlapping_the_recomputation_hides_stragglers() -> None:
+@pytest.mark.parametrize("method", [FR(), pytest.param(DSP(), marks=pytest.mark.slow)], ids=str)
+def test_overlapping_the_recomputation_hides_stragglers(method: Method) -> None:
     plain = Costs(forward=(1.0,) * 4, backward=(3.0,) * 4, replay=(0.0,) * 4, slow=STRAGGLERS)
-    overlapped = replace(Costs.unit(4), slow=STRAGGLERS)
-    for method in (FR(), DSP()):
-        plan = unroll(method, 4, 1000)
-        assert throughput(simulate(plan, overlapped)) > 1.01 * throughput(simulate(plan, plain))
-        assert 12 * throughput(simulate(plan, overlapped)) < 12 / (4 * 1.25) * 1.03  # no stage is faster than its mean tick
+    plan = unroll(method, 4, 1000)
+    overlapped = throughput(simulate(plan, replace(Costs.unit(4), slow=STRAGGLERS)))
+    assert overlapped > 1.01 * throughput(simulate(plan, plain))
+    assert 12 * overlapped < 12 / (4 * 1.25) * 1.03  # no stage is faster than its mean tick
 
 
 def test_slow_ticks_are_a_function_of_their_names() -> None:
@@ -242,7 +242,7 @@ def test_speed_of_a_measured_timeline() -> None:
 # ---- what is in flight -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("K", range(1, 6))
+@pytest.mark.parametrize("K", [1, 4, *(pytest.param(K, marks=pytest.mark.slow) for K in (2, 3, 5))])
 def test_what_stages_hold(K: int) -> None:
     def held(method: Method) -> tuple[HeldCounts, ...]:
         return in_flight(unroll(method, K, 40))

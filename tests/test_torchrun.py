@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+import acting
 from delock.launch.torchrun import under_torchrun
 from delock.links.meeting import here
 from delock.methods import ADL
+from test_acting import EARLY
 from test_shared_runs import trained
 
+from harness import same_state
 from points import fit, hits, test_data
 from programs import torchrun
 
@@ -30,6 +33,7 @@ from delock.run import telling
 from points import SGD, hits, network, test_data, train_data, weighted
 from ranks import greet
 from test_shared_runs import trained
+from test_torchrun import stopped
 
 assert under_torchrun()
 for run in range(2):  # one program may train more than once
@@ -47,7 +51,8 @@ result = delock.fit(model, train_data(), test_data(), loss=weighted, method=ADL(
                     cuts=[4], placement=delock.Placement(link="gloo"), callbacks=[heard.append])
 seen = {{"state": model.state_dict(), "result": repr(result), "losses": result.losses, "heard": [type(e).__name__ for e in heard]}}
 shared, state = trained("shared" if here() is not None else "auto")
-torch.save((seen, (state, shared.losses)), sys.argv[1] + os.environ["RANK"])
+other, early = stopped()
+torch.save((seen, (state, shared.losses), (other.state_dict(), early.losses, early.stopped)), sys.argv[1] + os.environ["RANK"])
 """
 ILL = f"""
 import sys
@@ -62,11 +67,19 @@ run_torchrun(raise_in_one, lambda rank: sys.argv[1], telling, patience=2.0)
 
 @dataclass
 class Launched:
-    """One program under torchrun for several tests: its lines, and the results of `fit` on each rank, over gloo and over shared memory."""
+    """One program under torchrun for several tests: its lines, and on each rank the results of `fit` over gloo and over shared memory, and
+    of a run that evaluations act on.
+    """
 
     lines: list[str]
     seen: list[dict[str, Any]]
     shared: list[tuple[dict[str, Any], list[float]]]
+    acting: list[tuple[dict[str, Any], list[float], str]]
+
+
+def stopped() -> Any:
+    """A run with a rate that goes by evaluations, which ends early."""
+    return acting.fit(method="fdg", K=2, schedule=acting.PLATEAU, callbacks=[EARLY])
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +88,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     (folder / "script.py").write_text(WELL)
     done = torchrun(folder / "script.py", str(folder / "out"))
     assert done.returncode == 0, done.stderr
-    seen, shared = zip(*(torch.load(folder / f"out{rank}") for rank in range(2)), strict=True)
-    return Launched(done.stdout.splitlines(), list(seen), list(shared))
+    found = zip(*(torch.load(folder / f"out{rank}") for rank in range(2)), strict=True)
+    return Launched(done.stdout.splitlines(), *map(list, found))
 
 
 def test_torchrun_gives_every_rank_the_results_and_rank_0_all_events(launched: Launched) -> None:
@@ -102,6 +115,15 @@ def test_fit_over_shared_memory(launched: Launched) -> None:
     for state, losses in launched.shared:
         assert losses == result.losses
         assert all(torch.equal(value, state[name]) for name, value in expected.items())
+
+
+def test_ranks_act_as_one_process(launched: Launched) -> None:
+    """They tell each other of evaluations through the store."""
+    model, result = stopped()
+    assert result.stopped
+    for state, losses, why in launched.acting:
+        assert (losses, why) == (result.losses, result.stopped)
+        assert same_state(state, model.state_dict())
 
 
 def ill(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:

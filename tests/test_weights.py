@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from delock.records import Result
 from delock.run.job import StageJob, StageResult
 from delock.stage import Stage
 
-from harness import CPU, assert_equal, in_the_same_processes, inline, jobs, whole_and_resumed
+from harness import CPU, assert_equal, enough, in_the_same_processes, inline, jobs, whole_and_resumed
 from workloads import Samples, conv_net, sgd
 
 VOCABULARY, CONTEXT = 11, 6
@@ -182,8 +183,9 @@ def test_processes_equal_one_process(method: Method, there: Any) -> None:
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.parametrize("method", [GPipe(3), FR(), FDG(), FDG(at="mixed"), ADL(3)], ids=str)
-@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize(
+    ("method", "stop"), enough(itertools.product((GPipe(3), FR(), FDG(), FDG(at="mixed"), ADL(3)), (1, 3)), together=1), ids=str
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(method: Method, stop: int) -> None:
     whole, second, losses = whole_and_resumed(lambda: unlabelled(method), stop)
     assert all(
