@@ -141,7 +141,7 @@ def test_a_script_without_a_guard_runs_once_and_computes_the_same(words: list[st
     assert told.count("the program runs") == 1
 
 
-FAILS = """
+ILL = """
 import multiprocessing, torch, delock
 from torch.nn.functional import cross_entropy
 def helper(x):
@@ -149,38 +149,38 @@ def helper(x):
         raise ArithmeticError("mine")  # a line of the user's
     return x
 data = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.long))] * 2
-parts = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
 made = lambda named: torch.optim.SGD(dict(named).values(), 0.1)
-delock.fit(parts, data, loss=lambda o, t: helper(cross_entropy(o, t)), optimizer=made, epochs=1)
-"""
-
-
-def test_an_error_in_the_users_code_shows_the_users_line(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(FAILS)
-    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-    told = done.stderr[done.stderr.index("stage 1 failed in B0") :]
-    assert "ArithmeticError: mine" in told
-    assert 'raise ArithmeticError("mine")  # a line of the user\'s\n' in told
-    assert "line 6, in helper" in told
-
-
-AGAIN = """
-import multiprocessing, torch, delock
-model, data = torch.nn.Sequential(torch.nn.Linear(2, 2)), [(torch.ones(4, 2), torch.ones(4, 2))]
-made = lambda named: torch.optim.SGD(dict(named).values(), 0.1)
-delock.fit(model, data, loss=torch.nn.functional.mse_loss, optimizer=made, stages=1, epochs=1, workers="inline")
+def trained(**more):
+    parts = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+    delock.fit(parts, data, loss=lambda o, t: helper(cross_entropy(o, t)), optimizer=made, epochs=1, **more)
+trained(workers="inline")
 child = multiprocessing.get_context("spawn").Process(target=print)
 child.start()
 child.join()
-raise SystemExit(child.exitcode)
+print(child.exitcode)
+trained()
 """
 
 
-def test_a_process_of_the_scripts_own_that_runs_it_again_does_not_train(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(AGAIN)
-    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 1
-    assert done.stderr.count("UsageError: the script that trains is run again by a process that it has started") == 1
+@pytest.fixture(scope="module")
+def ill(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """One program that does two things wrong, one after the other."""
+    folder = tmp_path_factory.mktemp("ill")
+    (folder / "train.py").write_text(ILL)
+    return subprocess.run([sys.executable, "train.py"], cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_an_error_in_the_users_code_shows_the_users_line(ill: subprocess.CompletedProcess[str]) -> None:
+    told = ill.stderr[ill.stderr.index("stage 1 failed in B0") :]
+    assert "ArithmeticError: mine" in told
+    assert 'raise ArithmeticError("mine")  # a line of the user\'s\n' in told
+    assert "line 6, in helper" in told
+    assert ill.returncode == 1
+
+
+def test_a_process_of_the_scripts_own_that_runs_it_again_does_not_train(ill: subprocess.CompletedProcess[str]) -> None:
+    assert ill.stdout == "1\n"
+    assert ill.stderr.count("UsageError: the script that trains is run again by a process that it has started") == 1
 
 
 REFUSED = """
