@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 
 import delock
 from delock.cli import main
-from delock.cli.config import TrainConfig, build, flat, resolve
+from delock.cli.config import TrainConfig, build, flat, make_method, resolve
 from delock.cli.config.defaults import IMAGES
 from delock.cli.config.defaults import TEXT as TEXT_DEFAULTS
 from delock.cli.sample import decoder
 from delock.data import Alphabet, load_text
 from delock.draw.curves import Run, _metric_name
 from delock.errors import UsageError
+from delock.methods import DDG
 from delock.nets import generate, gpt, nats
 from delock.optim.factories import AdamW, decays
 from delock.records import EvaluationRecord, Started
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("own_random")
 
 TEXT = "the cat sat on the mat; the rat ate the hat.\n" * 60
 SIZE = ["--depth", "2", "--width", "16", "--attention-heads", "2", "--context", "16"]
-SMALL = ["--data", "text", "--text", "t.txt", *SIZE, "--batch-size", "8", "--workers", "inline", "--warmup", "2", "--lr", "0.01"]
+HERE = ["--batch-size", "8", "--workers", "inline", "--warmup", "2", "--optimizer", "adamw", "--lr", "0.01"]
+SMALL = ["--data", "text", "--text", "t.txt", *SIZE, *HERE]
 
 
 @pytest.fixture
@@ -57,11 +59,21 @@ def test_text_has_defaults_of_its_own() -> None:
     assert {name: values[name] for name in ("model", "level", "context", "depth", "width", "attention_heads")} == {
         **{"model": "gpt", "level": "char", "context": 128, "depth": 4, "width": 128, "attention_heads": 4}
     }
-    assert (values["optimizer"], values["lr"], values["weight_decay"], values["warmup"]) == ("adamw", 1e-3, 0.1, 100)
+    assert (values["optimizer"], values["lr"], values["weight_decay"], values["warmup"]) == ("muon", 0.02, 0.1, 100)
+    assert (values["method"], values["micro_batches"]) == ("ddg", 2)
     assert (values["batch_size"], values["epochs"]) == (16, 10)
     images = flat(config())
     assert {"level", "context", "depth", "width", "attention_heads", "text"}.isdisjoint(images)
-    assert (images["model"], images["optimizer"], images["weight_decay"], images["warmup"]) == ("resnet8", "sgd", 5e-4, 0)
+    assert (images["method"], images["model"], images["optimizer"], images["weight_decay"]) == ("fdg", "resnet8", "sgd", 5e-4)
+    assert images["warmup"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [({"stages": 4}, 4), ({"cuts": [1, 2]}, 3), ({"stages": 8, "batch_size": 5}, 5), ({"micro_batches": 3}, 3), ({"method": "ddg"}, 1)],
+)
+def test_a_batch_of_text_goes_in_as_many_parts_as_stages(given: dict[str, object], parts: int) -> None:
+    assert make_method(config(data="text", **given).algorithm) == DDG(micro_batches=parts)
 
 
 def test_what_is_given_wins_over_the_defaults_of_text() -> None:
@@ -377,7 +389,7 @@ def test_the_programs_on_the_page_run(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_the_defaults_on_the_page() -> None:
     [text] = re.findall(r"^## Defaults\n(.*?)^## ", PAGE, re.DOTALL | re.MULTILINE)
     rows = {cells[0].strip(" `"): cells[1:] for line in text.splitlines() if len(cells := line.strip("|").split("|")) == 3}
-    for name in ("model", "batch_size", "epochs", "optimizer", "warmup"):
+    for name in ("method", "model", "batch_size", "epochs", "optimizer", "warmup"):
         images, language = rows[name.replace("_", "-")]
         assert str(IMAGES[name]) in images
         assert str(TEXT_DEFAULTS[name]) in language

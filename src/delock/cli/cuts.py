@@ -109,7 +109,7 @@ def measure(config: CutsConfig) -> MeasuredNetwork:
     placement = Placement(threads=asked.threads, stage_memory=asked.stage_memory)
     placement.limits(asked.stages)  # raises UsageError before anything is loaded
     resolved = resolve(_as_training(config))
-    method = make_method(config.algorithm).fitted(asked.stages)
+    method = make_method(resolved.algorithm).fitted(asked.stages)
     from delock.run.prepare import measured_network
 
     return measured_network(request_of(resolved, method, asked.stages, placement), counts=True, fine=asked.all)

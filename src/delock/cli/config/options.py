@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from delock.cli.config.defaults import either, shown, text
+from delock.cli.config.defaults import IMAGES, TEXT, either, shown, text
 from delock.cli.config.update import UpdateOptions
 from delock.methods import METHODS, options
 from delock.options import Compression, Execution, Placement, Report, Simulation
@@ -29,9 +29,13 @@ def own(option: str, what: str, values: str | None = None) -> Any:
 class AlgorithmOptions:
     """The method and its own options; an option of another method is refused."""
 
-    method: Annotated[str, arg(help=f"{', '.join(METHODS)}.")] = "fdg"
+    method: Annotated[
+        str | None, arg(help=f"{', '.join(METHODS)}.", help_behavior_hint=f"(default: {IMAGES['method']}; text: {TEXT['method']} in parts)")
+    ] = None
     accumulate: Annotated[int | None, own("accumulate", "batches per update; of bp, micro-batches per batch.")] = None
-    micro_batches: Annotated[int | None, own("micro_batches", "micro-batches per batch.")] = None
+    micro_batches: Annotated[int | None, own("micro_batches", "micro-batches per batch; of text without --method, as many as stages.")] = (
+        None
+    )
     beta: Annotated[float | None, own("beta", "factor of every error received, in (0, 1].")] = None
     at: Annotated[Literal["stash", "replay", "mixed"] | None, own("at", "the weights at which the derivative is taken.")] = None
     ahead: Annotated[

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from delock.cli.config.defaults import resolved
+from delock.cli.config.defaults import IMAGES, TEXT, resolved
 from delock.cli.config.flat import LONGEST, brief
-from delock.cli.config.kinds import settle
+from delock.cli.config.kinds import is_text, settle
 from delock.cli.config.options import AlgorithmOptions, NetworkOptions, TrainConfig, TrainingOptions
 from delock.cli.config.update import UpdateOptions, filled
 from delock.codecs import spelled
@@ -27,8 +27,9 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
 
     Raises UsageError for contradictions and values out of range.
     """
-    config = chosen(config)
-    network = _network(config.network, ranks or 2)
+    usual = ranks or 2
+    config = chosen(config, usual)
+    network = _network(config.network, usual)
     method = make_method(config.algorithm).fitted(network.stages or 1)
     method.fits(network.stages or 1)
     config.simulation.straggler(network.stages or 1, config.training.seed)  # raises UsageError for a stage that is not there
@@ -45,21 +46,34 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
     return replace(config, algorithm=algorithm, network=network, compression=compression)
 
 
-def chosen(config: TrainConfig) -> TrainConfig:
+def chosen(config: TrainConfig, usual: int = 2) -> TrainConfig:
     """Returns the config with the defaults of its kind of data and of its optimizer, and its corrections as what they stand for.
+
+    usual: the number of stages where none is given.
 
     Raises UsageError for contradictions and values out of range.
     """
     _check(config)
-    config = settle(config)
+    config = settle(replace(config, algorithm=_usual(config, usual)))
     return replace(config, algorithm=_ahead(config.algorithm, config.update), update=filled(config.update))
+
+
+def _usual(config: TrainConfig, stages: int) -> AlgorithmOptions:
+    """Returns the method's options, by default those of the kind of data: a batch of text goes in as many parts as there are stages."""
+    if config.algorithm.method:
+        return config.algorithm
+    if not is_text(config):
+        return replace(config.algorithm, method=IMAGES["method"])
+    cuts, batch = config.network.cuts, config.dataset.batch_size or TEXT["batch_size"]
+    parts = min(batch, len(cuts) + 1 if cuts is not None else config.network.stages or stages)
+    return replace(config.algorithm, method=TEXT["method"], micro_batches=config.algorithm.micro_batches or parts)
 
 
 def make_method(config: AlgorithmOptions) -> Method:
     """Returns the chosen method. Raises UsageError for an unknown method, and for an option that it does not have."""
     given = {name: getattr(config, name) for name in AlgorithmOptions.__dataclass_fields__ if name != "method"}
     lags = {name: value[0] for name in ("p", "q") if (value := given[name]) is not None and len(value) == 1}  # one for all links
-    return make(config.method, **{name: value for name, value in (given | lags).items() if value is not None})
+    return make(resolved(config.method), **{name: value for name, value in (given | lags).items() if value is not None})
 
 
 def _algorithm(method: Method) -> AlgorithmOptions:
@@ -100,7 +114,7 @@ def _ahead(config: AlgorithmOptions, update: UpdateOptions) -> AlgorithmOptions:
     """Returns the method's options with `ahead`, if it is among the corrections."""
     if "ahead" not in update.correct or config.ahead:
         return config
-    if config.method in METHODS and not can_be_ahead(config.method):
+    if config.method in METHODS and not can_be_ahead(resolved(config.method)):
         raise UsageError(f"{config.method} is not late, so there is nothing to be ahead of: leave ahead out of --correct")
     return replace(config, ahead="part")
 
