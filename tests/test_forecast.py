@@ -167,7 +167,8 @@ def test_figures_are_of_the_run_they_name(one: Figure) -> None:
 
 def test_a_figure_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     one = FIGURES[0]
-    words = f"--method {one.method} --stages {one.K} --optimizer {one.optimizer}"
+    assert one.method == "ddg(micro_batches=4)"
+    words = f"--method ddg --micro-batches 4 --stages {one.K} --optimizer {one.optimizer}"
     assert values(words, capsys)["measured"]["record"] == one.record
     assert any(one.path in line and f"{one.lost:.3g} {one.unit}" in line for line in lines(words, capsys))
     assert values(words.replace(f"--stages {one.K}", "--stages 3"), capsys)["measured"] is None
