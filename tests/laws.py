@@ -166,12 +166,13 @@ def lengths(package: Sources) -> list[int]:
 
 
 def cached(tree: ast.Module) -> list[str]:
-    """Functions whose results are kept for the life of a process, and lines that make such functions without a decorator."""
+    """Functions whose results are kept for the life of a process, and functions or lines that make such functions without a decorator."""
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     decorators = {id(part) for f in functions for decorator in f.decorator_list for part in ast.walk(decorator)}
     kept = [f.name for f in functions if any(named(decorator, "lru_cache", "cache") for decorator in f.decorator_list)]
     uses = [node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute) and named(node, "lru_cache")]
-    return kept + [f"line {node.lineno}" for node in uses if id(node) not in decorators]
+    around = {id(part): f"in {f.name}" for f in functions for part in ast.walk(f)}
+    return kept + [around.get(id(node), f"line {node.lineno}") for node in uses if id(node) not in decorators]
 
 
 def named(node: ast.AST, *names: str) -> bool:

@@ -55,6 +55,7 @@ def tied() -> nn.Sequential:
         ({"cuts": "2"}, "cuts is '2', but it must be a list"),
         ({"cuts": [1.5]}, r"cuts is \[1.5\], but it must be a list"),
         ({"cuts": [True]}, r"cuts is \[True\], but it must be a list"),
+        ({"loss": nn.CrossEntropyLoss}, r"loss is the class CrossEntropyLoss: give CrossEntropyLoss\(\)"),
         ({"metrics": [len]}, "metrics is .*, but it must be a dict with a function"),
         ({"metrics": {"a": "accuracy"}}, "metrics is .*, but it must be a dict with a function"),
         ({"metrics": {"loss": len}, "test": {"a": test_data()}}, "a metric is called loss"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 import delock
 from delock.errors import UsageError
@@ -104,10 +106,19 @@ def test_what_is_defined_in_a_function_goes_by_value() -> None:
         def __init__(self, base: int) -> None:
             self.base = base
 
-    def target(rank: Rank, payload: Any) -> Any:
-        return [type(payload).kinds, isinstance(payload, Local), payload.base + rank.rank]
+        @cached_property
+        def double(self) -> int:
+            return 2 * self.base
 
-    assert run_processes(target, [Local(3), Local(5)]) == [[(int, str), True, 3], [(int, str), True, 6]]
+    @lru_cache(maxsize=7)
+    def more(x: int) -> int:
+        return x + 1
+
+    def target(rank: Rank, payload: Any) -> Any:
+        kept = payload.double is payload.double and more.cache_parameters()["maxsize"]
+        return [type(payload).kinds, isinstance(payload, Local), payload.base + rank.rank, payload.double, more(4), kept]
+
+    assert run_processes(target, [Local(3), Local(5)]) == [[(int, str), True, 3, 6, 5, 7], [(int, str), True, 6, 10, 5, 7]]
 
 
 def test_a_lambda_of_a_module_uses_the_globals_of_that_module() -> None:
@@ -195,3 +206,35 @@ def test_the_fork_server_loads_while_a_run_is_prepared(workers: Any, expected: l
     with pytest.raises(UsageError, match="it ends here"), delock.session(model, batch, **options):
         pass
     assert seen == expected * 2
+
+
+# -- the workers of a DataLoader ----------------------------------------------------------------------------------------------------
+
+
+class Cores(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Two samples, whose targets are the number of cores of the process that reads them; 0 if it was started in another way than here."""
+
+    def __init__(self) -> None:
+        self.how = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cores = len(os.sched_getaffinity(0)) if multiprocessing.get_start_method() == self.how else 0
+        return torch.zeros(1), torch.tensor(float(cores))
+
+
+@pytest.mark.usefixtures("own_random")
+def test_they_start_as_in_the_program_and_are_not_bound_to_the_core_of_a_stage() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    result = delock.fit(
+        model,
+        DataLoader(Cores(), 2, num_workers=1),
+        loss=lambda outputs, targets: targets.mean() + 0 * outputs.sum(),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        method="bp",
+        stages=2,
+        epochs=1,
+    )
+    assert result.losses == [len(os.sched_getaffinity(0))]

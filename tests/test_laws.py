@@ -24,6 +24,7 @@ CACHED = {  # functions that keep results for the life of a process, and why the
     "links/wire.py:_layout": "a run has a handful of layouts, and making one takes longer than sending a small message",
     "links/wire.py:_read_layout": "the same, at the receiver's end",
     "links/wire.py:_dense": "the same, for every tensor that is laid out densely",
+    "launch/by_value.py:in cached_again": "a function that the user has given a cache, made again in a stage",
 }
 FILES = sources()
 EVERYWHERE = {f"{folder}/{file}": tree for folder in LONGEST for file, tree in sources(ROOT / folder).items()}

@@ -346,12 +346,16 @@ def test_a_plan_without_an_end_is_the_plan_of_as_many_batches(K: int, clip: floa
             assert together == unroll(method, K, RunLength(batches, clip=clip)).columns, method
 
 
+def updates_in(column: Sequence[Step]) -> int:
+    return sum(isinstance(step.op, Update) for step in column)
+
+
 @pytest.mark.parametrize("K", [1, 3])
 def test_a_plan_goes_on_after_its_end(K: int) -> None:
-    """All Updates that are due for 11 batches are made for 4 and 7 of them; none is made twice, and each stage counts on."""
+    """The steps are those of two runs, of 5 batches and of 6, of which the second counts on."""
     for method in cases(K):
         plan = OpenPlan(method, K)
-        found = [plan.batch() for _ in range(4)] + [plan.rest()] + [plan.batch() for _ in range(7)] + [plan.rest()]
+        found = [plan.batch() for _ in range(5)] + [plan.rest()] + [plan.batch() for _ in range(6)] + [plan.rest()]
         for k in range(K):
             column = [step for window in found for step in window.columns[k]]
             assert [s.op.batch for s in column if isinstance(s.op, Forward)] == [
@@ -359,4 +363,11 @@ def test_a_plan_goes_on_after_its_end(K: int) -> None:
             ]
             updates = [step.version for step in column if isinstance(step.op, Update)]
             assert updates == list(range(len(updates)))
-            assert Plan((*found[4].columns,)).columns[k] == unroll(method, K, 4).columns[k][-len(found[4].columns[k]) or 99 :]
+            first, second = unroll(method, K, 5).columns[k], unroll(method, K, 6).columns[k]
+            assert [type(step.op) for step in column] == [type(step.op) for step in (*first, *second)]
+            assert tuple(column[: len(first)]) == first
+            made = updates_in(first)
+            for step, own in zip(column[len(first) :], second, strict=True):
+                assert (step.tick, step.version, step.keep, step.last) == (own.tick + 5, own.version + made, own.keep, own.last)
+                if not isinstance(step.op, Update):
+                    assert step.op.batch == own.op.batch + 5 * method.fitted(K).micro_batches

@@ -196,6 +196,8 @@ def around(rows):
     return lambda outputs, targets: cross_entropy(outputs, targets) + 0 * rows[0, 0]
 def regular(outputs, targets):
     return cross_entropy(outputs, targets) + 0 * images[0, 0]
+def given(outputs, targets, more=images):
+    return cross_entropy(outputs, targets) + 0 * more[0, 0]
 def trained(loss=cross_entropy, **more):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(100, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
@@ -207,6 +209,7 @@ def trained(loss=cross_entropy, **more):
 trained(regular)
 trained(Table())
 trained(around(images))
+trained(given)
 trained(schedule=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=len(loader)))
 trained()
 """
@@ -219,6 +222,7 @@ def test_large_globals_are_refused_by_name_unless_the_stage_is_given_them_anyway
         f"the global `images` of the function `regular` has 20 MB. {more}",
         f"the attribute `images` of the class `Table` has 20 MB. {more}",
         f"the variable `rows` of the lambda in line 11 has 20 MB. {more}",
-        f"the global `loader` of the lambda in line 25 has 20 MB. {more}",
+        f"the argument `more` of the function `given` has 20 MB. {more}",
+        f"the global `loader` of the lambda in line 28 has 20 MB. {more}",
         "2",
     ]

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import delock
 from delock import EMA, Checkpoint
 from delock.errors import UsageError
-from delock.methods import BP, FDG, Method, PipeDream2BW
+from delock.methods import ADL, BP, DDG, FDG, Method, PipeDream2BW
 from delock.run.session import Session
 from loops import EACH, SGD, batches, equal, network, session
 
@@ -78,7 +78,7 @@ def test_rates_keep_the_proportions_in_which_they_were_made(workers: Any) -> Non
 def test_a_mistake_in_an_evaluation_does_not_end_the_session(workers: Any) -> None:
     with session(network(), method="fdg", workers=workers) as run:
         run.step(batches()[0])
-        for wrong in (batches()[0], [batches()[0], 3], iter(batches())):
+        for wrong in (batches()[0], [batches()[0], 3]):
             with pytest.raises(UsageError):
                 run.evaluate(wrong)
         assert run.evaluate(batches(2)).samples == 13
@@ -149,9 +149,46 @@ def test_an_average_is_that_of_fit(workers: Any) -> None:
             run.step(batch)
         run.drain()
         assert run.evaluate(batches(3)).loss == pytest.approx(result.evaluations[-1].test_loss, rel=1e-6)
-        weights = run.state_dict()
+        weights, mean = run.state_dict(), run.state_dict(average=True)
     assert equal(own, model)
     assert not torch.equal(weights["0.weight"], own[0].weight)  # the weights themselves
+    assert all(torch.equal(mean[name], one) for name, one in own.state_dict().items())
+
+
+@EACH
+def test_an_average_begins_anew_with_weights_that_are_set(workers: Any) -> None:
+    other = seeded(network, 3)
+    with session(network(), method="bp", callbacks=[EMA(0.8)], workers=workers) as run:
+        run.step(batches()[0])
+        run.drain()
+        run.load_state_dict(other.state_dict())
+        with_it = run.evaluate(batches(3)).loss
+        run.step(batches()[1])
+        run.drain()
+        assert torch.equal(run.state_dict(average=True)["0.weight"], run.state_dict()["0.weight"])  # the first update sets it
+    with session(other, method="bp") as run:
+        assert run.evaluate(one for one in batches(3)).loss == with_it
+        with pytest.raises(UsageError, match="keeps no average"):
+            run.state_dict(average=True)
+
+
+@EACH
+@pytest.mark.parametrize("method", [ADL(accumulate=4), DDG(accumulate=3, micro_batches=2)], ids=str)
+def test_a_drain_ends_a_run_and_begins_another(method: Method, workers: Any) -> None:
+    """Groups that accumulate gradients too; sgd without momentum, so that the optimizer has no state."""
+    plain: dict[str, Any] = {"method": method, "workers": workers, "optimizer": partial(torch.optim.SGD, lr=0.1)}
+    own, other = network(), network()
+    own[2].p = other[2].p = 0.0  # type: ignore[assignment]
+    with session(own, **plain) as run:
+        for i, batch in enumerate(batches()):
+            run.step(batch)
+            if i == 4:
+                run.drain()
+    for part in (batches()[:5], batches()[5:]):
+        with session(other, **plain) as run:
+            for batch in part:
+                run.step(batch)
+    assert equal(own, other)
 
 
 def test_an_average_goes_on_with_its_session(tmp_path: Path) -> None:

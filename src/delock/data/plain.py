@@ -19,6 +19,7 @@ from delock.data.reading import Reading
 from delock.data.seeding import seeded
 from delock.errors import UsageError, users_own
 from delock.keys import key
+from delock.launch.cores import unbound
 
 
 class Plain(Remembering):
@@ -93,7 +94,7 @@ class Plain(Remembering):
             deque(self.loaded(self.resumed[0]), maxlen=0)
         start = key(self.seed, "data", e, "iter")
         _start_epoch(self.obj, e, start)
-        with seeded(start):
+        with seeded(start), unbound():
             items = iter(self.obj)
         self._refuse_read(items)
         first = self.resumed[1] if self.resumed and self.resumed[0] == e else 0

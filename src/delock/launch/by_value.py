@@ -14,7 +14,7 @@ import pickle
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cache, cached_property, lru_cache, partial
 from importlib import import_module
 from types import CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any, TypeAlias
@@ -25,6 +25,7 @@ from delock.launch.parametrized import reduced
 
 MAIN = "__main__"
 Own: TypeAlias = FunctionType | type
+Cached = type(cache(len))
 
 
 class ByValue(cloudpickle.Pickler):  # type: ignore[misc]  # it says no types
@@ -32,7 +33,7 @@ class ByValue(cloudpickle.Pickler):  # type: ignore[misc]  # it says no types
 
     def __init__(self, into: Any, reducers: Mapping[type, Any] = MappingProxyType({})) -> None:
         """reducers: type -> function, of objects that are pickled in a way of their own."""
-        table = {**cloudpickle.Pickler.dispatch_table, CodeType: _code, **reducers}
+        table = {**cloudpickle.Pickler.dispatch_table, CodeType: _code, cached_property: _computed, **reducers}
         del table[io.TextIOWrapper]  # cloudpickle would send the text of an open file
         self.dispatch_table = table  # before the pickler underneath looks for it
         super().__init__(into, protocol=pickle.HIGHEST_PROTOCOL)
@@ -42,14 +43,14 @@ class ByValue(cloudpickle.Pickler):  # type: ignore[misc]  # it says no types
         """Returns how an object is pickled that cannot say it itself."""
         if isinstance(obj, ModuleType) and sys.modules.get(obj.__name__) is obj:
             return import_module, (obj.__name__,)  # of whatever class, as torch.ops
-        found = reduced(obj)
+        found = _cached(obj) if isinstance(obj, Cached) else reduced(obj)
         if found is NotImplemented:
             found = super().reducer_override(obj)
         if not isinstance(obj, Own) or found is NotImplemented or len(found) != 6:  # 6: made and filled, so by value
             return found
         make, args, (state, slots), *rest, fill = found
         if isinstance(obj, FunctionType):
-            uses = {**slots["__globals__"], **_variables(obj)}
+            uses = {**slots["__globals__"], **_variables(obj), **defaults(obj)}
             if home := _home(obj.__globals__):
                 args = (args[0], Namespace(home, args[1]), *args[2:])
                 slots = slots if home == MAIN else {**slots, "__globals__": {}}
@@ -96,6 +97,38 @@ def _variables(function: FunctionType) -> dict[str, object]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # not bound yet
             found[name] = cell.cell_contents
+    return found
+
+
+def defaults(function: FunctionType) -> dict[str, object]:
+    """Returns the default values of a function's arguments, by name."""
+    code, values = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    return {**dict(zip(names, values, strict=True)), **(function.__kwdefaults__ or {})}
+
+
+def _cached(obj: Any) -> Any:
+    """Returns how a function of functools.cache is pickled: by name if that can be imported, else as one with an empty cache."""
+    found: Any = sys.modules.get(obj.__module__) if obj.__module__ != MAIN else None
+    for name in obj.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return NotImplemented if found is obj else (cached_again, (obj.__wrapped__, obj.cache_parameters()))
+
+
+def cached_again(function: Any, settings: Mapping[str, Any]) -> Any:
+    """Returns a function with a cache of its results."""
+    return lru_cache(**settings)(function)
+
+
+def _computed(one: cached_property[Any]) -> Any:
+    """Returns how a cached_property is pickled, whose lock cannot be."""
+    return computed_again, (one.func, one.attrname)
+
+
+def computed_again(function: Any, name: str | None) -> cached_property[Any]:
+    """Returns a cached_property of a class that has it under this name."""
+    found = cached_property(function)
+    found.attrname = name
     return found
 
 

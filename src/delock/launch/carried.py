@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from delock.errors import UsageError
-from delock.launch.by_value import Own
+from delock.launch.by_value import Own, defaults
 from delock.launch.parcel import Parcel, Sending
 
 LIMIT = 16_000_000  # bytes
@@ -34,7 +34,7 @@ def in_words(one: Own, name: str) -> str:
     """Returns the words for what a function or class uses under a name."""
     if isinstance(one, type):
         return f"the attribute `{name}` of the class `{one.__name__}`"
-    kind = "variable" if name in one.__code__.co_freevars else "global"
+    kind = "variable" if name in one.__code__.co_freevars else "argument" if name in defaults(one) else "global"
     known = f"the function `{one.__name__}`" if one.__name__ != "<lambda>" else f"the lambda in line {one.__code__.co_firstlineno}"
     return f"the {kind} `{name}` of {known}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import pickle
 import signal
@@ -36,7 +37,8 @@ class RankConfig:
     """Holds what a process needs to become a rank.
 
     folder: a private one for all ranks, with the files `stacks`, for its Python stack on demand and on a fatal signal, and `store`, where
-    a process group meets. saves: a SIGTERM is to save the run, so it does not end a rank.
+    a process group meets. start_method: by which the program starts processes, and so the workers of its DataLoaders, if it has said so.
+    saves: a SIGTERM is to save the run, so it does not end a rank.
     """
 
     rank: int
@@ -48,6 +50,7 @@ class RankConfig:
     threads: int
     cores: set[int] | None
     environ: Mapping[str, str]
+    start_method: str | None
     saves: bool = False
 
     @property
@@ -130,6 +133,7 @@ def _prepare(config: RankConfig) -> None:
     os.environ.clear()  # the fork server still has the environment of its start
     os.environ.update(config.environ)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+    multiprocessing.set_start_method(config.start_method, force=True)  # None: as on every system
     threading.Thread(target=die_with_parent, daemon=True).start()
     never_run_again()
     try:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 
 from delock.launch import allocator
+
+_PROGRAMS: ContextVar[frozenset[int] | None] = ContextVar("the program's cores", default=None)  # in a rank that is bound to some
 
 
 def share_cores(world: int, threads: int) -> list[set[int] | None]:
@@ -24,9 +29,25 @@ def settle(threads: int, cores: set[int] | None) -> None:
     Call it first, because new threads inherit these settings.
     """
     if cores is not None:
+        _PROGRAMS.set(frozenset(os.sched_getaffinity(0)))
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
     allocator.keep()
+
+
+@contextmanager
+def unbound() -> Iterator[None]:
+    """Lets processes that are started within the block, as the workers of a DataLoader, have all cores of the program."""
+    every = _PROGRAMS.get()
+    if every is None:
+        yield
+        return
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, every)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def _cores() -> list[int]:

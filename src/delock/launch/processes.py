@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import socket
@@ -58,8 +59,7 @@ def run_processes(
     Target, payloads and results travel by value, with the functions and classes that no process can import. The memory of tensors is sent
     one rank after the other from where it is, and that of results is read from a file when it is used, once every rank has ended well:
     letting go of each result before the next one is used keeps this process small.
-    threads: per process, bound to cores of their own if `pin` and there are enough cores (CPU only); data loading workers of a rank share
-    its cores.
+    threads: per process, bound to cores of their own if `pin` and there are enough cores (CPU only); the workers of a DataLoader are not.
     device: "cuda" gives rank r GPU r.
     patience: seconds after which the run is ended if a rank is still at one op, or all ranks wait for each other; 0 means never.
     timeout, backend: of the process group, if a target opens one; the time in seconds.
@@ -98,10 +98,10 @@ def started(
     cores = share_cores(world, threads) if pin and device == "cpu" else [None] * world
     own = [target.__module__] if target.__module__.startswith("delock.") else []
     ranks = context(own)
-    environ = dict(os.environ)
+    environ, start_method = dict(os.environ), multiprocessing.get_start_method(allow_none=True)
     with private_folder() as folder:
         configs = [
-            RankConfig(rank, world, folder, device, group, timeout, threads, cores[rank], environ, stop is not None)
+            RankConfig(rank, world, folder, device, group, timeout, threads, cores[rank], environ, start_method, stop is not None)
             for rank in range(world)
         ]
         team = Team(ranks, configs, patience, stop, hand)

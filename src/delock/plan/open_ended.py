@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from delock.methods.base import Method
-from delock.ops import Evaluate
+from delock.ops import Evaluate, Update
 from delock.plan.pattern import Made, patterns
 from delock.plan.steps import Plan, RunLength, Step
 from delock.plan.unroll import Column
@@ -18,7 +19,7 @@ class OpenPlan:
     """Gives the windows of a run one after the other: one per batch, and for the end one with all that is left.
 
     They are those of `windows` for a run of as many batches. stages: those whose columns are wanted; the others are empty. After `rest`
-    further batches begin anew, at the tick of their number.
+    further batches are those of a run that begins with the next one, at the tick of its number, and counts on.
     """
 
     def __init__(self, method: Method, K: int, clip: float | None = None, stages: Sequence[int] | None = None) -> None:
@@ -62,17 +63,26 @@ class OpenPlan:
         self.columns = self._columns()
 
     def _columns(self) -> list[Column]:
-        length = RunLength(1, clip=self.clip, first=self.first)
-        return [Column(one, length) for one in patterns(self.method, self.K, self.stages, self.first)]
+        return [Column(one, RunLength(1, clip=self.clip)) for one in patterns(self.method, self.K, self.stages)]
 
     def _ticks(self, begin: int, end: int) -> Plan:
         return self._plan([[*self._steps(*one, begin, end)] for one in zip(self.columns, self.made, strict=True)])
 
     def _steps(self, column: Column, made: Made, begin: int, end: int) -> Iterator[Step]:
-        for tick in range(begin, end):
-            for t, one, batch, version in column.pattern.at(tick, self.batches, made):
-                yield column.step(one, batch, t, version)
+        for tick in range(begin - self.first, end - self.first):
+            for t, one, batch, version in column.pattern.at(tick, self.batches - self.first, made):
+                yield _later(column.step(one, batch, t, version), self.first, self.method.micro_batches)
 
     def _plan(self, steps: Sequence[Sequence[Step]]) -> Plan:
         drawn = dict(zip(self.stages, map(tuple, steps), strict=True))
         return Plan(tuple(drawn.get(k, ()) for k in range(self.K)))
+
+
+def _later(step: Step, batches: int, parts: int) -> Step:
+    """Returns a step as it is in a run that begins so many batches later."""
+    if not batches:
+        return step
+    if isinstance(step.op, Update):
+        return replace(step, tick=step.tick + batches)
+    op = replace(step.op, batch=step.op.batch + batches * parts)
+    return replace(step, op=op, tick=step.tick + batches, slot=step.slot + batches * parts)

@@ -36,6 +36,8 @@ def refuse_wrong_types(request: Request) -> None:
     cuts = request.cuts
     if cuts is not None and (isinstance(cuts, str) or not all(type(cut) is int or isinstance(cut, str) for cut in cuts)):
         raise UsageError(f"cuts is {cuts!r}, but it must be a list of the layers that stages begin with, as numbers or names")
+    if isinstance(request.loss, type):
+        raise UsageError(f"loss is the class {request.loss.__name__}: give {request.loss.__name__}(), not {request.loss.__name__}")
     _refuse_metrics(request)
     if not callable(request.optimizer):
         raise UsageError(

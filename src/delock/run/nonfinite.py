@@ -48,8 +48,13 @@ def _remedy(request: Request, error: NonFinite) -> str:
     if not error.updates and request.method.planned:  # of free-running stages, those below may have made updates
         places = "look at its inputs," if own is None else "its inputs are finite, so look at"
         return f"no update was made before it, so neither the learning rate nor staleness can be the cause: {places} {REST}"
+    look = (
+        "look whether its inputs are finite, which a session cannot see again; else "
+        if error.batch is None and request.method.planned
+        else ""
+    )
     beta = ", or shrink the gradients (beta)" if "beta" in options(type(request.method)) else ""
-    return f"lower the learning rate{',' if beta else ' or'} warm it up{beta}"
+    return f"{look}lower the learning rate{',' if beta else ' or'} warm it up{beta}"
 
 
 def _fault(request: Request, inputs: Tree, targets: Tree) -> str | None:

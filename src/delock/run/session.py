@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
@@ -138,7 +139,8 @@ class Session:
         `drain` they are.
         """
         running, judged = self._running(), dict[str, list[Measured]]()
-        for name, test in sets_of(self.reads.tests(batches)).items():
+        once = list(batches) if isinstance(batches, Iterator) else batches
+        for name, test in sets_of(self.reads.tests(once)).items():
             try:
                 for batch in _weighed(test):
                     with self._told():
@@ -177,10 +179,15 @@ class Session:
 
     # ---- weights -------------------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns a copy of the weights as the stages have them now, by the names of the model's own `state_dict`."""
+    def state_dict(self, *, average: bool = False) -> dict[str, Any]:
+        """Returns a copy of the weights as the stages have them now, by the names of the model's own `state_dict`.
+
+        average: of their moving average, which `callbacks=[delock.EMA()]` keeps, and of buffers as they are. Raises UsageError without it.
+        """
+        if average and not self.request.callbacks:
+            raise UsageError("the session keeps no average of its weights: give it callbacks=[delock.EMA()]")
         with self._told():
-            own = self._running().ask("weights")
+            own = self._running().ask("weights", average)
         before = self._exchanged(own)
         try:
             found = {name: one.clone() if isinstance(one, Tensor) else one for name, one in self.request.network.whole.state_dict().items()}
@@ -189,7 +196,10 @@ class Session:
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Lets the stages have the weights of a `state_dict` of the model. Nothing may be in flight: call `drain` before it."""
+        """Lets the stages have the weights of a `state_dict` of the model, with which an average begins anew.
+
+        Nothing may be in flight: call `drain` before it.
+        """
         running = self._running()
         if self.open:
             raise UsageError("batches are in flight, which have been computed with other weights: call drain() before load_state_dict()")
@@ -239,7 +249,7 @@ class Session:
         assert self._started
         with self._told():
             results: list[StageResult] = self._stages.end()
-        self.result = collect(self.request, self._started, results)
+        self.result = collect(self.request, replace(self._started, batches=self.number, epochs=0.0), results)
 
     @contextmanager
     def _told(self) -> Iterator[None]:

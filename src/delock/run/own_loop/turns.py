@@ -92,9 +92,14 @@ class Turns:
                 found.append((base[0], float(worker.stage.optimizer.param_groups[0]["lr"])))
         return found
 
-    def weights(self) -> list[Held]:
-        """Returns copies of the weights of each stage."""
-        return [snapshot(worker.stage.module) for worker in self.workers]
+    def weights(self, average: bool) -> list[Held]:
+        """Returns copies of the weights of each stage, or of their average."""
+        found = [snapshot(worker.stage.module) for worker in self.workers]
+        for worker, (state, rest) in zip(self.workers, found, strict=True) if average else ():
+            assert worker.stage.learner.average
+            for name, mean in worker.stage.learner.average.weights.items():
+                (state if name in state else rest)[name] = mean.clone()
+        return found
 
     def save(self) -> list[CheckpointRecord]:
         """Saves each stage as it is now, with what is in flight to it."""
@@ -103,9 +108,11 @@ class Turns:
         return [one for worker in self.workers if worker.saver for one in worker.saver.save_now(self.plan.batches, beside)]
 
     def load(self, weights: Sequence[Held]) -> None:
-        """Lets each stage have these weights; a head keeps its own."""
+        """Lets each stage have these weights, with which an average begins anew; a head keeps its own."""
         for worker, own in zip(self.workers, weights, strict=True):
             load_module(worker.stage.module, *own, f"module of stage {worker.job.k}")
+            if worker.stage.learner.average:
+                worker.stage.learner.average.load([])
 
 
 def _rates(optimizer: Optimizer | None) -> list[float]:
