@@ -41,13 +41,14 @@ def plainly(value: object) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
-def enough(cases: Iterable[tuple[Any, ...]], together: int = 2) -> list[Any]:
+def enough(cases: Iterable[tuple[Any, ...]], together: int = 2, of: Callable[..., tuple[Any, ...]] = lambda *case: case) -> list[Any]:
     """Cases as parameters of a test, of which the fast suite has enough for any two of their values to meet; the rest are slow.
 
     Values that stand together in no case need not meet. With together=1 every value is there once, and those of each place take turns.
+    `of` gives the values of a case where these are not what it is made of.
     """
     found = list(cases)
-    values = [[(place, str(value)) for place, value in enumerate(case)] for case in found]
+    values = [[(place, str(value)) for place, value in enumerate(of(*case))] for case in found]
     groups = [set(itertools.combinations(own, together)) for own in values]
     wanted, used, chosen = set[Any]().union(*groups), Counter[Any](), set[int]()
     while wanted:
@@ -56,6 +57,12 @@ def enough(cases: Iterable[tuple[Any, ...]], together: int = 2) -> list[Any]:
         used.update(values[best])
         chosen.add(best)
     return [pytest.param(*case, marks=[] if i in chosen else [pytest.mark.slow]) for i, case in enumerate(found)]
+
+
+def options_of(method: Method) -> tuple[Any, ...]:
+    """The name of a method, and what it is asked to do otherwise; None where it has no such option."""
+    names = ("name", "at", "order", "ahead", "accumulate", "reduce", "beta", "behind")
+    return tuple(getattr(method, name, None) for name in names)
 
 
 def one_of_each(methods: Iterable[Method]) -> list[Any]:

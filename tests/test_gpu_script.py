@@ -84,7 +84,7 @@ def test_wheels_bring_what_python_lacks_and_nothing_else(script: ModuleType, tmp
 
 
 @pytest.mark.usefixtures("own_random")
-@pytest.mark.parametrize("precision", ["single", "bf16"])
+@pytest.mark.parametrize("precision", ["single", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_benchmarks_contenders_run(precision: str) -> None:
     """Each can be built, and runs a turn of three batches, on a CPU, where nothing is captured."""
     run, device = loaded(ROOT / "benchmarks" / "gpu" / "run.py"), torch.device("cpu")

@@ -206,7 +206,7 @@ def allocated(rank: Rank, job: StageJob) -> int:
         return max(map(int, re.findall(r'"Total Allocated": (\d+)', path.read_text())))
 
 
-@pytest.mark.parametrize("method", [GPipe(2), FDG(), DSP()], ids=str)
+@pytest.mark.parametrize("method", [GPipe(2), FDG(), pytest.param(DSP(), marks=pytest.mark.slow)], ids=str)
 def test_the_prediction_is_what_the_allocator_gives_out(method: Method) -> None:
     model = build("resnet8", classes=10, in_channels=3, image_size=16)
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9)

@@ -16,7 +16,7 @@ from delock.run.job import StageResult
 import oracles
 import oracles_ticks
 import papers
-from harness import assert_equal, enough, inline, jobs
+from harness import assert_equal, enough, inline, jobs, options_of
 from oracles import OracleRun
 from papers import ORDERS
 from workloads import WORK, batches, sgd, warm_up
@@ -49,10 +49,12 @@ def assert_close(got: list[StageResult], want: OracleRun) -> None:
 def by_turns(methods: Callable[[int], Sequence[Method]]) -> list[Any]:
     """Every pair of a method and a number of stages, on one workload and the other by turns: every pair of these and a workload, too.
 
-    The fast suite has every method in two stages or in three, by turns.
+    The fast suite has methods in two stages or in three, by turns, and enough of them for any two options to meet.
     """
     found = [(i, ("conv", "tuple")[(K + i) % 2], K, method) for K in (2, 3, 5) for i, method in enumerate(methods(K))]
-    return [pytest.param(*case, marks=[] if case[1] == 2 + i // 2 % 2 else [pytest.mark.slow]) for i, *case in found]
+    often = [case for i, *case in found if case[1] == 2 + i // 2 % 2]
+    others = [pytest.param(*case, marks=pytest.mark.slow) for i, *case in found if case[1] != 2 + i // 2 % 2]
+    return [*enough(map(tuple, often), of=lambda work, K, method: (*options_of(method), method.micro_batches)), *others]
 
 
 def delayed(K: int) -> Sequence[Method]:

@@ -18,7 +18,7 @@ from delock.run.job import StageResult
 import oracles
 import oracles_parts
 import papers
-from harness import assert_equal, enough, inline, jobs, same_state
+from harness import assert_equal, enough, inline, jobs, options_of, same_state
 from oracles import MakeOptimizer, OracleRun
 from workloads import WORK, batches, sgd, warm_up
 
@@ -105,7 +105,10 @@ def test_all_pairs_occur() -> None:
 
 @pytest.mark.parametrize(
     ("method", "K", "work", "optimizer"),
-    [pytest.param(*case, marks=[pytest.mark.slow] if case[1] != 3 else []) for case in CASES],
+    [
+        *enough((case for case in CASES if case[1] == 3), of=lambda method, K, *more: (*options_of(method), *more)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case[1] != 3),
+    ],
     ids=str,
 )
 def test_parts(method: Method, K: int, work: str, optimizer: str) -> None:

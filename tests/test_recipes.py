@@ -53,7 +53,11 @@ def test_there_are_recipes_of_every_kind() -> None:
     assert len(set(NAMES)) == len(NAMES)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+SELDOM = ("padded.py", "finetune.py", "prepare.py")  # a minute of tracing of models whose like others have
+EACH = [pytest.param(one, id=one.file, marks=[pytest.mark.slow] if one.file in SELDOM else []) for one in RECIPES]
+
+
+@pytest.mark.parametrize("recipe", EACH)
 def test_a_recipe_runs(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process; what a program claims, it asserts itself."""
     for name in ("fit", "session"):
