@@ -34,9 +34,9 @@ def data() -> Batches:
     return [vectors(n, g) for n in (4, 4, 3)]
 
 
-def by_hand(model: nn.Module, batches: Batches, loss: Any = cross_entropy) -> dict[str, Tensor]:
+def by_hand(model: nn.Module, batches: Batches, loss: Any = cross_entropy, make_optimizer: Any = SGD) -> dict[str, Tensor]:
     """Trains in plain PyTorch."""
-    optimizer = SGD([weight for weight in model.parameters() if weight.requires_grad])
+    optimizer = make_optimizer([weight for weight in model.parameters() if weight.requires_grad])
     for x, y in batches:
         optimizer.zero_grad()
         loss(model(x), y).backward()
@@ -177,6 +177,40 @@ def test_a_frozen_half_of_a_traced_model_has_no_backward() -> None:
     assert result.losses == losses
     assert unlike(dict(zoo.state(model)), want) == []
     assert result.started.stages[0].backward == 0.0 < result.started.stages[1].backward
+
+
+# -- no gradient ------------------------------------------------------------------------------------------------------------------
+
+
+class Beside(nn.Module):
+    """Returns something beside what the loss is taken of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high, self.out, self.side = nn.Linear(WIDTH, 16), nn.Linear(16, 16), nn.Linear(16, CLASSES), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.low(x))
+        aside = self.side(h)
+        return {"out": self.out(torch.tanh(self.high(h))), "aside": aside}
+
+
+@pytest.mark.parametrize("options", [{}, {"workers": "processes"}, {"compression": Compression(error_codec="bf16")}], ids=str)
+def test_a_weight_without_a_gradient_is_left_alone(options: dict[str, Any]) -> None:
+    """A gradient of zero would let it decay."""
+    decaying = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)
+    model, plain = Beside(), Beside()
+    plain.load_state_dict(model.state_dict())
+    before = model.side.weight.detach().clone()
+    bp(model, data(), loss=of_the_output, optimizer=decaying, cuts=["high"], epochs=1, **options)
+    found = by_hand(plain, data(), of_the_output, decaying)
+    assert torch.equal(model.side.weight, before)
+    if "compression" not in options:
+        assert not unlike(model.state_dict(), found)
+
+
+def of_the_output(found: dict[str, Tensor], targets: Tensor) -> Tensor:
+    return cross_entropy(found["out"], targets)
 
 
 # -- old weight norm ---------------------------------------------------------------------------------------------------------------

@@ -153,6 +153,6 @@ def _changed(message: Message, act: Callable[[int, Payload], Any]) -> Message:
 
 def _each(values: Tree, act: Callable[[int, Any], Any]) -> Tree:
     """Returns act(place, value) in place of every value of a message: one alone, or a tuple of them; None stays."""
-    if values is None:
-        return None
-    return tuple(act(i, value) for i, value in enumerate(values)) if isinstance(values, tuple) else act(0, values)
+    if isinstance(values, tuple):
+        return tuple(None if value is None else act(i, value) for i, value in enumerate(values))
+    return None if values is None else act(0, values)

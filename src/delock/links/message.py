@@ -33,7 +33,7 @@ class MessageName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Tensors (or an error: a tuple with one tensor per floating input) and, on the way up, labels, weight of the loss, sample count.
+    """Tensors (or an error: a tuple of a tensor, or None, per floating input) and, on the way up, labels, weight of the loss, samples.
 
     weight: the share of its batch that a part is, by `count`; 0 where nothing in it counts, so that it gives no gradient.
     count: the number that means over batches are weighted by: the samples, or the result of `weight(targets)` of a loader's `Batches`.

@@ -220,7 +220,8 @@ class Stage:
     def backward(self, step: Step, error: Message | None) -> BackwardResult:
         """g_k += weight (dh_{k+1}/dw_k)^T d, after `prepare`. Returns delta_k, the loss and the batch.
 
-        `error` holds one tensor per floating output of this stage. Raises UsageError for a loss that is no scalar, or has no gradient.
+        `error` holds a tensor, or None, per floating output of this stage. Raises UsageError for a loss that is no scalar, or has no
+        gradient.
         """
         op = step.op
         assert isinstance(op, Backward)
@@ -288,7 +289,7 @@ class Stage:
             local, errors = self._head_loss(self.head, op.batch, held)  # type: ignore[arg-type]
         else:
             assert error is not None
-            local, errors = None, tuple(d if op.shrink == 1 else d * op.shrink for d in error.values)
+            local, errors = None, tuple(d if d is None or op.shrink == 1 else d * op.shrink for d in error.values)
         pairs = [(h, d) for h, d in zip(floating(held.outputs), errors, strict=True) if h.requires_grad and d is not None]
         return local, [h for h, _ in pairs], [d for _, d in pairs]
 
@@ -338,9 +339,11 @@ class Stage:
 
 
 def _error(held: InFlight, passed_on: Gradients) -> Message:
-    """Returns the message to stage k - 1: one tensor per floating input, zeros where the outputs do not depend on it, or nothing learns."""
-    errors = passed_on or (None,) * len(held.leaves)
-    return Message(tuple(torch.zeros_like(h) if d is None else d for d, h in zip(errors, held.leaves, strict=True)))
+    """Returns the message to stage k - 1: for each floating input its error, or None where no output depends on it, or nothing learns.
+
+    None is no zero: a weight that it alone would reach has no gradient, so the optimizer leaves it as it is, as in the whole network.
+    """
+    return Message(tuple(passed_on or (None,) * len(held.leaves)))
 
 
 def _no_error(held: InFlight) -> Message:

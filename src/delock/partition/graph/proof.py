@@ -169,7 +169,7 @@ def _run(piece: Segment, values: Sequence[Tensor], training: bool, learns: bool)
 def _back(
     piece: Segment, ran: Ran, errors: list[Tensor | None], found: dict[str, list[bytes | Tensor]], apart: bool
 ) -> list[Tensor | None]:
-    """Goes back through a piece, and returns an error per input, as stages send them: zeros where the output does not depend on it."""
+    """Goes back through a piece, and returns an error per input, as stages send them: None where no output depends on it."""
     does = computation(piece, True)
     handed = {i: errors[j] for j, i in does.handed.items()}
     for j, name in does.own.items() if apart else ():
@@ -183,8 +183,7 @@ def _back(
     for name, one in gradients.found.items():
         found[name].append(one)
     made = [handed.get(i, come[0] if come else None) for i, come in enumerate(ran.errors)]
-    pairs = zip(ran.leaves, made, strict=True)
-    return [(torch.zeros_like(x) if e is None else e) if x.requires_grad else None for x, e in pairs]
+    return [e if x.requires_grad else None for x, e in zip(ran.leaves, made, strict=True)]
 
 
 def _errors(outputs: Sequence[Tensor]) -> list[Tensor | None]:
