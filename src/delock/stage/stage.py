@@ -220,8 +220,7 @@ class Stage:
     def backward(self, step: Step, error: Message | None) -> BackwardResult:
         """g_k += weight (dh_{k+1}/dw_k)^T d, after `prepare`. Returns delta_k, the loss and the batch.
 
-        `error` holds a tensor, or None, per floating output of this stage. Raises UsageError for a loss that is no scalar, or has no
-        gradient.
+        `error`: a tensor, or None, per floating output of this stage. Raises UsageError for a loss that is no scalar or has no gradient.
         """
         op = step.op
         assert isinstance(op, Backward)
@@ -339,10 +338,7 @@ class Stage:
 
 
 def _error(held: InFlight, passed_on: Gradients) -> Message:
-    """Returns the message to stage k - 1: for each floating input its error, or None where no output depends on it, or nothing learns.
-
-    None is no zero: a weight that it alone would reach has no gradient, so the optimizer leaves it as it is, as in the whole network.
-    """
+    """Returns the message to stage k - 1: for each floating input its error; None where no output depends on it, or nothing learns."""
     return Message(tuple(passed_on or (None,) * len(held.leaves)))
 
 
