@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch.export.graph_signature import InputKind
 
 from delock.data.call import Call
 from delock.errors import UsageError
+from delock.partition.graph.generators import Generators, line_that_draws
 from delock.partition.graph.guards import Guards
+from delock.partition.graph.refusals import DrawnError
 from delock.partition.graph.regions import keep_regions
 from delock.partition.graph.root import MODEL, in_mode, root
 from delock.partition.graph.structure import Structure
@@ -51,12 +53,24 @@ def _program(under: nn.Module, examples: Sequence[Sequence[Tensor]]) -> Any:
     narrow = [_differing(one, two) for one, two in zip(inputs, other, strict=True)]
     wide = [{**free, 1: Dim.AUTO} if _is_sequence(one) else free for one, free in zip(inputs, narrow, strict=True)]
     for shapes in [wide, narrow] if wide != narrow else [narrow]:
+        named = {f"x{i}": one for i, one in enumerate(shapes)}
         try:
-            return torch.export.export(under, tuple(inputs), dynamic_shapes={f"x{i}": one for i, one in enumerate(shapes)}, strict=False)
+            return _undrawn(under, partial(torch.export.export, under, tuple(inputs), dynamic_shapes=named, strict=False))
+        except DrawnError:
+            raise
         except Exception:
             if shapes == narrow:
                 raise
     raise AssertionError
+
+
+def _undrawn(under: nn.Module, export: Callable[[], Any]) -> Any:
+    """Returns the program. Raises DrawnError if a generator has drawn meanwhile; what the program itself draws comes later."""
+    draws = Generators(under)
+    program = export()
+    if draws.moved():
+        raise DrawnError(line_that_draws(draws, export))
+    return program
 
 
 def _differing(one: Tensor, other: Tensor) -> dict[int, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from delock.data.call import Call
+from delock.data.seeding import seeded
 from delock.execution import Modes
 from delock.launch import allocator
 from delock.links.wire import make_dense
@@ -24,7 +25,7 @@ from delock.partition.graph.segment import Segment, computation
 from delock.partition.graph.structure import Structure
 from delock.tensors import is_floating, same, tensors
 
-SEED = 20_261_127  # any number: both are given the same, so that dropout draws the same
+SEED = 20_261_127  # any number: both are given the same, another one in every step, so that dropout draws the same
 
 
 @dataclass
@@ -68,12 +69,15 @@ def forward_structures(
     """Returns the structures of the model's output in both modes; none if a forward of pieces that were proved before differs from it."""
     own, cut, found = Uses(shadow(model), False), _copies(pieces), dict[bool, Structure]()
     modes = [Modes(one, model.training) for one in (own.model, *cut)]
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), answering(exporting=True, compiling=True) if told else nullcontext():
-        for training in (True, False):
+    with torch.no_grad(), answering(exporting=True, compiling=True) if told else nullcontext():
+        for seed, training in enumerate((True, False), SEED):
             for mode in modes:
                 mode.train() if training else mode.module.eval()
-            whole = _whole(own, call, inputs, False)
-            if _compared(whole, _parts(cut, inputs, False, False), same):
+            with seeded(seed):
+                whole = _whole(own, call, inputs, False)
+            with seeded(seed):
+                parts = _parts(cut, inputs, False, False)
+            if _compared(whole, parts, same):
                 return {}
             found[training] = whole.structure
     return found
@@ -86,34 +90,38 @@ def _difference(
     modes = [Modes(one, model.training) for one in (own.model, *cut)]
     kept = {name for piece in cut for name, one in piece.named_modules() if name and type(one) is not nn.Module}
     seen: dict[str, str] | None = None  # after the first batch
-    with torch.random.fork_rng(devices=[]):
-        for training, inputs in [(True, one) for one in (*examples, examples[0])] + [(False, one) for one in examples]:
-            for mode in modes:
-                mode.train() if training else mode.module.eval()
-            if found := _step(own, call, cut, inputs, training, told, apart):
-                refuse_changed(seen or {}, attributes(own.model, kept))
-                return f"{found} in {'training' if training else 'evaluation'}"
-            if inputs is examples[0] and training:
-                refuse_changed(seen or {}, now := attributes(own.model, kept))
-                seen = now
-        if told:
-            for mode in modes:
-                mode.train()
+    steps = [(True, one) for one in (*examples, examples[0])] + [(False, one) for one in examples]
+    for seed, (training, inputs) in enumerate(steps, SEED):
+        for mode in modes:
+            mode.train() if training else mode.module.eval()
+        if found := _step(own, call, cut, inputs, training, told, apart, seed):
+            refuse_changed(seen or {}, attributes(own.model, kept))
+            return f"{found} in {'training' if training else 'evaluation'}"
+        if inputs is examples[0] and training:
+            refuse_changed(seen or {}, now := attributes(own.model, kept))
+            seen = now
+    if told:
+        for mode in modes:
+            mode.train()
+        with seeded(SEED):
             plain = _whole(Uses(in_mode(model, True), apart), call, examples[0], True, samples=True)
-            with answering(exporting=True, compiling=True):
-                whole = _whole(Uses(in_mode(model, True), apart), call, examples[0], True, samples=True)
-            return _compared(plain, whole, close)
+        with seeded(SEED), answering(exporting=True, compiling=True):
+            whole = _whole(Uses(in_mode(model, True), apart), call, examples[0], True, samples=True)
+        return _compared(plain, whole, close)
     return ""
 
 
-def _step(own: Uses, call: Call, cut: Sequence[Segment], inputs: Sequence[Tensor], training: bool, told: bool, apart: bool) -> str:
+def _step(
+    own: Uses, call: Call, cut: Sequence[Segment], inputs: Sequence[Tensor], training: bool, told: bool, apart: bool, seed: int
+) -> str:
     """Compares one step of both. What a large model's step has taken goes back to the system before the next: it leaves little room."""
     give_back = allocator.give_back if is_large(own.model) else lambda: None
     give_back()
-    with answering(exporting=True, compiling=True) if told else nullcontext():
+    with seeded(seed), answering(exporting=True, compiling=True) if told else nullcontext():
         whole = _whole(own, call, inputs, training)
     give_back()
-    return _compared(whole, _parts(cut, inputs, training, apart), same)
+    with seeded(seed):
+        return _compared(whole, _parts(cut, inputs, training, apart), same)
 
 
 def _copies(pieces: Sequence[Segment]) -> list[Segment]:
@@ -121,7 +129,6 @@ def _copies(pieces: Sequence[Segment]) -> list[Segment]:
 
 
 def _whole(own: Uses, call: Call, inputs: Sequence[Tensor], training: bool, *, samples: bool = False) -> Outcome:
-    torch.default_generator.manual_seed(SEED)
     with torch.set_grad_enabled(training):
         under = root(own.model, call, len(inputs))
         outputs = under(*(x.clone() for x in inputs))
@@ -134,7 +141,6 @@ def _whole(own: Uses, call: Call, inputs: Sequence[Tensor], training: bool, *, s
 
 
 def _parts(pieces: Sequence[Segment], inputs: Sequence[Tensor], training: bool, apart: bool) -> Outcome:
-    torch.default_generator.manual_seed(SEED)
     ran, values = list[Ran](), [x.detach() for x in inputs]
     for i, piece in enumerate(pieces):
         ran.append(_run(piece, values, training, learns=training and i > 0))

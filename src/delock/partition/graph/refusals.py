@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,16 @@ from delock.errors import UsageError, said
 
 OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), "<")
 ON_VALUES = ("data-dependent", "control flow", "guard on")  # in torch's words
+CHANCE = "draws a random number in Python's own steps"
 MOST = 160  # characters of torch's words
+
+
+class DrawnError(Exception):
+    """Raised if a model draws at random while it is traced. place: the line that draws, as `quoted` gives it; "" if it is not known."""
+
+    def __init__(self, place: str = "") -> None:
+        super().__init__(CHANCE)
+        self.place = place
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,19 @@ class Obstacle:
 
 def obstacle(how: str, error: BaseException) -> Obstacle:
     """Returns what went wrong, with the innermost line of the model's own code."""
+    if isinstance(error, DrawnError):
+        return Obstacle(how, CHANCE, error.place, far=1)
     if isinstance(error, UsageError):
         return Obstacle(how, str(error), far=1)
     frames = [frame for one in _chain(error) for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(OWN)]
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
+    place = quoted(frames[-1].filename, frames[-1].lineno or 0) if frames else ""
     words = said(error).strip()
     return Obstacle(how, words.splitlines()[0][:MOST] if words else type(error).__name__, place)
+
+
+def quoted(file: str, number: int) -> str:
+    """Returns a line of code as an error quotes it."""
+    return f"{Path(file).name}:{number}, `{linecache.getline(file, number).strip()}`"
 
 
 def furthest(failed: Sequence[Obstacle]) -> Obstacle:
@@ -51,13 +68,21 @@ def furthest(failed: Sequence[Obstacle]) -> Obstacle:
 
 def refusal(model: nn.Module, failed: Sequence[Obstacle]) -> str:
     """Returns the sentence of the error."""
-    told = furthest(failed)
-    on_value = any(words in told.reason for words in ON_VALUES)
-    why = f"its forward decides on a value at {told.place}" if on_value and told.place else f"its forward cannot be traced ({told})"
-    remedy = "decide on sizes and options instead, move that line into a part that stays whole" if on_value else "change that"
+    why, remedy = _why_and_remedy(furthest(failed))
     children = ", ".join(f"{name} ({type(child).__name__})" for name, child in list(model.named_children())[:8])
     parts = f", or give an nn.Sequential of its parts: {children}" if children else ""
     return f"cannot cut a {type(model).__name__} into stages: {why}; {remedy}{parts}"
+
+
+def _why_and_remedy(told: Obstacle) -> tuple[str, str]:
+    if told.reason == CHANCE:
+        return (
+            f"its forward {CHANCE}{told.place and f' at {told.place}'}, as to leave out a layer by chance, which a graph cannot repeat",
+            "move the draw into a part that stays whole, multiply by a mask that is drawn as a tensor of the batch",
+        )
+    on_value = any(words in told.reason for words in ON_VALUES)
+    why = f"its forward decides on a value at {told.place}" if on_value and told.place else f"its forward cannot be traced ({told})"
+    return why, "decide on sizes and options instead, move that line into a part that stays whole" if on_value else "change that"
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -6,12 +6,15 @@ A module whose forward cannot be traced stays whole as well, and is called as it
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from delock.data.call import Call
+from delock.partition.graph.generators import Generators, line_that_draws
+from delock.partition.graph.refusals import DrawnError
 from delock.partition.graph.root import MODEL, in_mode, root
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.traceable import lengths, own_gradients, transforms_ended, unpack_at_once
@@ -28,9 +31,9 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, whole: set[str], opened: set[str]) -> None:
+    def __init__(self, whole: set[str], opened: set[str], draws: Generators) -> None:
         super().__init__()
-        self.whole, self.opened, self.failed = whole, opened, ""
+        self.whole, self.opened, self.failed, self.draws = whole, opened, "", draws
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Returns True for a module that is called as it is."""
@@ -40,12 +43,19 @@ class Tracer(fx.Tracer):
         return path in self.whole or not m._modules or of_torch(m) or isinstance(m, torch.jit.ScriptModule)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Traces a call, and notes the innermost module in which it fails."""
+        """Traces a call, and notes the innermost module in which it fails. To draw at random is to fail."""
+        self._refuse_drawn()  # by the caller
         try:
-            return super().call_module(m, forward, args, kwargs)
+            made = super().call_module(m, forward, args, kwargs)
+            self._refuse_drawn()
         except Exception:
             self.failed = self.failed or self.path_of_module(m)
             raise
+        return made
+
+    def _refuse_drawn(self) -> None:
+        if self.draws.moved():
+            raise DrawnError
 
 
 def of_torch(module: nn.Module) -> bool:
@@ -83,17 +93,23 @@ def _traced(model: nn.Module, call: Call, count: int, opened: set[str], training
     whole: set[str] = set()
     while True:
         under = root(in_mode(model, training), call, count, lambda one: isinstance(one, Tensor | fx.Proxy))
-        tracer = Tracer(whole, opened)
+        tracer = Tracer(whole, opened, draws := Generators(under))
         try:
-            with torch.set_grad_enabled(training), transforms_ended(), lengths(), own_gradients():
-                graph = tracer.trace(under)
+            graph = _run(tracer, under, training)
             unpack_at_once(graph)
             break
-        except Exception:
+        except Exception as error:
             if tracer.failed in ("", MODEL) or len(whole) == ATTEMPTS or tracer.failed in opened | whole:
+                if isinstance(error, DrawnError):
+                    error.place = line_that_draws(draws, partial(_run, Tracer(whole, opened, draws), under, training))
                 raise
             whole.add(tracer.failed)
     return graph, _strip(graph, under, training), under.structure
+
+
+def _run(tracer: Tracer, under: nn.Module, training: bool) -> fx.Graph:
+    with torch.set_grad_enabled(training), transforms_ended(), lengths(), own_gradients():
+        return tracer.trace(under)
 
 
 def _strip(graph: fx.Graph, under: nn.Module, training: bool) -> dict[str, Tensor]:

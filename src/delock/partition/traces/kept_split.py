@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from delock.data.call import Call
 from delock.partition.graph.cutter import ENOUGH
 from delock.partition.graph.examples import Examples
+from delock.partition.graph.generators import generators_kept
 from delock.partition.graph.proof import forward_structures
 from delock.partition.graph.split import Split, split
 from delock.partition.traces.stored_form import UnstorableError, restored, stored
@@ -22,11 +22,11 @@ def kept_split(model: nn.Module, call: Call, given: Examples, stages: int, wante
     """Returns what `split` returns. What it has found is kept, if the model can be described with certainty.
 
     Pieces of an earlier run are tried forward before they are used. If they are not the model any more, it is traced anew. Either way
-    torch's generator is left as it was.
+    generators of random numbers are left as they were.
     """
     place = folder()
     key = trace_key(model, call, given, stages, tuple(wanted), enough) if place else ""
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept(model):
         if place and key and (kept := _earlier(place, key, model, call, given)):
             return kept
         found = split(model, call, given, stages, wanted, enough)
