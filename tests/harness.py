@@ -61,7 +61,7 @@ def enough(cases: Iterable[tuple[Any, ...]], together: int = 2, of: Callable[...
 
 def options_of(method: Method) -> tuple[Any, ...]:
     """The name of a method, and what it is asked to do otherwise; None where it has no such option."""
-    names = ("name", "at", "order", "ahead", "accumulate", "reduce", "beta", "behind")
+    names = ("name", "at", "order", "ahead", "accumulate", "reduce", "beta", "behind", "n_wise", "combine", "send")
     return tuple(getattr(method, name, None) for name in names)
 
 

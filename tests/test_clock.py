@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ from delock.timeline import (
 from delock.timeline.measures import at_once
 from test_pattern import Counted, Mixed
 
-from harness import enough
+from harness import enough, options_of
 from oracles_clock import PlainClock
 from timings import EVERY
 
@@ -43,6 +44,11 @@ METHODS = [*EVERY, Mixed()]
 
 def chosen(method: Method, K: int) -> Method:
     return Interlocking(K) if isinstance(method, Interlocking) and method.n_wise > K else method
+
+
+def turns(method: Method, *more: Any) -> tuple[Any, ...]:
+    """Values that the fast suite has each once."""
+    return (*options_of(method), *more)
 
 
 def drawn(method: Method, K: int, barrier: bool) -> Iterator[Costs]:
@@ -58,7 +64,9 @@ def drawn(method: Method, K: int, barrier: bool) -> Iterator[Costs]:
             yield Costs(*work, some(K - 1, 1.5), some(K - 1, 1.5), capacity, barrier, slow)
 
 
-@pytest.mark.parametrize(("method", "K", "barrier"), enough(itertools.product(METHODS, (1, 4), (False, True)), together=1), ids=str)
+@pytest.mark.parametrize(
+    ("method", "K", "barrier"), enough(itertools.product(METHODS, (1, 4), (False, True)), together=1, of=turns), ids=str
+)
 def test_a_timeline_equals_that_of_the_plain_clock(method: Method, K: int, barrier: bool) -> None:
     method = chosen(method, K)
     length = RunLength(9, clip=1.0) if barrier else RunLength(9, every=4, evaluation=5, clip=1.0)
@@ -68,7 +76,7 @@ def test_a_timeline_equals_that_of_the_plain_clock(method: Method, K: int, barri
         assert found == PlainClock(plan, costs).run()
 
 
-@pytest.mark.parametrize(("method", "K", "barrier"), enough(itertools.product(METHODS, (5,), (False, True)), together=1), ids=str)
+@pytest.mark.parametrize(("method", "K", "barrier"), enough(itertools.product(METHODS, (5,), (False, True)), together=1, of=turns), ids=str)
 def test_patterns_have_the_times_of_their_plan(method: Method, K: int, barrier: bool) -> None:
     method = chosen(method, K)
     for costs in drawn(method, K, barrier):
@@ -83,7 +91,7 @@ def whole(draw: random.Random, K: int, most: int) -> tuple[float, ...]:
     return tuple(draw.choice((draw.randrange(1, most), most)) / 4 for _ in range(K))
 
 
-@pytest.mark.parametrize(("method", "K", "barrier"), enough(itertools.product(METHODS, (5,), (False, True)), together=1), ids=str)
+@pytest.mark.parametrize(("method", "K", "barrier"), enough(itertools.product(METHODS, (5,), (False, True)), together=1, of=turns), ids=str)
 def test_a_run_that_is_drawn_out_equals_one_that_is_followed(method: Method, K: int, barrier: bool) -> None:
     method = chosen(method, K)
     draw = random.Random(f"{method} {K} {barrier}")

@@ -127,7 +127,7 @@ FROM_INPUT = "import sys; exec(compile(sys.stdin.read(), '<console>', 'exec'))"
         pytest.param(["-m", "train"], marks=pytest.mark.slow),
         pytest.param(["-"], marks=pytest.mark.slow),
         pytest.param(["-c", SCRIPT], marks=pytest.mark.slow),
-        ["-c", FROM_INPUT],
+        pytest.param(["-c", FROM_INPUT], marks=pytest.mark.slow),
         pytest.param(["train.py", "processes", "2"], marks=pytest.mark.slow),
         pytest.param(["-", "processes", "1", "forkserver"], marks=pytest.mark.slow),
         ["train.py", "processes", "1", "spawn"],

@@ -22,7 +22,7 @@ from delock.run.session import Session
 from loops import EACH, SGD, accuracy, batches, equal, network, session
 
 from chain import seeded
-from harness import enough, every_method
+from harness import enough, every_method, options_of
 from leftovers import children
 
 PROCESSES: list[Method] = [GPipe(micro_batches=2), FDG(beta=0.5), PipeDream2BW(micro_batches=3, ahead="part"), DGL()]
@@ -64,7 +64,11 @@ def busily(run: Session) -> list[BatchResult]:
     return found
 
 
-@pytest.mark.parametrize(("method", "clip"), enough(itertools.product(every_method(3), (None, 0.3)), together=1), ids=str)
+@pytest.mark.parametrize(
+    ("method", "clip"),
+    enough(itertools.product(every_method(3), (None, 0.3)), together=1, of=lambda method, clip: (*options_of(method), clip)),
+    ids=str,
+)
 def test_a_session_has_the_bits_of_fit(method: Method, clip: float | None) -> None:
     options: dict[str, Any] = {"clip": clip} if clip else {"metrics": {"accuracy": accuracy}}
     model = network()
