@@ -53,7 +53,7 @@ def test_there_are_recipes_of_every_kind() -> None:
     assert len(set(NAMES)) == len(NAMES)
 
 
-SELDOM = ("padded.py", "finetune.py", "prepare.py")  # a minute of tracing of models whose like others have
+SELDOM = ("padded.py", "prepare.py")  # a minute of tracing of models whose like others have
 EACH = [pytest.param(one, id=one.file, marks=[pytest.mark.slow] if one.file in SELDOM else []) for one in RECIPES]
 
 
