@@ -6,8 +6,9 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from delock.partition.graph.refusals import DrawnError
 from delock.partition.graph.regions import keep_regions
 from delock.partition.graph.root import MODEL, in_mode, root
 from delock.partition.graph.structure import Structure
+from delock.partition.graph.traceable import lengths
 
 CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")  # said by Guards instead
 
@@ -41,7 +43,7 @@ def exported(
     guards: dict[bool, Guards] = {}
     for mode in (True, False):
         under = root(in_mode(model, mode), call, len(examples[0]))
-        with _quiet(), torch.set_grad_enabled(mode), answering(exporting=known):
+        with _quiet(), torch.set_grad_enabled(mode), answering(exporting=known), lengths():
             program = _program(under, examples)
         graphs[mode], guards[mode] = _graph(program, constants, mode)
     return graphs, constants, under.structure, guards
@@ -113,7 +115,6 @@ def _graph(program: Any, constants: dict[str, Tensor], mode: bool) -> tuple[fx.G
     keep_regions(graph, program.graph_module, 0 if mode else 50)
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     shapes: list[tuple[int | str, ...]] = []
-    guards = _conditions(list(placeholders.values()), program.range_constraints)
     for spec in program.graph_signature.input_specs:
         node = placeholders[spec.arg.name]
         if spec.kind == InputKind.USER_INPUT:
@@ -131,14 +132,16 @@ def _graph(program: Any, constants: dict[str, Tensor], mode: bool) -> tuple[fx.G
     for node in reversed(graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "").split(".")[0] in CHECKS:
             graph.erase_node(node)
-    return graph, Guards(tuple(shapes), *guards)
+    return graph, Guards(tuple(shapes), *_conditions(list(placeholders.values()), program.range_constraints, {*chain(*shapes)}))
 
 
-def _conditions(placeholders: Sequence[fx.Node], ranges: Any) -> tuple[dict[str, tuple[int, float]], tuple[str, ...]]:
-    """Returns the ranges of sizes, and what tracing took for granted of them."""
+def _conditions(
+    placeholders: Sequence[fx.Node], ranges: Any, sizes: Collection[int | str]
+) -> tuple[dict[str, tuple[int, float]], tuple[str, ...]]:
+    """Returns the ranges of sizes, and what tracing took for granted of them. Numbers that come from values have no range to check."""
     modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in placeholders)
     shapes = next((mode.shape_env for mode in modes if mode is not None and mode.shape_env is not None), None)
-    known = {str(name): (int(found.lower), _number(found.upper)) for name, found in ranges.items()}
+    known = {str(name): (int(found.lower), _number(found.upper)) for name, found in ranges.items() if str(name) in sizes}
     if shapes is None:
         return known, ()
     from torch.utils._sympy.printers import PythonPrinter

@@ -8,18 +8,22 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from delock.errors import UsageError
 
-KNOWN: Mapping[str, Any] = MappingProxyType({"math": math, "max": max, "min": min, "abs": abs, "int": int, "float": float, "round": round})
+KNOWN: Mapping[str, Any] = MappingProxyType(
+    {"math": math, "torch": torch, "max": max, "min": min, "abs": abs, "int": int, "float": float, "round": round}
+)  # torch: functions of numbers, such as torch.sym_float
 
 
 @dataclass(eq=False)
 class Guards:
     """Checks the inputs of a traced graph.
 
-    sizes: of every input, per dimension a number or the name of a size that may change; the same name is the same number everywhere.
+    sizes: of every input, per dimension a number, the name of a size that may change, or an expression of names; a name is the same number
+    everywhere.
     ranges: the least and the largest number for a name. conditions: on the names, as Python expressions, which tracing took for granted.
     It can be called in a graph: its name and module are those of a function.
     """
@@ -45,14 +49,25 @@ class Guards:
 
     def _problem(self, inputs: Sequence[Tensor]) -> str:
         named: dict[str, int] = {}
+        for sizes, x in zip(self.sizes, inputs, strict=True):
+            for size, now in zip(sizes, x.shape, strict=False):
+                if isinstance(size, str) and size.isidentifier():
+                    named.setdefault(size, now)
         for i, (sizes, x) in enumerate(zip(self.sizes, inputs, strict=True)):
-            pairs = zip(sizes, x.shape, strict=False)
-            if len(sizes) != x.dim() or any(now != (named.setdefault(size, now) if isinstance(size, str) else size) for size, now in pairs):
+            if len(sizes) != x.dim() or any(now != _number(size, named) for size, now in zip(sizes, x.shape, strict=True)):
                 return f"input {i} of ({', '.join(map(str, sizes))})"
         for name, (least, most) in self.ranges.items():
             if name in named and not least <= named[name] <= most:
                 return f"{name} from {least} to {most}"
         for condition in self.conditions:
-            if not eval(condition, {"__builtins__": {}, **KNOWN}, named):
+            if not _number(condition, named):
                 return condition
         return ""
+
+
+def _number(said: int | str, named: Mapping[str, int]) -> Any:
+    """Returns the value of a size or a condition; None if it is said of a size that has no name here."""
+    try:
+        return eval(said, {"__builtins__": {}, **KNOWN}, named) if isinstance(said, str) else said
+    except NameError:
+        return None

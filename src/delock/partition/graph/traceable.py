@@ -1,4 +1,4 @@
-"""Lets torch.fx trace what it does not know by itself, within a block: lengths, functions with a gradient of their own."""
+"""Lets tracers trace what they do not know by themselves, within a block: lengths, functions with a gradient of their own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from torch.autograd import Function
 
 @contextlib.contextmanager
 def lengths() -> Iterator[None]:
-    """Lets `len` of a traced value be a part of the graph; torch.fx knows its own remedy, `wrap`, only for the user's file."""
+    """Lets `len` of a traced value be a part of the graph, where Python itself would make a number of it that stays as it is.
+
+    torch.fx knows its own remedy, `wrap`, only for the user's file.
+    """
     before = builtins.len
 
     def length(of: Any, /) -> Any:
-        return of.tracer.create_proxy("call_function", before, (of,), {}) if isinstance(of, fx.Proxy) else before(of)
+        if isinstance(of, fx.Proxy):
+            return of.tracer.create_proxy("call_function", before, (of,), {})
+        return of.shape[0] if isinstance(of, Tensor) and of.dim() else before(of)
 
     builtins.len = length
     try:

@@ -1,0 +1,93 @@
+"""Traces by torch.export hold for the sizes that they say, whatever else a model computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from delock.data.call import Call
+from delock.errors import UsageError
+from delock.partition.graph.examples import Examples
+from delock.partition.graph.exported import exported
+from delock.partition.graph.guards import Guards
+from delock.partition.graph.split import Split, split
+
+pytestmark = pytest.mark.usefixtures("own_random")
+
+
+class Layers(nn.Module):
+    """Layers that a subclass uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def rest(self, x: Tensor) -> Tensor:
+        """Computes with sizes, which torch.fx cannot."""
+        made: Tensor = self.out(torch.tanh(self.high(x))) + torch.ones(x.shape[0], x.shape[0]).tril().mean()
+        return made
+
+
+class Scaled(Layers):
+    """Computes with a number that comes from values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.low(x))
+        return self.rest(h * h.detach().abs().max().item())
+
+
+class Downwards(Layers):
+    """Counts rows downwards by floats; sizes are rounded then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[0], -x.shape[0], -1.0)[: x.shape[0], None]
+        return self.rest(torch.tanh(self.low(x)) * rows)
+
+
+class Counted(Layers):
+    """Asks for the number of rows as Python does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.low(x).view(len(x), 2, 2).unbind(1)
+        return self.rest(torch.cat([left, right], 1) * len(x))
+
+
+def cut(model: nn.Module) -> Split:
+    return split(model, Call(), Examples.by_rows([torch.arange(24.0).reshape(6, 4).sin()], 6, model), 2)
+
+
+@pytest.mark.parametrize("made", [Scaled, Downwards, Counted])
+def test_numbers_that_are_no_sizes(made: Callable[[], nn.Module]) -> None:
+    """The pieces compute what the model computes for sizes that they were not traced with."""
+    model = made()
+    found = cut(model)
+    assert (found.how, len(found.pieces) >= 2) == ("torch.export", True)
+    whole, x = nn.Sequential(*(piece.module for piece in found.pieces)), torch.randn(9, 4)
+    assert torch.equal(whole(x), model(x))
+
+
+def test_conditions_are_checked_with_torchs_functions_of_numbers() -> None:
+    check = Guards((("s0", 4),), {}, ("torch.sym_float(s0) < 5.0", "torch._sym_sqrt(s0) != 1.0"))
+    check(torch.ones(4, 4))
+    for rows in (6, 1):
+        with pytest.raises(UsageError, match="traced for inputs of other sizes"):
+            check(torch.ones(rows, 4))
+    with pytest.raises(UsageError, match=r"traced for inputs of other sizes \(u0 > 1\)"):
+        Guards((("s0", 4),), {}, ("u0 > 1",))(torch.ones(4, 4))
+
+
+class Shifted(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y[1:]
+
+
+def test_a_size_that_follows_from_another_is_checked() -> None:
+    batches = [(torch.rand(n, 3), torch.rand(n + 1, 3)) for n in (4, 3)]
+    call, _ = Call.of(batches[0], {})
+    check = exported(Shifted(), call, batches, False)[3][True]
+    check(torch.rand(5, 3), torch.rand(6, 3))
+    with pytest.raises(UsageError, match=r"input 1 of \(s\d+ \+ 1, 3\)"):
+        check(torch.rand(5, 3), torch.rand(2, 3))
