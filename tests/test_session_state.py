@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,18 @@ def test_an_empty_batch_is_refused_and_the_session_goes_on(workers: Any) -> None
         run.step(batches()[1])
     assert run.result is not None
     assert len(run.result.losses) == 2
+
+
+@EACH
+def test_a_session_saved_behind_a_drain_goes_on_with_nothing_in_flight(workers: Any, tmp_path: Path) -> None:
+    for drained in (True, False):
+        folder = tmp_path / str(drained)
+        with session(network(), method="ddg", checkpoint=Checkpoint(folder)) as run:
+            run.step(batches()[0])
+            if drained:
+                run.drain()
+            run.save()
+        with session(network(), method="ddg", workers=workers, checkpoint=Checkpoint(folder, resume="newest")) as run:
+            assert run.number == 1
+            with nullcontext() if drained else pytest.raises(UsageError, match="batches are in flight"):
+                run.load_state_dict(network().state_dict())

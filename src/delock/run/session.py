@@ -82,6 +82,7 @@ class Session:
                 self._stages = StagesHere(jobs, torch.device(self.request.device))
             else:
                 self._stages = StagesApart(jobs, self.request.placement, self.request.device, prepared.patience())
+            self.open = begin is not None and not all(self._stages.ask("drained"))
 
     def _begin(self) -> Begin | None:
         """Returns the checkpoint that the session goes on from; its folder is this session's from now on."""
@@ -91,7 +92,7 @@ class Session:
         begin, _ = find(options)
         self._held.enter_context(held(options))
         if begin:
-            self.number, self.open = begin.manifest.batches, True
+            self.number = begin.manifest.batches
         return begin
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

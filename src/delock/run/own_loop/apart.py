@@ -143,7 +143,7 @@ class StagesApart:
         self._answers(self._tell("rest", asked=True, of=(self.K - 1,)), 1)
 
     def ask(self, what: str, *given: Any) -> list[Any]:
-        """Returns the answers of the stages to `rate`, `weights` or `save`."""
+        """Returns the answers of the stages to `drained`, `rate`, `weights` or `save`."""
         found = self._answers(self._tell(what, *given, asked=True), self.K)
         return [one for _, own in sorted(found.items()) for one in own]
 

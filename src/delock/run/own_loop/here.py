@@ -71,7 +71,7 @@ class StagesHere:
             self.news += self.turns.rest() or ()
 
     def ask(self, what: str, *given: Any) -> list[Any]:
-        """Returns the answers of the stages to `rate`, `weights`, `save` or `load`."""
+        """Returns the answers of the stages to `drained`, `rate`, `weights`, `save` or `load`."""
         with self._own():
             found = getattr(self.turns, what)(*given)
         return found or []

@@ -69,6 +69,10 @@ class Turns:
         self.execute(self.plan.rest())
         return self.results.taken() if self.last else None
 
+    def drained(self) -> list[bool]:
+        """Says that nothing is in flight, and that no update is left to do."""
+        return [self.plan.batches == self.plan.first]
+
     def judge(self) -> Measured | None:
         """Evaluates the network as it is now on the next batch; what is in flight waits. Returns measures, their weight, and samples."""
         aside = [worker.engine.set_aside() for worker in self.workers]
