@@ -92,6 +92,22 @@ class Tied(nn.Module):
         return self.write(h)
 
 
+class Settles(nn.Module):
+    """Goes through a layer without gradients until it has settled, and once more with them: a region in training, none in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.middle, self.high, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.low(x)
+        with torch.no_grad():
+            z = torch.zeros_like(h)
+            for _ in range(5):
+                z = torch.tanh(self.middle(z) + h)
+        return self.out(torch.tanh(self.high(torch.tanh(self.middle(z) + h))))
+
+
 def seeded(make: Any, *args: Any, **options: Any) -> Any:
     """Returns a model with the same weights every time."""
     with torch.random.fork_rng(devices=[]):

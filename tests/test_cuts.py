@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import delock
-from cut_models import Block, Net, Stateful, Tied, Twice, batches, chain, plain, same, seeded, started
+from cut_models import Block, Net, Settles, Stateful, Tied, Twice, batches, chain, plain, same, seeded, started
 from delock.errors import UsageError
 from delock.nets.cut_point import cut_points
 from delock.partition.layers import layers, resolve_cuts
@@ -57,6 +57,7 @@ def test_a_cut_comes_in_front_of_the_module_that_is_named() -> None:
         (Net, ["stem"], "in front of stem: it is the first"),
         (Net, ["blocks.2", "blocks.2.a"], r"cuts blocks.2, blocks.2.a are out of order \(layers \[(\d+), \1\]\)"),
         (Stateful, ["between"], "in front of between: norm.weight is used on both sides of it"),
+        (Settles, ["middle"], r"middle\.\w+ is first used on one side of it in training, and on the other in evaluation"),
         (chain, ["1.c"], "no layer is called '1.c': did you mean '1.b'?"),
         (lambda: list(chain()), ["1.b"], r"1.b lies inside layer 1 \(1, Block\), which is called as a whole"),
         (lambda: nn.Sequential(nn.Linear(8, 4), nn.LSTM(4, 1), nn.Flatten()), ["1.x"], "no layer is called '1.x'"),
@@ -65,6 +66,13 @@ def test_a_cut_comes_in_front_of_the_module_that_is_named() -> None:
 def test_a_cut_that_is_not_possible_says_why(make: Any, cuts: list[str], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         started(make(), cuts=cuts)
+
+
+def test_a_weight_has_one_home_in_training_and_in_evaluation() -> None:
+    """Cut in front of the layer that settles, the graph of evaluation would give its weights to another stage than that of training."""
+    model = seeded(Settles)
+    assert started(model, stages=2).cuts == ("high",)
+    assert same(model.state_dict(), plain(seeded(Settles)))
 
 
 @pytest.mark.parametrize("cuts", [[1], ["blocks.1", "3"]])

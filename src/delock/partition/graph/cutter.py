@@ -115,7 +115,17 @@ def _place(path: str, lines: dict[bool, Line], begun: dict[bool, dict[str, int]]
     if any(path not in begun[mode] for mode in lines):
         return {}
     places = {mode: begun[mode][path] for mode in lines}
-    return places if all(at > 0 and not lines[mode].obstacle(at) for mode, at in places.items()) else {}
+    sent = all(at > 0 and not lines[mode].obstacle(at) for mode, at in places.items())
+    return places if sent and not _in_both(lines, places) else {}
+
+
+def _in_both(lines: dict[bool, Line], places: Mapping[bool, int]) -> str:
+    """Returns a state that would belong to the piece in front of a place in one mode, and to that behind it in the other; "" for none."""
+    sides: dict[str, set[bool]] = {}
+    for mode, one in lines.items():
+        for state, first in one.begins.items():
+            sides.setdefault(state, set()).add(first < places[mode])
+    return next((state for state, found in sides.items() if len(found) > 1), "")
 
 
 def _refuse(
@@ -147,7 +157,10 @@ def _why(path: str, lines: dict[bool, Line], begun: dict[bool, dict[str, int]]) 
         return "it takes part in training only, or in evaluation only"
     if any(begun[mode][path] == 0 for mode in lines):
         return "it is the first"
-    return next(why for mode in lines if (why := lines[mode].obstacle(begun[mode][path])))
+    if found := next((why for mode in lines if (why := lines[mode].obstacle(begun[mode][path]))), ""):
+        return found
+    state = _in_both(lines, {mode: begun[mode][path] for mode in lines})
+    return f"{state} is first used on one side of it in training, and on the other in evaluation"
 
 
 def _ties(traced: Traced, found: Line, place: int) -> tuple[tuple[str, int], ...]:

@@ -31,6 +31,7 @@ class Line:
     copied: set[fx.Node] = field(default_factory=set)  # attributes that are copied to every stage that needs them
     span: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)  # of a value: the place that makes it, the last that uses it
     closed: dict[str, tuple[int, int]] = field(default_factory=dict)  # state -> no cut can come behind the first place, up to the second
+    begins: dict[str, int] = field(default_factory=dict)  # state -> the place of its first use: the piece there has it
 
     def __post_init__(self) -> None:
         self.numbers = {node: i for i, node in enumerate(self.graph.nodes)}
@@ -112,6 +113,7 @@ def line(traced: Traced, mode: bool) -> Line:
         found.span[node] = places[node], max(uses(node), default=-1)
     found.span = dict(sorted(found.span.items(), key=lambda one: one[1][0]))
     names_of = {id(t): name for name, t in reversed([*traced.model.named_parameters(), *traced.model.named_buffers()])}
+    found.begins = {names_of[key]: min(at) for key, at in [*buffers.items(), *((key, spans[node]) for key, node in first.items())]}
     found.closed = {names_of[key]: (min(at), max(at)) for key, at in buffers.items() if len(set(at)) > 1} | _mapped(work)
     return found
 
