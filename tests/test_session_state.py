@@ -94,11 +94,18 @@ def ends_in_an_error(run: Session, loop: Callable[[Session], None]) -> None:
 
 @pytest.mark.parametrize("drain", [False, True])
 @pytest.mark.parametrize(
-    ("method", "workers"),
-    [(FDG(), "inline"), (FDG(), "processes"), (PipeDream2BW(micro_batches=3), "inline"), (BP(accumulate=3), "inline")],
+    ("method", "workers", "later"),
+    [
+        (FDG(), "inline", "inline"),
+        (FDG(), "processes", "processes"),
+        (DDG(accumulate=2), "inline", "processes"),
+        (DDG(accumulate=2), "processes", "inline"),
+        (PipeDream2BW(micro_batches=3), "inline", "inline"),
+        (BP(accumulate=3), "inline", "inline"),
+    ],
     ids=str,
 )
-def test_a_saved_session_goes_on_as_if_nothing_had_happened(method: Method, workers: Any, drain: bool, tmp_path: Path) -> None:
+def test_a_saved_session_goes_on_as_if_nothing_had_happened(method: Method, workers: Any, later: Any, drain: bool, tmp_path: Path) -> None:
     """With what was in flight, and after an earlier drain; the process that goes on knows nothing but the folder."""
 
     def first(run: Session) -> None:
@@ -115,7 +122,7 @@ def test_a_saved_session_goes_on_as_if_nothing_had_happened(method: Method, work
     with pytest.raises(ZeroDivisionError), session(network(), method=method, workers=workers, checkpoint=saved) as run:
         ends_in_an_error(run, first)
     again = network()
-    with session(again, method=method, workers=workers, checkpoint=delock.Checkpoint(tmp_path, resume="newest")) as run:
+    with session(again, method=method, workers=later, checkpoint=delock.Checkpoint(tmp_path, resume="newest")) as run:
         assert run.number == 5
         found = [one for batch in batches()[5:] for one in run.step(batch)] + run.drain()
     assert equal(again, whole)

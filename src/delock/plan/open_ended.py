@@ -52,14 +52,15 @@ class OpenPlan:
         )
 
     def state(self) -> dict[str, Any]:
-        """Returns its place, as plain values."""
-        return {"made": [[one.version, one.pending] for one in self.made], **{name: getattr(self, name) for name in COUNTS}}
+        """Returns its place, as plain values: `made` by the number of the stage."""
+        made = {str(k): [one.version, one.pending] for k, one in zip(self.stages, self.made, strict=True)}
+        return {"made": made, **{name: getattr(self, name) for name in COUNTS}}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state()` of a plan with the same stages."""
+        """Goes on from `state()`, or from those of several plans, with `made` of all."""
         for name in COUNTS:
             setattr(self, name, state[name])
-        self.made = [Made(*one) for one in state["made"]]
+        self.made = [Made(*state["made"][str(k)]) for k in self.stages]
         self.columns = self._columns()
 
     def _columns(self) -> list[Column]:

@@ -45,11 +45,12 @@ class Turns:
             self.results.watch(workers[-1].stage, looped.show)
         self.rates = {worker.job.k: _rates(worker.stage.optimizer) for worker in workers}  # as they were made
         if job.begin:
-            begun = [worker.saver.begun for worker in workers if worker.saver][-1]
-            self.plan.load(begun["plan"])
-            self.rates = {int(k): rates for k, rates in begun["rates"].items()}
+            begun = [worker.saver.begun for worker in workers if worker.saver]  # each knows of itself, and perhaps of others
+            made = {k: one for own in begun for k, one in own["plan"]["made"].items()}
+            self.plan.load({**begun[-1]["plan"], "made": made})
+            self.rates = {int(k): rates for own in begun for k, rates in own["rates"].items()}
             if self.last:
-                self.results.wanted.update(begun["wanted"])
+                self.results.wanted.update(begun[-1]["wanted"])
 
     @property
     def results(self) -> Results:
