@@ -180,7 +180,7 @@ def test_a_generator_of_the_model_is_noticed(made: Callable[[], nn.Module]) -> N
 # -- kept whole --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", WAYS.keys() - {"a global of the file"})
+@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"a global of the file"}))
 def test_a_part_that_draws_stays_whole(way: str) -> None:
     """So it draws anew in every forward."""
     model = Between(LeavesOut(WAYS[way], 0.5))
