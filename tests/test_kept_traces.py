@@ -161,6 +161,27 @@ def test_pieces_that_are_not_the_model_are_traced_anew(kept: Path, monkeypatch: 
     assert cut(model).kept  # the new one is kept in place of the old one
 
 
+class Stops(Net):
+    """Lets no gradient through where there is a file, which no key can know."""
+
+    file = Path()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h + (x * self.table * (h.detach() if self.file.exists() else h))
+
+
+def test_a_gradient_that_is_another_shows(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outputs are the same, and the parameters that the gradient reaches."""
+    monkeypatch.setattr(Stops, "file", tmp_path / "file")
+    monkeypatch.setattr(keeping, "trace_key", lambda *given: "k" * 64)
+    with torch.random.fork_rng(devices=[]):
+        model = Stops()
+    assert [cut(model).kept, cut(model).kept] == [False, True]
+    Stops.file.touch()
+    assert [cut(model).kept, cut(model).kept] == [False, True]
+
+
 # -- files -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -63,24 +63,28 @@ def difference(
     return _difference(model, call, pieces, examples, told, False)
 
 
-def forward_structures(
+def structures_once_more(
     model: nn.Module, call: Call, pieces: Sequence[Segment], inputs: Sequence[Tensor], told: bool
 ) -> dict[bool, Structure]:
-    """Returns the structures of the model's output in both modes; none if a forward of pieces that were proved before differs from it."""
-    own, cut, found = Uses(shadow(model), False), _copies(pieces), dict[bool, Structure]()
+    """Returns the structures of the model's output in both modes; none if a step of pieces that were proved before differs from its own."""
+    if is_large(model):
+        with suppress(NotApartError):
+            return _structures(model, call, pieces, inputs, told, True)
+    return _structures(model, call, pieces, inputs, told, False)
+
+
+def _structures(
+    model: nn.Module, call: Call, pieces: Sequence[Segment], inputs: Sequence[Tensor], told: bool, apart: bool
+) -> dict[bool, Structure]:
+    own, cut, structures = Uses(shadow(model), apart), _copies(pieces), dict[bool, Structure]()
     modes = [Modes(one, model.training) for one in (own.model, *cut)]
-    with torch.no_grad(), answering(exporting=True, compiling=True) if told else nullcontext():
-        for seed, training in enumerate((True, False), SEED):
-            for mode in modes:
-                mode.train() if training else mode.module.eval()
-            with seeded(seed):
-                whole = _whole(own, call, inputs, False)
-            with seeded(seed):
-                parts = _parts(cut, inputs, False, False)
-            if _compared(whole, parts, same):
-                return {}
-            found[training] = whole.structure
-    return found
+    for seed, training in enumerate((True, False), SEED):
+        for mode in modes:
+            mode.train() if training else mode.module.eval()
+        found, structures[training] = _step(own, call, cut, inputs, training, told, apart, seed)
+        if found:
+            return {}
+    return structures
 
 
 def _difference(
@@ -94,7 +98,8 @@ def _difference(
     for seed, (training, inputs) in enumerate(steps, SEED):
         for mode in modes:
             mode.train() if training else mode.module.eval()
-        if found := _step(own, call, cut, inputs, training, told, apart, seed):
+        found, _ = _step(own, call, cut, inputs, training, told, apart, seed)
+        if found:
             refuse_changed(seen or {}, attributes(own.model, kept))
             return f"{found} in {'training' if training else 'evaluation'}"
         if inputs is examples[0] and training:
@@ -113,15 +118,18 @@ def _difference(
 
 def _step(
     own: Uses, call: Call, cut: Sequence[Segment], inputs: Sequence[Tensor], training: bool, told: bool, apart: bool, seed: int
-) -> str:
-    """Compares one step of both. What a large model's step has taken goes back to the system before the next: it leaves little room."""
+) -> tuple[str, Structure]:
+    """Returns the first thing in which a step of both differs, and the structure of the output.
+
+    What a large model's step has taken goes back to the system before the next: it leaves little room.
+    """
     give_back = allocator.give_back if is_large(own.model) else lambda: None
     give_back()
     with seeded(seed), answering(exporting=True, compiling=True) if told else nullcontext():
         whole = _whole(own, call, inputs, training)
     give_back()
     with seeded(seed):
-        return _compared(whole, _parts(cut, inputs, training, apart), same)
+        return _compared(whole, _parts(cut, inputs, training, apart), same), whole.structure
 
 
 def _copies(pieces: Sequence[Segment]) -> list[Segment]:

@@ -11,7 +11,7 @@ from delock.data.call import Call
 from delock.partition.graph.cutter import ENOUGH
 from delock.partition.graph.examples import Examples
 from delock.partition.graph.generators import generators_kept
-from delock.partition.graph.proof import forward_structures
+from delock.partition.graph.proof import structures_once_more
 from delock.partition.graph.split import Split, split
 from delock.partition.traces.stored_form import UnstorableError, restored, stored
 from delock.partition.traces.trace_files import folder, read_trace, write_trace
@@ -21,7 +21,7 @@ from delock.partition.traces.trace_key import trace_key
 def kept_split(model: nn.Module, call: Call, given: Examples, stages: int, wanted: Sequence[str] = (), enough: float = ENOUGH) -> Split:
     """Returns what `split` returns. What it has found is kept, if the model can be described with certainty.
 
-    Pieces of an earlier run are tried forward before they are used. If they are not the model any more, it is traced anew. Either way
+    Pieces of an earlier run take a step before they are used. If they are not the model any more, it is traced anew. Either way
     generators of random numbers are left as they were.
     """
     place = folder()
@@ -50,7 +50,7 @@ def _earlier(place: Path, key: str, model: nn.Module, call: Call, given: Example
         return None
     try:
         found = restored(model, *kept)
-        found.structures = forward_structures(model, call, [piece.module for piece in found.pieces], given.first, found.told)
+        found.structures = structures_once_more(model, call, [piece.module for piece in found.pieces], given.first, found.told)
     except Exception:  # whatever is wrong with it or with the model, tracing it anew will tell
         return None
     return found if found.structures else None
