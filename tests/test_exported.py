@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
+import delock
 from delock.data.call import Call
 from delock.errors import UsageError
 from delock.partition.graph.examples import Examples
@@ -15,6 +20,7 @@ from delock.partition.graph.exported import exported
 from delock.partition.graph.guards import Guards
 from delock.partition.graph.split import Split, split
 
+SGD = partial(torch.optim.SGD, lr=0.1)
 pytestmark = pytest.mark.usefixtures("own_random")
 
 
@@ -91,3 +97,33 @@ def test_a_size_that_follows_from_another_is_checked() -> None:
     check(torch.rand(5, 3), torch.rand(6, 3))
     with pytest.raises(UsageError, match=r"input 1 of \(s\d+ \+ 1, 3\)"):
         check(torch.rand(5, 3), torch.rand(2, 3))
+
+
+class Remembers(Layers):
+    """Compares rows with those of earlier batches, and puts a new memory in the place of the old one, which the backward still needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.low(x))
+        like = h @ self.memory
+        if self.training:
+            self.memory = torch.cat([h.detach().mean(0)[:, None], self.memory[:, :-1]], 1)
+        return self.rest(h + like.mean(1, keepdim=True))
+
+
+def test_a_buffer_that_is_read_and_then_replaced() -> None:
+    """Plain PyTorch trains such a model, and so do its pieces; they can be cut behind the new memory."""
+    model = Remembers()
+    data = [(torch.randn(n, 4), torch.randn(n, 2)) for n in (4, 4, 3)]
+    own = copy.deepcopy(model)
+    options: dict[str, Any] = {"loss": mse_loss, "optimizer": SGD, "method": "bp", "workers": "inline"}
+    assert delock.fit(model, data, stages=2, batches=3, **options).started.cuts == ("high",)
+    optimizer = SGD(own.parameters())
+    for x, y in data:
+        optimizer.zero_grad()
+        mse_loss(own(x), y).backward()
+        optimizer.step()
+    assert [name for name, one in own.state_dict().items() if not torch.equal(one, model.state_dict()[name])] == []

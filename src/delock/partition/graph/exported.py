@@ -22,6 +22,7 @@ from delock.partition.graph.generators import Generators, line_that_draws
 from delock.partition.graph.guards import Guards
 from delock.partition.graph.refusals import DrawnError
 from delock.partition.graph.regions import keep_regions
+from delock.partition.graph.replaced import read_before_written
 from delock.partition.graph.root import MODEL, in_mode, root
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.traceable import lengths
@@ -43,6 +44,7 @@ def exported(
     guards: dict[bool, Guards] = {}
     for mode in (True, False):
         under = root(in_mode(model, mode), call, len(examples[0]))
+        under.writes = True
         with _quiet(), torch.set_grad_enabled(mode), answering(exporting=known), lengths():
             program = _program(under, examples)
         graphs[mode], guards[mode] = _graph(program, constants, mode)
@@ -132,6 +134,7 @@ def _graph(program: Any, constants: dict[str, Tensor], mode: bool) -> tuple[fx.G
     for node in reversed(graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "").split(".")[0] in CHECKS:
             graph.erase_node(node)
+    read_before_written(graph)
     return graph, Guards(tuple(shapes), *_conditions(list(placeholders.values()), program.range_constraints, {*chain(*shapes)}))
 
 

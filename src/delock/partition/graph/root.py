@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -19,12 +18,16 @@ MODEL = "model"  # the name of the model under the root
 
 
 class Root(nn.Module):
-    """Calls the model with tensors, and takes what it returns apart. `structure`: of the last output."""
+    """Calls the model with tensors, and takes what it returns apart. `structure`: of the last output.
+
+    writes: a buffer that a forward has replaced is written instead, which a graph can say.
+    """
 
     def __init__(self, model: nn.Module, call: Call, is_leaf: Callable[[Any], bool] | None = None) -> None:
         super().__init__()
         self.model, self.call, self.is_leaf = model, call, is_leaf or (lambda one: isinstance(one, Tensor))
         self.structure: Structure = ()
+        self.writes = False
         self.training = model.training
 
     def run(self, *given: Any) -> tuple[Any, ...]:
@@ -34,20 +37,18 @@ class Root(nn.Module):
         leaves, self.structure = take_apart(self.model(*args, **kwargs), self.is_leaf)
         for module, name, buffer in before:
             if module._buffers[name] is not buffer:
-                _write(module, name, buffer)
+                _replace(module, name, buffer, self.writes)
         return tuple(leaves)
 
 
-def _write(module: nn.Module, name: str, buffer: Tensor | None) -> None:
-    """Lets a buffer that a forward has replaced be written instead, which a graph can say. Raises UsageError where that is not the same."""
+def _replace(module: nn.Module, name: str, buffer: Tensor | None, writes: bool) -> None:
+    """Lets a buffer be a copy of what a forward has put in its place. Raises UsageError for another kind of tensor."""
     now = module._buffers[name]
     if now is None or buffer is None or now.shape != buffer.shape or now.dtype != buffer.dtype:
         raise UsageError(
             f"the forward of a {type(module).__name__} puts another kind of tensor into its buffer {name}: let it keep its shape"
         )
-    with torch.no_grad():
-        buffer.copy_(now)
-    module._buffers[name] = buffer
+    module._buffers[name] = buffer.copy_(now.detach()) if writes else now.detach().clone()
 
 
 def root(model: nn.Module, call: Call, count: int, is_leaf: Callable[[Any], bool] | None = None) -> Root:
