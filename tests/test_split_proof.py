@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from delock.partition.graph.cutter import Piece
 from delock.partition.graph.digests import Gradients, digest
 from delock.partition.graph.examples import Examples
 from delock.partition.graph.proof import difference
-from delock.partition.graph.refusals import Obstacle, furthest
+from delock.partition.graph.refusals import Obstacle, furthest, obstacle
 from delock.partition.graph.segment import computation
 from delock.partition.graph.split import split
 
@@ -203,6 +204,41 @@ def test_a_reason_of_delocks_own_goes_before_a_tracers() -> None:
     batches = Examples.by_rows([torch.randn(4, 4)], 4, model)
     with pytest.raises(UsageError, match=r"cannot be traced \(torch.export: its forward changes the attribute n"):
         split(model, Call(), batches, 2)
+
+
+class Fresh(Unpacks):
+    """Draws from a generator that it makes itself."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) * float(np.random.default_rng().random())
+
+
+class Indexed(nn.Module):
+    """Gives every edge the row of its node; a batch has as many nodes as edges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, of: Tensor) -> Any:
+        return self.out(self.low(x)[of])
+
+
+def test_a_model_that_is_another_every_time_is_told_so() -> None:
+    batches = Examples.by_rows([torch.randn(5, 4)], 5, nn.Identity())
+    with pytest.raises(UsageError, match="does not compute the same twice, even from the same seed"):
+        split(Fresh(), Call(), batches, 2)
+
+
+def test_inputs_whose_rows_cannot_be_left_out() -> None:
+    given = torch.randn(4, 4), torch.tensor([3, 2, 1, 0])
+    call, inputs = Call.of(given, {})
+    with pytest.raises(UsageError, match=r"not one of fewer samples.*IndexError.*Batches\(loader, samples=\.\.\.\)"):
+        split(Indexed(), call, Examples.by_rows(inputs, 4, nn.Identity()), 2)
+
+
+def test_words_of_a_tracer_are_cut_between_words() -> None:
+    assert str(obstacle("torch.fx", RuntimeError("word " * 50)).reason).endswith(" word ...")
 
 
 @pytest.mark.slow

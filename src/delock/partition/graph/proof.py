@@ -87,6 +87,15 @@ def _structures(
     return structures
 
 
+def repeats(model: nn.Module, call: Call, inputs: Sequence[Tensor]) -> bool:
+    """Returns True if the model computes the same again in training, from the same seed."""
+    found = []
+    for _ in range(2):
+        with torch.no_grad(), seeded(SEED):
+            found.append(root(in_mode(model, True), call, len(inputs))(*(x.clone() for x in inputs)))
+    return len(found[0]) == len(found[1]) and all(map(same, *found))
+
+
 def _difference(
     model: nn.Module, call: Call, pieces: Sequence[Segment], examples: Sequence[Sequence[Tensor]], told: bool, apart: bool
 ) -> str:

@@ -52,7 +52,12 @@ def obstacle(how: str, error: BaseException) -> Obstacle:
     frames = [frame for one in _chain(error) for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(OWN)]
     place = quoted(frames[-1].filename, frames[-1].lineno or 0) if frames else ""
     words = said(error).strip()
-    return Obstacle(how, words.splitlines()[0][:MOST] if words else type(error).__name__, place)
+    return Obstacle(how, _shortened(words.splitlines()[0]) if words else type(error).__name__, place)
+
+
+def _shortened(words: str) -> str:
+    """Returns as many whole words as may be quoted."""
+    return words if len(words) <= MOST else f"{words[:MOST].rpartition(' ')[0]} ..."
 
 
 def quoted(file: str, number: int) -> str:

@@ -13,7 +13,7 @@ from delock.errors import UsageError, said
 from delock.partition.graph.cutter import ENOUGH, NoCutError, Piece, pieces
 from delock.partition.graph.examples import Examples
 from delock.partition.graph.exported import exported
-from delock.partition.graph.proof import difference
+from delock.partition.graph.proof import difference, repeats
 from delock.partition.graph.refusals import Obstacle, furthest, obstacle, refusal
 from delock.partition.graph.root import in_mode, root
 from delock.partition.graph.structure import Structure
@@ -21,6 +21,8 @@ from delock.partition.graph.symbolic import symbolic
 from delock.partition.graph.traceable import transforms_ended
 from delock.partition.graph.traced import Traced, observe
 from delock.partition.graph.unwritten import Unwritten
+
+BY_CHANCE = "the model itself does not compute the same twice, even from the same seed: does it draw from a generator of its own?"
 
 
 @dataclass
@@ -79,7 +81,8 @@ def split(
             failed.append(obstacle(how, error))
             continue
         if unlike:
-            failed.append(Obstacle(how, f"in pieces it would compute something else, first seen in {unlike}", far=2))
+            why = "" if repeats(model, call, examples[0]) else f", and {BY_CHANCE}"
+            failed.append(Obstacle(how, f"in pieces it would compute something else, first seen in {unlike}{why}", far=2))
             continue
         if given.single:
             _allow_single(traced, made, call, given.single, told)
@@ -90,6 +93,7 @@ def split(
     if best is None and elsewhere:
         raise NoCutError(f"{elsewhere}; finer tracing fails ({furthest(failed)})") if failed else elsewhere
     if best is None:
+        _refuse_other_rows(model, call, given.other)
         raise UsageError(refusal(model, failed))
     return best
 
@@ -163,6 +167,19 @@ def _structure(model: nn.Module, call: Call, inputs: Sequence[Tensor], mode: boo
     except Exception as error:
         raise UsageError(f"the model ({type(model).__name__}) fails on its first batch: {said(error)}") from error
     return under.structure
+
+
+def _refuse_other_rows(model: nn.Module, call: Call, other: Sequence[Tensor]) -> None:
+    """Raises UsageError if the model takes its first batch alone: its inputs may have rows that are no samples."""
+    try:
+        _structure(model, call, other, True)
+    except UsageError as error:
+        if error.__cause__ is not None:
+            raise UsageError(
+                f"the model ({type(model).__name__}) takes its first batch, but not one of fewer samples, which tracing tries: "
+                f"{said(error.__cause__)}. Where rows of inputs are no samples, they cannot be left out: say how many samples a batch has, "
+                "by delock.data.Batches(loader, samples=...), and a later batch is tried instead"
+            ) from error
 
 
 TRACERS: tuple[tuple[str, Callable[[nn.Module, Call, Sequence[Sequence[Tensor]], bool], Traced], bool], ...] = (
