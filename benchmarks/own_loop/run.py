@@ -29,6 +29,7 @@ def networks() -> dict[str, tuple[Callable[[], nn.Module], Sequence[int], int]]:
     """Returns networks with the shape of a sample, and batches of a run."""
     return {
         "MLP, 4 x 512": (partial(mlp, 512), (512,), 300),
+        "MLP, 4 x 2048": (partial(mlp, 2048), (2048,), 60),
         "ResNet-20": (partial(build, "resnet20", classes=10, in_channels=3, image_size=32), (3, 32, 32), 20),
     }
 
