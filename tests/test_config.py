@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from delock.cli.config import CompareConfig, TrainConfig, build, flat, make_method, override, resolve, toml
+from delock.cli.config import AlgorithmOptions, CompareConfig, TrainConfig, build, flat, make_method, override, resolve, toml
 from delock.cli.config.options import CheckpointOptions
 from delock.cli.rows import rows
 from delock.cli.workload import recipe
@@ -128,7 +128,7 @@ def test_an_option_puts_out_of_force_what_was_meant_for_another() -> None:
 
 
 def test_both_configs_have_the_same_options_but_for_the_method() -> None:
-    train, compare = flat(TrainConfig()), flat(CompareConfig())
+    train, compare = flat(TrainConfig(algorithm=AlgorithmOptions("fdg"))), flat(CompareConfig())
     assert set(compare) - set(train) == {"methods", "plain"}
     assert set(train) - set(compare) == {"method", *flat(TrainConfig()).keys() & CheckpointOptions.__dataclass_fields__.keys()}
 
