@@ -28,6 +28,7 @@ SHORT = MappingProxyType(
     {
         "adamw": (0.002, 0.004, 0.008, 0.016),
         "scadamw": (0.002, 0.004, 0.008, 0.016),
+        "scadamw.9": (0.002, 0.004, 0.008, 0.016),
         "muon": (0.01, 0.02, 0.04, 0.08),
         "soap": (0.001, 0.002, 0.004, 0.008),
     }
@@ -86,6 +87,7 @@ def quoted() -> tuple[Row, ...]:
         *rows(few, "bp", 1, MAIN),
         *rows(few, "ddg", 4, MAIN, micro_batches=4),
         *rows(few, "ddg", 8, MAIN, micro_batches=8),
+        *(row for K in (4, 8) for row in rows(few, "ddg", K, ("scadamw.9",), micro_batches=K)),
         *rows(few, "ddg", 2, ("muon", "scadamw"), micro_batches=2),
         *rows(few, "ddg", 8, ("muon", "scadamw"), micro_batches=4),
         *rows(few, "2bw", 4, MAIN, micro_batches=4),
