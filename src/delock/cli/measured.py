@@ -45,6 +45,8 @@ FIGURES = (
     Figure("ddg(micro_batches=8)", 8, "muon", 0.03, "quoted", "ddg-k8-micro_batches8-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg(micro_batches=4)", 4, "adamw", 0.234, "quoted", "ddg-k4-micro_batches4-adamw-lr0.004", "bp-k1-adamw-lr0.008"),
     Figure("ddg(micro_batches=4)", 4, "adamw", 0.049, "quoted", "ddg-k4-micro_batches4-scadamw-lr0.008", "bp-k1-adamw-lr0.008", SPIKE),
+    Figure("ddg(micro_batches=8)", 8, "adamw", 0.267, "quoted", "ddg-k8-micro_batches8-adamw-lr0.004", "bp-k1-adamw-lr0.008"),
+    Figure("ddg(micro_batches=8)", 8, "adamw", 0.059, "quoted", "ddg-k8-micro_batches8-scadamw-lr0.008", "bp-k1-adamw-lr0.008", SPIKE),
     Figure("ddg", 4, "muon", 0.116, "screening", "ddg-k4-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg", 4, "adamw", 0.509, "screening", "ddg-k4-adamw-lr0.0005", "bp-k1-adamw-lr0.008"),
     Figure("ddg", 4, "adamw", 0.314, "screening", "ddg-k4-scadamw-lr0.002", "bp-k1-adamw-lr0.008", SPIKE),
