@@ -27,7 +27,7 @@ def cases(K: int, often: bool) -> list[tuple[str, Method]]:
 
 @pytest.fixture(scope="module")
 def there() -> Callable[[int, bool], dict[tuple[str, Method], list[StageResult]]]:
-    """The runs of such cases, in processes that are started when the first of them is asked for."""
+    """Runs all cases of a number of stages in the same processes, when the first of them is asked for."""
 
     @cache
     def runs(K: int, often: bool) -> dict[tuple[str, Method], list[StageResult]]:

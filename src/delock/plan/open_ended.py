@@ -80,7 +80,7 @@ class OpenPlan:
 
 
 def _later(step: Step, batches: int, parts: int) -> Step:
-    """Returns a step as it is in a run that begins so many batches later."""
+    """Returns the step with its tick, batch and slot moved by `batches` batches of `parts` parts."""
     if not batches:
         return step
     if isinstance(step.op, Update):

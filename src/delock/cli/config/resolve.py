@@ -49,9 +49,7 @@ def resolve(config: TrainConfig, ranks: int | None = None) -> TrainConfig:
 def chosen(config: TrainConfig, usual: int = 2) -> TrainConfig:
     """Returns the config with the defaults of its kind of data and of its optimizer, and its corrections as what they stand for.
 
-    usual: the number of stages where none is given.
-
-    Raises UsageError for contradictions and values out of range.
+    usual: the number of stages where none is given. Raises UsageError for contradictions and values out of range.
     """
     _check(config)
     config = settle(replace(config, algorithm=_usual(config, usual)))
@@ -64,8 +62,7 @@ def _usual(config: TrainConfig, stages: int) -> AlgorithmOptions:
         return config.algorithm
     if not is_text(config):
         return replace(config.algorithm, method=IMAGES["method"])
-    cuts, batch = config.network.cuts, config.dataset.batch_size or TEXT["batch_size"]
-    parts = min(batch, len(cuts) + 1 if cuts is not None else config.network.stages or stages)
+    parts = min(config.dataset.batch_size or TEXT["batch_size"], resolved(_network(config.network, stages).stages))
     return replace(config.algorithm, method=TEXT["method"], micro_batches=config.algorithm.micro_batches or parts)
 
 
