@@ -97,7 +97,7 @@ def main() -> None:
     """Measures the places that are asked for, and writes the table of all that are known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--place", nargs="+", choices=PLACES, default=PLACES)
-    parser.add_argument("--optimizer", nargs="+", choices=["muon", "scadamw", "adamw"], default=["muon", "scadamw"])
+    parser.add_argument("--optimizer", nargs="+", choices=["muon", "scadamw", "adamw"], default=["muon"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=240, help="of a run in two stages")
     parser.add_argument("--out", type=Path, required=True, help="folder; places that are not asked for keep what its periods.json has")
