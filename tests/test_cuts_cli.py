@@ -128,13 +128,19 @@ def test_cut_points_are_places(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert says in refused(["cuts", "--model", "cut_things.py:marked", *WORDS, "--stages", "3"], here, capsys)
 
 
+def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["plan", "--profile", "cut_things.py:chain", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["profile"]
+
+
 def test_a_limit_of_memory_moves_cuts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In a list, in a run and from its file; numbers stay numbers."""
+    """In a list, in a plan, in a run and from its file; numbers stay numbers."""
     words = ["--model", "cut_things.py:chain", *WORDS, "--method", "bp"]
     free = listed(capsys, *words)
     low = ["--stage-memory", str(free["needs"][0] - 1), "1G"]
     tight = listed(capsys, *words, *low)
     assert tight["cuts"] < free["cuts"]
+    assert planned(capsys, *words[2:], *low)["cuts"] < planned(capsys, *words[2:])["cuts"]
     assert main(["train", *words, *low, "--workers", "inline", "--epochs", "1", "--out", "run"]) == 0
     assert tomllib.loads((here / "run" / "config.toml").read_text())["stage_memory"] == [free["needs"][0] - 1, "1G"]
     assert main(["train", "--config", "run/config.toml", "--out", "again"]) == 0

@@ -19,7 +19,6 @@ from delock.cli.config import (
     either,
     make_method,
     resolve,
-    shown,
 )
 from delock.cli.profile import request_of
 from delock.cli.run_folder import dumps
@@ -59,8 +58,6 @@ class PlacesOptions(BatchOptions, CutModel):  # in a dataclass the fields of the
     """Number of stages that are made even."""
     all: bool = False
     """Every place where a cut is possible, also inside blocks, not only those where blocks begin."""
-    stage_memory: Annotated[tuple[int | str, ...] | None, shown("none", "VALUE ...")] = None
-    """Most bytes that a stage may need, as 16G or 900Mi, for all or one per stage; method and optimizer count."""
     json: bool = False
     """Print everything as JSON instead."""
 

@@ -31,7 +31,7 @@ from delock.cli.run_folder import dumps
 from delock.cli.tables import IDLE, LAYERWISE, STALENESS, Cells, megabytes, memory, milliseconds, per_second, percent
 from delock.errors import UsageError
 from delock.methods import Method, options, spelled
-from delock.options import MOST_THREADS
+from delock.options import MOST_THREADS, Placement
 from delock.plan import chart, unroll
 from delock.timeline import Costs, Prediction, capacities, predict, simulate, speedup
 
@@ -147,7 +147,9 @@ def find(config: PlanConfig) -> Answer:
     _check(config, method)
     slots = config.plan.slots if config.plan.slots is not None else max(8, (get_terminal_size((180, 24)).columns - 12) // CELL)
     picture = chart(unroll(method, K, -(-slots // method.micro_batches)), slots)  # a slot for every forward: later batches are out of sight
-    measured = measure_model(resolve(workload), method, K, threads=config.profile.threads) if config.profile.profile else None
+    asked = config.profile
+    placement = Placement(threads=asked.threads, stage_memory=asked.stage_memory)
+    measured = measure_model(resolve(workload), method, K, placement) if asked.profile else None
     costs = cost_model(config.costs, method, K, measured)
     lockstep = speedup(method, K, replace(costs, barrier=True))
     speed = predict(method, K, costs)

@@ -42,11 +42,11 @@ def request_of(config: TrainConfig, method: Method, K: int, placement: Placement
     return Request(build_model(config, data), data.train, None, loss, method, optimizer, stages=K, epochs=1, placement=placement)
 
 
-def measure_model(config: TrainConfig, method: Method, K: int, *, threads: int) -> Profile:
+def measure_model(config: TrainConfig, method: Method, K: int, placement: Placement) -> Profile:
     """Measures a resolved config's model on the first batch of its data; loads torch. Raises UsageError if they or K do not fit."""
     from delock.run.prepare import prepare
 
-    prepared = prepare(request_of(config, method, K, Placement(threads=threads)))
+    prepared = prepare(request_of(config, method, K, placement))
     stages = [prepared.costs[a:b] for a, b in prepared.bounds()]
     return Profile(
         model=resolved(config.network.model),

@@ -121,6 +121,8 @@ class BatchOptions:
     """Images, or windows of text, in the batch."""
     threads: int = 1
     """Threads while measuring."""
+    stage_memory: Annotated[tuple[int | str, ...] | None, shown("none", "VALUE ...")] = None
+    """Most bytes that a stage may need, as 16G or 900Mi, for all or one per stage; method and optimizer count."""
 
 
 @dataclass(frozen=True)
