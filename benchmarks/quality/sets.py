@@ -124,8 +124,9 @@ def images(*accumulate: int) -> tuple[Row, ...]:
     """Returns the rows on images, with backpropagation in as many parts as `accumulate` says."""
     grids = {"sgd": (0.05, 0.1, 0.2), "scsgd": (0.05, 0.1, 0.2)}
     return (
-        *rows(grids, "ddg", 4, ("sgd", "scsgd"), micro_batches=4),
+        *rows(grids, "ddg", 4, ("sgd",), micro_batches=4),
         *(row for parts in accumulate for row in rows(grids, "bp", 1, ("sgd",), **({"accumulate": parts} if parts > 1 else {}))),
+        *rows(grids, "ddg", 4, ("scsgd",), micro_batches=4),
         *rows(grids, "fdg", 4, ("sgd", "scsgd")),
     )
 
