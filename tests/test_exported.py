@@ -76,13 +76,13 @@ def test_numbers_that_are_no_sizes(made: Callable[[], nn.Module]) -> None:
 
 
 def test_conditions_are_checked_with_torchs_functions_of_numbers() -> None:
-    check = Guards((("s0", 4),), {}, ("torch.sym_float(s0) < 5.0", "torch._sym_sqrt(s0) != 1.0"))
+    check = Guards((("s0", 4),), (torch.float32,), {}, ("torch.sym_float(s0) < 5.0", "torch._sym_sqrt(s0) != 1.0"))
     check(torch.ones(4, 4))
     for rows in (6, 1):
         with pytest.raises(UsageError, match="traced for inputs of other sizes"):
             check(torch.ones(rows, 4))
     with pytest.raises(UsageError, match=r"traced for inputs of other sizes \(u0 > 1\)"):
-        Guards((("s0", 4),), {}, ("u0 > 1",))(torch.ones(4, 4))
+        Guards((("s0", 4),), (torch.float32,), {}, ("u0 > 1",))(torch.ones(4, 4))
 
 
 class Shifted(nn.Module):
@@ -127,3 +127,67 @@ def test_a_buffer_that_is_read_and_then_replaced() -> None:
         mse_loss(own(x), y).backward()
         optimizer.step()
     assert [name for name, one in own.state_dict().items() if not torch.equal(one, model.state_dict()[name])] == []
+
+
+class Pixels(Layers):
+    """Decides on the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        return self.rest(torch.tanh(self.low(x)))
+
+
+@pytest.mark.parametrize("place", ["train", "test"])
+def test_inputs_of_another_type_than_the_traced_one_are_refused(place: str) -> None:
+    pixels = [(torch.full((4, 4), 9, dtype=torch.uint8), torch.randn(4, 2))]
+    floats = [(x / 255, y) for x, y in pixels]
+    train, test = (pixels + floats, None) if place == "train" else (pixels, floats)
+    options: dict[str, Any] = {"loss": mse_loss, "optimizer": SGD, "method": "bp", "workers": "inline"}
+    with pytest.raises(UsageError, match=r"of another type \(input 0 of torch.uint8\) than torch.float32"):
+        delock.fit(Pixels(), train, test, stages=2, epochs=1, **options)
+
+
+class Returns(Layers):
+    """Returns something beside its tensor."""
+
+    def __init__(self, what: Callable[[Returns, Tensor], Any]) -> None:
+        super().__init__()
+        self.what = what
+        self._calls = 0
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        self._calls += 1
+        return {"made": self.rest(torch.tanh(self.low(x))), "more": [self.what(self, x)]}
+
+
+RETURNED: tuple[Callable[[Returns, Tensor], Any], ...] = (
+    lambda model, x: x.shape[0],
+    lambda model, x: x.shape[0] / 8,
+    lambda model, x: len(x),
+    lambda model, x: x.shape[0] > 2,
+    lambda model, x: f"{x.shape[0]} rows",
+)
+
+
+@pytest.mark.parametrize("what", RETURNED)
+def test_numbers_that_a_model_returns_are_not_those_of_its_first_batch(what: Callable[[Returns, Tensor], Any]) -> None:
+    with pytest.raises(UsageError, match=r"cannot be traced|of one size alone"):
+        cut(Returns(what))
+    assert len(cut(Returns(lambda model, x: x.new_full((), len(x)))).pieces) >= 2, "the remedy"
+
+
+def test_what_a_model_counts_and_returns_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"what changes with the batch and is no tensor \(1 and then 2 as \['more'\]\[0\]\)"):
+        cut(Returns(lambda model, x: model._calls))
+
+
+class ByRow(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(torch.stack([self.low(row) for row in x]))
+
+
+def test_a_loop_over_samples_is_named() -> None:
+    """Also where all batches have one size: that of the first is not the only one that is tried."""
+    with pytest.raises(UsageError, match=r"holds for batches of one size alone \(input 0 of \(6, 4\)\), as with a loop over the samples"):
+        cut(ByRow())

@@ -117,10 +117,12 @@ def _graph(program: Any, constants: dict[str, Tensor], mode: bool) -> tuple[fx.G
     keep_regions(graph, program.graph_module, 0 if mode else 50)
     placeholders = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     shapes: list[tuple[int | str, ...]] = []
+    dtypes: list[torch.dtype] = []
     for spec in program.graph_signature.input_specs:
         node = placeholders[spec.arg.name]
         if spec.kind == InputKind.USER_INPUT:
             shapes.append(tuple(int(size) if size.isdecimal() else size for size in map(str, node.meta["val"].shape)))
+            dtypes.append(node.meta["val"].dtype)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             _as_attribute(graph, node, spec.target.removeprefix(f"{MODEL}."))
         elif spec.kind == InputKind.CONSTANT_TENSOR:
@@ -135,7 +137,9 @@ def _graph(program: Any, constants: dict[str, Tensor], mode: bool) -> tuple[fx.G
         if node.op == "call_function" and getattr(node.target, "__name__", "").split(".")[0] in CHECKS:
             graph.erase_node(node)
     read_before_written(graph)
-    return graph, Guards(tuple(shapes), *_conditions(list(placeholders.values()), program.range_constraints, {*chain(*shapes)}))
+    return graph, Guards(
+        tuple(shapes), tuple(dtypes), *_conditions(list(placeholders.values()), program.range_constraints, {*chain(*shapes)})
+    )
 
 
 def _conditions(

@@ -1,4 +1,4 @@
-"""Refuses inputs of sizes for which a graph was not traced."""
+"""Refuses inputs of sizes and types for which a graph was not traced."""
 
 from __future__ import annotations
 
@@ -18,33 +18,48 @@ KNOWN: Mapping[str, Any] = MappingProxyType(
 )  # torch: functions of numbers, such as torch.sym_float
 
 
+class OtherSizesError(UsageError):
+    """Raised for inputs of sizes that a graph does not hold for. problem: the size that may not change, or what was taken for granted."""
+
+    def __init__(self, problem: str, found: str) -> None:
+        super().__init__(
+            f"the model was traced for inputs of other sizes ({problem}) than {found}: give it a first batch of the common size, and "
+            "pad to one length what may not change"
+        )
+        self.problem = problem
+
+
 @dataclass(eq=False)
 class Guards:
     """Checks the inputs of a traced graph.
 
     sizes: of every input, per dimension a number, the name of a size that may change, or an expression of names; a name is the same number
-    everywhere.
+    everywhere. dtypes: of every input; a forward may have decided on them.
     ranges: the least and the largest number for a name. conditions: on the names, as Python expressions, which tracing took for granted.
     It can be called in a graph: its name and module are those of a function.
     """
 
     sizes: tuple[tuple[int | str, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
     ranges: dict[str, tuple[int, float]] = field(default_factory=dict)
     conditions: tuple[str, ...] = ()
     seen: set[tuple[Any, ...]] = field(default_factory=set)
     __name__ = "refuse_other_sizes"
 
     def __call__(self, *inputs: Tensor) -> None:
-        """Raises UsageError for inputs of other sizes."""
-        key = tuple(x.shape for x in inputs)
+        """Raises UsageError for inputs of other types, and OtherSizesError for those of other sizes."""
+        key = tuple((x.shape, x.dtype) for x in inputs)
         if key in self.seen:
             return
+        for i, (was, x) in enumerate(zip(self.dtypes, inputs, strict=True)):
+            if was != x.dtype:
+                raise UsageError(
+                    f"the model was traced for inputs of another type (input {i} of {was}) than {x.dtype}, and it may decide on types: let "
+                    "all batches, those for testing too, have the types of the first"
+                )
         if problem := self._problem(inputs):
             found = ", ".join(str(tuple(x.shape)) for x in inputs)
-            raise UsageError(
-                f"the model was traced for inputs of other sizes ({problem}) than {found}: give it a first batch of the common size, and "
-                "pad to one length what may not change"
-            )
+            raise OtherSizesError(problem, found)
         self.seen.add(key)
 
     def _problem(self, inputs: Sequence[Tensor]) -> str:

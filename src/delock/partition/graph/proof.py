@@ -22,7 +22,7 @@ from delock.partition.graph.exported import answering
 from delock.partition.graph.python_state import attributes, refuse_changed
 from delock.partition.graph.root import aliases, in_mode, root, shadow
 from delock.partition.graph.segment import Segment, computation
-from delock.partition.graph.structure import Structure
+from delock.partition.graph.structure import Structure, change, not_constant
 from delock.tensors import is_floating, same, tensors
 
 SEED = 20_261_127  # any number: both are given the same, another one in every step, so that dropout draws the same
@@ -103,11 +103,14 @@ def _difference(
     modes = [Modes(one, model.training) for one in (own.model, *cut)]
     kept = {name for piece in cut for name, one in piece.named_modules() if name and type(one) is not nn.Module}
     seen: dict[str, str] | None = None  # after the first batch
+    structures = dict[bool, Structure]()
     steps = [(True, one) for one in (*examples, examples[0])] + [(False, one) for one in examples]
     for seed, (training, inputs) in enumerate(steps, SEED):
         for mode in modes:
             mode.train() if training else mode.module.eval()
-        found, _ = _step(own, call, cut, inputs, training, told, apart, seed)
+        found, structure = _step(own, call, cut, inputs, training, told, apart, seed)
+        if changes := change(structures.setdefault(training, structure), structure):
+            raise not_constant(changes)
         if found:
             refuse_changed(seen or {}, attributes(own.model, kept))
             return f"{found} in {'training' if training else 'evaluation'}"

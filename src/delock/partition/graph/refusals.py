@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from delock.errors import UsageError, said
+from delock.partition.graph.guards import OtherSizesError
 
 OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), "<")
 ON_VALUES = ("data-dependent", "control flow", "guard on")  # in torch's words
 CHANCE = "draws a random number in Python's own steps"
+ONE_SIZE = "holds for batches of one size alone"
 MOST = 160  # characters of torch's words
 
 
@@ -47,6 +49,8 @@ def obstacle(how: str, error: BaseException) -> Obstacle:
     """Returns what went wrong, with the innermost line of the model's own code."""
     if isinstance(error, DrawnError):
         return Obstacle(how, CHANCE, error.place, far=1)
+    if isinstance(error, OtherSizesError):
+        return Obstacle(how, f"{ONE_SIZE} ({error.problem})", far=1)
     if isinstance(error, UsageError):
         return Obstacle(how, str(error), far=1)
     frames = [frame for one in _chain(error) for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(OWN)]
@@ -84,6 +88,11 @@ def _why_and_remedy(told: Obstacle) -> tuple[str, str]:
         return (
             f"its forward {CHANCE}{told.place and f' at {told.place}'}, as to leave out a layer by chance, which a graph cannot repeat",
             "move the draw into a part that stays whole, multiply by a mask that is drawn as a tensor of the batch",
+        )
+    if told.reason.startswith(ONE_SIZE):
+        return (
+            f"its forward, when it is traced, {told.reason}, as with a loop over the samples, int(0.7 * len(x)), or a choice by that size",
+            "compute with whole tensors, move that line into a part that stays whole",
         )
     on_value = any(words in told.reason for words in ON_VALUES)
     why = f"its forward decides on a value at {told.place}" if on_value and told.place else f"its forward cannot be traced ({told})"

@@ -94,7 +94,7 @@ def _reference(value: Any) -> list[Any]:
             return ["device", str(value)]
         case Guards():
             ranges = [(name, least, repr(most)) for name, (least, most) in value.ranges.items()]
-            return ["guards", value.sizes, ranges, value.conditions]
+            return ["guards", value.sizes, [_reference(one) for one in value.dtypes], ranges, value.conditions]
         case Region():
             return ["region", value.number, value.kind, [_option(one) for one in value.options], _program(value.program)]
         case Apply():
@@ -132,9 +132,9 @@ def _meant(form: Any) -> Any:
             return torch.device(text)
         case ["name", module, name]:
             return _found(module, name)
-        case ["guards", sizes, ranges, conditions]:
+        case ["guards", sizes, dtypes, ranges, conditions]:
             known = {name: (least, float(most)) for name, least, most in ranges}
-            return Guards(tuple(map(tuple, sizes)), known, tuple(conditions))
+            return Guards(tuple(map(tuple, sizes)), tuple(map(_meant, dtypes)), known, tuple(conditions))
         case ["region", number, kind, options, program]:
             return Region(number, kind, tuple(_meant(one) if isinstance(one, list) else one for one in options), _compiled(program))
         case ["apply", module, name]:
