@@ -114,7 +114,7 @@ def test_a_weight_that_fails_is_told_before_the_start() -> None:
 
 def test_a_weight_that_fails_later_is_the_users_own_error() -> None:
     with pytest.raises(KeyError) as error:
-        fit(chain(), Batches(batches(), weight=Once(2)))
+        fit(chain(), Batches(batches(), weight=Once(1)))
     assert error.value.__notes__ == ["raised within the weight of batches, which Delock called"]
 
 

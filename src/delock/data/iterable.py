@@ -168,3 +168,13 @@ class Batches(Reader):
 def weigher(loader: Loader) -> Batches | None:
     """Returns what weighs the batches of a loader that was made here, if it does not weigh them by their samples."""
     return loader if isinstance(loader, Batches) and loader.weight is not None else None
+
+
+def functions_of(loader: Loader) -> list[Callable[[Any], Any]]:
+    """Returns the user's functions by which the batches of a loader are read and weighed."""
+    if isinstance(loader, NamedSets):
+        return [function for one in loader.sets.values() for function in functions_of(one)]
+    if isinstance(loader, Batches):
+        return [*([loader.weight] if loader.weight else []), *functions_of(loader.loader)]
+    chosen = loader.reading.chosen if isinstance(loader, Plain | Stream | Interpreted) else Chosen()
+    return [one for one in (chosen.inputs, chosen.targets, chosen.samples) if callable(one)]

@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from delock.partition.code_names import codes, loaded
 
 LIBRARIES = ("<frozen", str(Path(__file__).parents[1]), *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
-PLAIN = (str, bytes, int, float, complex, type(None), ModuleType, torch.dtype, torch.device, torch.Generator)
+PLAIN = (str, bytes, int, float, complex, type(None), ModuleType, torch.dtype, torch.device)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 OWN = (frozenset(vars(nn.Module())) - {*HOOKS}) | {"_flat_weight_refs"}  # of an nn.LSTM, whose copy makes them anew
 
@@ -30,13 +30,16 @@ def beside(module: nn.Module) -> list[object]:
     return [*(value for name, value in vars(module).items() if name not in OWN), type(module)]
 
 
-def held(roots: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object, bool]]:
-    """Yields all that named objects hold, each with the first name that leads to it, and True where a copy would hold the very same."""
+def held(roots: Iterable[tuple[str, object]], passed: Callable[[object], bool] = lambda _: False) -> Iterator[tuple[str, object, bool]]:
+    """Yields all that named objects hold, each with the first name that leads to it, and True where a copy would hold the very same.
+
+    passed: objects that are passed over, with all that only they hold.
+    """
     waiting = deque((name, one, False) for name, one in roots)
     seen: dict[tuple[int, bool], object] = {}  # with the objects: no other may get the number of one that is gone
     while waiting:
         name, one, fixed = waiting.popleft()
-        if isinstance(one, PLAIN) or (id(one), fixed) in seen:
+        if isinstance(one, PLAIN) or (id(one), fixed) in seen or passed(one):
             continue
         seen[id(one), fixed] = one
         yield name, one, fixed
@@ -71,7 +74,7 @@ def _parts(one: object) -> list[object]:
     if isinstance(one, partial):
         return [one.func, *one.args, *one.keywords.values()]
     if isinstance(one, type):
-        return [inside for base in one.__mro__ if not _of_library(base) for inside in vars(base).values()]
+        return [inside for base in one.__mro__ if not of_library(base) for inside in vars(base).values()]
     if isinstance(one, property | staticmethod | classmethod):
         return [one.fget, one.fset] if isinstance(one, property) else [one.__func__]
     return [*getattr(one, "__dict__", {}).values(), type(one)]
@@ -80,7 +83,7 @@ def _parts(one: object) -> list[object]:
 def _of_function(function: FunctionType) -> list[object]:
     cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
     given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *vars(function).values()]
-    return [*cells, *given, *([] if _of_library(function) else _globals(function))]
+    return [*cells, *given, *([] if of_library(function) else _globals(function))]
 
 
 def _globals(function: FunctionType) -> list[object]:
@@ -98,7 +101,8 @@ def _filled(cell: object) -> bool:
         return False
 
 
-def _of_library(one: FunctionType | type) -> bool:
+def of_library(one: FunctionType | type) -> bool:
+    """Returns True for a function or a class that is not the user's own."""
     if isinstance(one, FunctionType):
         return one.__code__.co_filename.startswith(LIBRARIES)
     return _is_library(sys.modules.get(one.__module__))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import isfinite
 
 import torch
+from torch import nn
 
 from delock.data.iterable import weigher
 from delock.data.named_sets import sets_of
@@ -58,11 +59,17 @@ def _no_numbers(request: Request, result: Result) -> str:
 
 
 def _load(request: Request, cuts: tuple[int | str, ...], results: list[StageResult]) -> None:
-    """Loads one stage after the other, and lets go of its weights, which may be read from a file as they are used."""
+    """Loads one stage after the other, and lets go of its weights, which may be read from a file as they are used.
+
+    The loss comes first: it may hold the model, with the weights from before the run.
+    """
+    last = results[-1]
+    if isinstance(request.loss, nn.Module):
+        load_module(request.loss, last.loss, last.volatile["loss"], "loss")
     given = request.heads if request.heads is not None and not isinstance(request.heads, str) else ()
     heads = dict(zip(request.method.headed(len(results)), given, strict=True)) if given else {}
     for k, module in enumerate(stages(request.network.layers(), cuts)):
         load_module(module, results[k].state, results[k].volatile["module"], f"module of stage {k}")
         if k in heads:
             load_module(heads[k], results[k].head, results[k].volatile["head"], f"head of stage {k}")
-        results[k] = replace(results[k], state={}, head={}, volatile={})
+        results[k] = replace(results[k], state={}, head={}, loss={}, volatile={})

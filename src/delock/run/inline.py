@@ -91,9 +91,12 @@ def _shorten(workers: Sequence[Worker], batches: int) -> None:
 
 
 def copied_job(job: StageJob) -> StageJob:
-    """Returns a job with modules of its own, as a process has: a run that fails leaves the caller's as they were."""
+    """Returns a job with modules of its own, as a process has: a run that fails leaves the caller's as they were.
+
+    A loss that keeps a state is that of the last stage; those of heads begin with copies of it.
+    """
     module, head = copied_but_for_handles((job.module, job.head))
-    return replace(job, module=module, head=head)
+    return replace(job, module=module, head=head, loss=copied_but_for_handles(job.loss) if job.head else job.loss)
 
 
 def _ticks(job: StageJob, engines: Sequence[Engine], device: torch.device) -> Executes:

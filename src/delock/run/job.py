@@ -13,6 +13,7 @@ from delock.launch.ambient import Ambient
 from delock.methods import Method
 from delock.optim.rates import monitor_of
 from delock.options import EMA, Acts, Checkpoint, Compression, Execution, Placement, Report, Simulation
+from delock.partition.graph.outputs import OnOutput
 from delock.plan import RunLength
 from delock.records import EvaluationRecord, StageReport
 from delock.run.request import Metric
@@ -88,6 +89,12 @@ class StageJob:
         """Returns True if evaluations are acted on."""
         return bool(self.monitor) or any(not isinstance(one, EMA) for one in self.callbacks)
 
+    @property
+    def loss_module(self) -> nn.Module | None:
+        """Returns the loss that the user gave, if it is a module: its state comes home as that of the stages does."""
+        given = self.loss.function if isinstance(self.loss, OnOutput) else self.loss
+        return given if isinstance(given, nn.Module) else None
+
     def parts_in_words(self) -> list[tuple[str, object]]:
         """Returns what it holds by the names that the user knows it by, for errors."""
         return [(one.name, getattr(self, one.name)) for one in fields(self)]
@@ -100,7 +107,8 @@ class StageResult:
     state: dict[str, Tensor]
     head: dict[str, Tensor]  # of its auxiliary head, empty where it has none
     report: StageReport
-    volatile: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of "module" and "head": what is in no state dict
+    loss: dict[str, Tensor] = field(default_factory=dict)  # of a loss that is a module, from the last stage
+    volatile: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of "module", "head" and "loss": what is in no state dict
     losses: list[float] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     samples: int = 0

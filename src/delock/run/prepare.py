@@ -36,7 +36,7 @@ from delock.run.survival.parts import refuse_other
 from delock.run.survival.resume import Begin, refuse_changed, settled
 from delock.run.survival.room import make_folder, refuse_folder
 from delock.run.unfit_acts import refuse_restaged_acts, refuse_unfit_pace
-from delock.run.user_functions import refuse_stale, try_user_functions
+from delock.run.user_functions import functions_as_given, refuse_stale, try_user_functions
 from delock.stage.learner import described
 from delock.stage.module import refuse_derived_weights
 from delock.stage.unfit import made_by, refuse_unfit_optimizer
@@ -56,7 +56,8 @@ def prepare(request: Request, begin: Begin | None = None) -> PreparedRun:
         refuse_folder(request.checkpoint)
     if begin:
         request.network.kept = [cut for cut in begin.manifest.options["cuts"] if isinstance(cut, str)]
-    prepared = _prepared(settled(request, begin))
+    with functions_as_given(request):
+        prepared = _prepared(settled(request, begin))
     prepared.given = request.method
     if begin:
         refuse_changed(prepared.conditions(), begin, prepared.length.batches, free=request.method.free_running)

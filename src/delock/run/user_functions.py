@@ -12,20 +12,29 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from delock.data.call import Call
-from delock.data.iterable import weigher
+from delock.data.iterable import functions_of, weigher
 from delock.data.loader import LoadedBatch
 from delock.data.named_sets import sets_of
 from delock.errors import DelockError, UsageError, said
 from delock.execution import apply, lay_out_input, lay_out_weights, precision
 from delock.options import Execution
-from delock.partition.copying import copied_but_for_handles
 from delock.partition.graph.python_state import changed, marks
 from delock.partition.graph.root import in_mode
 from delock.partition.holdings import reaches
 from delock.partition.measure import own_copy
+from delock.partition.trial_state import state_kept
 from delock.run.history import measured
 from delock.run.request import Request
 from delock.tensors import Value, address, map_tensors, same, shown, tensors, tree_tensors
+
+
+@contextmanager
+def functions_as_given(request: Request) -> Iterator[None]:
+    """Lets the user's functions have the state in which they were given behind the block, which may call them on trial."""
+    loaders = [one for one in (request.train, request.test) if one is not None]
+    own = [request.loss, *request.metrics.values(), *(function for loader in loaders for function in functions_of(loader))]
+    with state_kept(own, [request.network.whole]):
+        yield
 
 
 def refuse_stale(request: Request, call: Call, inputs: Value, targets: Any) -> None:
@@ -71,7 +80,7 @@ def try_user_functions(request: Request, execution: Execution, first: LoadedBatc
                     return  # before it has been trained, as a model that makes its buffers then
                 with _told(f"the model fails in evaluation on {what}"):
                     raise error
-            for name, measure in copied_but_for_handles({"": request.criterion, **request.metrics}).items():  # some count their calls
+            for name, measure in {"": request.criterion, **request.metrics}.items():
                 given = f"it was called with outputs {shown(outputs)} and targets {shown(targets, values=True)}"
                 with _told(f"{f'the metric {name!r}' if name else 'the loss'} fails on {what}; {given}"):
                     measured(name, measure, outputs, targets)

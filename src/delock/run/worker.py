@@ -188,13 +188,19 @@ class Worker:
         )
         stage = self.stage
         head = stage.head.module.state_dict() if stage.head else {}
-        rest = {"module": volatile(stage.module), "head": volatile(stage.head.module) if stage.head else {}}
+        loss = self.job.loss_module if self.job.k == self.job.K - 1 else None
+        rest = {
+            "module": volatile(stage.module),
+            "head": volatile(stage.head.module) if stage.head else {},
+            "loss": volatile(loss) if loss else {},
+        }
         seconds = tracker.seconds(until=tracker.last)
         optimizer = stage.optimizer.state_dict() if stage.optimizer else None
         spans = log.spans or []
         return StageResult(
             state=_home(stage.module.state_dict()),
             head=_home(head),
+            loss=_home(loss.state_dict()) if loss else {},
             report=report,
             volatile=_home(rest),
             losses=tracker.losses,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, FunctionType, ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -27,12 +27,12 @@ PYTHON = str(Path(random.__file__).parent)
 class Generators:
     """Holds generators with their states: the global ones of torch, numpy and Python, and with a model those that its code can reach.
 
-    These are attributes of its modules and of their classes, and globals of files of the user.
+    These are attributes of its modules and of their classes, and globals of files of the user. own: further ones.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, own: Iterable[Generator] = ()) -> None:
         owners: tuple[Any, ...] = (np.random.rand, random.random)
-        found = [torch.default_generator, *torch.cuda.default_generators, *(one.__self__ for one in owners)]
+        found = [torch.default_generator, *torch.cuda.default_generators, *(one.__self__ for one in owners), *own]
         found += [*_of_model(model), *_of_files()] if model else []
         self.held = [(one, _state(one)) for one in {id(one): one for one in found}.values()]
 
@@ -106,14 +106,14 @@ def _of_files() -> Iterator[Generator]:
     """Yields the globals of files that are not installed."""
     installed = Installed()
     for module in list(sys.modules.values()):
-        found = [one for one in list(getattr(module, "__dict__", {}).values()) if _is_generator(one)]
+        found = [one for one in list(getattr(module, "__dict__", {}).values()) if is_generator(one)]
         if found and not installed(module):
             yield from found
 
 
 def _inside(values: Iterable[Any], depth: int, seen: set[int]) -> Iterator[Generator]:
     for one in values:
-        if _is_generator(one):
+        if is_generator(one):
             yield one
         elif depth and id(one) not in seen and not isinstance(one, Tensor | nn.Module | type | FunctionType | ModuleType):
             seen.add(id(one))
@@ -121,7 +121,7 @@ def _inside(values: Iterable[Any], depth: int, seen: set[int]) -> Iterator[Gener
             yield from _inside(list(inside.values() if isinstance(inside, Mapping) else inside), depth - 1, seen)
 
 
-def _is_generator(one: object) -> bool:
+def is_generator(one: object) -> TypeGuard[Generator]:
     """Returns True for a generator, without a question to the object itself: some answer with a warning."""
     return not KINDS.isdisjoint(type(one).__mro__)
 
