@@ -103,6 +103,12 @@ def map_tensors(act: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     return unflatten(shape, [act(leaf) for leaf in leaves])
 
 
+def layout(tree: Tree) -> str:
+    """Returns what the first tensor of a tree is that is not dense, in words; "" if all are."""
+    other = next((str(one.layout) for one in tree_tensors(tree) if one.layout != torch.strided), "")
+    return other and f"a {'sparse' if 'sparse' in other else 'nested' if 'jagged' in other else 'packed'} tensor ({other})"
+
+
 def rows(tree: Tree, begin: int, end: int, count: int) -> Tree:
     """Returns the tree with rows begin to end of every tensor that has `count` of them, one per sample; other tensors stay whole."""
     return map_tensors(lambda leaf: leaf[begin:end] if leaf.dim() and len(leaf) == count else leaf, tree)

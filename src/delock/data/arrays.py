@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from delock.errors import UsageError
-from delock.tensors import Tree
+from delock.tensors import Tree, layout
 
 
 def with_tensors(tree: Any, *, lists: bool = False) -> Tree:
@@ -47,3 +47,14 @@ def tensor_of(array: np.ndarray[Any, Any] | np.generic) -> Tensor:
         return torch.from_numpy(found)
     except TypeError as error:
         raise UsageError(f"an array of {found.dtype} cannot become a tensor: give numbers that torch has") from error
+
+
+def refuse_sparse(parts: Mapping[str, Tree]) -> None:
+    """Raises UsageError for a tensor of a batch that is not dense. parts: of the batch, by what they are in words."""
+    for name, part in parts.items():
+        if found := layout(part):
+            raise UsageError(
+                f"{name} {found}, and only dense tensors go through stages: give a dense one, as delock.data.Batches(loader, inputs=f) "
+                "makes with to_dense() in f(batch), or its indices and values as dense tensors with which forward computes, as by "
+                "index_add; where their rows are no samples, samples=... says how many there are"
+            )

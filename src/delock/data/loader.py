@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
+from delock.data.arrays import refuse_sparse
 from delock.data.call import Call
 from delock.errors import UsageError
 from delock.tensors import Tree, lengths
@@ -70,7 +71,12 @@ def loaded(loader: Loader, e: int) -> Iterator[LoadedBatch]:
     """Yields the batches of epoch e of any loader, with the number of their samples."""
     if isinstance(loader, Reader):
         return loader.loaded(e)
-    return (LoadedBatch(inputs, targets) for inputs, targets in loader.epoch(e))
+    return (_dense(LoadedBatch(inputs, targets)) for inputs, targets in loader.epoch(e))
+
+
+def _dense(batch: LoadedBatch) -> LoadedBatch:
+    refuse_sparse({"a batch of the data holds as inputs": batch.inputs, "a batch of the data holds as targets": batch.targets})
+    return batch
 
 
 def call_of(loader: Loader) -> Call | None:

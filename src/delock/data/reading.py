@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from delock.data.arrays import targets_of, with_tensors
+from delock.data.arrays import refuse_sparse, targets_of, with_tensors
 from delock.data.call import Call, Takes
 from delock.data.loader import LoadedBatch
 from delock.errors import UsageError
@@ -68,6 +68,8 @@ class Reading:
         args, kwargs = self._arguments(item, targets, where)
         try:
             args, kwargs, targets = with_tensors(args), with_tensors(kwargs), targets_of(targets)
+            named = {f"the input {name!r} holds": one for name, one in kwargs.items()}
+            refuse_sparse({**{f"input {i} holds": one for i, one in enumerate(args)}, **named, "the targets hold": targets})
             counted = None if self.chosen.samples is None else _count(self.chosen.samples(item))
             call, found = (None, ()) if self.takes.chain else Call.of(args, {name: kwargs[name] for name in self._in_order(kwargs)})
         except UsageError as error:

@@ -26,7 +26,7 @@ from delock.partition.lean import lean
 from delock.partition.learning_loss import foreign_weight, refuse_learning_loss
 from delock.partition.work import Work
 from delock.recomputation import Rereading
-from delock.tensors import Value, is_value, kind, like, map_tensors, shown, tensors
+from delock.tensors import Value, is_value, kind, layout, like, map_tensors, shown, tensors
 
 REENTRANT, UNTRAINED = "use_reentrant=True", "None of the inputs have requires_grad=True"  # in torch's error, and in its warning
 _IN_VAIN = (
@@ -150,6 +150,8 @@ def _run(
     out = trial.forward()
     if not is_value(out):
         raise _NoValueError(f"returns {kind(out)}, and only a tensor or a tuple of tensors can go from layer to layer: wrap it")
+    if other := layout(out):
+        raise _NoValueError(f"returns {other}, and only dense tensors can go from layer to layer: let it return out.to_dense()")
     ends = trial.ends(out)
     forward_s = _now(device) - began
     if foreign := foreign_weight([x for x in tensors(out) if x.requires_grad], [*trial.there, *trial.wanted]):
