@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,13 +21,16 @@ def refuse_learning_loss(losses: Sequence[Tensor], outputs: Sequence[Tensor]) ->
         )
 
 
-def foreign_weight(outputs: Sequence[Tensor], own: Iterable[Tensor]) -> str:
+def foreign_weight(outputs: Sequence[Tensor], own: Iterable[Tensor], again: Callable[[], Sequence[Tensor]]) -> str:
     """Returns what is to be said of a layer whose outputs depend on a tensor that learns and is none of its own; "" if none does.
 
-    own: the layer's parameters, buffers and inputs.
+    own: the layer's parameters, buffers and inputs; again: computes the outputs once more. What a forward makes for itself, as to take a
+    gradient of its own, is another tensor then.
     """
     known = {id(one) for one in own}
-    if foreign := [one for one in _leaves(outputs) if id(one) not in known]:
+    foreign = [one for one in _leaves(outputs) if id(one) not in known]
+    kept = {id(one) for one in _leaves(again())} if foreign else set()
+    if foreign := [one for one in foreign if id(one) in kept]:
         return (
             f"uses a weight of shape {tuple(foreign[0].shape)} that is none of its parameters, as one kept in a list or a closure: a stage "
             "would train another copy of it; make it, or the module that has it, an attribute"

@@ -154,7 +154,7 @@ def _run(
         raise _NoValueError(f"returns {other}, and only dense tensors can go from layer to layer: let it return out.to_dense()")
     ends = trial.ends(out)
     forward_s = _now(device) - began
-    if foreign := foreign_weight([x for x in tensors(out) if x.requires_grad], [*trial.there, *trial.wanted]):
+    if foreign := foreign_weight(tensors(out), [*trial.there, *trial.wanted], lambda: tensors(trial.forward())):
         raise _NoValueError(foreign)
     if loss:
         refuse_learning_loss(ends, tensors(out))

@@ -18,6 +18,12 @@ OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), "<")
 ON_VALUES = ("data-dependent", "control flow", "guard on")  # in torch's words
 CHANCE = "draws a random number in Python's own steps"
 ONE_SIZE = "holds for batches of one size alone"
+INNER = "takes a gradient of its own"
+NO_GRAPH = "does not require grad"  # in torch's words, of what is differentiated without a graph
+ALONE = (
+    "move it, with the layers through which the gradient goes, into a submodule, which stays whole, and compute it there within "
+    "torch.enable_grad(), as stages also compute without gradients"
+)
 MOST = 160  # characters of torch's words
 
 
@@ -27,6 +33,10 @@ class DrawnError(Exception):
     def __init__(self, place: str = "") -> None:
         super().__init__(CHANCE)
         self.place = place
+
+
+class InnerGradientError(Exception):
+    """Raised if a model takes a gradient while it is traced: a graph would compute it without gradients, too, where there is none."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ def obstacle(how: str, error: BaseException) -> Obstacle:
         return Obstacle(how, str(error), far=1)
     frames = [frame for one in _chain(error) for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(OWN)]
     place = quoted(frames[-1].filename, frames[-1].lineno or 0) if frames else ""
+    if isinstance(error, InnerGradientError):
+        return Obstacle(how, INNER, place, far=1)
     words = said(error).strip()
     return Obstacle(how, _shortened(words.splitlines()[0]) if words else type(error).__name__, place)
 
@@ -79,7 +91,7 @@ def refusal(model: nn.Module, failed: Sequence[Obstacle]) -> str:
     """Returns the sentence of the error."""
     why, remedy = _why_and_remedy(furthest(failed))
     children = ", ".join(f"{name} ({type(child).__name__})" for name, child in list(model.named_children())[:8])
-    parts = f", or give an nn.Sequential of its parts: {children}" if children else ""
+    parts = f", or give an nn.Sequential of its parts: {children}" if children and remedy != ALONE else ""
     return f"cannot cut a {type(model).__name__} into stages: {why}; {remedy}{parts}"
 
 
@@ -94,6 +106,8 @@ def _why_and_remedy(told: Obstacle) -> tuple[str, str]:
             f"its forward, when it is traced, {told.reason}, as with a loop over the samples, int(0.7 * len(x)), or a choice by that size",
             "compute with whole tensors, move that line into a part that stays whole",
         )
+    if told.reason == INNER:
+        return f"its forward {INNER}{told.place and f' at {told.place}'}", ALONE
     on_value = any(words in told.reason for words in ON_VALUES)
     why = f"its forward decides on a value at {told.place}" if on_value and told.place else f"its forward cannot be traced ({told})"
     return why, "decide on sizes and options instead, move that line into a part that stays whole" if on_value else "change that"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from delock.partition.graph.cutter import ENOUGH, NoCutError, Piece, pieces
 from delock.partition.graph.examples import Examples
 from delock.partition.graph.exported import exported
 from delock.partition.graph.proof import difference, repeats
-from delock.partition.graph.refusals import Obstacle, furthest, obstacle, refusal
+from delock.partition.graph.refusals import INNER, NO_GRAPH, Obstacle, furthest, obstacle, refusal
 from delock.partition.graph.root import in_mode, root
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.symbolic import symbolic
@@ -156,15 +156,21 @@ def _exported(model: nn.Module, call: Call, examples: Sequence[Sequence[Tensor]]
     return Traced(model, graphs, constants, structure, guards)
 
 
-def _structure(model: nn.Module, call: Call, inputs: Sequence[Tensor], mode: bool) -> Structure:
-    """Returns the structure of the model's output. Raises UsageError if the model fails on its first batch, or writes to its weights."""
+def _structure(model: nn.Module, call: Call, inputs: Sequence[Tensor], mode: bool, graph: bool = False) -> Structure:
+    """Returns the structure of the model's output. Raises UsageError if the model fails on its first batch, or writes to its weights.
+
+    graph: the model computes with gradients.
+    """
     under = root(in_mode(model, mode), call, len(inputs))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), Unwritten(model):
+        with torch.set_grad_enabled(graph), torch.random.fork_rng(devices=[]), Unwritten(model):
             under(*(x.clone() for x in inputs))
     except (torch.OutOfMemoryError, UsageError):
         raise
     except Exception as error:
+        if NO_GRAPH in str(error) and not graph:
+            _structure(model, call, inputs, mode, graph=True)
+            raise UsageError(refusal(model, [replace(obstacle("", error), reason=INNER)])) from error
         raise UsageError(f"the model ({type(model).__name__}) fails on its first batch: {said(error)}") from error
     return under.structure
 

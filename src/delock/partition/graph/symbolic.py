@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from delock.data.call import Call
 from delock.partition.graph.generators import Generators, line_that_draws
-from delock.partition.graph.refusals import DrawnError
+from delock.partition.graph.refusals import DrawnError, InnerGradientError
 from delock.partition.graph.root import MODEL, in_mode, root
 from delock.partition.graph.structure import Structure
 from delock.partition.graph.traceable import lengths, own_gradients, transforms_ended, unpack_at_once
@@ -41,6 +41,12 @@ class Tracer(fx.Tracer):
         if path in self.opened or (path == MODEL and m._modules):
             return False
         return path in self.whole or not m._modules or of_torch(m) or isinstance(m, torch.jit.ScriptModule)
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """Notes an operation. To take a gradient is to fail."""
+        if target is torch.autograd.grad or (kind, target) == ("call_method", "backward"):
+            raise InnerGradientError
+        return super().create_proxy(kind, target, *args, **kwargs)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Traces a call, and notes the innermost module in which it fails. To draw at random is to fail."""
