@@ -69,7 +69,7 @@ def weighted_distance(outputs: Tensor, targets: dict[str, Tensor]) -> Tensor:
 def main(words: Sequence[str] | None = None) -> Result:
     """Trains, prints, and returns the result of `fit`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="fdg", choices=delock.METHODS)
+    parser.add_argument("--method", default="ddg", choices=delock.METHODS)
     parser.add_argument("--workers", default="processes", choices=("processes", "inline"))
     parser.add_argument("--epochs", type=int, default=20)
     asked = parser.parse_args(words)

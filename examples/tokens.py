@@ -143,7 +143,7 @@ def optimizer(named: Named) -> torch.optim.Optimizer:
 def main(words: Sequence[str] | None = None) -> Result:
     """Trains, prints, and returns the result of `fit`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="fdg", choices=delock.METHODS)
+    parser.add_argument("--method", default="ddg", choices=delock.METHODS)
     parser.add_argument("--workers", default="processes", choices=("processes", "inline"))
     parser.add_argument("--batches", type=int, default=160)
     asked = parser.parse_args(words)
