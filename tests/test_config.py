@@ -44,10 +44,11 @@ def test_a_file_repeats_every_resolved_option(name: str) -> None:
 
 def test_every_default_is_filled_in() -> None:
     values = flat(config())
-    assert values["method"] == "fdg"
-    assert (values["beta"], values["at"], values["order"]) == (1.0, "stash", "forward-first")
+    assert (values["method"], values["micro_batches"], values["accumulate"]) == ("ddg", 1, 1)
+    late = flat(config(method="fdg"))
+    assert (late["beta"], late["at"], late["order"]) == (1.0, "stash", "forward-first")
     assert (values["stages"], values["epochs"], values["lr"], values["momentum"]) == (2, 20, 0.1, 0.9)
-    assert "accumulate" not in values
+    assert "beta" not in values
     assert flat(config(optimizer="adam"))["lr"] == 0.001
     assert flat(config(batches=7)).get("epochs") is None
     assert flat(config(cuts=[1, 2, 3]))["stages"] == 4

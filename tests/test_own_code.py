@@ -165,7 +165,7 @@ def test_labels_that_the_loss_does_not_take_are_shown_and_no_layer_is_blamed(lab
     with pytest.raises(StageFailed) as caught:
         fit(data=[*batches(2), bad])
     told = str(caught.value).split("\n\n")[0]
-    assert told.startswith("stage 1 failed in B2 (backward of batch 2, tick 3): ")
+    assert told.startswith("stage 1 failed in B2 (backward of batch 2, tick 2): ")
     assert told.endswith(given)
 
 
@@ -235,7 +235,7 @@ def scheduled(optimizer: Any) -> Any:
 
 
 class Second:
-    """A metric that raises when it is called again: the first call is the trial before the run."""
+    """A metric that raises in the second evaluation of a run; the trial before the run does not count."""
 
     calls: ClassVar[list[int]] = []
 
@@ -249,7 +249,7 @@ class Second:
     [
         ({"callbacks": [boom]}, "a callback"),
         ({"callbacks": [on_a_record]}, "a callback"),
-        ({"test": batches(1), "metrics": {"hits": Second()}}, "the metric 'hits'"),
+        ({"test": batches(1), "metrics": {"hits": Second()}, "epochs": 2}, "the metric 'hits'"),
         ({"test": Spoilt()}, "the test data"),
         ({"data": Spoilt()}, "the training data"),
         ({"schedule": scheduled}, "the schedule"),

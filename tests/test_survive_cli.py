@@ -119,7 +119,7 @@ def test_what_may_not_change_is_refused(here: Path, capsys: pytest.CaptureFixtur
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     for words, message in {
         ("--seed", "1", "--epochs", "9"): "seed was 0 when the run",
-        ("--method", "ddg", "--epochs", "9"): "method was fdg when",
+        ("--method", "fdg", "--epochs", "9"): "method was ddg when",
         ("--lr", "0.5", "--epochs", "9"): "lr was 0.1 when the run",
         ("--clip", "1", "--epochs", "9"): "clip was not given when",
         ("--warmup", "3", "--epochs", "9"): "warmup was 0 when",

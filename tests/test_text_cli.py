@@ -64,7 +64,7 @@ def test_text_has_defaults_of_its_own() -> None:
     assert (values["batch_size"], values["epochs"]) == (16, 10)
     images = flat(config())
     assert {"level", "context", "depth", "width", "attention_heads", "text"}.isdisjoint(images)
-    assert (images["method"], images["model"], images["optimizer"], images["weight_decay"]) == ("fdg", "resnet8", "sgd", 5e-4)
+    assert (images["method"], images["model"], images["optimizer"], images["weight_decay"]) == ("ddg", "resnet8", "sgd", 5e-4)
     assert images["warmup"] == 0
 
 
