@@ -88,6 +88,7 @@ def quoted() -> tuple[Row, ...]:
         *rows(few, "ddg", 4, MAIN, micro_batches=4),
         *rows(few, "ddg", 8, MAIN, micro_batches=8),
         *(row for K, M in ((8, 4), (2, 2)) for row in rows(few, "ddg", K, ("muon",), micro_batches=M)),
+        *rows(few, "ddg", 4, ("scadamw", "muon"), micro_batches=4, ahead="part"),
         *(row for K in (4, 8) for row in rows(few, "ddg", K, ("scadamw.9",), micro_batches=K)),
         *(row for K, M in ((8, 4), (2, 2)) for row in rows(few, "ddg", K, ("scadamw",), micro_batches=M)),
         *rows(few, "2bw", 4, MAIN, micro_batches=4),
