@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -79,8 +80,9 @@ def test_conditions_are_checked_with_torchs_functions_of_numbers() -> None:
     check = Guards((("s0", 4),), (torch.float32,), {}, ("torch.sym_float(s0) < 5.0", "torch._sym_sqrt(s0) != 1.0"))
     check(torch.ones(4, 4))
     for rows in (6, 1):
-        with pytest.raises(UsageError, match="traced for inputs of other sizes"):
+        with pytest.raises(UsageError, match="traced for inputs of other sizes") as caught:
             check(torch.ones(rows, 4))
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), "a stage sends it"
     with pytest.raises(UsageError, match=r"traced for inputs of other sizes \(u0 > 1\)"):
         Guards((("s0", 4),), (torch.float32,), {}, ("u0 > 1",))(torch.ones(4, 4))
 

@@ -21,12 +21,17 @@ KNOWN: Mapping[str, Any] = MappingProxyType(
 class OtherSizesError(UsageError):
     """Raised for inputs of sizes that a graph does not hold for. problem: the size that may not change, or what was taken for granted."""
 
-    def __init__(self, problem: str, found: str) -> None:
-        super().__init__(
+    problem = ""
+
+    @classmethod
+    def of(cls, problem: str, found: str) -> OtherSizesError:
+        """Returns the error for sizes that were found; it can be sent, as a stage sends it."""
+        error = cls(
             f"the model was traced for inputs of other sizes ({problem}) than {found}: give it a first batch of the common size, and "
             "pad to one length what may not change"
         )
-        self.problem = problem
+        error.problem = problem
+        return error
 
 
 @dataclass(eq=False)
@@ -59,7 +64,7 @@ class Guards:
                 )
         if problem := self._problem(inputs):
             found = ", ".join(str(tuple(x.shape)) for x in inputs)
-            raise OtherSizesError(problem, found)
+            raise OtherSizesError.of(problem, found)
         self.seen.add(key)
 
     def _problem(self, inputs: Sequence[Tensor]) -> str:
