@@ -55,7 +55,12 @@ def parts(model: nn.Module, x: Tensor, cut: str) -> list[nn.Module]:
     return list(stages(found, [names.index(cut)]))
 
 
-def step(modules: Sequence[nn.Module], x: Tensor) -> float:
+def weights_of(modules: Sequence[nn.Module]) -> list[list[Tensor]]:
+    """Returns what each stage differentiates for: listed once, as a stage does."""
+    return [[p for p in module.parameters() if p.requires_grad] for module in modules]
+
+
+def step(modules: Sequence[nn.Module], x: Tensor, weights: Sequence[Sequence[Tensor]]) -> float:
     """Returns the seconds of one forward and backward through all stages, cut off from each other as stages are."""
     began = time.thread_time()
     held = []
@@ -63,11 +68,11 @@ def step(modules: Sequence[nn.Module], x: Tensor) -> float:
     for k, module in enumerate(modules):
         leaf = value.detach().requires_grad_(k > 0)
         out = module(leaf)
-        held.append((leaf, out, [p for p in module.parameters() if p.requires_grad]))
+        held.append((leaf, out))
         value = out
     error = torch.ones_like(value)
-    for k, (leaf, out, weights) in reversed(list(enumerate(held))):
-        found = torch.autograd.grad(out, [*([leaf] if k else []), *weights], error)
+    for k, (leaf, out) in reversed(list(enumerate(held))):
+        found = torch.autograd.grad(out, [*([leaf] if k else []), *weights[k]], error)
         error = found[0]
     return time.thread_time() - began
 
@@ -80,7 +85,8 @@ def main() -> None:
     print("| network | chain, ms | traced / chain: median (quartiles) |\n|---|---:|---:|")
     for name, (net, x, cut) in networks().items():
         chain, traced = parts(copy.deepcopy(net), x, cut), parts(Hidden(copy.deepcopy(net)), x, f"net.{cut}")
-        rounds = [[step(one, x) for one in (chain, traced, traced, chain)] for _ in range(asked.rounds + 5)][5:]
+        pairs = [(one, weights_of(one)) for one in (chain, traced, traced, chain)]
+        rounds = [[step(one, x, weights) for one, weights in pairs] for _ in range(asked.rounds + 5)][5:]
         low, middle, high = statistics.quantiles([(b + c) / (a + d) for a, b, c, d in rounds])
         least = statistics.median(a + d for a, _, _, d in rounds) / 2
         print(f"| {name} | {1e3 * least:.1f} | {middle:.3f} ({low:.3f}, {high:.3f}) |", flush=True)
