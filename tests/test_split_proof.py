@@ -63,7 +63,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen, plain = list[bool](), proof._difference
 
     def noted(*given: Any) -> str:
-        seen.append(given[-1])
+        seen.append(given[-1].apart)
         return plain(*given)
 
     monkeypatch.setattr(proof, "_difference", noted)

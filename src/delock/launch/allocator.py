@@ -34,7 +34,7 @@ SETTINGS = (
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 
 # malloc.h
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
 _ALL_ARENAS = 4096  # of jemalloc
 
 
@@ -90,6 +90,20 @@ def keep() -> None:
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)  # as a size_t: never
         libc.mallopt(_M_TOP_PAD, 64 << 20)
+
+
+@contextmanager
+def returning() -> Iterator[None]:
+    """Lets glibc return every large block to the system as soon as it is free. Within the block memory counts more than time."""
+    libc = ctypes.CDLL(None) if in_use() == "glibc" else None
+    if libc:
+        libc.mallopt(_M_MMAP_THRESHOLD, 64 << 10)
+    try:
+        yield
+    finally:
+        if libc:  # from now on as much is kept as glibc comes to keep by itself
+            libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+            libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def give_back() -> None:

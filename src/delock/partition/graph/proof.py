@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +21,14 @@ from delock.links.wire import make_dense
 from delock.partition.graph.digests import Gradients, NotApartError, Uses, caught, digest
 from delock.partition.graph.examples import is_large
 from delock.partition.graph.exported import answering
+from delock.partition.graph.offloaded import bears_hooks, offloaded
 from delock.partition.graph.python_state import attributes, refuse_changed
 from delock.partition.graph.root import aliases, in_mode, root, shadow
 from delock.partition.graph.segment import Segment, computation
 from delock.partition.graph.structure import Structure, change, not_constant
 from delock.tensors import is_floating, same, tensors
 
+T = TypeVar("T")
 SEED = 20_261_127  # any number: both are given the same, another one in every step, so that dropout draws the same
 
 
@@ -50,38 +54,55 @@ def difference(
 ) -> str:
     """Returns the first thing in which the pieces differ from the model; "" if there is none.
 
-    told: from the model when it knows that it is exported; that in turn may differ from the model in rounding. Of a large model, what each
-    use of a tied weight adds to its gradient is compared, and not the sum, which takes more memory; equal pairs have equal sums.
+    told: from the model when it knows that it is exported; that in turn may differ from the model in rounding.
 
     They take several steps on the same copies, in training and then in eval mode: a difference may show only after a step, as with buffers,
     or with what a forward leaves in Python's attributes.
     """
-    if is_large(model):
-        with suppress(NotApartError):
-            if not _difference(model, call, pieces, examples, told, True):
-                return ""
-    return _difference(model, call, pieces, examples, told, False)
+    look = partial(_difference, model, call, pieces, examples, told)
+    return _sparingly(model, call, examples[0], look, lambda found: not found)
 
 
 def structures_once_more(
     model: nn.Module, call: Call, pieces: Sequence[Segment], inputs: Sequence[Tensor], told: bool
 ) -> dict[bool, Structure]:
     """Returns the structures of the model's output in both modes; none if a step of pieces that were proved before differs from its own."""
-    if is_large(model):
-        with suppress(NotApartError):
-            return _structures(model, call, pieces, inputs, told, True)
-    return _structures(model, call, pieces, inputs, told, False)
+    return _sparingly(model, call, inputs, partial(_structures, model, call, pieces, inputs, told), lambda found: True)
+
+
+@dataclass(frozen=True)
+class Sparing:
+    """Holds how a proof spares memory.
+
+    apart: what each use of a tied weight adds to its gradient is compared, and not the sum; equal pairs have equal sums.
+    on_disk: there lies what a backward needs.
+    """
+
+    apart: bool = False
+    on_disk: bool = False
+
+
+def _sparingly(model: nn.Module, call: Call, inputs: Sequence[Tensor], look: Callable[[Sparing], T], enough: Callable[[T], bool]) -> T:
+    """Looks at a proof, at that of a large model with little memory; with sums of gradients if what it finds is not enough."""
+    if not is_large(model):
+        return look(Sparing())
+    with seeded(SEED):
+        on_disk = bears_hooks(lambda: root(in_mode(model, True), call, len(inputs))(*(x.clone() for x in inputs)))
+    with suppress(NotApartError):
+        if enough(found := look(Sparing(True, on_disk))):
+            return found
+    return look(Sparing(False, on_disk))
 
 
 def _structures(
-    model: nn.Module, call: Call, pieces: Sequence[Segment], inputs: Sequence[Tensor], told: bool, apart: bool
+    model: nn.Module, call: Call, pieces: Sequence[Segment], inputs: Sequence[Tensor], told: bool, spare: Sparing
 ) -> dict[bool, Structure]:
-    own, cut, structures = Uses(shadow(model), apart), _copies(pieces), dict[bool, Structure]()
+    own, cut, structures = Uses(shadow(model), spare.apart), _copies(pieces), dict[bool, Structure]()
     modes = [Modes(one, model.training) for one in (own.model, *cut)]
     for seed, training in enumerate((True, False), SEED):
         for mode in modes:
             mode.train() if training else mode.module.eval()
-        found, structures[training] = _step(own, call, cut, inputs, training, told, apart, seed)
+        found, structures[training] = _step(own, call, cut, inputs, training, told, spare, seed)
         if found:
             return {}
     return structures
@@ -97,9 +118,9 @@ def repeats(model: nn.Module, call: Call, inputs: Sequence[Tensor]) -> bool:
 
 
 def _difference(
-    model: nn.Module, call: Call, pieces: Sequence[Segment], examples: Sequence[Sequence[Tensor]], told: bool, apart: bool
+    model: nn.Module, call: Call, pieces: Sequence[Segment], examples: Sequence[Sequence[Tensor]], told: bool, spare: Sparing
 ) -> str:
-    own, cut = Uses(shadow(model), apart), _copies(pieces)
+    own, cut = Uses(shadow(model), spare.apart), _copies(pieces)
     modes = [Modes(one, model.training) for one in (own.model, *cut)]
     kept = {name for piece in cut for name, one in piece.named_modules() if name and type(one) is not nn.Module}
     seen: dict[str, str] | None = None  # after the first batch
@@ -108,7 +129,7 @@ def _difference(
     for seed, (training, inputs) in enumerate(steps, SEED):
         for mode in modes:
             mode.train() if training else mode.module.eval()
-        found, structure = _step(own, call, cut, inputs, training, told, apart, seed)
+        found, structure = _step(own, call, cut, inputs, training, told, spare, seed)
         if changes := change(structures.setdefault(training, structure), structure):
             raise not_constant(changes)
         if found:
@@ -121,15 +142,15 @@ def _difference(
         for mode in modes:
             mode.train()
         with seeded(SEED):
-            plain = _whole(Uses(in_mode(model, True), apart), call, examples[0], True, samples=True)
+            plain = _whole(Uses(in_mode(model, True), spare.apart), call, examples[0], True, samples=True)
         with seeded(SEED), answering(exporting=True, compiling=True):
-            whole = _whole(Uses(in_mode(model, True), apart), call, examples[0], True, samples=True)
+            whole = _whole(Uses(in_mode(model, True), spare.apart), call, examples[0], True, samples=True)
         return _compared(plain, whole, close)
     return ""
 
 
 def _step(
-    own: Uses, call: Call, cut: Sequence[Segment], inputs: Sequence[Tensor], training: bool, told: bool, apart: bool, seed: int
+    own: Uses, call: Call, cut: Sequence[Segment], inputs: Sequence[Tensor], training: bool, told: bool, spare: Sparing, seed: int
 ) -> tuple[str, Structure]:
     """Returns the first thing in which a step of both differs, and the structure of the output.
 
@@ -137,11 +158,12 @@ def _step(
     """
     give_back = allocator.give_back if is_large(own.model) else lambda: None
     give_back()
-    with seeded(seed), answering(exporting=True, compiling=True) if told else nullcontext():
+    keeping = partial(offloaded, own.model) if training and spare.on_disk else nullcontext
+    with seeded(seed), keeping(), answering(exporting=True, compiling=True) if told else nullcontext():
         whole = _whole(own, call, inputs, training)
     give_back()
-    with seeded(seed):
-        return _compared(whole, _parts(cut, inputs, training, apart), same), whole.structure
+    with seeded(seed), keeping():
+        return _compared(whole, _parts(cut, inputs, training, spare.apart), same), whole.structure
 
 
 def _copies(pieces: Sequence[Segment]) -> list[Segment]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import nn
 
 from delock.data.call import Call
+from delock.launch import allocator
 from delock.partition.graph.cutter import ENOUGH
-from delock.partition.graph.examples import Examples
+from delock.partition.graph.examples import Examples, is_large
 from delock.partition.graph.generators import generators_kept
 from delock.partition.graph.proof import structures_once_more
 from delock.partition.graph.split import Split, split
@@ -26,7 +28,7 @@ def kept_split(model: nn.Module, call: Call, given: Examples, stages: int, wante
     """
     place = folder()
     key = trace_key(model, call, given, stages, tuple(wanted), enough) if place else ""
-    with generators_kept(model):
+    with generators_kept(model), allocator.returning() if is_large(model) else nullcontext():
         if place and key and (kept := _earlier(place, key, model, call, given)):
             return kept
         found = split(model, call, given, stages, wanted, enough)
