@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from delock.checkpoints.encoding import decode, encode
 from delock.engine.engine import run_here
@@ -102,6 +104,18 @@ def every_method(K: int) -> list[Method]:
         Interlocking(n_wise=min(K, 2), combine="sum", send="late"),
         Interlocking(n_wise=min(K, 3), combine="mean"),
     ]
+
+
+def trained_plainly(model: nn.Module, batches: Iterable[Any], loss: Any, optimizer: Optimizer | None = None) -> list[float]:
+    """Trains a model as a loop in plain PyTorch does, by default with SGD at 0.1, and returns the losses."""
+    optimizer, losses = optimizer or torch.optim.SGD(model.parameters(), lr=0.1), list[float]()
+    for x, y in batches:
+        optimizer.zero_grad()
+        found = loss(model(x), y)
+        found.backward()
+        optimizer.step()
+        losses.append(found.item())
+    return losses
 
 
 def jobs(

@@ -21,6 +21,8 @@ from delock.partition.graph.exported import exported
 from delock.partition.graph.guards import Guards
 from delock.partition.graph.split import Split, split
 
+from harness import trained_plainly
+
 SGD = partial(torch.optim.SGD, lr=0.1)
 pytestmark = pytest.mark.usefixtures("own_random")
 
@@ -123,11 +125,7 @@ def test_a_buffer_that_is_read_and_then_replaced() -> None:
     own = copy.deepcopy(model)
     options: dict[str, Any] = {"loss": mse_loss, "optimizer": SGD, "method": "bp", "workers": "inline"}
     assert delock.fit(model, data, stages=2, batches=3, **options).started.cuts == ("high",)
-    optimizer = SGD(own.parameters())
-    for x, y in data:
-        optimizer.zero_grad()
-        mse_loss(own(x), y).backward()
-        optimizer.step()
+    trained_plainly(own, data, mse_loss)
     assert [name for name, one in own.state_dict().items() if not torch.equal(one, model.state_dict()[name])] == []
 
 
@@ -151,7 +149,7 @@ def test_inputs_of_another_type_than_the_traced_one_are_refused(place: str) -> N
 
 
 class Returns(Layers):
-    """Returns something beside its tensor."""
+    """Returns a number or a text in addition to its tensor."""
 
     def __init__(self, what: Callable[[Returns, Tensor], Any]) -> None:
         super().__init__()

@@ -17,6 +17,8 @@ import delock
 from delock.errors import UsageError
 from delock.partition.layers import is_chain
 
+from harness import trained_plainly
+
 pytestmark = pytest.mark.usefixtures("own_random")
 
 
@@ -215,11 +217,7 @@ def test_what_a_model_does_beside_its_forward_is_kept(make: Callable[[], nn.Modu
     torch.manual_seed(0)
     model = make()
     own = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
-    for x, y in batches():
-        optimizer.zero_grad()
-        cross_entropy(own(x), y).backward()
-        optimizer.step()
+    trained_plainly(own, batches(), cross_entropy)
     fit(model, workers=workers)
     assert all(torch.equal(one, model.state_dict()[name]) for name, one in own.state_dict().items())
 

@@ -15,6 +15,8 @@ from torch.nn.functional import cross_entropy
 import delock
 from delock.errors import UsageError
 
+from harness import trained_plainly
+
 pytestmark = pytest.mark.usefixtures("own_random")
 
 
@@ -99,14 +101,7 @@ def test_a_submodule_that_takes_a_gradient_stays_whole_and_is_that_of_a_plain_lo
     model = Parted()
     plain = copy.deepcopy(model)
     result = fit(model, batches()[:1], **options)
-    optimizer, losses = torch.optim.SGD(plain.parameters(), lr=0.1), []
-    for x, y in batches():
-        optimizer.zero_grad()
-        loss = cross_entropy(plain(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert result.losses == losses
+    assert result.losses == trained_plainly(plain, batches(), cross_entropy)
     assert all(map(torch.equal, model.state_dict().values(), plain.state_dict().values()))
 
 

@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy
 import delock
 from delock.partition.trial_state import state_kept
 
+from harness import trained_plainly
+
 pytestmark = pytest.mark.usefixtures("own_random")
 Data = list[tuple[Tensor, Tensor]]
 
@@ -64,26 +66,15 @@ def batches() -> Data:
     return [(torch.randn(8, 12), torch.randint(5, (8,))) for _ in range(3)]
 
 
-def sgd() -> Any:
-    return partial(torch.optim.SGD, lr=0.1)
-
-
 def plain_loop(loss: Any) -> tuple[list[float], nn.Module]:
-    model, losses = network(), list[float]()
-    optimizer = sgd()(model.parameters())
-    for x, y in batches():
-        optimizer.zero_grad()
-        found = loss(model(x), y)
-        found.backward()
-        optimizer.step()
-        losses.append(found.item())
-    return losses, model
+    model = network()
+    return trained_plainly(model, batches(), loss), model
 
 
 def fit(loss: Any, **options: Any) -> tuple[list[float], nn.Module]:
     model = network()
     options = {"method": "bp", "stages": 2, "workers": "inline", "epochs": 1, **options}
-    return delock.fit(model, options.pop("data", batches()), loss=loss, optimizer=sgd(), **options).losses, model
+    return delock.fit(model, options.pop("data", batches()), loss=loss, optimizer=partial(torch.optim.SGD, lr=0.1), **options).losses, model
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:

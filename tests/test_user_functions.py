@@ -14,6 +14,8 @@ import delock
 from delock.data.iterable import Batches
 from delock.errors import UsageError
 
+from harness import trained_plainly
+
 pytestmark = pytest.mark.usefixtures("own_random")
 Data = list[tuple[Tensor, Tensor]]
 
@@ -151,11 +153,7 @@ def test_evaluations_are_not_changed_by_the_trial() -> None:
     model, plain = chain(), chain()
     plain.load_state_dict(model.state_dict())
     result = fit(model, batches(), batches(seed=5), metrics={"mean": lambda out, y: out.mean() + torch.rand(())})
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
-    for x, y in batches():
-        optimizer.zero_grad()
-        cross_entropy(plain(x), y).backward()
-        optimizer.step()
+    trained_plainly(plain, batches(), cross_entropy)
     assert all(torch.equal(one, plain.state_dict()[name]) for name, one in model.state_dict().items())
     losses = [float(cross_entropy(plain.eval()(x), y).detach()) for x, y in batches(seed=5)]
     assert result.evaluations[-1].test_loss == pytest.approx(sum(losses) / 2, abs=0)

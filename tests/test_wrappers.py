@@ -19,6 +19,7 @@ from delock.methods import make
 from delock.partition.wrappers import unwrapped
 
 import zoo
+from harness import trained_plainly
 from specimens import CLASSES, SGD, vectors
 from zoo import ZOO
 from zoo_own import WIDTH, Mlp
@@ -36,11 +37,7 @@ def data() -> Batches:
 
 def by_hand(model: nn.Module, batches: Batches, loss: Any = cross_entropy, make_optimizer: Any = SGD) -> dict[str, Tensor]:
     """Trains in plain PyTorch."""
-    optimizer = make_optimizer([weight for weight in model.parameters() if weight.requires_grad])
-    for x, y in batches:
-        optimizer.zero_grad()
-        loss(model(x), y).backward()
-        optimizer.step()
+    trained_plainly(model, batches, loss, make_optimizer([weight for weight in model.parameters() if weight.requires_grad]))
     return model.state_dict()
 
 
