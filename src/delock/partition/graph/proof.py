@@ -87,7 +87,7 @@ def _sparingly(model: nn.Module, call: Call, inputs: Sequence[Tensor], look: Cal
     if not is_large(model):
         return look(Sparing())
     with seeded(SEED):
-        on_disk = bears_hooks(lambda: root(in_mode(model, True), call, len(inputs))(*(x.clone() for x in inputs)))
+        on_disk = bears_hooks(partial(_forward, model, call, inputs))
     with suppress(NotApartError):
         if enough(found := look(Sparing(True, on_disk))):
             return found
@@ -113,8 +113,14 @@ def repeats(model: nn.Module, call: Call, inputs: Sequence[Tensor]) -> bool:
     found = []
     for _ in range(2):
         with torch.no_grad(), seeded(SEED):
-            found.append(root(in_mode(model, True), call, len(inputs))(*(x.clone() for x in inputs)))
+            found.append(_forward(model, call, inputs))
     return len(found[0]) == len(found[1]) and all(map(same, *found))
+
+
+def _forward(model: nn.Module, call: Call, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns what a copy of the model computes in training."""
+    found: tuple[Tensor, ...] = root(in_mode(model, True), call, len(inputs))(*(x.clone() for x in inputs))
+    return found
 
 
 def _difference(
