@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from delock.data.call import Call
 from delock.partition.graph import examples
+from delock.partition.graph import offloaded as offloading
 from delock.partition.graph.examples import Examples
 from delock.partition.graph.offloaded import LEAST, bears_hooks, offloaded
 from delock.partition.graph.split import split
@@ -74,6 +75,17 @@ def test_what_the_disk_does_not_take_stays_in_memory(fails: str, monkeypatch: py
     plain = gradients(model, x)
     with offloaded(model):
         assert all(map(torch.equal, plain, gradients(model, x)))
+
+
+def test_without_a_folder_for_a_file_all_stays_in_memory(monkeypatch: pytest.MonkeyPatch, written: list[int]) -> None:
+    def refuses(**options: Any) -> Any:
+        raise FileNotFoundError("no usable temporary directory found")
+
+    monkeypatch.setattr(offloading, "TemporaryFile", refuses)
+    model, x = network(), torch.randn(16, 4, 32, 32, requires_grad=True)
+    with offloaded(model):
+        gradients(model, x)
+    assert not written
 
 
 class Slope(nn.Module):
