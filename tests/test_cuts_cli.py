@@ -156,6 +156,7 @@ def test_a_plan_names_the_weights_that_travel(here: Path, capsys: pytest.Capture
     assert "of what stage 0 sends up, 0.00 MB are weights that later stages use too (read.weight)" in capsys.readouterr().out
     assert main([*words, "--json"]) == 0
     profile = json.loads(capsys.readouterr().out)["profile"]
+    assert all(isinstance(cut, str) for cut in profile["cuts"]), "as train takes those of a traced model"
     assert profile["tied"] == [{"read.weight": WEIGHT}]
     assert profile["messages"][0] >= WEIGHT + ACTIVATION
     assert main(["plan", "--method", "bp", "--profile", "cut_things.py:chain", *WORDS]) == 0

@@ -6,6 +6,7 @@ import copy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,82 @@ def test_state_is_put_back_wherever_it_lies() -> None:
     assert all(held[name] == before[name] for name in ("list", "set", "pair"))
     assert not array.any()
     assert not vars(loss)
+
+
+class Slotted:
+    """Keeps its state in slots, one of them empty at first."""
+
+    __slots__ = ("calls", "last")
+
+    def __init__(self) -> None:
+        self.calls = [0]
+
+    def __call__(self) -> None:
+        self.calls[0] += 1
+        self.calls = [*self.calls, 1]
+        self.last = 1
+
+
+READ = {"a": 1, "b": 2}
+
+
+def by_globals() -> None:
+    """Makes a global, writes one that it does not read, and changes the order of a dict."""
+    global MADE, WRITTEN
+    MADE = globals().get("MADE", 0) + 1
+    WRITTEN = 1
+    READ["a"] = READ.pop("a")
+
+
+WRITTEN = 0
+
+
+def test_slots_and_names_of_globals_are_put_back() -> None:
+    slotted = Slotted()
+    with state_kept([slotted, by_globals], []):
+        slotted()
+        by_globals()
+    assert slotted.calls == [0]
+    assert not hasattr(slotted, "last")
+    assert ("MADE" in globals(), WRITTEN, [*READ]) == (False, 0, ["a", "b"])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_a_loss_does_to_the_tensors_that_it_holds_is_put_back() -> None:
+    weight, frozen = (torch.zeros(3, requires_grad=True) for _ in range(2))
+    weight.grad = torch.ones(3)
+    read_only = np.frombuffer(b"12345678", dtype=np.uint8)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+    def loss() -> None:
+        assert read_only.sum() > 0
+        assert nested.is_nested
+        (weight * 2).sum().backward()
+        frozen.requires_grad_(False)
+        frozen.data = frozen.data.double()
+
+    with state_kept([loss], []):
+        loss()
+    assert weight.grad.tolist() == [1, 1, 1]
+    assert (frozen.requires_grad, frozen.dtype) == (True, torch.float32)
+
+
+class Late(nn.Module):
+    """Makes its buffer in the first call."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if not hasattr(self, "centre"):
+            self.register_buffer("centre", torch.zeros(5))
+        self.centre = 0.9 * self.centre + 0.1 * outputs.detach().mean(0)
+        return cross_entropy(outputs - self.centre, targets)
+
+
+@pytest.mark.parametrize("workers", ["inline", "processes"])
+def test_a_buffer_that_a_loss_makes_in_its_first_call_costs_no_run(workers: str) -> None:
+    losses, model = fit(Late(), workers=workers)
+    expected, trained = plain_loop(Late())
+    assert losses == expected
+    assert equal(model, trained)
 
 
 def test_a_loss_that_the_model_has_as_an_attribute_is_put_back_and_the_model_itself_is_not_looked_at() -> None:

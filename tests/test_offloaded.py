@@ -100,7 +100,15 @@ class Slope(nn.Module):
         return made * self.weight
 
 
-@pytest.mark.parametrize(("part", "bears"), [(Slope, False), (nn.Tanh, True)])
+class Forbidding(Slope):
+    """Forbids hooks in words of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+            return x * self.weight
+
+
+@pytest.mark.parametrize(("part", "bears"), [(Slope, False), (Forbidding, False), (nn.Tanh, True)])
 def test_a_large_model_that_bears_no_hooks_is_proved_in_memory(
     part: Callable[[], nn.Module], bears: bool, monkeypatch: pytest.MonkeyPatch, written: list[int]
 ) -> None:

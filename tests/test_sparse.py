@@ -127,3 +127,11 @@ def test_a_layer_that_returns_a_sparse_tensor_is_refused() -> None:
     layers = [nn.Linear(6, 8), Sparse(), nn.Flatten(), nn.Linear(8, 3)]
     with pytest.raises(UsageError, match=r"layer 1 \(1, Sparse\) returns a sparse tensor \(torch.sparse_coo\), and only dense"):
         fit(nn.Sequential(*layers), [(torch.randn(4, 6), torch.zeros(4).long())])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_whatever_their_layout(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2, 6), torch.ones(3, 6)], layout=layout)
+    with pytest.raises(UsageError, match=r"input 0 holds a nested tensor \(torch\.\w+\), and only dense tensors go through stages"):
+        fit(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), [(nested, torch.zeros(2, dtype=torch.long))])

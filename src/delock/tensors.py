@@ -105,8 +105,11 @@ def map_tensors(act: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
 
 def layout(tree: Tree) -> str:
     """Returns what the first tensor of a tree is that is not dense, in words; "" if all are."""
-    other = next((str(one.layout) for one in tree_tensors(tree) if one.layout != torch.strided), "")
-    return other and f"a {'sparse' if 'sparse' in other else 'nested' if 'jagged' in other else 'packed'} tensor ({other})"
+    other = next((one for one in tree_tensors(tree) if one.is_nested or one.layout != torch.strided), None)
+    if other is None:
+        return ""
+    kind = "nested" if other.is_nested else "sparse" if "sparse" in str(other.layout) else "packed"
+    return f"a {kind} tensor ({other.layout})"
 
 
 def rows(tree: Tree, begin: int, end: int, count: int) -> Tree:

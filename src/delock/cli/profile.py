@@ -20,7 +20,7 @@ class Profile:
 
     model: str
     samples: int  # in the batch
-    cuts: tuple[int, ...]
+    cuts: tuple[int | str, ...]  # as train takes them
     layers: tuple[int, ...]
     parameters: tuple[int, ...]
     forward: tuple[float, ...]  # seconds
@@ -51,7 +51,7 @@ def measure_model(config: TrainConfig, method: Method, K: int, placement: Placem
     return Profile(
         model=resolved(config.network.model),
         samples=prepared.batch.rows,
-        cuts=prepared.cuts,
+        cuts=prepared.places,
         layers=tuple(len(stage) for stage in stages),
         parameters=tuple(sum(cost.params for cost in stage) for stage in stages),
         forward=tuple(sum(cost.forward_s for cost in stage) for stage in stages),

@@ -22,6 +22,11 @@ def loaded(code: CodeType) -> set[str]:
     return _arguments(code, LOADS)
 
 
+def stored(code: CodeType) -> set[str]:
+    """Returns the global names that code binds or deletes, that of functions inside it included."""
+    return _arguments(code, ("STORE_GLOBAL", "DELETE_GLOBAL"))
+
+
 def imports(code: CodeType) -> set[str]:
     """Returns the modules that code imports when it runs."""
     return _arguments(code, ("IMPORT_NAME",))

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,21 @@ def _parts(one: object) -> list[object]:
         return [inside for base in one.__mro__ if not of_library(base) for inside in vars(base).values()]
     if isinstance(one, property | staticmethod | classmethod):
         return [one.fget, one.fset] if isinstance(one, property) else [one.__func__]
-    return [*getattr(one, "__dict__", {}).values(), type(one)]
+    return [*getattr(one, "__dict__", {}).values(), *(value for slot in slots(one) for value in content(slot, one)), type(one)]
+
+
+def slots(one: object) -> list[MemberDescriptorType]:
+    """Returns the slots that an object has by classes of the user's own."""
+    own = (cls for cls in type(one).__mro__ if not of_library(cls))
+    return [slot for cls in own for slot in vars(cls).values() if isinstance(slot, MemberDescriptorType)]
+
+
+def content(slot: MemberDescriptorType, one: object) -> list[object]:
+    """Returns what is in a slot, if anything is."""
+    try:
+        return [slot.__get__(one)]
+    except AttributeError:
+        return []
 
 
 def _of_function(function: FunctionType) -> list[object]:

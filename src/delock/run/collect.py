@@ -15,7 +15,8 @@ from delock.partition.stages import stages
 from delock.records import Result, Started
 from delock.run.job import StageResult
 from delock.run.request import Request
-from delock.stage.loading import load_module
+from delock.stage.buffers import buffers_of
+from delock.stage.loading import load_module, volatile
 from delock.tensors import is_floating
 
 
@@ -65,7 +66,10 @@ def _load(request: Request, cuts: tuple[int | str, ...], results: list[StageResu
     """
     last = results[-1]
     if isinstance(request.loss, nn.Module):
-        load_module(request.loss, last.loss, last.volatile["loss"], "loss")
+        # what the loss has made in its first call stays where it is
+        known = {*request.loss.state_dict(), *volatile(request.loss), *buffers_of(request.loss)}
+        state, rest = ({name: one for name, one in part.items() if name in known} for part in (last.loss, last.volatile["loss"]))
+        load_module(request.loss, state, rest, "loss")
     given = request.heads if request.heads is not None and not isinstance(request.heads, str) else ()
     heads = dict(zip(request.method.headed(len(results)), given, strict=True)) if given else {}
     for k, module in enumerate(stages(request.network.layers(), cuts)):

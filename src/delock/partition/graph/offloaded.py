@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -15,16 +15,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from delock.tensors import address, fills_memory
 
 LEAST = 1 << 16  # bytes of a tensor that is worth a place on disk
-NO_HOOKS = "saved tensor hooks"  # in torch's words, of what cannot be computed with them, as torch.func.grad
 
 
 def bears_hooks(call: Callable[[], object]) -> bool:
-    """Returns True if a call computes with hooks on what graphs keep; torch.func.grad, for one, does not."""
+    """Returns True if a call computes with hooks on what graphs keep; torch.func.grad, for one, does not, and code may forbid them."""
     try:
         with torch.no_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
             call()
-    except RuntimeError as error:
-        return NO_HOOKS not in str(error)
+    except RuntimeError:
+        return False
     return True
 
 
@@ -36,13 +35,12 @@ def offloaded(model: nn.Module) -> Iterator[None]:
     memory of others.
     """
     held = {address(one) for one in (*model.parameters(), *model.buffers())}
-    try:
-        opened = TemporaryFile(buffering=0)
-    except OSError:  # no folder takes one: then memory is what there is
-        yield
-        return
-    with opened as file:
-        place = file.fileno()
+    with ExitStack() as opened:
+        try:
+            place = opened.enter_context(TemporaryFile(buffering=0)).fileno()
+        except OSError:  # no folder takes one: then memory is what there is
+            yield
+            return
 
         def pack(x: Tensor) -> Any:
             if address(x) in held or not _owns_memory(x):
