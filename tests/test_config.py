@@ -103,6 +103,8 @@ def test_a_wrong_key_or_type_is_named(values: dict[str, object], words: list[str
         ({"optimizer": "adam", "momentum": 0.5}, ["momentum", "adam"]),
         ({"nesterov": True, "momentum": 0.0}, ["nesterov"]),
         ({"milestones": [3]}, ["milestones", "cosine"]),
+        ({"schedule": "constant", "floor": 0.1}, ["floor", "constant"]),
+        ({"floor": 1.5}, ["floor", "1.5"]),
         ({"schedule": "steps"}, ["--milestones"]),
     ],
 )
@@ -150,12 +152,16 @@ def test_the_learning_rate_counts_updates() -> None:
     assert schedule.factor(4) == 1.0
     assert schedule.factor(7) == pytest.approx(0.5)
     assert schedule.factor(10) == pytest.approx(0.0)
+    kept = Schedule("cosine", updates=10, warmup=4, floor=0.1)
+    assert [round(kept.factor(n), 3) for n in (0, 4, 7, 10, 12)] == [0.25, 1, 0.55, 0.1, 0.1]
     assert Schedule("constant", 10).factor(9) == 1.0
     steps = Schedule("steps", 10, milestones=(2, 5), gamma=0.1)
     assert [round(steps.factor(n), 3) for n in (0, 1, 2, 4, 5, 9)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
 
 
 def test_a_recipe_turns_batches_into_updates() -> None:
+    kept = config(method="bp", batches=30, warmup=9, floor=0.1)
+    assert recipe(kept, make_method(kept.algorithm), epoch=10, batches=30)[1] == Schedule("cosine", updates=30, warmup=9, floor=0.1)
     chosen = config(method="adl", accumulate=4, warmup=9, schedule="steps", milestones=[1, 2])
     _, schedule = recipe(chosen, make_method(chosen.algorithm), epoch=10, batches=30)
     assert schedule == Schedule("steps", updates=8, warmup=3, milestones=(3, 5), gamma=0.1)

@@ -54,4 +54,4 @@ def test_a_loaded_state_goes_on_as_the_whole() -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(UsageError, match="pip install pytorch-optimizer"):
-        soap()(start())
+        soap()

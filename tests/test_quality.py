@@ -169,8 +169,3 @@ def test_group_norm_takes_the_place_of_batch_norm(part: Part) -> None:
     model = part("tasks").grouped(build("resnet20", classes=10, in_channels=3, image_size=32))
     kinds = [type(module).__name__ for module in model.modules()]
     assert (kinds.count("GroupNorm"), kinds.count("BatchNorm2d")) == (19, 0)
-
-
-def test_the_schedule_falls_to_its_floor(part: Part) -> None:
-    rate = part("tasks").Cosine(1_000, 100, 0.1).factor
-    assert [round(rate(n), 4) for n in (0, 99, 100, 550, 1_000)] == [0.01, 1.0, 1.0, 0.55, 0.1]

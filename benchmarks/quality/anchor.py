@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from rows import Run
-from tasks import Cosine, Text
+from tasks import Text
 from torch import nn
 
 from delock.records import Event
@@ -33,7 +33,7 @@ class Anchor(Text):
         given, length = self.workload(run.seed), batches or self.updates
         model: nn.Module = given["model"].train()
         optimizer = run.row.factory(run.rate)(list(model.named_parameters()))
-        schedule = Cosine(self.updates, self.warmup, self.floor)(optimizer)
+        schedule = self.schedule(optimizer)
         losses = []
         for inputs, targets in given["train"].epoch(0):
             optimizer.zero_grad()

@@ -16,14 +16,12 @@ import torch
 from rows import Run
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 import delock
 from delock.data import Data, TextData, load, load_text
 from delock.errors import NonFinite, UsageError
 from delock.nets import bits, build, gpt, nats
-from delock.recipes import accuracy
+from delock.recipes import Schedule, accuracy
 from delock.records import Event, Result
 
 TENTHS = 10  # of the run, whose mean training losses are recorded
@@ -35,25 +33,6 @@ def home() -> Path:
     if "DELOCK_DATA" not in os.environ:
         raise UsageError("DELOCK_DATA names no folder: set it to the one with tinyshakespeare.txt, and with CIFAR-10 as train/ and test/")
     return Path(os.environ["DELOCK_DATA"])
-
-
-@dataclass(frozen=True)
-class Cosine:
-    """Scales the rate by (n + 1) / warmup at first, then by a cosine from 1 down to `floor` at the end."""
-
-    updates: int
-    warmup: int
-    floor: float
-
-    def __call__(self, optimizer: Optimizer) -> LambdaLR:
-        return LambdaLR(optimizer, self.factor)
-
-    def factor(self, n: int) -> float:
-        """Returns the factor at update n = 0, 1, ..."""
-        if n < self.warmup:
-            return (n + 1) / self.warmup
-        done = min(1.0, (n - self.warmup) / max(1, self.updates - self.warmup))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -71,6 +50,11 @@ class Task:
     score = "bits"  # the metric; less is better
     clip: ClassVar[float | None] = None  # the largest norm of a gradient
 
+    @property
+    def schedule(self) -> Schedule:
+        """Returns the course of the rate."""
+        return Schedule("cosine", self.updates, self.warmup, floor=self.floor)
+
     def settings(self, run: Run) -> dict[str, Any]:
         """Returns all that decides the numbers of a run, as plain values."""
         own = {name: value for name, value in asdict(self).items() if name != "cuts"}
@@ -87,7 +71,7 @@ class Task:
             **{name: value for name, value in given.items() if name != "test"},
             method=run.row.make_method(),
             optimizer=run.row.factory(run.rate),
-            schedule=Cosine(self.updates, self.warmup, self.floor),
+            schedule=self.schedule,
             cuts=dict(self.cuts)[run.row.K],
             batches=length,
             clip=self.clip,

@@ -163,5 +163,5 @@ def recipe(config: TrainConfig, method: Method, epoch: int, batches: int) -> tup
         return math.ceil(count / method.batches_per_update)
 
     milestones = tuple(sorted(updates(at * epoch) for at in options.milestones))
-    schedule = Schedule(options.schedule, updates(batches), updates(resolved(options.warmup)), milestones, options.gamma)
+    schedule = Schedule(options.schedule, updates(batches), updates(resolved(options.warmup)), milestones, options.gamma, options.floor)
     return optimizer_factory(config.update), schedule

@@ -20,8 +20,8 @@ class Schedule:
     """Scales the optimizer's learning rate by a factor of the number n = 0, 1, ... of the stage's update.
 
     warmup: number of updates n during which the factor is (n + 1) / warmup.
-    shape: after the warm-up, "constant" keeps 1; "cosine" falls from 1 to 0, which it reaches after `updates`; "steps" multiplies by
-    `gamma` at each of the `milestones`.
+    shape: after the warm-up, "constant" keeps 1; "cosine" falls from 1 to `floor`, which it reaches after `updates`; "steps"
+    multiplies by `gamma` at each of the `milestones`.
     updates, warmup and milestones count the stage's own updates, so that all stages use the same rate for the same batch.
     """
 
@@ -30,6 +30,7 @@ class Schedule:
     warmup: int = 0
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
+    floor: float = 0.0
 
     def __call__(self, optimizer: Optimizer) -> LambdaLR:
         return LambdaLR(optimizer, self.factor)
@@ -40,7 +41,7 @@ class Schedule:
             return (n + 1) / self.warmup
         if self.shape == "cosine":
             done = (n - self.warmup) / max(1, self.updates - self.warmup)
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         if self.shape == "steps":
             return self.gamma ** bisect_right(self.milestones, n)
         return 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -32,11 +33,13 @@ class soap:
     weight_decay: float = 0.01
     precondition_frequency: int = 10
 
+    def __post_init__(self) -> None:
+        if find_spec("pytorch_optimizer") is None:
+            raise UsageError("SOAP comes from a package that is not installed: pip install pytorch-optimizer")
+
     def __call__(self, params: Named) -> Optimizer:
-        try:
-            from pytorch_optimizer import SOAP
-        except ImportError as error:
-            raise UsageError("SOAP comes from a package that is not installed: pip install pytorch-optimizer") from error
+        from pytorch_optimizer import SOAP  # here, as it takes a second
+
         groups = decay_groups(params, self.weight_decay)
         made: Optimizer = SOAP(groups, self.lr, self.betas, precondition_frequency=self.precondition_frequency)
         return made

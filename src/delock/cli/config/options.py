@@ -163,6 +163,8 @@ class TrainingOptions:
     """steps: epochs at which the learning rate is multiplied by --gamma."""
     gamma: float = 0.1
     """steps: the factor of a milestone."""
+    floor: float = 0.0
+    """cosine: the share of --lr that is left at the end."""
     seed: int = 0
     """Seed of initial weights, order, augmentation and dropout."""
 

@@ -98,6 +98,8 @@ def _check_training(config: TrainingOptions) -> None:
         raise UsageError("the length of the run is given twice: use --epochs or --batches")
     if config.milestones and config.schedule != "steps":
         raise UsageError(f"milestones belong to the schedule steps, and the schedule is {config.schedule}")
+    if config.floor and config.schedule != "cosine":
+        raise UsageError(f"floor belongs to the schedule cosine, and the schedule is {config.schedule}")
     if config.schedule == "steps" and not config.milestones:
         raise UsageError("the schedule steps needs --milestones: the epochs at which the learning rate falls")
 
@@ -148,6 +150,7 @@ def _check(config: TrainConfig) -> None:
         "weight-decay": (update.weight_decay, 0, MOST_FLOAT),
         "warmup": (training.warmup, 0),
         "gamma": (training.gamma, 0, MOST_FLOAT),
+        "floor": (training.floor, 0, 1),
         "seed": (training.seed, 0, MOST_SEED),
     }
     check_ranges(ranges)
