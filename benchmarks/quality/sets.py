@@ -91,11 +91,9 @@ def quoted() -> tuple[Row, ...]:
         *rows(few, "ddg", 8, ("muon",), micro_batches=8, ahead="part"),
         *rows(few, "ddg", 4, ("scadamw.9", "scadamw", "muon"), micro_batches=4, ahead="part"),
         *(row for K in (4, 8) for row in rows(few, "ddg", K, ("scadamw.9",), micro_batches=K)),
-        *(row for K, M in ((8, 4), (2, 2)) for row in rows(few, "ddg", K, ("scadamw",), micro_batches=M)),
-        *rows(few, "2bw", 4, MAIN, micro_batches=4),
-        *rows(few, "fdg", 4, MAIN, micro_batches=4),
-        *rows(few, "dgl", 4, MAIN),
-        *rows(late, "fdg", 4, MAIN),
+        *(row for method in ("2bw", "fdg") for row in rows(few, method, 4, ("muon", "scadamw"), micro_batches=4)),
+        *rows(few, "dgl", 4, ("muon", "adamw")),
+        *rows(late, "fdg", 4, ("muon",)),
     )
 
 
@@ -129,7 +127,7 @@ def images(*accumulate: int) -> tuple[Row, ...]:
         *rows(grids, "ddg", 4, ("sgd",), micro_batches=4),
         *(row for parts in accumulate for row in rows(grids, "bp", 1, ("sgd",), **({"accumulate": parts} if parts > 1 else {}))),
         *rows(grids, "ddg", 4, ("scsgd",), micro_batches=4),
-        *rows(grids, "fdg", 4, ("sgd", "scsgd")),
+        *rows(grids, "fdg", 4, ("sgd",)),
     )
 
 
