@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import delock
 from delock.checkpoints.directory import read, verified
@@ -40,10 +41,10 @@ def network(width: int = 8) -> nn.Sequential:
 
 def train(folder: Path | None = None, *, width: int = 8, keeps: dict[str, Any] | None = None, of: Any = None, **more: Any) -> Run:
     """Trains it, on batches `of`; keeps: the options of its checkpoints in `folder`."""
-    given = {"method": "fdg", "cuts": [2, 5], "batches": BATCHES, "workers": "inline", "optimizer": SGD, **more}
+    given = {"method": "fdg", "cuts": [2, 5], "batches": BATCHES, "workers": "inline", "optimizer": SGD, "loss": cross_entropy, **more}
     kept = {"checkpoint": delock.Checkpoint(folder, **(keeps or {}))} if folder else {}
     model, report = network(width), delock.Report(log_every=1)
-    return model, delock.fit(model, of or data(), data(2, 1), loss=nn.functional.cross_entropy, report=report, **given, **kept)
+    return model, delock.fit(model, of or data(), data(2, 1), report=report, **given, **kept)
 
 
 def assert_same(a: Run, b: Run) -> None:

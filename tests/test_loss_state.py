@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import delock
 from delock.partition.trial_state import state_kept
 
 from harness import trained_plainly
+from survivors import assert_same, train
 
 pytestmark = pytest.mark.usefixtures("own_random")
 Data = list[tuple[Tensor, Tensor]]
@@ -146,6 +148,46 @@ def test_every_stage_with_a_loss_has_a_copy_and_processes_give_the_same_numbers(
     assert equal(model, other)
     assert inline.calls == apart.calls == 3
     assert torch.equal(inline.centre, apart.centre)
+
+
+class Noting(nn.Module):
+    """Keeps a running centre, a count that is in no state dict, and what it makes in its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if not hasattr(self, "first"):
+            self.register_buffer("first", outputs.detach()[0].clone())
+        found = cross_entropy(outputs - self.centre + self.first, targets) * 0.99**self.calls
+        self.centre = 0.9 * self.centre + 0.1 * outputs.detach().mean(0)
+        self.calls += 1
+        return found
+
+
+@pytest.mark.parametrize("workers", ["inline", "processes"])
+@pytest.mark.parametrize("method", ["fdg", "dgl"])
+def test_a_run_that_goes_on_has_the_state_of_its_loss(method: str, workers: str, tmp_path: Path) -> None:
+    """Every stage of dgl has a copy of the loss."""
+    losses = [Noting() for _ in range(3)]
+    whole, _, again = (
+        train(tmp_path, keeps=keeps, method=method, workers=workers, loss=loss)
+        for keeps, loss in zip(({}, {"every": 10}, {"resume": "newest"}), losses, strict=True)
+    )
+    assert_same(again, whole)
+    assert torch.equal(losses[2].centre, losses[0].centre)
+    assert losses[2].calls == losses[0].calls > 24
+
+
+def test_a_run_that_goes_on_in_other_stages_has_the_state_of_its_loss(tmp_path: Path) -> None:
+    """Dropout draws other numbers there."""
+    first, then = Noting(), Noting()
+    train(tmp_path, keeps={"every": 12}, method="bp", loss=first)
+    train(tmp_path, keeps={"resume": "newest"}, method="bp", cuts=[3], loss=then)
+    assert torch.equal(then.first, first.first)
+    assert then.calls == first.calls > 24
 
 
 def test_trials_that_fail_leave_the_state_as_it_was() -> None:

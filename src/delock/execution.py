@@ -91,6 +91,14 @@ def _joined(chunks: list[Value]) -> Value:
 # ---- the loss ----------------------------------------------------------------------------------------------------------------------
 
 
+def module_of(loss: Loss | None) -> nn.Module | None:
+    """Returns the loss that the user gave, if it is a module; also one behind what has it as `func`, as a partial does."""
+    given: Any = loss
+    while not isinstance(given, nn.Module) and hasattr(given, "func"):
+        given = given.func
+    return given if isinstance(given, nn.Module) else None
+
+
 def compute_loss(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     """Returns loss(outputs, targets), with a gradient if the outputs have one. Raises UsageError for a result that is no loss.
 

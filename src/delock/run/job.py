@@ -13,7 +13,6 @@ from delock.launch.ambient import Ambient
 from delock.methods import Method
 from delock.optim.rates import monitor_of
 from delock.options import EMA, Acts, Checkpoint, Compression, Execution, Placement, Report, Simulation
-from delock.partition.graph.outputs import OnOutput
 from delock.plan import RunLength
 from delock.records import EvaluationRecord, StageReport
 from delock.run.request import Metric
@@ -88,12 +87,6 @@ class StageJob:
     def acts(self) -> bool:
         """Returns True if evaluations are acted on."""
         return bool(self.monitor) or any(not isinstance(one, EMA) for one in self.callbacks)
-
-    @property
-    def loss_module(self) -> nn.Module | None:
-        """Returns the loss that the user gave, if it is a module: its state comes home as that of the stages does."""
-        given = self.loss.function if isinstance(self.loss, OnOutput) else self.loss
-        return given if isinstance(given, nn.Module) else None
 
     def parts_in_words(self) -> list[tuple[str, object]]:
         """Returns what it holds by the names that the user knows it by, for errors."""

@@ -15,6 +15,7 @@ from delock.engine.engine import Engine, spin
 from delock.engine.feed import Feed, HandedFeed
 from delock.engine.log import StageLog
 from delock.errors import Concluded, Stopped, UsageError
+from delock.execution import module_of
 from delock.launch import allocator, peak_memory
 from delock.launch.notices import Notices
 from delock.links import Link
@@ -188,7 +189,7 @@ class Worker:
         )
         stage = self.stage
         head = stage.head.module.state_dict() if stage.head else {}
-        loss = self.job.loss_module if self.job.k == self.job.K - 1 else None
+        loss = module_of(self.job.loss) if self.job.k == self.job.K - 1 else None
         rest = {
             "module": volatile(stage.module),
             "head": volatile(stage.head.module) if stage.head else {},

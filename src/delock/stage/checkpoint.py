@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from delock.errors import UsageError
+from delock.execution import module_of
 from delock.links.message import Message, as_values
 from delock.ops import Forward, Weights
 from delock.plan.steps import Step
 from delock.stage.in_flight import InFlight
-from delock.stage.loading import load_module, volatile
+from delock.stage.loading import load_module, make_buffers, volatile
 from delock.stage.module import ModuleFunction
 from delock.stage.module import Weights as Tensors
 from delock.stage.stage import Stage
@@ -37,6 +38,7 @@ def state(stage: Stage) -> dict[str, Any]:
         "seen": {part: {name: getattr(body, name) for name in SEEN} for part, body in _bodies(stage).items()},
         "banks": {version: _detached(weights) for version, weights in stage.banks.kept.items() if version < stage.version},
         "in_flight": {batch: _saved(stage, held) for batch, held in stage.in_flight.items()},
+        "loss": _loss_state(stage),
     }
 
 
@@ -58,11 +60,25 @@ def load(stage: Stage, saved: Mapping[str, Any]) -> None:
         load_module(body.module, saved[part] or {}, saved["volatile"][part], f"{part} of stage {stage.k}")
         for name in SEEN:
             setattr(body, name, saved["seen"][part][name])
+    load_loss(stage, saved)
     stage.learner.load(saved["learner"])
     stage.banks.kept = {version: _leaves(weights) for version, weights in saved["banks"].items()}
     stage.banks.drawn = {}
     copies: dict[tuple[int, float], Tensors] = {}  # one copy for all graphs at the same weights
     stage.in_flight = {batch: _restored(stage, copies, one) for batch, one in saved["in_flight"].items()}
+
+
+def _loss_state(stage: Stage) -> dict[str, Any]:
+    loss = module_of(stage.loss)
+    return {"state": loss.state_dict(), "volatile": volatile(loss)} if loss else {"state": {}, "volatile": {}}
+
+
+def load_loss(stage: Stage, saved: Mapping[str, Any]) -> None:
+    """Loads the loss of a stage from `state` of another, with the buffers that it had made in its calls."""
+    loss, found = module_of(stage.loss), saved["loss"]
+    if loss is not None:
+        make_buffers(loss, found["state"], found["volatile"])
+        load_module(loss, found["state"], found["volatile"], f"loss of stage {stage.k}")
 
 
 def _bodies(stage: Stage) -> dict[str, ModuleFunction]:

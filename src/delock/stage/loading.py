@@ -46,6 +46,15 @@ def load_module(module: nn.Module, state: Mapping[str, Any], rest: Mapping[str, 
             now[name].copy_(value)
 
 
+def make_buffers(module: nn.Module, state: Mapping[str, Any], rest: Mapping[str, Tensor]) -> None:
+    """Registers the buffers that a module had made in its calls, and has not made yet."""
+    own = {**module.state_dict(), **volatile(module), **buffers_of(module)}
+    for name, value in {**state, **rest}.items():
+        if name not in own and isinstance(value, Tensor):
+            owner, _, last = name.rpartition(".")
+            module.get_submodule(owner).register_buffer(last, torch.empty_like(value), persistent=name in state)
+
+
 def _make_room(module: nn.Module, name: str, value: Tensor | None) -> None:
     """Lets a buffer have the shape and the dtype of the value, or be none."""
     owner, _, last = name.rpartition(".")

@@ -254,6 +254,7 @@ def _refuse_unsavable(stage: Stage) -> None:
     encode(stage.learner.first_state(), f"the optimizer of stage {stage.k}, after its first step,")
     for part in ("module", "head", "volatile"):
         encode(state[part], f"the {part if part == 'head' else 'network'} of stage {stage.k}")
+    encode(state["loss"], "the loss")
 
 
 def _load_counts(sent: SentBytes, saved: Mapping[int, Mapping[str, int]]) -> None:

@@ -17,6 +17,7 @@ from delock.run.job import StageJob
 from delock.run.survival import parts
 from delock.run.survival.kept_state import KeptState
 from delock.stage import Stage
+from delock.stage.checkpoint import load_loss
 from delock.stage.loading import load_module
 
 
@@ -36,6 +37,8 @@ def take_over(job: StageJob, stage: Stage, history: History, feed: Feed | None) 
         if stage.head and k == head and fits(stage.head.module.state_dict(), found["head"] or {}):
             own_head = True
             load_module(stage.head.module, found["head"], found["volatile"]["head"], f"head of stage {k}")
+        if k == (then.K - 1 if job.k == job.K - 1 else head if own_head else -1):
+            load_loss(stage, found)
         if feed and k == 0 and rest["data"] is not None:
             feed.load(rest["data"])
         if k == then.K - 1:
