@@ -19,13 +19,14 @@ OPTIMIZERS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = MappingPro
         "nanogpt": (AdamW, {"betas": (0.9, 0.99), "weight_decay": 0.1}),
         "scadamw": (scadamw, {"betas": (0.95, 0.99), "weight_decay": 0.01, "r": 2.0}),  # without staleness AdamW with these betas
         "scadamw.9": (scadamw, {"betas": (0.9, 0.95), "weight_decay": 0.01, "r": 2.0}),
+        "scadamw.98": (scadamw, {"betas": (0.9, 0.98), "weight_decay": 0.01, "r": 2.0}),
         "muon": (muon, {"momentum": 0.95, "weight_decay": 0.0, "adjust_lr_fn": "original", "rest": 0.1, "betas": (0.9, 0.95)}),
         "soap": (soap, {"betas": (0.95, 0.95), "weight_decay": 0.01, "precondition_frequency": 10}),
         "sgd": (SGD, {"momentum": 0.9, "weight_decay": 5e-4}),
         "scsgd": (scsgd, {"momentum": 0.9, "weight_decay": 5e-4, "r": 1.0}),
     }
 )
-FAMILY = MappingProxyType({"scadamw": "adamw", "scadamw.9": "adamw", "scsgd": "sgd"})
+FAMILY = MappingProxyType({"scadamw": "adamw", "scadamw.9": "adamw", "scadamw.98": "adamw", "scsgd": "sgd"})
 """Corrected optimizers, and the one that backpropagation has beside them."""
 
 
