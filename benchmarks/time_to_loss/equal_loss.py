@@ -17,12 +17,13 @@ from rows import Row
 from sets import SETS
 
 RUNS = Path(store.__file__).parent / "runs"
-LENGTHS: Mapping[str, float] = MappingProxyType({"quoted": 1.0, "longer105": 1.05, "longer115": 1.15, "longer130": 1.3})
+LENGTHS: Mapping[str, float] = MappingProxyType({"quoted": 1.0, "longer115": 1.15, "longer130": 1.3})
 """Sets of runs, and how many times as long as backpropagation's they are."""
 STAGES = MappingProxyType({"emulated": 8, "two cores": 2, "100 Mbit/s": 2})
 TOLERANCE = 0.02  # bits above backpropagation that count as an equal loss
 MODELLED = 1.08  # a ratio to zb1p is quoted where its measured period is at most this many times the simulated one
 MOST_PARTS = 32
+SYNCHRONOUS = ("1f1b", "zb1p")
 Cell = Mapping[str, Any]
 
 
@@ -42,9 +43,10 @@ class Reached:
 def mean_of(set_name: str, method: str, K: int, parts: int, optimizer: str) -> float | None:
     """Returns the mean score of a row at its best rate; None unless all seeds are there and the best rate is inside its grid."""
     wanted, records = SETS[set_name], store.read(RUNS / set_name)
-    options = {"micro_batches": parts} if method != "bp" else {}
+    base, _, ahead = method.partition(" ")
+    options = {} if base == "bp" else {"micro_batches": parts, **({"ahead": "part"} if ahead else {})}
     for row in wanted.rows:
-        if (row.method, row.K, row.optimizer, dict(row.options)) == (method, K, optimizer, options):
+        if (row.method, row.K, row.optimizer, dict(row.options)) == (base, K, optimizer, options):
             return _whole(row, wanted.seeds, records)
     return None
 
@@ -54,29 +56,30 @@ def _whole(row: Row, seeds: int, records: Mapping[str, Any]) -> float | None:
     return fmean(found) if len(found) == seeds and not tables.at_edge(row, records) else None
 
 
-def reached(K: int, parts: int, optimizer: str) -> list[Reached]:
-    """Returns what `ddg` reaches by the length of its runs, up to the first with an equal loss."""
+def reached(method: str, K: int, parts: int, optimizer: str) -> list[Reached]:
+    """Returns what a method reaches by the length of its runs, up to the first with an equal loss."""
     target = mean_of("quoted", "bp", 1, 1, optimizer)
     found: list[Reached] = []
     for name, length in LENGTHS.items():
-        score = mean_of(name, "ddg", K, parts, optimizer)
+        score = mean_of(name, method, K, parts, optimizer)
         if target is None or score is None or (found and found[-1].equal):
             continue
         found.append(Reached(length, score - target))
     return found
 
 
-def line(parts: int, K: int, optimizer: str, own: Mapping[tuple[str, int], Cell]) -> str | None:
-    """Returns a row of the table; None if `ddg` has no runs with that many parts."""
-    runs = reached(K, parts, optimizer)
-    if not runs or ("ddg", parts) not in own:
+def line(cell: Cell, K: int, own: Mapping[tuple[str, int], Cell]) -> str | None:
+    """Returns a row of the table for a delayed method; None if it has no runs with that many parts."""
+    method, parts = cell["method"], cell["parts"]
+    runs = reached(method, K, parts, cell["optimizer"])
+    if not runs:
         return None
     tried = ", ".join(f"{one.length:g}: {one.above:+.3f}" for one in runs)
     if not runs[-1].equal:
-        return f"| {parts} | {tried} | not reached | - | - |"
-    seconds = own["ddg", parts]["seconds"] * runs[-1].length
-    ratios = [_ratio(own.get((name, parts)), seconds, name) for name in ("1f1b", "zb1p")]
-    return f"| {parts} | {tried} | {runs[-1].length:g} | " + " | ".join(ratios) + " |"
+        return f"| {method} | {parts} | {tried} | not reached | - | - |"
+    seconds = cell["seconds"] * runs[-1].length
+    ratios = [_ratio(own.get((name, parts)), seconds, name) for name in SYNCHRONOUS]
+    return f"| {method} | {parts} | {tried} | {runs[-1].length:g} | " + " | ".join(ratios) + " |"
 
 
 def _ratio(cell: Cell | None, seconds: float, name: str) -> str:
@@ -87,21 +90,21 @@ def _ratio(cell: Cell | None, seconds: float, name: str) -> str:
     return f"{cell['seconds'] / seconds:.2f}{unfit}"
 
 
-def best(K: int, optimizer: str, own: Mapping[tuple[str, int], Cell]) -> str:
+def best(K: int, own: Mapping[tuple[str, int], Cell]) -> str:
     """Returns a sentence on each side at its own best number of parts."""
     late = [
-        (cell["seconds"] * runs[-1].length, parts)
+        (cell["seconds"] * runs[-1].length, name, parts)
         for (name, parts), cell in own.items()
-        if name == "ddg" and parts <= MOST_PARTS and (runs := reached(K, parts, optimizer)) and runs[-1].equal
+        if name not in SYNCHRONOUS and parts <= MOST_PARTS and (runs := reached(name, K, parts, cell["optimizer"])) and runs[-1].equal
     ]
     if not late:
         return ""
-    seconds, parts = min(late)
+    seconds, winner, parts = min(late)
     others = []
-    for method in ("1f1b", "zb1p"):
+    for method in SYNCHRONOUS:
         took, its = min((cell["seconds"], n) for (name, n), cell in own.items() if name == method and n <= MOST_PARTS)
-        others.append(f"{took / seconds:.2f} times {method} with {its} parts")
-    return f"Each at its own best number of parts: ddg with {parts} is {' and '.join(others)}."
+        others.append(f"{took / seconds:.2f} times as fast as {method} with {its} parts")
+    return f"Each at its own best number of parts: {winner} with {parts} is {' and '.join(others)}."
 
 
 def table(cells: list[Cell]) -> str:
@@ -109,12 +112,12 @@ def table(cells: list[Cell]) -> str:
     lines: list[str] = []
     for place, optimizer in dict.fromkeys((cell["place"], cell["optimizer"]) for cell in cells):
         own = {(c["method"], c["parts"]): c for c in cells if (c["place"], c["optimizer"]) == (place, optimizer)}
-        K = STAGES[place]
-        rows = [row for parts in sorted({parts for _, parts in own}) if (row := line(parts, K, optimizer, own))]
+        late = sorted((c for c in own.values() if c["method"] not in SYNCHRONOUS), key=lambda c: c["parts"])
+        rows = [row for cell in late if (row := line(cell, STAGES[place], own))]
         if not rows:
             continue
-        what = f"how many times as fast `ddg` is to a loss within {TOLERANCE} bits of backpropagation's"
-        head = "| parts | bits above bp, by length | updates over bp's | over 1f1b | over zb1p |"
-        lines += [f"**{place}, K = {K}, {optimizer}**: {what}", "", head, "|---:|---|---:|---:|---:|", *rows, ""]
-        lines += [best(K, optimizer, own), ""]
+        what = f"how many times as fast to a loss within {TOLERANCE} bits of backpropagation's"
+        head = "| method | parts | bits above bp, by length | updates over bp's | over 1f1b | over zb1p |"
+        lines += [f"**{place}, K = {STAGES[place]}, {optimizer}**: {what}", "", head, "|---|---:|---|---:|---:|---:|", *rows, ""]
+        lines += [best(STAGES[place], own), ""]
     return "\n".join(lines)

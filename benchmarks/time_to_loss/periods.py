@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import delock
-from delock.methods import Method, make
+from delock.methods import Method
 from delock.nets import gpt
 from delock.optim.stage_facts import StageFacts, for_stage
 from delock.records import Event, StepRecord
@@ -30,14 +30,9 @@ from delock.timeline import Costs, Emulation, predict
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "slow_link"))
 from namespaces import End, inside
-from two_stages import BATCH, CONTEXT, OPTIMIZERS, WARM, WIDTH
+from two_stages import BATCH, CONTEXT, OPTIMIZERS, WARM, WIDTH, method_of
 
 FEATURES, STEPS, PATIENCE = 256, 60, 300
-
-
-def method_of(name: str, parts: int) -> Method:
-    """Returns a method with that many parts in a batch."""
-    return make(name, **({"accumulate": parts} if name == "bp" else {"micro_batches": parts}))
 
 
 # ---- emulated ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ Seconds per batch, the optimizer's included, of the network of benchmarks/qualit
     100 Mbit/s the same two over a link with that limit, in two network namespaces; skipped where the machine does not permit them
 
 All take turns, round by round; the median of rounds is shown, and beside it the simulator's period for the same seconds of work.
-Updates come from benchmarks/quality: a delayed method may train 1.0, 1.05, 1.15 or 1.3 times as long as backpropagation, each with a cosine
+Updates come from benchmarks/quality: a delayed method may train 1.0, 1.15 or 1.3 times as long as backpropagation, each with a cosine
 of its own, and needs the first of these whose final validation loss is at most 0.02 bits above that of backpropagation.
 """
 
@@ -23,12 +23,13 @@ from statistics import median
 from typing import Any
 
 import equal_loss
-from periods import block, emulated, method_of, real, simulated
+from periods import block, emulated, real, simulated
+from two_stages import method_of
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "slow_link"))
 from namespaces import NotPermitted, joined, limit
 
-K, SYNCHRONOUS, DELAYED = 8, ("1f1b", "zb1p"), ("ddg", "2bw", "fdg")
+K, SYNCHRONOUS, DELAYED = 8, ("1f1b", "zb1p"), ("ddg", "ddg ahead", "2bw", "fdg")
 PARTS = (4, 8, 16, 32)
 FEW = (1, 2, 4, 8)  # parts on two stages
 SCALE = 4.0  # emulated waits are this many times as long as the work, so that the cost of a wait is small beside it

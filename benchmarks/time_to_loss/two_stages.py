@@ -9,13 +9,19 @@ from pathlib import Path
 
 import delock
 from delock.data import load_text
-from delock.methods import make
+from delock.methods import Method, make
 from delock.nets import gpt, nats
 from delock.recipes import AdamW, muon, scadamw
 from delock.records import StepRecord
 
 OPTIMIZERS = {"muon": muon(lr=0.01), "adamw": AdamW(1e-3, 0.01), "scadamw": scadamw()}
 DEPTH, WIDTH, CONTEXT, BATCH, WARM = 8, 64, 64, 16, 12  # the network of benchmarks/quality's set `quoted`; batches before the clock starts
+
+
+def method_of(name: str, parts: int) -> Method:
+    """Returns a method with that many parts in a batch; with "ahead" behind its name, its weights are drawn ahead."""
+    base, _, ahead = name.partition(" ")
+    return make(base, micro_batches=parts, **({"ahead": "part"} if ahead else {}))
 
 
 def main(method: str, parts: int, optimizer: str, batches: int, out: Path) -> None:
@@ -28,7 +34,7 @@ def main(method: str, parts: int, optimizer: str, batches: int, out: Path) -> No
         gpt(data.vocabulary, depth=DEPTH, width=WIDTH, context=CONTEXT, seed=0),
         data.train,
         loss=nats,
-        method=make(method, **({"accumulate": parts} if method == "bp" else {"micro_batches": parts})),
+        method=method_of(method, parts),
         optimizer=OPTIMIZERS[optimizer],
         cuts=[f"block{DEPTH // 2}"],
         batches=batches,
