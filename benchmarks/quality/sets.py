@@ -126,11 +126,14 @@ def staleness() -> tuple[Row, ...]:
 
 def images(*accumulate: int) -> tuple[Row, ...]:
     """Returns the rows on images, with backpropagation in as many parts as `accumulate` says."""
-    grids = {"sgd": (0.05, 0.1, 0.2), "scsgd": (0.05, 0.1, 0.2)}
+    grids = {"sgd": (0.05, 0.1, 0.2), "scsgd": (0.1, 0.2, 0.4)}
+    *split, whole = [rows(grids, "bp", 1, ("sgd",), **({"accumulate": parts} if parts > 1 else {})) for parts in accumulate]
     return (
         *rows(grids, "ddg", 4, ("sgd",), micro_batches=4),
-        *(row for parts in accumulate for row in rows(grids, "bp", 1, ("sgd",), **({"accumulate": parts} if parts > 1 else {}))),
+        *(row for parts in split for row in parts),
+        *rows({"sgd": grids["scsgd"]}, "ddg", 4, ("sgd",), micro_batches=4, ahead="part"),
         *rows(grids, "ddg", 4, ("scsgd",), micro_batches=4),
+        *whole,
         *rows(grids, "fdg", 4, ("sgd",)),
     )
 

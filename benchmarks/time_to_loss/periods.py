@@ -30,7 +30,7 @@ from delock.timeline import Costs, Emulation, predict
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "slow_link"))
 from namespaces import End, inside
-from two_stages import BATCH, CONTEXT, OPTIMIZERS, WARM, WIDTH, method_of
+from two_stages import BATCH, CONTEXT, OPTIMIZERS, WARM, WIDTH
 
 FEATURES, STEPS, PATIENCE = 256, 60, 300
 
