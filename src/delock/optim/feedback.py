@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from delock.errors import UsageError
-from delock.optim.closures import loss_of
 from delock.optim.factories import Named
 from delock.optim.several import Several
 from delock.optim.stage_facts import ALONE, StageFacts, for_stage
@@ -38,22 +37,20 @@ class ErrorFeedback(Several):
         super().__init__([base])
         self.tau, self.c = tau, c
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def update(self) -> None:
         """Lets the base update every weight that has a gradient, then corrects its change."""
-        loss = loss_of(closure)
-        weights = [w for group in self.param_groups for w in group["params"] if w.grad is not None]
-        if not weights:
-            return loss
+        if weights := [w for group in self.param_groups for w in group["params"] if w.grad is not None]:
+            self._update(weights)
+
+    def _update(self, weights: list[Tensor]) -> None:
         changes = [self._spare(w) for w in weights]
         torch._foreach_copy_(changes, weights)
-        super().step()
+        super().update()
         torch._foreach_sub_(changes, weights)  # u_n: before less after
         kept = [self.state[w].setdefault("changes", []) for w in weights]  # after the base's step: a base may ask if its state is empty
         for change, earlier in zip(changes, kept, strict=True):
             earlier.insert(0, change)
         self._correct([(w, u) for w, u in zip(weights, kept, strict=True) if len(u) > math.ceil(self.tau)])
-        return loss
 
     def _spare(self, weight: Tensor) -> Tensor:
         """Returns room for a change: that of the oldest, if it is not needed any more."""

@@ -31,9 +31,13 @@ class Several(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps each of them; a closure is evaluated once."""
         loss = loss_of(closure)
+        self.update()
+        return loss
+
+    def update(self) -> None:
+        """Updates all weights. A subclass overrides this and not `step`: torch wraps `step` of every class in the hooks of an object."""
         for one in self.optimizers:
             one.step()
-        return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes the groups of its parts, and no other: it could not know which of them is to step it."""
