@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
+from torch.optim import Optimizer, lr_scheduler
 
 from delock.errors import UsageError
 from delock.optim.feedback import ErrorFeedback
+from delock.optim.several import Several
 from delock.optim.stage_facts import for_stage
 from delock.recipes import SGD, AdamW, error_feedback, muon, scadamw, soap
 
@@ -69,6 +70,29 @@ def test_without_staleness_it_is_the_base_itself() -> None:
     assert type(factory(start())) is torch.optim.AdamW
     with pytest.raises(UsageError, match="use the optimizer without it"):
         ErrorFeedback(torch.optim.SGD([nn.Parameter(torch.ones(1))]), tau=0)
+
+
+def test_it_does_not_go_around_itself() -> None:
+    """Both would keep their changes under one name, and the staleness is one."""
+    named = start()
+    inner = ErrorFeedback(torch.optim.SGD(named[:2], lr=0.1, momentum=0.9), tau=1)
+    for base in (inner, Several([inner, torch.optim.SGD(named[2:], lr=0.1)])):
+        with pytest.raises(UsageError, match="would correct one staleness twice: give it an optimizer without"):
+            ErrorFeedback(base, tau=2)
+    with pytest.raises(UsageError, match="would correct one staleness twice"):
+        error_feedback(error_feedback(AdamW(0.05)))
+
+
+def test_several_parts_may_have_it_each() -> None:
+    def parts(named: Any) -> Optimizer:
+        return Several([ErrorFeedback(torch.optim.SGD(named[:2], lr=0.1), tau=1), ErrorFeedback(AdamW(0.05)(named[2:]), tau=2.5)])
+
+    def alone(named: Any, own: slice, base: Any, tau: float) -> list[torch.Tensor]:
+        advance(ErrorFeedback(base(named[own]), tau=tau), named, range(20))
+        return [w.detach() for _, w in named[own]]
+
+    first = alone(start(), slice(2), partial(torch.optim.SGD, lr=0.1), 1)
+    assert_equals(walk(parts), first + alone(start(), slice(2, None), AdamW(0.05), 2.5))
 
 
 def test_it_keeps_no_more_changes_than_it_needs() -> None:

@@ -16,6 +16,8 @@ from delock.optim.factories import Named
 from delock.optim.several import Several
 from delock.optim.stage_facts import ALONE, StageFacts, for_stage
 
+TWICE = "error feedback around error feedback would correct one staleness twice: give it an optimizer without, with the whole tau"
+
 
 class ErrorFeedback(Several):
     """Wraps an optimizer `base` whose gradients are tau updates old:
@@ -34,6 +36,8 @@ class ErrorFeedback(Several):
     def __init__(self, base: Optimizer, *, tau: float, c: float = 1.0) -> None:
         if not 0 < tau < math.inf:
             raise UsageError(f"error feedback corrects a staleness above 0, not one of {tau}: use the optimizer without it")
+        if _corrects(base):
+            raise UsageError(TWICE)
         super().__init__([base])
         self.tau, self.c = tau, c
 
@@ -66,6 +70,10 @@ class ErrorFeedback(Several):
         return {**super().__getstate__(), "tau": self.tau, "c": self.c}
 
 
+def _corrects(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, ErrorFeedback) or (isinstance(optimizer, Several) and any(map(_corrects, optimizer.optimizers)))
+
+
 def _factors(tau: float) -> list[tuple[int, float]]:
     """Returns the number of updates ago, and the factor, of every change in u_{n-tau} - u_n."""
     whole = math.floor(tau)
@@ -80,6 +88,10 @@ class error_feedback:
 
     base: Callable[..., Optimizer]
     c: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, error_feedback):
+            raise UsageError(TWICE)
 
     def __call__(self, params: Any, *, stage: StageFacts = ALONE) -> Optimizer:
         base = for_stage(self.base, stage)(params)
