@@ -78,7 +78,7 @@ def ones(targets: Tensor) -> Tensor:
 DATA: dict[str, Callable[[torch.dtype], Any]] = {
     "even": lambda dtype: listed(24, dtype),
     "four left": lambda dtype: listed(22, dtype),
-    "two left": lambda dtype: listed(20, dtype),
+    "one left": lambda dtype: listed(19, dtype),
     "shuffled": lambda dtype: DataLoader(TensorDataset(*samples(24, dtype)), 6, shuffle=True),
     "workers": lambda dtype: DataLoader(TensorDataset(*samples(24, dtype)), 6, shuffle=True, num_workers=1),
     "stream": Stream,

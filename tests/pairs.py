@@ -74,9 +74,7 @@ def possible(case: Case) -> bool:
         or has("recompute")
     )
     single = has("norm") and (
-        has("chunks") == 2
-        or (has("parts") == 3 and has("data") in ("four left", "weighed"))
-        or (has("parts") in (2, 3) and has("data") == "two left")
+        has("chunks") == 2 or (has("parts") == 3 and has("data") in ("four left", "weighed")) or has("data") == "one left"
     )
     double = has("dtype") == torch.float64 and has("amp") == "bf16"
     numbers = has("odd") == "Complex" and (has("optimizer") not in (None, "sgd", "amsgrad", "rmsprop") or has("amp") == "bf16")

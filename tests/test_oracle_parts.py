@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+import delock
 from delock.methods import ADL, BP, DDG, DSP, FDG, FR, PACI, ZB1P, GPipe, Method, PipeDream2BW
 from delock.run.job import StageResult
 
@@ -156,3 +158,45 @@ def test_2bw_is_backpropagation_one_update_behind(K: int, ahead: Any) -> None:
     got, want = (run(method, K, "conv", dtype=torch.float32) for method in (PipeDream2BW(3, ahead), BP(3, 1, ahead)))
     assert all(same_state(a.state, b.state) for a, b in zip(got, want, strict=True))
     assert got[-1].losses == want[-1].losses
+
+
+class Offset(nn.Module):
+    """Hands a weight on beside its output: as it is, or as the result of an op."""
+
+    def __init__(self, *, as_it_is: bool) -> None:
+        super().__init__()
+        self.linear, self.offset, self.as_it_is = nn.Linear(4, 4), nn.Parameter(torch.ones(4)), as_it_is
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        offset = self.offset.expand(len(x), 4)
+        return self.linear(x), offset if self.as_it_is else offset * 1.0
+
+
+class Product(nn.Module):
+    """Multiplies what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        out: Tensor = self.linear(pair[0] * pair[1])
+        return out
+
+
+@pytest.mark.usefixtures("own_random")
+@pytest.mark.parametrize(
+    "method", [PACI(2, "part"), PACI(2, "mean"), FDG(at="mixed", ahead="part"), DDG(2, "part"), FR(2, "part")], ids=str
+)
+def test_a_weight_in_a_message_is_that_of_the_forward(method: Method) -> None:
+    draw = torch.Generator().manual_seed(0)
+    data = [(torch.randn(8, 4, generator=draw), torch.randint(3, (8,), generator=draw)) for _ in range(8)]
+    losses = []
+    for as_it_is in (False, True):
+        torch.manual_seed(0)
+        model = [Offset(as_it_is=as_it_is), Product()]
+        made = partial(torch.optim.SGD, lr=0.5)
+        losses.append(
+            delock.fit(model, data, loss=cross_entropy, optimizer=made, method=method, stages=2, epochs=1, workers="inline").losses
+        )
+    assert losses[0] == losses[1]

@@ -26,6 +26,7 @@ ONCE_BROKEN = [
     *(plain(FDG, optimizer="nadamw", dtype=torch.float64), plain(FDG, optimizer="noisy", dropout=True)),
     *(plain("BP", data=data, at=0.45) for data in ("ordered", "torchdata")),  # at the end of an epoch
     plain("DGL", odd="Complex", optimizer="amsgrad", feedback=True, schedule="cycle", norm=True, at=0.98),  # a head's first batch
+    plain("DDG(micro_batches=3", data="one left", at=0.45),  # of a version, empty parts alone are in flight
 ]
 FAST = few(18)
 PARTS = 16  # tests that share the slow cases

@@ -107,7 +107,7 @@ def _restored(stage: Stage, copies: dict[tuple[int, float], Tensors], one: Mappi
     if one["weights"] is not None:
         ahead = step.op.weights.ahead  # type: ignore[union-attr]
         held.weights = copies.setdefault((held.version, ahead), _leaves(one["weights"]))
-    elif step.snapshot or (stage.mixed and one["graph"]):
+    elif held.message.values is not None and (step.snapshot or (stage.mixed and one["graph"])):
         held.weights = stage.banks.of(held.version, stage.version)
     if one["graph"] and held.message.values is not None:
         _rebuild(stage, held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -149,10 +150,10 @@ class Stage:
         if not op.train:
             return self.evaluate(message)
         held = InFlight(step, message, op.weights.used(self.version), self._wanted(step))
-        outputs = self._with_graph(held) if step.keep == "graph" else self._without_graph(held, op.batch)
+        sent = self._with_graph(held) if step.keep == "graph" else self.body.sent(self._without_graph(held, op.batch))
         if step.keep != "nothing":
             self.in_flight[op.batch] = held
-        return replace(message, values=self.body.sent(outputs))
+        return replace(message, values=sent)
 
     def evaluate(self, message: Message) -> Message:
         """h_{k+1} = f_k(h_k; w_k) in eval mode, at the newest weights: returns the outputs with the labels that came along."""
@@ -189,15 +190,15 @@ class Stage:
             return self.banks.of(weights.used(self.version), self.version)
         return self.current() if step.snapshot else None
 
-    def _with_graph(self, held: InFlight) -> Tree:
-        if self.mixed and held.weights is not None:
-            with self.banks.in_place(held.weights):
-                self.build(held, None)
-        else:
-            self.build(held, held.weights)
+    def _with_graph(self, held: InFlight) -> Value:
+        """Returns what is sent: of weights that are in place for a while, as they are then."""
+        in_place = self.mixed and held.weights is not None
+        with self.banks.in_place(held.weights or {}) if in_place else nullcontext():
+            self.build(held, None if in_place else held.weights)
+            sent = self.body.sent(held.outputs)
         if self.mixed:
             held.weights = (held.weights or self.current()) if self.resumable else None
-        return held.outputs
+        return sent
 
     def _without_graph(self, held: InFlight, batch: int) -> Tree:
         weights, held.weights = held.weights, None  # a replay takes those of its own time
