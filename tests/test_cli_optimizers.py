@@ -217,6 +217,10 @@ def test_ahead_is_an_option_of_the_method(method: str) -> None:
             config(method=method, correct=["ahead"])
 
 
+def test_backpropagation_may_be_ahead_where_it_is_behind() -> None:
+    assert config(method="bp", behind=2, correct=["ahead"]).algorithm.ahead == "part"
+
+
 # -- plans
 
 
@@ -262,6 +266,8 @@ def test_a_row_takes_the_corrections_of_all_or_its_own() -> None:
 def test_ahead_is_said_of_the_rows_that_have_it() -> None:
     found = rows(build(CompareConfig, {"methods": ["bp,dgl"], "correct": ["ahead", "feedback"]}, "test"))
     assert [row.config.update.correct for row in found] == [("feedback",)] * 3
+    found = rows(build(CompareConfig, {"methods": ["bp,bp:behind=2"], "correct": ["ahead"]}, "test"))
+    assert [row.config.algorithm.ahead for row in found] == [None, None, "part"]
     with pytest.raises(UsageError, match="dgl is not late"):
         rows(build(CompareConfig, {"methods": ["dgl:correct=ahead"]}, "test"))
 
