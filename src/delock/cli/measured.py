@@ -13,6 +13,10 @@ from types import MappingProxyType
 GPT, RESNET = "bits per character", "points of test error"
 UNITS: Mapping[str, str] = MappingProxyType({"screening": GPT, "quoted": GPT, "images": RESNET, "groupnorm": RESNET})
 """Sets of runs in benchmarks/quality, and the unit of their scores."""
+WORK: Mapping[str, str] = MappingProxyType(
+    {"screening": "a GPT of six blocks", "quoted": "a GPT of eight blocks", "images": "ResNet-20", "groupnorm": "ResNet-20 with group norm"}
+)
+"""The networks that they train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,11 @@ class Figure:
     def unit(self) -> str:
         """Returns the unit of what is lost."""
         return UNITS[self.of]
+
+    @property
+    def work(self) -> str:
+        """Returns the network."""
+        return WORK[self.of]
 
     @property
     def path(self) -> str:
