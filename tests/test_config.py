@@ -104,6 +104,8 @@ def test_a_wrong_key_or_type_is_named(values: dict[str, object], words: list[str
         ({"nesterov": True, "momentum": 0.0}, ["nesterov"]),
         ({"milestones": [3]}, ["milestones", "cosine"]),
         ({"schedule": "constant", "floor": 0.1}, ["floor", "constant"]),
+        ({"gamma": 0.5}, ["gamma", "cosine"]),
+        ({"schedule": "constant", "gamma": 0.0}, ["gamma", "constant"]),
         ({"floor": 1.5}, ["floor", "1.5"]),
         ({"schedule": "steps"}, ["--milestones"]),
     ],

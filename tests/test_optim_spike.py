@@ -135,16 +135,29 @@ def test_a_closure_is_evaluated_with_gradients() -> None:
     assert torch.all(w < 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tau": -1}, "tau of an optimizer is a number from 0 on, not -1"),
-        ({"tau": float("nan")}, "tau .* not nan"),
-        ({"tau": 1, "r": -2}, "r of an optimizer"),
-        ({"tau": 1, "lr": -0.1}, "lr of an optimizer"),
-        ({"tau": 1, "betas": (0.9, 1.0)}, r"lies in \[0, 1\), not at 1.0"),
-    ],
-)
-def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        SCAdamW([nn.Parameter(torch.ones(1))], **options)
+def test_a_rate_may_be_a_tensor() -> None:
+    """As torch's optimizers take it; a schedule writes into it."""
+
+    def halved(optimizer: torch.optim.Optimizer) -> Any:
+        return lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    for kind in (SCAdamW, SCSGD):
+        number, tensor = (
+            walk(partial(kind, lr=lr, tau=0.75), 6, schedule=halved) for lr in (0.05, torch.tensor(0.05, dtype=torch.float64))
+        )
+        assert_equals(number, tensor)
+
+
+@pytest.mark.usefixtures("own_random")
+def test_sparse_gradients_are_refused() -> None:
+    for options, says in (({}, None), ({"weight_decay": 0.1}, "SCSGD with weight decay does not take sparse gradients")):
+        table = nn.Embedding(5, 3, sparse=True)
+        table(torch.tensor([1, 2])).sum().backward()
+        with pytest.raises(UsageError, match="SCAdamW does not take sparse gradients: give embeddings sparse=False"):
+            SCAdamW(table.parameters(), tau=1).step()
+        optimizer = SCSGD(table.parameters(), lr=0.1, tau=1, **options)
+        if says:
+            with pytest.raises(UsageError, match=says):
+                optimizer.step()
+        else:
+            optimizer.step()

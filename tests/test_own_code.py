@@ -177,7 +177,10 @@ def test_labels_that_the_loss_does_not_take_are_shown_and_no_layer_is_blamed(lab
     [
         (partial(torch.optim.SGD, lr=-1), "SGD(lr=-1) fails at stage 0: ValueError: Invalid learning rate: -1"),
         (partial(torch.optim.SGD, lr=0.1, momentun=0.9), "SGD(lr=0.1, momentun=0.9) fails at stage 0: TypeError: "),
-        (delock.recipes.SGD(-1.0), "SGD(lr=-1.0, momentum=0.0, weight_decay=0.0, nesterov=False) fails at stage 0: ValueError: "),
+        (
+            delock.recipes.SGD(0.1, nesterov=True),
+            "SGD(lr=0.1, momentum=0.0, weight_decay=0.0, nesterov=True) fails at stage 0: ValueError: ",
+        ),
         (raises(ZeroDivisionError("mine")), "raises.<locals>.act fails at stage 0: ZeroDivisionError: mine (test_own_code.py, line "),
     ],
     ids=["value", "keyword", "recipe", "own"],

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.optim import Optimizer
 
+from delock.optim.ranges import check_fields
+
 Params: TypeAlias = Iterable[Any]  # parameters, named or not, or parameter groups, as torch.optim takes them
 Named: TypeAlias = Iterable[tuple[str, torch.Tensor]]  # by their names in the unsplit model
 
@@ -26,6 +28,9 @@ class SGD:
     momentum: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(self, params: Params) -> Optimizer:
         fused = self.momentum > 0  # without, a stage of two tensors would lose 3 us
@@ -44,6 +49,9 @@ class Adam:
     lr: float
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(self, params: Params) -> Optimizer:
         return torch.optim.Adam(params, self.lr, self.betas, weight_decay=self.weight_decay, fused=True)
@@ -65,6 +73,9 @@ class AdamW:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def __call__(self, params: Named) -> Optimizer:
         return torch.optim.AdamW(decay_groups(params, self.weight_decay), self.lr, self.betas, fused=True)
 
@@ -83,6 +94,9 @@ class NAdamW:
     lr: float
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(self, params: Named) -> Optimizer:
         groups = decay_groups(params, self.weight_decay)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from delock.errors import UsageError
 from delock.optim.factories import Named
+from delock.optim.ranges import check_amount, is_amount
 from delock.optim.several import Several
 from delock.optim.stage_facts import ALONE, StageFacts, for_stage
 
@@ -34,8 +35,9 @@ class ErrorFeedback(Several):
     """
 
     def __init__(self, base: Optimizer, *, tau: float, c: float = 1.0) -> None:
-        if not 0 < tau < math.inf:
-            raise UsageError(f"error feedback corrects a staleness above 0, not one of {tau}: use the optimizer without it")
+        if not is_amount(tau) or tau == 0:
+            raise UsageError(f"error feedback corrects a staleness above 0, not one of {tau!r}: use the optimizer without it")
+        check_amount("c", c, "error feedback")
         if _corrects(base):
             raise UsageError(TWICE)
         super().__init__([base])
@@ -90,6 +92,7 @@ class error_feedback:
     c: float = 1.0
 
     def __post_init__(self) -> None:
+        check_amount("c", self.c, "error feedback")
         if isinstance(self.base, error_feedback):
             raise UsageError(TWICE)
 

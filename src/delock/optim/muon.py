@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from delock.optim.factories import Named, two_means
+from delock.optim.ranges import check_fields
 from delock.optim.several import Several
 
 FUSED = ("qkv", "c_attn", "in_proj_weight", "Wqkv")  # names of matrices that map to queries, keys and values: (3 C, C)
@@ -60,6 +61,9 @@ class muon:
     rest: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     matrices: Callable[[str, Tensor], bool] = is_inner_matrix
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(self, params: Named) -> Optimizer:
         named = list(params)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+import reprlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from delock.errors import UsageError
+from delock.optim.ranges import check_amount, is_amount
 from delock.optim.stage_facts import ALONE, StageFacts
+
+SHAPES = ("constant", "cosine", "steps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,24 @@ class Schedule:
     gamma: float = 0.1
     floor: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise UsageError(f"the shape of a Schedule is {', '.join(SHAPES[:-1])} or {SHAPES[-1]}, not {reprlib.repr(self.shape)}")
+        if not isinstance(self.milestones, tuple | list):
+            raise UsageError(f"milestones of a Schedule are numbers of updates, as (100, 200), not {reprlib.repr(self.milestones)}")
+        amounts = [(name, getattr(self, name)) for name in ("updates", "warmup", "gamma", "floor")]
+        for name, value in amounts + [("a milestone", at) for at in self.milestones]:
+            check_amount(name, value, "a Schedule")
+        if self.floor > 1:
+            raise UsageError(f"floor of a Schedule is a share of the rate in [0, 1], not {self.floor}")
+        self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        """Raises UsageError for an option of another shape; gamma has a default that says nothing."""
+        for name, shape in (("milestones", "steps"), ("floor", "cosine")):
+            if getattr(self, name) and self.shape != shape:
+                raise UsageError(f"a Schedule of the shape {self.shape} takes no {name}, unlike {shape}")
+
     def __call__(self, optimizer: Optimizer) -> LambdaLR:
         return LambdaLR(optimizer, self.factor)
 
@@ -43,7 +64,7 @@ class Schedule:
             done = (n - self.warmup) / max(1, self.updates - self.warmup)
             return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         if self.shape == "steps":
-            return self.gamma ** bisect_right(self.milestones, n)
+            return self.gamma ** sum(at <= n for at in self.milestones)
         return 1.0
 
 
@@ -59,6 +80,10 @@ class PipeMare:
 
     annealing: int
     schedule: Schedule = Schedule("constant", 0)
+
+    def __post_init__(self) -> None:
+        if not is_amount(self.annealing) or self.annealing < 1:
+            raise UsageError(f"annealing of PipeMare is a number of updates, at least 1, not {reprlib.repr(self.annealing)}")
 
     def __call__(self, optimizer: Optimizer, *, stage: StageFacts = ALONE) -> LambdaLR:
         return LambdaLR(optimizer, partial(self.factor, stage.staleness))

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from delock.errors import UsageError
 from delock.optim.factories import Named, decay_groups
+from delock.optim.ranges import check_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class soap:
     precondition_frequency: int = 10
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if find_spec("pytorch_optimizer") is None:
             raise UsageError("SOAP comes from a package that is not installed: pip install pytorch-optimizer")
 

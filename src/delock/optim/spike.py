@@ -11,7 +11,6 @@ MLSys 2021, for SGD with momentum.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 from delock.errors import UsageError
 from delock.optim.closures import loss_of
 from delock.optim.factories import SGD, AdamW, Named, Params, decay_groups, two_means
+from delock.optim.ranges import check_fields, check_optimizer
 from delock.optim.stage_facts import ALONE, StageFacts
 
 
@@ -30,8 +30,21 @@ class SpikeCompensated(Optimizer):
     """Steps group by group; a subclass says what that is for the weights of a group that have a gradient."""
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        check(defaults)
+        check_optimizer(defaults)
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group. Raises UsageError for options outside their range and weights that it does not take."""
+        super().add_param_group(param_group)
+        try:
+            self.check_group(param_group)
+        except UsageError:
+            self.param_groups.pop()
+            raise
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises UsageError for a group, with all its options, that cannot be stepped."""
+        check_optimizer(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -74,9 +87,16 @@ class SCAdamW(SpikeCompensated):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "tau": tau, "r": r})
 
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises UsageError for a group, with all its options, that cannot be stepped."""
+        super().check_group(group)
+        if shapes := [tuple(w.shape) for w in group["params"] if w.is_complex()]:
+            raise UsageError(f"SCAdamW takes real weights, and one of shape {shapes[0]} is complex: use torch.optim.AdamW")
+
     def update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
         """Updates the weights of one group, in the order of torch's AdamW(foreach=True), to which it is equal where tau = 0."""
-        lr, (b1, b2) = group["lr"], group["betas"]
+        refuse_sparse(grads, "SCAdamW")
+        lr, (b1, b2) = float(group["lr"]), group["betas"]
         kept = b1 ** (group["r"] * group["tau"])
         states = [self._state(w) for w in weights]
         m, v, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
@@ -117,9 +137,10 @@ class SCSGD(SpikeCompensated):
 
     def update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
         """Updates the weights of one group."""
-        lr, mu = group["lr"], group["momentum"]
+        lr, mu = float(group["lr"]), group["momentum"]
         a = mu ** (group["r"] * group["tau"])
         if group["weight_decay"]:
+            refuse_sparse(grads, "SCSGD with weight decay")
             grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
         v = [self._momentum(w) for w in weights]
         torch._foreach_mul_(v, mu)
@@ -136,15 +157,10 @@ class SCSGD(SpikeCompensated):
         return momentum
 
 
-def check(options: dict[str, Any]) -> None:
-    """Raises UsageError for options outside their range."""
-    for name in ("lr", "tau", "r", "eps", "weight_decay"):
-        value = options.get(name, 0.0)
-        if not 0 <= value < math.inf:
-            raise UsageError(f"{name} of an optimizer is a number from 0 on, not {value}")
-    for value in options.get("betas", (options.get("momentum", 0.0),)):
-        if not 0 <= value < 1:
-            raise UsageError(f"a momentum or beta of an optimizer lies in [0, 1), not at {value}")
+def refuse_sparse(grads: list[Tensor], what: str) -> None:
+    """Raises UsageError for a sparse gradient, as that of nn.Embedding(sparse=True)."""
+    if any(grad.layout is not torch.strided for grad in grads):
+        raise UsageError(f"{what} does not take sparse gradients: give embeddings sparse=False, or another optimizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +171,9 @@ class scadamw:
     betas: tuple[float, float] = (0.95, 0.99)
     weight_decay: float = 0.01
     r: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(self, params: Named, *, stage: StageFacts = ALONE) -> Optimizer:
         if stage.staleness == 0:
@@ -175,6 +194,9 @@ class scsgd:
     momentum: float = 0.9
     weight_decay: float = 0.0
     r: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __call__(self, params: Params, *, stage: StageFacts = ALONE) -> Optimizer:
         if stage.staleness == 0:

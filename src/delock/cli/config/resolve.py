@@ -100,6 +100,8 @@ def _check_training(config: TrainingOptions) -> None:
         raise UsageError(f"milestones belong to the schedule steps, and the schedule is {config.schedule}")
     if config.floor and config.schedule != "cosine":
         raise UsageError(f"floor belongs to the schedule cosine, and the schedule is {config.schedule}")
+    if config.gamma != TrainingOptions.gamma and config.schedule != "steps":
+        raise UsageError(f"gamma belongs to the schedule steps, and the schedule is {config.schedule}")
     if config.schedule == "steps" and not config.milestones:
         raise UsageError("the schedule steps needs --milestones: the epochs at which the learning rate falls")
 
@@ -146,7 +148,6 @@ def _check(config: TrainConfig) -> None:
         "batches": (training.batches, 1),
         "eval-every": (training.eval_every, 1),
         "lr": (update.lr, 0, MOST_FLOAT),
-        "momentum": (update.momentum, 0, MOST_FLOAT),
         "weight-decay": (update.weight_decay, 0, MOST_FLOAT),
         "warmup": (training.warmup, 0),
         "gamma": (training.gamma, 0, MOST_FLOAT),
@@ -158,7 +159,8 @@ def _check(config: TrainConfig) -> None:
         raise UsageError(
             f"milestones are {' '.join(f'{at:g}' for at in training.milestones)}, but every one must be at least 0 and at most {MOST:,}"
         )
-    for name, share in {"dropout": network.dropout, "beta1": update.beta1, "beta2": update.beta2}.items():
+    shares = {"dropout": network.dropout, "momentum": update.momentum, "beta1": update.beta1, "beta2": update.beta2}
+    for name, share in shares.items():
         if share is not None and not 0 <= share < 1:
             raise UsageError(f"{name} is {share}, but it must lie in [0, 1)")
     if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", config.machine.device):

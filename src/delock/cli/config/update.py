@@ -82,7 +82,7 @@ def _refuse_spike(name: str, momentum: float | None, nesterov: bool) -> None:
     out = "leave spike out of --correct"
     if name not in ("adamw", "sgd"):
         raise UsageError(f"spike is a correction of adamw and of sgd, and the optimizer is {name}: use adamw, or {out}")
-    if name == "sgd" and not 0 < (momentum or 0.0) < 1:
-        raise UsageError(f"spike makes up for momentum, and momentum is {momentum:g}: give one below 1, as --momentum 0.9, or {out}")
+    if name == "sgd" and not momentum:
+        raise UsageError(f"spike makes up for momentum, and momentum is 0: give one above 0, as --momentum 0.9, or {out}")
     if nesterov:
         raise UsageError(f"spike and nesterov are two forms of one correction: leave out --nesterov, or {out}")
