@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from delock.errors import NonFinite, StageFailed, UsageError
 from delock.methods import BP, DSP, GPipe
+from delock.recipes import Schedule, muon, scadamw
 from delock.records import Event
 
 from points import CLASSES, broken_loss, fit, network, test_data, train_data, weighted, weights
@@ -56,6 +57,10 @@ def tied() -> nn.Sequential:
         ({"cuts": [1.5]}, r"cuts is \[1.5\], but it must be a list"),
         ({"cuts": [True]}, r"cuts is \[True\], but it must be a list"),
         ({"loss": nn.CrossEntropyLoss}, r"loss is the class CrossEntropyLoss: give CrossEntropyLoss\(\)"),
+        ({"optimizer": muon}, r"optimizer is the class muon: give muon\(...\), not muon"),
+        ({"optimizer": scadamw}, r"optimizer is the class scadamw: give scadamw\(...\)"),
+        ({"optimizer": partial(muon, lr=0.1)}, r"optimizer is the class muon: give muon\(...\)"),
+        ({"schedule": Schedule}, r"schedule is the class Schedule: give Schedule\(...\)"),
         ({"metrics": [len]}, "metrics is .*, but it must be a dict with a function"),
         ({"metrics": {"a": "accuracy"}}, "metrics is .*, but it must be a dict with a function"),
         ({"metrics": {"loss": len}, "test": {"a": test_data()}}, "a metric is called loss"),

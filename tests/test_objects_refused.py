@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler as rates
 
 import delock
-from delock.optim import ErrorFeedback
+from delock.optim import SCSGD, ErrorFeedback, SCAdamW, Several
+from delock.recipes import muon
 
 pytestmark = pytest.mark.usefixtures("own_random")
 
@@ -65,7 +66,8 @@ def frozen(model: nn.Module) -> optim.Optimizer:
     return optim.SGD(model[0].requires_grad_(False).parameters(), lr=0.1)  # type: ignore[index]
 
 
-FACTORY = "give a factory, which every stage calls with its own parameters, as functools.partial"
+EVERY = "give a factory, which every stage calls with its own parameters, as"
+FACTORY = f"{EVERY} functools.partial"
 OPTIMIZERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "of another model": (lambda model: sgd(network()), rf"holds a parameter of shape \(4, 6\) that is none of the model's.*{FACTORY}"),
     "stepped": (lambda model: stepped(model, sgd(model, momentum=0.9)), rf"the SGD has taken steps.*{FACTORY}"),
@@ -75,7 +77,14 @@ OPTIMIZERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "with an attribute": (lambda model: Wide(model.parameters(), width=2), f"differs in width, so stages cannot have one each: {FACTORY}"),
     "with other options": (lambda model: Doubled(model.parameters()), f"differs in its options.*{FACTORY}"),
     "made otherwise": (Weights, rf"another Weights cannot be made of the options that it tells \(lr, .*{FACTORY}"),
-    "around another": (lambda model: ErrorFeedback(sgd(model), tau=1), f"another ErrorFeedback cannot be made.*{FACTORY}"),
+    "around another": (
+        lambda model: ErrorFeedback(sgd(model), tau=1),
+        rf"another ErrorFeedback cannot be made for every stage, as it is around other.*{EVERY} delock.recipes.error_feedback\(base\)",
+    ),
+    "several": (lambda model: Several([sgd(model)]), rf"another Several cannot be made.*{EVERY} delock.recipes.muon\(\), or a function of"),
+    "muon": (lambda model: muon()(list(model.named_parameters())), rf"{EVERY} delock.recipes.muon\(\)"),
+    "stepped SCAdamW": (lambda model: stepped(model, SCAdamW(model.parameters(), tau=1)), rf"{EVERY} delock.recipes.scadamw\(\)"),
+    "stepped SCSGD": (lambda model: stepped(model, SCSGD(model.parameters(), 0.1, tau=1)), rf"{EVERY} delock.recipes.scsgd\(lr=0.1\)"),
     "with a hook": (hooked, f"differs in _optimizer_step_post_hooks.*{FACTORY}"),
     "no optimizer": (lambda model: 0.1, "optimizer is 0.1, but it must be a torch.optim.Optimizer of the model's parameters"),
 }

@@ -105,6 +105,21 @@ def test_factories_check_when_they_are_made(make: Callable[[], Any], message: st
         make()
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (muon, r"base of error_feedback is the class muon: give muon\(...\), not muon"),
+        (torch.optim.SGD(weights(), lr=0.1), "base of error_feedback is a factory, as .*, and not an object of SGD"),
+        (0.1, "base of error_feedback is a factory, as .*, and not an object of float"),
+    ],
+    ids=["class", "optimizer", "number"],
+)
+def test_error_feedback_around_no_factory(base: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        error_feedback(base)
+    assert error_feedback(torch.optim.Adam).base is torch.optim.Adam
+
+
 def test_milestones_may_stand_in_any_order() -> None:
     there, back = (Schedule("steps", 10, milestones=at, gamma=0.5) for at in ((2, 5), (5, 2)))
     assert [back.factor(n) for n in range(8)] == [there.factor(n) for n in range(8)] == [1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch.optim import Optimizer
 
+from delock.errors import UsageError
 from delock.optim.ranges import check_fields
 
 Params: TypeAlias = Iterable[Any]  # parameters, named or not, or parameter groups, as torch.optim takes them
@@ -123,3 +125,11 @@ def two_means(named: Named) -> int:
 def decays(name: str, parameter: torch.Tensor) -> bool:
     """Returns True if AdamW's weight decay acts on a parameter: it has two dimensions or more, and is not named as an embedding."""
     return parameter.dim() > 1 and not any(part.startswith("embed") for part in name.split("."))
+
+
+def refuse_class(what: str, given: object) -> None:
+    """Raises UsageError for the class of a factory, alone or in partials; a class whose objects step is a factory itself."""
+    while isinstance(given, partial):
+        given = given.func
+    if isinstance(given, type) and not hasattr(given, "step"):
+        raise UsageError(f"{what} is the class {given.__name__}: give {given.__name__}(...), not {given.__name__}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from delock.errors import UsageError
-from delock.optim.factories import Named
+from delock.optim.factories import Named, refuse_class
 from delock.optim.ranges import check_amount, is_amount
 from delock.optim.several import Several
 from delock.optim.stage_facts import ALONE, StageFacts, for_stage
@@ -93,6 +93,10 @@ class error_feedback:
 
     def __post_init__(self) -> None:
         check_amount("c", self.c, "error feedback")
+        refuse_class("base of error_feedback", self.base)
+        if not callable(self.base):
+            kind = type(self.base).__name__
+            raise UsageError(f"base of error_feedback is a factory, as delock.recipes.AdamW(1e-3), and not an object of {kind}")
         if isinstance(self.base, error_feedback):
             raise UsageError(TWICE)
 

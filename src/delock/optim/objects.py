@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from delock.errors import UsageError, said
+from delock.optim.several import Several
 
 MadeOptimizer: TypeAlias = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
 MadeSchedule: TypeAlias = Callable[[Optimizer], LRScheduler]
@@ -23,6 +25,16 @@ OF_SCHEDULES = ("step", "_opt_called")  # attributes that a schedule gives its o
 WITH_LOSS = (
     "let a module hold the model and the loss, with a forward(x, labels) that returns the loss, and give fit that module and no loss"
 )
+FACTORIES: Mapping[str, str] = MappingProxyType(
+    {
+        "ErrorFeedback": "delock.recipes.error_feedback(base), with the factory of the optimizer inside",
+        "Several": "delock.recipes.muon(), or a function of (name, parameter) pairs that returns Several([...])",
+        "SplitMuon": "delock.recipes.muon()",
+        "SCAdamW": "delock.recipes.scadamw()",
+        "SCSGD": "delock.recipes.scsgd(lr=0.1)",
+    }
+)
+"""Factories of optimizers of ours, as they are written: functools.partial with a rate makes none of these."""
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -147,6 +159,8 @@ def _optimizer_like(names: Mapping[int, tuple[str, ...]], beside: Collection[int
             f"the {kind.__name__} has taken steps, and stages would begin without what it has learned from them: make a new one, "
             f"or {_factory(kind)}"
         )
+    if isinstance(given, Several):
+        raise UsageError(f"another {kind.__name__} cannot be made for every stage, as it is around other optimizers: {_factory(kind)}")
     groups = tuple(
         ParameterGroup(_options(group), tuple(names[id(weight)] for weight in group["params"] if id(weight) in names))
         for group in given.param_groups
@@ -250,4 +264,5 @@ def _all(schedule: LRScheduler) -> Iterator[LRScheduler]:
 
 
 def _factory(kind: type[Optimizer]) -> str:
-    return f"give a factory, which every stage calls with its own parameters, as functools.partial({kind.__name__}, lr=0.1)"
+    like = FACTORIES.get(kind.__name__, f"functools.partial({kind.__name__}, lr=0.1)")
+    return f"give a factory, which every stage calls with its own parameters, as {like}"

@@ -14,6 +14,7 @@ from delock.links import meeting
 from delock.links.connect import refuse_link
 from delock.memory.sizes import Outputs
 from delock.methods import Method
+from delock.optim.factories import refuse_class
 from delock.optim.rates import monitor_of
 from delock.options import EMA, Acts, Checkpoint, Execution, check_types
 from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
@@ -39,6 +40,8 @@ def refuse_wrong_types(request: Request) -> None:
     if isinstance(request.loss, type):
         raise UsageError(f"loss is the class {request.loss.__name__}: give {request.loss.__name__}(), not {request.loss.__name__}")
     _refuse_metrics(request)
+    refuse_class("optimizer", request.optimizer)
+    refuse_class("schedule", request.schedule)
     if not callable(request.optimizer):
         raise UsageError(
             f"optimizer is {request.optimizer!r}, but it must be a torch.optim.Optimizer of the model's parameters, or a function of every "
