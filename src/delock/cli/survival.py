@@ -69,7 +69,7 @@ def refuse_changed(config: TrainConfig, out: Path) -> None:
     if different := changed(run):
         raise UsageError(f"{different[0]}: restore it, or begin a new run")
     then, now = flat(read_config(run)), flat(config)
-    chief = ("method", "model", "data", "optimizer")  # others follow from them
+    chief = ("method", "model", "data", "optimizer", "correct", "schedule")  # others follow from them
     for name in sorted({*then, *now} - FREE, key=lambda name: (name not in chief, name)):
         if then.get(name) != now.get(name):
             was, now_is = (values.get(name, "not given") for values in (then, now))
