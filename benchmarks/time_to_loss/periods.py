@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "slow_link"))
 from namespaces import End, inside
 from two_stages import BATCH, CONTEXT, OPTIMIZERS, WARM, WIDTH
 
-FEATURES, STEPS, PATIENCE = 256, 60, 300
+FEATURES, STEPS, PATIENCE = 256, 30, 300
 
 
 # ---- emulated ----------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from namespaces import NotPermitted, joined, limit
 K, SYNCHRONOUS, DELAYED = 8, ("1f1b", "zb1p"), ("ddg", "ddg ahead", "2bw", "fdg")
 PARTS = (4, 8, 16, 32)
 FEW = (1, 2, 4, 8)  # parts on two stages
-SCALE = 4.0  # emulated waits are this many times as long as the work, so that the cost of a wait is small beside it
+SCALE = 32.0  # emulated waits are this many times as long as the work, so that what a message costs on two cores is small beside it
 PLACES = ("emulated", "two cores", "100 Mbit/s")
 Cell = dict[str, Any]
 
