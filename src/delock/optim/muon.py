@@ -41,7 +41,7 @@ class SplitMuon(torch.optim.Muon):
     def _pieces(self, group: dict[str, Any]) -> Iterator[MatrixPiece]:
         weights, grads, momenta = list[Tensor](), list[Tensor](), list[Tensor]()
         if self._init_group(group, weights, grads, momenta):
-            raise UsageError("Muon takes real matrices, and one is complex: give that one to another optimizer")
+            raise UsageError("Muon takes real matrices, and one is complex: leave it to AdamW, by `matrices`")
         for whole in zip(weights, grads, momenta, strict=True):
             for one in zip(*(x.chunk(group.get("split", 1)) for x in whole), strict=True):  # views: written to in place
                 weight, grad, momentum = (x.t() if x.shape[0] > x.shape[1] else x for x in one)
