@@ -69,13 +69,6 @@ def test_complex_weights_are_refused() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-def test_complex_matrices_are_refused_by_muon() -> None:
-    odd = nn.Parameter(torch.ones(3, 3, dtype=torch.cfloat))
-    odd.grad = torch.ones_like(odd)
-    with pytest.raises(UsageError, match="Muon takes real matrices, and one is complex"):
-        muon()([("inner.weight", odd)]).step()
-
-
 FACTORIES: list[tuple[Callable[[], Any], str]] = [
     (partial(scadamw, r=-1), "r of an optimizer"),
     (partial(scadamw, betas=(0.9,)), "betas of an optimizer"),

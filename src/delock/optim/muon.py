@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from delock.errors import UsageError
 from delock.optim.closures import loss_of
 from delock.optim.factories import Named, two_means
 from delock.optim.ranges import check_fields
@@ -40,8 +39,7 @@ class SplitMuon(torch.optim.Muon):
 
     def _pieces(self, group: dict[str, Any]) -> Iterator[MatrixPiece]:
         weights, grads, momenta = list[Tensor](), list[Tensor](), list[Tensor]()
-        if self._init_group(group, weights, grads, momenta):
-            raise UsageError("Muon takes real matrices, and one is complex: leave it to AdamW, by `matrices`")
+        self._init_group(group, weights, grads, momenta)
         for whole in zip(weights, grads, momenta, strict=True):
             for one in zip(*(x.chunk(group.get("split", 1)) for x in whole), strict=True):  # views: written to in place
                 weight, grad, momentum = (x.t() if x.shape[0] > x.shape[1] else x for x in one)
