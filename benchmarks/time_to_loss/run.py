@@ -29,7 +29,7 @@ from two_stages import method_of
 sys.path.append(str(Path(__file__).resolve().parent.parent / "slow_link"))
 from namespaces import NotPermitted, joined, limit
 
-K, SYNCHRONOUS, DELAYED = 8, ("1f1b", "zb1p"), ("ddg", "ddg ahead", "2bw", "fdg")
+K, SYNCHRONOUS, DELAYED = 8, ("1f1b", "zb1p"), ("ddg", "ddg ahead", "fdg")
 PARTS = (4, 8, 16, 32)
 FEW = (1, 2, 4, 8)  # parts on two stages
 SCALE = 32.0  # emulated waits are this many times as long as the work, so that what a message costs on two cores is small beside it
@@ -41,7 +41,7 @@ def eight(optimizer: str, rounds: int) -> list[Cell]:
     """Returns periods of eight emulated stages."""
     measured = block(optimizer)
     stage = type(measured)(*(SCALE * seconds for seconds in (measured.forward, measured.backward, measured.update)))
-    names = [(name, parts) for parts in PARTS for name in (*SYNCHRONOUS, *DELAYED) if name != "2bw" or parts >= K - 1]
+    names = [(name, parts) for parts in PARTS for name in (*SYNCHRONOUS, *DELAYED)]
     found: dict[tuple[str, int], list[float]] = {pair: [] for pair in names}
     for _ in range(rounds):
         for name, parts in names:
