@@ -91,8 +91,9 @@ def quoted() -> tuple[Row, ...]:
         *rows(few, "ddg", 8, ("muon",), micro_batches=8, ahead="part"),
         *rows(few, "ddg", 4, ("scadamw.98",), micro_batches=4),
         *rows(few, "ddg", 4, ("scadamw.98",), micro_batches=4, ahead="part"),
-        *rows(few, "ddg", 8, ("muon",), micro_batches=4, ahead="part"),
+        *rows(few, "ddg", 8, ("scadamw.98",), micro_batches=8, ahead="part"),
         *rows(few, "bp", 1, ("scadamw.98",)),
+        *rows(few, "ddg", 8, ("scadamw.98", "muon"), micro_batches=4, ahead="part"),
         *rows(few, "ddg", 8, ("scadamw.98",), micro_batches=8),
         *(row for K, M in ((8, 4), (2, 2)) for row in rows(few, "ddg", K, ("muon",), micro_batches=M)),
         *rows(few, "ddg", 4, ("muon", "adamw"), micro_batches=4, ahead="part"),
@@ -133,6 +134,7 @@ def images(*accumulate: int) -> tuple[Row, ...]:
     return (
         *rows(grids, "ddg", 4, ("sgd",), micro_batches=4),
         *(row for parts in split for row in parts),
+        *rows(grids, "ddg", 4, ("scsgd",), micro_batches=4, ahead="part"),
         *rows({"sgd": grids["scsgd"]}, "ddg", 4, ("sgd",), micro_batches=4, ahead="part"),
         *rows(grids, "ddg", 4, ("scsgd",), micro_batches=4),
         *whole,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ TOLERANCE = 0.02  # bits above backpropagation that count as an equal loss
 MODELLED = 1.08  # a ratio to zb1p is quoted where its measured period is at most this many times the simulated one
 MOST_PARTS = 32
 SYNCHRONOUS = ("1f1b", "zb1p")
+ROWS = MappingProxyType({"muon": "muon", "scadamw": "scadamw.98", "adamw": "adamw"})
+"""Optimizers of periods, and their rows in benchmarks/quality."""
 Cell = Mapping[str, Any]
 
 
@@ -40,13 +43,20 @@ class Reached:
         return self.above <= TOLERANCE
 
 
+def target(optimizer: str) -> float:
+    """Returns the best mean score of backpropagation with an optimizer or the one that it corrects; infinity if there is none."""
+    wanted, records = SETS["quoted"], store.read(RUNS / "quoted")
+    own = next(row for row in wanted.rows if row.optimizer == ROWS[optimizer]).compared_with(wanted.rows)
+    return min((score for row in own if (score := _whole(row, wanted.seeds, records)) is not None), default=math.inf)
+
+
 def mean_of(set_name: str, method: str, K: int, parts: int, optimizer: str) -> float | None:
     """Returns the mean score of a row at its best rate; None unless all seeds are there and the best rate is inside its grid."""
     wanted, records = SETS[set_name], store.read(RUNS / set_name)
     base, _, ahead = method.partition(" ")
-    options = {} if base == "bp" else {"micro_batches": parts, **({"ahead": "part"} if ahead else {})}
+    options = {"micro_batches": parts, **({"ahead": "part"} if ahead else {})}
     for row in wanted.rows:
-        if (row.method, row.K, row.optimizer, dict(row.options)) == (base, K, optimizer, options):
+        if (row.method, row.K, row.optimizer, dict(row.options)) == (base, K, ROWS[optimizer], options):
             return _whole(row, wanted.seeds, records)
     return None
 
@@ -58,13 +68,11 @@ def _whole(row: Row, seeds: int, records: Mapping[str, Any]) -> float | None:
 
 def reached(method: str, K: int, parts: int, optimizer: str) -> list[Reached]:
     """Returns what a method reaches by the length of its runs, up to the first with an equal loss."""
-    target = mean_of("quoted", "bp", 1, 1, optimizer)
-    found: list[Reached] = []
+    due, found = target(optimizer), list[Reached]()
     for name, length in LENGTHS.items():
         score = mean_of(name, method, K, parts, optimizer)
-        if target is None or score is None or (found and found[-1].equal):
-            continue
-        found.append(Reached(length, score - target))
+        if score is not None and not (found and found[-1].equal):
+            found.append(Reached(length, score - due))
     return found
 
 
