@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,33 +38,33 @@ PLACES = ("emulated", "two cores", "100 Mbit/s")
 Cell = dict[str, Any]
 
 
-def eight(optimizer: str, rounds: int) -> list[Cell]:
+def eight(optimizer: str, rounds: int, parts: Sequence[int] = PARTS) -> list[Cell]:
     """Returns periods of eight emulated stages."""
     measured = block(optimizer)
     stage = type(measured)(*(SCALE * seconds for seconds in (measured.forward, measured.backward, measured.update)))
-    names = [(name, parts) for parts in PARTS for name in (*SYNCHRONOUS, *DELAYED)]
+    names = [(name, one) for one in parts for name in (*SYNCHRONOUS, *DELAYED)]
     found: dict[tuple[str, int], list[float]] = {pair: [] for pair in names}
     for _ in range(rounds):
-        for name, parts in names:
-            found[name, parts].append(emulated(method_of(name, parts), K, stage) / SCALE)
-            print(f"emulated, {optimizer}: {name}, {parts} parts: {1000 * found[name, parts][-1]:.2f} ms", flush=True)
+        for name, one in names:
+            found[name, one].append(emulated(method_of(name, one), K, stage) / SCALE)
+            print(f"emulated, {optimizer}: {name}, {one} parts: {1000 * found[name, one][-1]:.2f} ms", flush=True)
     own = [(seconds,) * K for seconds in (measured.forward, measured.backward, measured.update)]
     return [
-        {"place": "emulated", "optimizer": optimizer, "method": name, "parts": parts, "seconds": median(seconds),
-         "simulated": simulated(method_of(name, parts), *own), "stage": [measured.forward, measured.backward, measured.update]}
-        for (name, parts), seconds in found.items()
+        {"place": "emulated", "optimizer": optimizer, "method": name, "parts": one, "seconds": median(seconds),
+         "simulated": simulated(method_of(name, one), *own), "stage": [measured.forward, measured.backward, measured.update]}
+        for (name, one), seconds in found.items()
     ]  # fmt: skip
 
 
-def two(optimizer: str, rounds: int, batches: int, ends: Any = None) -> list[Cell]:
+def two(optimizer: str, rounds: int, batches: int, parts: Sequence[int] = FEW, ends: Any = None) -> list[Cell]:
     """Returns periods of two real stages."""
-    names = [(name, parts) for parts in FEW for name in (*SYNCHRONOUS, *DELAYED)]
+    names = [(name, one) for one in parts for name in (*SYNCHRONOUS, *DELAYED)]
     found: dict[tuple[str, int], list[Cell]] = {pair: [] for pair in names}
     place = "100 Mbit/s" if ends else "two cores"
     for _ in range(rounds):
-        for name, parts in names:
-            found[name, parts].append(real(name, parts, optimizer, batches, ends))
-            print(f"{place}, {optimizer}: {name}, {parts} parts: {1000 * found[name, parts][-1]['seconds']:.2f} ms", flush=True)
+        for name, one in names:
+            found[name, one].append(real(name, one, optimizer, batches, ends))
+            print(f"{place}, {optimizer}: {name}, {one} parts: {1000 * found[name, one][-1]['seconds']:.2f} ms", flush=True)
     return [{"place": place, "optimizer": optimizer, **_cell(*pair, cells)} for pair, cells in found.items()]
 
 
@@ -100,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--place", nargs="*", choices=PLACES, default=PLACES)
     parser.add_argument("--optimizer", nargs="+", choices=["muon", "scadamw", "adamw"], default=["muon"])
+    parser.add_argument("--parts", nargs="+", type=int, help="of a batch; by default 4 to 32, on two stages 1 to 8")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=240, help="of a run in two stages")
     parser.add_argument("--out", type=Path, required=True, help="folder; places that are not asked for keep what its periods.json has")
@@ -109,7 +111,7 @@ def main() -> None:
     for optimizer in options.optimizer:
         for place in options.place:
             try:
-                found = measured(place, optimizer, options.rounds, options.batches)
+                found = measured(place, optimizer, options.rounds, options.batches, options.parts)
             except NotPermitted as error:
                 print(f"{place} skipped: {error}")
                 continue
@@ -120,15 +122,15 @@ def main() -> None:
         print(written)
 
 
-def measured(place: str, optimizer: str, rounds: int, batches: int) -> list[Cell]:
+def measured(place: str, optimizer: str, rounds: int, batches: int, parts: Sequence[int] | None) -> list[Cell]:
     """Returns the periods of one place. Raises NotPermitted."""
     if place == "emulated":
-        return eight(optimizer, rounds)
+        return eight(optimizer, rounds, parts or PARTS)
     if place == "two cores":
-        return two(optimizer, rounds, batches)
+        return two(optimizer, rounds, batches, parts or FEW)
     with joined() as ends:
         limit(ends, "100mbit")
-        return two(optimizer, rounds, batches // 2, ends)
+        return two(optimizer, rounds, batches // 2, parts or FEW, ends)
 
 
 if __name__ == "__main__":
