@@ -77,7 +77,7 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
     if name in METHODS and not METHODS[name].local_losses:
         given["head"] = None  # said of the rows with local losses
     behind = dict(setting.split("=", 1) for setting in settings if "=" in setting).get("behind", common.get("behind")) or 0
-    if name in METHODS and not can_be_ahead(name, 1 if str(behind) != "0" else 0):
+    if name in METHODS and not can_be_ahead(name, behind=str(behind) != "0"):
         given["correct"] = _not_ahead(common)  # said of the rows that have it
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -106,16 +106,16 @@ def _check_training(config: TrainingOptions) -> None:
         raise UsageError("the schedule steps needs --milestones: the epochs at which the learning rate falls")
 
 
-def can_be_ahead(method: str, behind: int = 0) -> bool:
+def can_be_ahead(method: str, *, behind: bool = False) -> bool:
     """Returns True if --correct ahead acts on a method: it is late, by itself or by --behind."""
-    return "ahead" in options(METHODS[method]) and (behind > 0 or not METHODS[method].synchronous)
+    return "ahead" in options(METHODS[method]) and (behind or not METHODS[method].synchronous)
 
 
 def _ahead(config: AlgorithmOptions, update: UpdateOptions) -> AlgorithmOptions:
     """Returns the method's options with `ahead`, if it is among the corrections."""
     if "ahead" not in update.correct or config.ahead:
         return config
-    if config.method in METHODS and not can_be_ahead(resolved(config.method), config.behind or 0):
+    if config.method in METHODS and not can_be_ahead(resolved(config.method), behind=bool(config.behind)):
         raise UsageError(f"{config.method} is not late, so there is nothing to be ahead of: leave ahead out of --correct")
     return replace(config, ahead="part")
 
