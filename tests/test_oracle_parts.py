@@ -161,7 +161,7 @@ def test_2bw_is_backpropagation_one_update_behind(K: int, ahead: Any) -> None:
 
 
 class Offset(nn.Module):
-    """Hands a weight on beside its output: as it is, or as the result of an op."""
+    """Returns its output and one of its weights: the weight itself, or the result of an op on it."""
 
     def __init__(self, *, as_it_is: bool) -> None:
         super().__init__()

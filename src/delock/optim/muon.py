@@ -17,8 +17,6 @@ from delock.optim.ranges import check_fields
 from delock.optim.several import Several
 
 FUSED = ("qkv", "c_attn", "in_proj_weight", "Wqkv")  # names of matrices that map to queries, keys and values: (3 C, C)
-
-
 TOGETHER = 2**19  # numbers in the matrices that are orthogonalized in one call: larger products gain nothing by it
 
 

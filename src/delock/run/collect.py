@@ -15,8 +15,7 @@ from delock.partition.stages import stages
 from delock.records import Result, Started
 from delock.run.job import StageResult
 from delock.run.request import Request
-from delock.stage.buffers import buffers_of
-from delock.stage.loading import load_module, volatile
+from delock.stage.loading import known, load_module
 from delock.tensors import is_floating
 
 
@@ -67,8 +66,8 @@ def _load(request: Request, cuts: tuple[int | str, ...], results: list[StageResu
     last = results[-1]
     if isinstance(request.loss, nn.Module):
         # what the loss has made in its first call stays where it is
-        known = {*request.loss.state_dict(), *volatile(request.loss), *buffers_of(request.loss)}
-        state, rest = ({name: one for name, one in part.items() if name in known} for part in (last.loss, last.volatile["loss"]))
+        own = known(request.loss)
+        state, rest = ({name: one for name, one in part.items() if name in own} for part in (last.loss, last.volatile["loss"]))
         load_module(request.loss, state, rest, "loss")
     given = request.heads if request.heads is not None and not isinstance(request.heads, str) else ()
     heads = dict(zip(request.method.headed(len(results)), given, strict=True)) if given else {}

@@ -46,9 +46,14 @@ def load_module(module: nn.Module, state: Mapping[str, Any], rest: Mapping[str, 
             now[name].copy_(value)
 
 
+def known(module: nn.Module) -> set[str]:
+    """Returns the names of a module's state: of its state dict, of what is in none, and of buffers that are None."""
+    return {*module.state_dict(), *volatile(module), *buffers_of(module)}
+
+
 def make_buffers(module: nn.Module, state: Mapping[str, Any], rest: Mapping[str, Tensor]) -> None:
     """Registers the buffers that a module had made in its calls, and has not made yet."""
-    own = {**module.state_dict(), **volatile(module), **buffers_of(module)}
+    own = known(module)
     for name, value in {**state, **rest}.items():
         if name not in own and isinstance(value, Tensor):
             owner, _, last = name.rpartition(".")
