@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
@@ -43,27 +44,33 @@ class Reached:
         return self.above <= TOLERANCE
 
 
+@cache
+def records(set_name: str) -> Mapping[str, Any]:
+    """Returns the records of a set, which are read once."""
+    return store.read(RUNS / set_name)
+
+
 def target(optimizer: str) -> float:
     """Returns the best mean score of backpropagation with an optimizer or the one that it corrects; infinity if there is none."""
-    wanted, records = SETS["quoted"], store.read(RUNS / "quoted")
+    wanted = SETS["quoted"]
     own = next(row for row in wanted.rows if row.optimizer == ROWS[optimizer]).compared_with(wanted.rows)
-    return min((score for row in own if (score := _whole(row, wanted.seeds, records)) is not None), default=math.inf)
+    return min((score for row in own if (score := _whole(row, wanted.seeds, records("quoted"))) is not None), default=math.inf)
 
 
 def mean_of(set_name: str, method: str, K: int, parts: int, optimizer: str) -> float | None:
     """Returns the mean score of a row at its best rate; None unless all seeds are there and the best rate is inside its grid."""
-    wanted, records = SETS[set_name], store.read(RUNS / set_name)
+    wanted = SETS[set_name]
     base, _, ahead = method.partition(" ")
     options = {"micro_batches": parts, **({"ahead": "part"} if ahead else {})}
     for row in wanted.rows:
         if (row.method, row.K, row.optimizer, dict(row.options)) == (base, K, ROWS[optimizer], options):
-            return _whole(row, wanted.seeds, records)
+            return _whole(row, wanted.seeds, records(set_name))
     return None
 
 
-def _whole(row: Row, seeds: int, records: Mapping[str, Any]) -> float | None:
-    found = tables.scores(row, seeds, records)
-    return fmean(found) if len(found) == seeds and not tables.at_edge(row, records) else None
+def _whole(row: Row, seeds: int, made: Mapping[str, Any]) -> float | None:
+    found = tables.scores(row, seeds, made)
+    return fmean(found) if len(found) == seeds and not tables.at_edge(row, made) else None
 
 
 def reached(method: str, K: int, parts: int, optimizer: str) -> list[Reached]:
