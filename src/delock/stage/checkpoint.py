@@ -69,13 +69,18 @@ def load(stage: Stage, saved: Mapping[str, Any]) -> None:
 
 
 def _loss_state(stage: Stage) -> dict[str, Any]:
-    loss = module_of(stage.loss)
+    loss = _own_loss(stage)
     return {"state": loss.state_dict(), "volatile": volatile(loss)} if loss else {"state": {}, "volatile": {}}
+
+
+def _own_loss(stage: Stage) -> nn.Module | None:
+    """Returns the loss that the stage computes, if it is a module."""
+    return module_of(stage.loss) if stage.head or stage.k == stage.K - 1 else None
 
 
 def load_loss(stage: Stage, saved: Mapping[str, Any]) -> None:
     """Loads the loss of a stage from `state` of another, with the buffers that it had made in its calls."""
-    loss, found = module_of(stage.loss), saved["loss"]
+    loss, found = _own_loss(stage), saved["loss"]
     if loss is not None:
         make_buffers(loss, found["state"], found["volatile"])
         load_module(loss, found["state"], found["volatile"], f"loss of stage {stage.k}")
