@@ -190,6 +190,25 @@ def test_a_run_that_goes_on_in_other_stages_has_the_state_of_its_loss(tmp_path: 
     assert then.calls == first.calls > 24
 
 
+class Graded(nn.Module):
+    """Counts its calls without and with gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(2))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls[int(torch.is_grad_enabled())] += 1
+        return cross_entropy(outputs, targets)
+
+
+@pytest.mark.parametrize("workers", ["inline", "processes"])
+def test_evaluations_call_the_loss_without_gradients(workers: str) -> None:
+    loss = Graded()
+    fit(loss, test=batches()[:2], workers=workers)
+    assert loss.calls.tolist() == [2, 3]
+
+
 def test_trials_that_fail_leave_the_state_as_it_was() -> None:
     loss = Centred()
     with pytest.raises(delock.UsageError, match="the loss failed"):

@@ -161,8 +161,12 @@ def _ends(job: StageJob) -> dict[int, str]:
     return dict(zip(accumulate(tests.values()), tests, strict=True))
 
 
+@torch.no_grad()
 def measured(name: str, measure: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> float:
-    """Returns a measure of the outputs of a batch; "" is the name of the loss. Raises UsageError for a metric that is no number."""
+    """Returns a measure of the outputs of a batch, without gradients; "" is the name of the loss.
+
+    Raises UsageError for a metric that is no number.
+    """
     if not name:
         return float(compute_loss(measure, outputs, targets))
     with users_own(f"the metric {name!r}"):
