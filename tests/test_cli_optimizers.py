@@ -190,6 +190,7 @@ def test_a_config_is_a_factory(values: dict[str, object], factory: object) -> No
         ("--correct spike --nesterov", "leave out --nesterov, or leave spike out of --correct"),
         ("--correct spice", "--correct is 'spice', but it must be a list, each entry one of 'spike', 'feedback', 'ahead'"),
         ("--method bp --correct ahead", "bp is not late, so there is nothing to be ahead of: leave ahead out of --correct"),
+        ("--method ddg --ahead mean --correct ahead", "--ahead is mean, and ahead in --correct says part: give one of them"),
         ("--method dgl --correct feedback ahead", "dgl is not late, so there is nothing to be ahead of"),
         ("--method bp --ahead mean", "bp is not late, so nothing can be ahead: leave ahead out, or set behind"),
         ("--method fgd --correct ahead", "no method is called 'fgd'; did you mean 'fdg'?"),
@@ -211,7 +212,6 @@ def test_ahead_is_an_option_of_the_method(method: str) -> None:
         found = config(method=method, correct=["ahead", "feedback"])
         assert make_method(found.algorithm) == METHODS[method](ahead="part").fitted(2)  # type: ignore[call-arg]
         assert (found.algorithm.ahead, found.update.correct) == ("part", ("feedback",))
-        assert config(method=method, correct=["ahead"], ahead="mean").algorithm.ahead == "mean"
         assert find(build(PlanConfig, {"method": method, "correct": ["ahead"], "stages": 2}, "test")).method == make_method(found.algorithm)
     else:
         with pytest.raises(UsageError, match=f"{method} is not late"):

@@ -102,7 +102,7 @@ def orthogonalized(matrices: Tensor, coefficients: tuple[float, float, float], s
     x = matrices.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
     x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps))
     for _ in range(steps):
-        gram = x @ x.transpose(1, 2)
+        gram = torch.bmm(x, x.transpose(1, 2))
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 

@@ -113,8 +113,10 @@ def can_be_ahead(method: str, *, behind: bool = False) -> bool:
 
 def _ahead(config: AlgorithmOptions, update: UpdateOptions) -> AlgorithmOptions:
     """Returns the method's options with `ahead`, if it is among the corrections."""
-    if "ahead" not in update.correct or config.ahead:
+    if "ahead" not in update.correct or config.ahead == "part":
         return config
+    if config.ahead:
+        raise UsageError(f"--ahead is {config.ahead}, and ahead in --correct says part: give one of them")
     if config.method in METHODS and not can_be_ahead(resolved(config.method), behind=bool(config.behind)):
         raise UsageError(f"{config.method} is not late, so there is nothing to be ahead of: leave ahead out of --correct")
     return replace(config, ahead="part")
