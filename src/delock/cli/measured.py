@@ -56,6 +56,16 @@ FIGURES = (
         "ddg(micro_batches=8, ahead=part)", 8, "muon", 0.005, "quoted", "ddg-k8-micro_batches8-aheadpart-muon-lr0.02", "bp-k1-muon-lr0.02"
     ),
     Figure("ddg(micro_batches=4)", 4, "sgd", 1.82, "images", "ddg-k4-micro_batches4-sgd-lr0.2", "bp-k1-accumulate4-sgd-lr0.2"),
+    Figure(
+        "ddg(micro_batches=4, ahead=part)",
+        4,
+        "sgd",
+        0.42,
+        "images",
+        "ddg-k4-micro_batches4-aheadpart-scsgd-lr0.2",
+        "bp-k1-accumulate4-sgd-lr0.2",
+        SPIKE,
+    ),
     Figure("ddg(micro_batches=2)", 2, "muon", 0.007, "quoted", "ddg-k2-micro_batches2-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg(micro_batches=4)", 4, "adamw", 0.234, "quoted", "ddg-k4-micro_batches4-adamw-lr0.004", "bp-k1-adamw-lr0.008"),
     Figure("ddg(micro_batches=4)", 4, "adamw", 0.049, "quoted", "ddg-k4-micro_batches4-scadamw-lr0.008", "bp-k1-adamw-lr0.008", SPIKE),
