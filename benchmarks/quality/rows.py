@@ -18,6 +18,7 @@ OPTIMIZERS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = MappingPro
         "adamw": (AdamW, {"betas": (0.9, 0.95), "weight_decay": 0.01}),
         "nanogpt": (AdamW, {"betas": (0.9, 0.99), "weight_decay": 0.1}),
         "scadamw": (scadamw, {"betas": (0.95, 0.99), "weight_decay": 0.01, "r": 2.0}),  # without staleness AdamW with these betas
+        "scadamw.r3": (scadamw, {"betas": (0.95, 0.99), "weight_decay": 0.01, "r": 3.0}),
         "scadamw.9": (scadamw, {"betas": (0.9, 0.95), "weight_decay": 0.01, "r": 2.0}),
         "scadamw.98": (scadamw, {"betas": (0.9, 0.98), "weight_decay": 0.01, "r": 2.0}),
         "muon": (muon, {"momentum": 0.95, "weight_decay": 0.0, "adjust_lr_fn": "original", "rest": 0.1, "betas": (0.9, 0.95)}),
@@ -26,7 +27,7 @@ OPTIMIZERS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = MappingPro
         "scsgd": (scsgd, {"momentum": 0.9, "weight_decay": 5e-4, "r": 1.0}),
     }
 )
-FAMILY = MappingProxyType({"scadamw": "adamw", "scadamw.9": "adamw", "scadamw.98": "adamw", "scsgd": "sgd"})
+FAMILY = MappingProxyType({"scadamw": "adamw", "scadamw.r3": "adamw", "scadamw.9": "adamw", "scadamw.98": "adamw", "scsgd": "sgd"})
 """Corrected optimizers, and the one that backpropagation has beside them."""
 
 
