@@ -128,8 +128,8 @@ def test_flags_reach_the_optimizer_of_a_stage(
 
 def test_corrections_have_the_staleness_of_their_stage(here: Path, recorders: list[Recorder]) -> None:
     run = ["train", *SMALL, "--method", "ddg", "--stages", "3", "--batches", "3", "--correct", "feedback", "spike"]
-    for optimizer, r in (("adamw", 2.0), ("sgd", 1.0)):
-        assert main([*run, "--optimizer", optimizer]) == 0
+    for words, r in (("adamw", 2.0), ("sgd", 1.0), ("adamw --horizon 3", 3.0), ("sgd --horizon 0.5", 0.5)):
+        assert main([*run, "--optimizer", *words.split()]) == 0
         made = recorders.pop().made
         for k, tau in ((0, 2.0), (1, 1.0)):
             outer, inner = parts(made[k])
@@ -177,6 +177,8 @@ def test_a_config_is_a_factory(values: dict[str, object], factory: object) -> No
     ("words", "expected"),
     [
         ("--optimizer adm", "'adam'"),
+        ("--optimizer adamw --horizon 3", "horizon belongs to the correction spike: give --correct spike, or leave horizon out"),
+        ("--optimizer adamw --correct spike --horizon -1", "horizon is -1, but it must be at least 0"),
         ("--beta1 0.9", "beta1 and beta2 are options of adam, adamw, nadamw, muon, soap, and the optimizer is sgd: give --momentum"),
         ("--optimizer sgd --beta2 0.9", "the optimizer is sgd: give --momentum instead"),
         ("--optimizer adam --beta1 1", "beta1 is 1.0, but it must lie in [0, 1)"),
@@ -317,6 +319,7 @@ def test_what_a_correction_puts_out_of_force_in_a_file(tmp_path: Path) -> None:
     assert {"beta1", "beta2", "ahead"}.isdisjoint(override(file, {"correct": ()}))
     assert override(file, {"correct": (), "beta1": 0.8})["beta1"] == 0.8
     assert {"beta1", "beta2", "lr"}.isdisjoint(override(file, {"optimizer": "soap"}))
+    assert all("horizon" not in override(file | {"horizon": 3.0}, now) for now in ({"correct": ()}, {"optimizer": "sgd"}))
     (tmp_path / "config.toml").write_text(toml.write(file, "an earlier run"))
     again = parse(TrainConfig, ["--config", str(tmp_path / "config.toml"), "--correct"], "train", "")
     assert (again.update.correct, again.update.beta1, again.update.lr, again.algorithm.ahead) == ((), None, 0.1, None)

@@ -108,6 +108,9 @@ def test_stable_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{plain['step']:.2f} {plain['other']:.1f} {plain['without_delay']:.0f}" == "1.33 4.5 38"
     assert (spike["step"], spike["other"]) == (plain["other"], plain["step"])
     assert values(f"{adamw} --correct spike", capsys)["stability"]["beta1"] == 0.95
+    farther = f"{adamw} --correct spike --horizon 3"
+    assert values(farther, capsys)["stability"]["step"] == longest_step({0: 0.25, 1: 0.75}, 0.95, 3 * 0.75)
+    assert any(line.startswith("adamw with spike, horizon 3, beta1 0.95") for line in lines(farther, capsys))
     [line] = [line for line in lines(f"{adamw} --correct ahead", capsys) if line.startswith("adamw")]
     assert "stable up to 1.33, 3.5 % of the 38 without delay; with spike 4.47 (ahead not counted)" in line
 
@@ -161,6 +164,7 @@ def test_figures_are_of_the_run_they_name(one: Figure) -> None:
     name, feedback = said["optimizer"]["name"].lower(), said["optimizer"]["feedback"]
     assert name == {"adamw": "scadamw", "sgd": "scsgd"}[one.optimizer] if "spike" in one.correct else one.optimizer
     assert feedback == ("feedback" in one.correct)
+    assert said["optimizer"].get("r") == one.horizon
     assert set(one.correct) <= {"spike", "feedback"}  # ahead is an option of the method
     assert one.of in UNITS
 

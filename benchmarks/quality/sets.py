@@ -94,6 +94,7 @@ def quoted() -> tuple[Row, ...]:
         *rows(few, "ddg", 4, ("scadamw.98",), micro_batches=4, ahead="part"),
         *rows(few, "ddg", 8, ("muon",), micro_batches=4, ahead="part"),
         *(row for K in (4, 8) for row in rows(few, "ddg", K, ("scadamw.r3",), micro_batches=K)),
+        *rows(few, "fdg", 2, ("muon",), micro_batches=2),
         *rows(few, "bp", 1, ("scadamw.98",)),
         *(row for K, M in ((8, 4), (2, 2)) for row in rows(few, "ddg", K, ("muon",), micro_batches=M)),
         *rows(few, "ddg", 4, ("muon", "adamw"), micro_batches=4, ahead="part"),

@@ -9,6 +9,7 @@ from itertools import groupby
 from statistics import fmean
 
 from delock.cli.config import UpdateOptions
+from delock.cli.config.update import HORIZONS
 from delock.cli.measured import Figure, figure
 from delock.cli.tables import milliseconds
 from delock.methods import FDG, Method, spelled
@@ -16,7 +17,6 @@ from delock.timeline import Costs, Prediction, longest_step, predict, warm_ages
 
 LATENCY = 0.05  # share of a batch from which it is spoken of
 WHOLE = 8  # parts whose staleness is written out one by one
-R = 2.0  # horizon of AdamW's spike compensation in staleness, the default of optim.spike
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Forecast:
 
 def forecast(method: Method, update: UpdateOptions, costs: Costs, speed: Prediction) -> Forecast:
     """Returns the forecast of a method that is fitted to the stages of the costs, with the defaults of its optimizer filled in."""
-    found = figure(spelled(method), costs.K, update.optimizer or "", update.correct)
+    found = figure(spelled(method), costs.K, update)
     return Forecast(latency(method, costs, speed.period), stability(method, costs.K, update), found)
 
 
@@ -79,7 +79,8 @@ def stability(method: Method, K: int, update: UpdateOptions) -> Stability | None
     if not tau:
         return None
     shares = {age: n / len(ages) for age, n in Counter(ages).items()}
-    plain, compensated = longest_step(shares, b), longest_step(shares, b, R * tau)
+    r = HORIZONS["adamw"] if update.horizon is None else update.horizon
+    plain, compensated = longest_step(shares, b), longest_step(shares, b, r * tau)
     step, other = (compensated, plain) if spike else (plain, compensated)
     return Stability(stage, tau, b, spike, step, longest_step({0: 1.0}, b), other)
 
@@ -103,7 +104,7 @@ def _latency(one: Latency, measured: bool) -> str:
 
 
 def _stability(one: Stability, method: Method, update: UpdateOptions) -> str:
-    spike = "with spike" if one.spike else "without spike"
+    spike = f"with spike, horizon {update.horizon:g}" if one.spike else "without spike"
     head = f"{update.optimizer} {spike}, beta1 {one.beta1:g}, {one.staleness:.3g} updates late (stage {one.stage})"
     share = f"{one.step:.3g}, {100 * one.step / one.without_delay:.2g} % of the {one.without_delay:.3g} without delay"
     other = f"; {'without' if one.spike else 'with'} spike {one.other:.3g}" if update.optimizer == "adamw" else ""

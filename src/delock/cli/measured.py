@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from delock.cli.config.update import UpdateOptions
+
 GPT, RESNET = "bits per character", "points of test error"
 UNITS: Mapping[str, str] = MappingProxyType({"screening": GPT, "quoted": GPT, "images": RESNET, "groupnorm": RESNET})
 """Sets of runs in benchmarks/quality, and the unit of their scores."""
@@ -31,6 +33,7 @@ class Figure:
     record: str  # without the seed
     beside: str  # backpropagation's
     correct: tuple[str, ...] = ()
+    horizon: float | None = None  # of spike compensation
 
     @property
     def unit(self) -> str:
@@ -65,20 +68,21 @@ FIGURES = (
         "ddg-k4-micro_batches4-aheadpart-scsgd-lr0.2",
         "bp-k1-accumulate4-sgd-lr0.2",
         SPIKE,
+        1.0,
     ),
     Figure("ddg(micro_batches=2)", 2, "muon", 0.007, "quoted", "ddg-k2-micro_batches2-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg(micro_batches=4)", 4, "adamw", 0.234, "quoted", "ddg-k4-micro_batches4-adamw-lr0.004", "bp-k1-adamw-lr0.008"),
-    Figure("ddg(micro_batches=4)", 4, "adamw", 0.049, "quoted", "ddg-k4-micro_batches4-scadamw-lr0.008", "bp-k1-adamw-lr0.008", SPIKE),
+    Figure("ddg(micro_batches=4)", 4, "adamw", 0.049, "quoted", "ddg-k4-micro_batches4-scadamw-lr0.008", "bp-k1-adamw-lr0.008", SPIKE, 2.0),
     Figure("ddg(micro_batches=8)", 8, "adamw", 0.267, "quoted", "ddg-k8-micro_batches8-adamw-lr0.004", "bp-k1-adamw-lr0.008"),
-    Figure("ddg(micro_batches=8)", 8, "adamw", 0.059, "quoted", "ddg-k8-micro_batches8-scadamw-lr0.008", "bp-k1-adamw-lr0.008", SPIKE),
+    Figure("ddg(micro_batches=8)", 8, "adamw", 0.059, "quoted", "ddg-k8-micro_batches8-scadamw-lr0.008", "bp-k1-adamw-lr0.008", SPIKE, 2.0),
     Figure("ddg", 4, "muon", 0.116, "screening", "ddg-k4-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg", 4, "adamw", 0.509, "screening", "ddg-k4-adamw-lr0.0005", "bp-k1-adamw-lr0.008"),
-    Figure("ddg", 4, "adamw", 0.314, "screening", "ddg-k4-scadamw-lr0.002", "bp-k1-adamw-lr0.008", SPIKE),
+    Figure("ddg", 4, "adamw", 0.314, "screening", "ddg-k4-scadamw-lr0.002", "bp-k1-adamw-lr0.008", SPIKE, 2.0),
     Figure("fdg", 4, "muon", 0.253, "screening", "fdg-k4-muon-lr0.01", "bp-k1-muon-lr0.02"),
 )
 
 
-def figure(method: str, K: int, optimizer: str, correct: tuple[str, ...]) -> Figure | None:
+def figure(method: str, K: int, update: UpdateOptions) -> Figure | None:
     """Returns the figure of exactly this method, number of stages, optimizer and corrections; None if there is none."""
-    wanted = method, K, optimizer, tuple(sorted(correct))
-    return next((one for one in FIGURES if (one.method, one.K, one.optimizer, tuple(sorted(one.correct))) == wanted), None)
+    wanted = method, K, update.optimizer, set(update.correct), update.horizon
+    return next((one for one in FIGURES if (one.method, one.K, one.optimizer, set(one.correct), one.horizon) == wanted), None)

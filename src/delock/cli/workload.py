@@ -135,15 +135,15 @@ def optimizer_factory(options: UpdateOptions) -> Callable[..., Optimizer]:
 
     lr, decay, spike = resolved(options.lr), resolved(options.weight_decay), "spike" in options.correct
     betas = options.beta1 or 0.0, options.beta2 or 0.0  # sgd has none
-    momentum = options.momentum or 0.0
+    momentum, r = options.momentum or 0.0, options.horizon or 0.0  # without spike there is no horizon
     made: Callable[..., Optimizer]
     match resolved(options.optimizer):
         case "sgd":
-            made = scsgd(lr, momentum, decay) if spike else SGD(lr, momentum, decay, options.nesterov)
+            made = scsgd(lr, momentum, decay, r) if spike else SGD(lr, momentum, decay, options.nesterov)
         case "adam":
             made = Adam(lr, decay, betas)
         case "adamw":
-            made = scadamw(lr, betas, decay) if spike else AdamW(lr, decay, betas)
+            made = scadamw(lr, betas, decay, r) if spike else AdamW(lr, decay, betas)
         case "nadamw":
             made = NAdamW(lr, decay, betas)
         case "muon":

@@ -26,7 +26,7 @@ REPLACES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "cuts": ("stages",),
         "epochs": ("batches",),
         "batches": ("epochs",),
-        "optimizer": ("lr", "momentum", "nesterov", "beta1", "beta2", "weight_decay"),
+        "optimizer": ("horizon", "lr", "momentum", "nesterov", "beta1", "beta2", "weight_decay"),
     }
 )
 """Options that go where an option overrides one that came from elsewhere: their values were meant for the old one."""
@@ -121,7 +121,7 @@ def override(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     if "correct" in given:
         gone.add("ahead")  # which is what --correct ahead has become in a file
         if ("spike" in given["correct"]) != ("spike" in values.get("correct", ())):
-            gone |= {"beta1", "beta2"}  # they have other defaults with it
+            gone |= {"horizon", "beta1", "beta2"}  # it alone has the first, and betas have other defaults with it
     return {name: value for name, value in values.items() if name not in gone} | dict(given)
 
 

@@ -149,6 +149,7 @@ def _check(config: TrainConfig) -> None:
         "epochs": (training.epochs, 1),
         "batches": (training.batches, 1),
         "eval-every": (training.eval_every, 1),
+        "horizon": (update.horizon, 0, MOST_FLOAT),
         "lr": (update.lr, 0, MOST_FLOAT),
         "weight-decay": (update.weight_decay, 0, MOST_FLOAT),
         "warmup": (training.warmup, 0),

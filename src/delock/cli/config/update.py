@@ -15,6 +15,8 @@ BETAS: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"adam": (0.9, 0.999), "adamw": (0.9, 0.999), "nadamw": (0.9, 0.999), "muon": (0.9, 0.95), "soap": (0.95, 0.95)}
 )
 BETAS_WITH_SPIKE = (0.95, 0.99)
+HORIZONS: Mapping[str, float] = MappingProxyType({"adamw": 2.0, "sgd": 1.0})
+"""Horizons of spike compensation, in staleness: r of optim.spike."""
 DECAY, DECAY_OF_TEXT = 5e-4, 0.1  # the latter is that of optimizers which do not add it to the gradient
 DECOUPLED = ("adamw", "nadamw", "muon", "soap")
 
@@ -38,6 +40,8 @@ class UpdateOptions:
     """Corrections for gradients that are late. spike (of adamw, and of sgd with momentum) gives them at once the weight that they would
     have had by now; feedback (of any optimizer) adds to an update its difference from the one that their staleness ago was made; ahead
     is the option --ahead of the method, with part."""
+    horizon: Annotated[float | None, shown(_each(HORIZONS))] = None
+    """spike: by how many times its own staleness a gradient is made up for. adamw: 3 is better below one update late."""
     lr: Annotated[float | None, shown(_each(RATES))] = None
     """Learning rate of an update, after the warm-up. muon: that of its matrices, and a tenth of it is that of its adamw."""
     momentum: Annotated[float | None, shown("0.9")] = None
@@ -65,12 +69,15 @@ def filled(config: UpdateOptions) -> UpdateOptions:
     momentum = 0.9 if name == "sgd" and config.momentum is None else config.momentum
     if config.nesterov and not momentum:
         raise UsageError("nesterov needs a momentum above 0")
+    if config.horizon is not None and not spike:
+        raise UsageError("horizon belongs to the correction spike: give --correct spike, or leave horizon out")
     if spike:
         _refuse_spike(name, momentum, config.nesterov)
     beta1, beta2 = BETAS_WITH_SPIKE if name == "adamw" and spike else BETAS.get(name, (None, None))
     return replace(
         config,
         correct=tuple(one for one in ("spike", "feedback") if one in config.correct),
+        horizon=HORIZONS[name] if spike and config.horizon is None else config.horizon,
         lr=RATES[name] if config.lr is None else config.lr,
         momentum=momentum,
         beta1=beta1 if config.beta1 is None else config.beta1,
