@@ -17,6 +17,7 @@ OPTIMIZERS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = MappingPro
     {
         "adamw": (AdamW, {"betas": (0.9, 0.95), "weight_decay": 0.01}),
         "nanogpt": (AdamW, {"betas": (0.9, 0.99), "weight_decay": 0.1}),
+        "scnanogpt": (scadamw, {"betas": (0.95, 0.99), "weight_decay": 0.1, "r": 3.0}),
         "scadamw": (scadamw, {"betas": (0.95, 0.99), "weight_decay": 0.01, "r": 2.0}),  # without staleness AdamW with these betas
         "scadamw.r3": (scadamw, {"betas": (0.95, 0.99), "weight_decay": 0.01, "r": 3.0}),
         "scadamw.9": (scadamw, {"betas": (0.9, 0.95), "weight_decay": 0.01, "r": 2.0}),
@@ -27,7 +28,9 @@ OPTIMIZERS: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]] = MappingPro
         "scsgd": (scsgd, {"momentum": 0.9, "weight_decay": 5e-4, "r": 1.0}),
     }
 )
-FAMILY = MappingProxyType({"scadamw": "adamw", "scadamw.r3": "adamw", "scadamw.9": "adamw", "scadamw.98": "adamw", "scsgd": "sgd"})
+FAMILY = MappingProxyType(
+    {"scadamw": "adamw", "scadamw.r3": "adamw", "scadamw.9": "adamw", "scadamw.98": "adamw", "scnanogpt": "nanogpt", "scsgd": "sgd"}
+)
 """Corrected optimizers, and the one that backpropagation has beside them."""
 
 

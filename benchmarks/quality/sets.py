@@ -113,10 +113,9 @@ def longer(*pairs: tuple[int, int]) -> tuple[Row, ...]:
 
 def anchor() -> tuple[Row, ...]:
     """Returns the rows of the anchor."""
-    rates = {"nanogpt": (0.0005, 0.001, 0.002)}
-    return tuple(
-        rows(rates, "plain", 1, ("nanogpt",)) + rows(rates, "bp", 1, ("nanogpt",)) + rows(rates, "ddg", 4, ("nanogpt",), micro_batches=4)
-    )
+    rates = {"nanogpt": (0.0005, 0.001, 0.002), "scnanogpt": (0.001, 0.002, 0.004)}
+    late = rows(rates, "ddg", 4, ("nanogpt", "scnanogpt"), micro_batches=4)
+    return (*rows(rates, "plain", 1, ("nanogpt",)), *rows(rates, "bp", 1, ("nanogpt",)), *late)
 
 
 def staleness() -> tuple[Row, ...]:
