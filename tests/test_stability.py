@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from delock.cli.forecast import R
-from delock.optim.spike import scadamw
+from delock.cli.config.update import HORIZONS
+from delock.optim.spike import scadamw, scsgd
 from delock.timeline import longest_step
 
 
@@ -35,12 +35,12 @@ def test_late(shares: dict[int, float], digits: str) -> None:
 @pytest.mark.parametrize(("shares", "digits"), list(zip(LATE, ["18.2", "7.7", "4.5", "2.99", "1.21", "0.28"], strict=True)))
 def test_late_with_spike_compensation(shares: dict[int, float], digits: str) -> None:
     tau = sum(lag * share for lag, share in shares.items())
-    found = longest_step(shares, 0.9, R * tau)
+    found = longest_step(shares, 0.9, HORIZONS["adamw"] * tau)
     assert f"{found:.{len(digits.split('.')[1])}f}" == digits
 
 
 def test_the_horizon_is_that_of_the_optimizer() -> None:
-    assert scadamw().r == R
+    assert {"adamw": scadamw().r, "sgd": scsgd(lr=0.1).r} == HORIZONS
 
 
 def radius(shares: dict[int, float], b: float, horizon: float, a: float) -> float:
