@@ -38,7 +38,7 @@ PLACES = ("emulated", "two cores", "100 Mbit/s")
 Cell = dict[str, Any]
 
 
-def eight(optimizer: str, rounds: int, parts: Sequence[int] = PARTS) -> list[Cell]:
+def eight(optimizer: str, rounds: int, parts: Sequence[int]) -> list[Cell]:
     """Returns periods of eight emulated stages."""
     measured = block(optimizer)
     stage = type(measured)(*(SCALE * seconds for seconds in (measured.forward, measured.backward, measured.update)))
@@ -56,7 +56,7 @@ def eight(optimizer: str, rounds: int, parts: Sequence[int] = PARTS) -> list[Cel
     ]  # fmt: skip
 
 
-def two(optimizer: str, rounds: int, batches: int, parts: Sequence[int] = FEW, ends: Any = None) -> list[Cell]:
+def two(optimizer: str, rounds: int, batches: int, parts: Sequence[int], ends: Any = None) -> list[Cell]:
     """Returns periods of two real stages."""
     names = [(name, one) for one in parts for name in (*SYNCHRONOUS, *DELAYED)]
     found: dict[tuple[str, int], list[Cell]] = {pair: [] for pair in names}
