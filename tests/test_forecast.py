@@ -165,6 +165,7 @@ def test_figures_are_of_the_run_they_name(one: Figure) -> None:
     assert name == {"adamw": "scadamw", "sgd": "scsgd"}[one.optimizer] if "spike" in one.correct else one.optimizer
     assert feedback == ("feedback" in one.correct)
     assert said["optimizer"].get("r") == one.horizon
+    assert {key: said["optimizer"][key] for key in one.held} == {key: list(v) if isinstance(v, tuple) else v for key, v in one.held.items()}
     assert set(one.correct) <= {"spike", "feedback"}  # ahead is an option of the method
     assert one.of in UNITS
 
@@ -174,5 +175,9 @@ def test_a_figure_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert one.method == "ddg(micro_batches=4)"
     words = f"--method ddg --micro-batches 4 --stages {one.K} --optimizer {one.optimizer}"
     assert values(words, capsys)["measured"]["record"] == one.record
-    assert any(one.path in line and f"{one.lost:.3g} {one.unit}" in line for line in lines(words, capsys))
+    assert any(
+        one.path in line and f"{one.lost:.3g} {one.unit}" in line and "muon (momentum 0.95)" in line for line in lines(words, capsys)
+    )
+    adamw = "--method ddg --micro-batches 4 --stages 4 --optimizer adamw --correct spike"
+    assert any("adamw (betas 0.95 0.99) with spike (horizon 2)" in line for line in lines(adamw, capsys))
     assert values(words.replace(f"--stages {one.K}", "--stages 3"), capsys)["measured"] is None

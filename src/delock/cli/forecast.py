@@ -90,8 +90,7 @@ def sentences(of: Forecast, method: Method, update: UpdateOptions, *, measured: 
     lines = [_latency(of.latency, measured)] if of.latency else []
     lines += [_stability(of.stability, method, update)] if of.stability else []
     if (one := of.measured) is not None:
-        corrected = " ".join([one.optimizer, *(f"with {name}" for name in one.correct)])
-        lines.append(f"measured on {one.work}: {one.lost:.3g} {one.unit} above bp, {corrected}, each at its best rate ({one.path})")
+        lines.append(f"measured on {one.work}, {one.spelled}: {one.lost:.3g} {one.unit} above bp, each at its best rate ({one.path})")
     return lines
 
 

@@ -19,6 +19,10 @@ WORK: Mapping[str, str] = MappingProxyType(
     {"screening": "a GPT of six blocks", "quoted": "a GPT of eight blocks", "images": "ResNet-20", "groupnorm": "ResNet-20 with group norm"}
 )
 """The networks that they train."""
+HELD: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {"sgd": {"momentum": 0.9}, "muon": {"momentum": 0.95}, "adamw": {"betas": (0.9, 0.95)}, "adamw with spike": {"betas": (0.95, 0.99)}}
+)
+"""Options of the records' optimizers besides a rate and a horizon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,20 @@ class Figure:
     def work(self) -> str:
         """Returns the network."""
         return WORK[self.of]
+
+    @property
+    def held(self) -> Mapping[str, object]:
+        """Returns the momentum or the betas of the delayed run."""
+        compensated = self.optimizer == "adamw" and "spike" in self.correct
+        return HELD["adamw with spike" if compensated else self.optimizer]
+
+    @property
+    def spelled(self) -> str:
+        """Returns the optimizer and its corrections: adamw (betas 0.95 0.99) with spike (horizon 2)."""
+        [(name, value)] = self.held.items()
+        values = " ".join(f"{one:g}" for one in (value if isinstance(value, tuple) else (value,)))
+        horizon = "" if self.horizon is None else f" (horizon {self.horizon:g})"
+        return f"{self.optimizer} ({name} {values})" + "".join(f" with {one}{horizon * (one == 'spike')}" for one in self.correct)
 
     @property
     def path(self) -> str:
