@@ -275,6 +275,26 @@ def test_ahead_is_said_of_the_rows_that_have_it() -> None:
         rows(build(CompareConfig, {"methods": ["dgl:correct=ahead"]}, "test"))
 
 
+@pytest.mark.parametrize(
+    ("common", "horizons"),
+    [
+        ({"horizon": 3}, [None, None, 3, None, 1]),
+        ({}, [None, None, 2, None, 1]),
+        ({"correct": ["spike"], "horizon": 3}, [3, 3, 3, None, 1]),
+        ({"correct": ["spike"]}, [2, 2, 2, None, 1]),
+    ],
+)
+def test_a_horizon_is_said_of_the_rows_that_have_spike(common: dict[str, Any], horizons: list[float | None]) -> None:
+    words = ["bp", "ddg:correct=spike", "fdg:correct=feedback", "ddg:correct=spike+feedback:horizon=1"]
+    found = rows(build(CompareConfig, {"methods": words, "optimizer": "adamw", **common}, "test"))
+    assert [row.config.update.horizon for row in found] == horizons
+
+
+def test_a_horizon_without_spike_in_any_row() -> None:
+    with pytest.raises(UsageError, match=r"^horizon belongs to the correction spike"):
+        rows(build(CompareConfig, {"methods": ["bp", "ddg:correct=feedback"], "optimizer": "adamw", "horizon": 3}, "test"))
+
+
 # -- files
 
 

@@ -48,7 +48,8 @@ def rows(config: CompareConfig) -> list[Row]:
     for word in words:
         if words.count(word) > 1 or word == PLAIN:
             raise UsageError(f"the row {word} comes twice" if word != PLAIN else "the row plain comes by itself; --no-plain leaves it out")
-    found = [Row(word, _config(word, common)) for word in words]
+    shared = {**common, "horizon": None} if "spike" not in common["correct"] and any(map(_own_spike, words)) else common
+    found = [Row(word, _config(word, common if _own_spike(word) else shared)) for word in words]
     if config.comparison.plain:
         K = found[0].config.network.stages
         workers = config.machine.workers
@@ -56,7 +57,7 @@ def rows(config: CompareConfig) -> list[Row]:
         # More threads than cores hold each other up, and a plain row slowed down so would flatter all the others.
         most = max(config.placement.threads, usable_cores())
         uncut = {"method": "bp", "head": None, "codec": "none", "error_codec": "none", "stages": 1, "correct": _not_ahead(common)}
-        plain = override(common, {**uncut, "threads": min(threads, most)})
+        plain = override(shared, {**uncut, "threads": min(threads, most)})
         found.insert(0, Row(PLAIN, resolve(build(TrainConfig, plain, PLAIN))))
     return found
 
@@ -79,6 +80,8 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
     behind = dict(setting.split("=", 1) for setting in settings if "=" in setting).get("behind", common.get("behind")) or 0
     if name in METHODS and not can_be_ahead(name, behind=str(behind) != "0"):
         given["correct"] = _not_ahead(common)  # said of the rows that have it
+    if _own_spike(word) and "horizon" in common:
+        given["horizon"] = common["horizon"]  # said of the rows that have spike
     for setting in settings:
         key, equals, value = setting.partition("=")
         if "codec" in given and key in CODEC:  # what follows codec=vq may be settings of its own
@@ -93,6 +96,11 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
         text = str(error)
         named = text.startswith(f"{word}:") or text == _wrong_for_all(common)
         raise UsageError(text if named else f"{word}: {text}") from None
+
+
+def _own_spike(word: str) -> bool:
+    """Returns whether a row says itself that it has spike compensation."""
+    return any("spike" in setting[len("correct=") :].split("+") for setting in word.split(":") if setting.startswith("correct="))
 
 
 def _wrong_for_all(common: Mapping[str, Any]) -> str | None:
