@@ -26,7 +26,7 @@ TOLERANCE = 0.02  # bits above backpropagation that count as an equal loss
 MODELLED = 1.08  # a ratio to zb1p is quoted where its measured period is at most this many times the simulated one
 MOST_PARTS = 32
 SYNCHRONOUS = ("1f1b", "zb1p")
-ROWS = MappingProxyType({"muon": "muon", "scadamw": "scadamw.98", "adamw": "adamw"})
+ROWS = MappingProxyType({"muon": "muon", "scadamw": "scadamw.r3", "adamw": "adamw"})
 """Optimizers of periods, and their rows in benchmarks/quality."""
 Cell = Mapping[str, Any]
 
