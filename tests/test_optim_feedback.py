@@ -101,12 +101,28 @@ def test_it_keeps_no_more_changes_than_it_needs() -> None:
         optimizer = ErrorFeedback(torch.optim.SGD(named, lr=0.1), tau=tau)
         advance(optimizer, named, range(9))
         assert {len(optimizer.state[w]["changes"]) for _, w in named} == {kept}
+    longer = optimizer.state_dict()
+    optimizer = ErrorFeedback(torch.optim.SGD(named, lr=0.1), tau=1.0)
+    optimizer.load_state_dict(longer)
+    advance(optimizer, named, range(2))
+    assert {len(optimizer.state[w]["changes"]) for _, w in named} == {2}
 
 
 def test_a_schedule_acts_on_the_base() -> None:
     factory = for_stage(error_feedback(muon()), facts(0.75))
     still = walk(factory, schedule=lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda n: 0.0))
     assert_equals(still, [w.detach() for _, w in start()])
+
+
+def test_a_schedule_that_moves_the_momentum_acts_on_the_base() -> None:
+    """OneCycleLR asks the defaults of an optimizer for it. Muon's groups have no momentum that all share."""
+    cycle = partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=9)
+    base = walk(AdamW(0.05), 6, schedule=cycle)
+    assert_equals(walk(lambda named: ErrorFeedback(AdamW(0.05)(named), tau=9), 6, schedule=cycle), base)
+    optimizer = error_feedback(muon())(start())
+    with pytest.raises(ValueError, match="must support momentum or beta1"):
+        cycle(optimizer)
+    cycle(optimizer, cycle_momentum=False)
 
 
 def test_a_weight_without_gradient_counts_for_itself() -> None:

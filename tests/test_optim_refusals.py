@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from delock.errors import UsageError
-from delock.optim import SCSGD, ErrorFeedback, SCAdamW
+from delock.optim import SCSGD, ErrorFeedback, SCAdamW, Several
 from delock.recipes import SGD, Adam, AdamW, NAdamW, PipeMare, Schedule, error_feedback, muon, scadamw, scsgd, soap
 
 NAN = float("nan")
@@ -85,6 +85,11 @@ FACTORIES: list[tuple[Callable[[], Any], str]] = [
     (partial(PipeMare, -1), "annealing of PipeMare is a number of updates, at least 1, not -1"),
     (partial(PipeMare, 0), "annealing of PipeMare .* not 0"),
     (partial(PipeMare, None), "annealing of PipeMare .* not None"),
+    (partial(PipeMare, 3, None), r"schedule of PipeMare is a Schedule, as Schedule\("),
+    (partial(muon, adjust_lr_fn="foo"), "adjust_lr_fn of muon is original or match_rms_adamw, not 'foo'"),
+    (partial(muon, matrices=3), r"matrices of muon is a function of \(name, weight\), not 3"),
+    (partial(soap, precondition_frequency=0), "precondition_frequency of soap is a number of updates, at least 1, not 0"),
+    (partial(soap, precondition_frequency=1.5), "precondition_frequency of soap .* not 1.5"),
     (partial(Schedule, "cosin", 10), "the shape of a Schedule is constant, cosine or steps, not 'cosin'"),
     (partial(Schedule, "cosine", -1), "updates of a Schedule is a number from 0 on, not -1"),
     (partial(Schedule, "cosine", 10, warmup=-2), "warmup of a Schedule"),
@@ -118,6 +123,64 @@ def test_error_feedback_around_no_factory(base: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         error_feedback(base)
     assert error_feedback(torch.optim.Adam).base is torch.optim.Adam
+
+
+@pytest.mark.parametrize("factory", [AdamW(0.1), NAdamW(0.1), scadamw(), muon(), soap()], ids=lambda one: type(one).__name__)
+def test_weights_without_names(factory: Callable[..., Any]) -> None:
+    for given in (weights(), [{"params": weights()}]):
+        with pytest.raises(UsageError, match=r"treats weights by their names: give its factory model.named_parameters\(\)"):
+            factory(given)
+
+
+def test_muon_is_given_a_vector() -> None:
+    with pytest.raises(UsageError, match=r"Muon takes weights of two dimensions, and matrices of muon gives it 0.bias: leave that one out"):
+        muon(matrices=lambda name, weight: True)([("0.weight", nn.Parameter(torch.ones(2, 2))), ("0.bias", nn.Parameter(torch.ones(2)))])
+
+
+INNER: list[tuple[Any, str]] = [
+    ([AdamW(0.1)], r"goes around optimizers that are made, as AdamW\(model.parameters\(\)\), not around \[AdamW\("),
+    ([torch.optim.SGD], "goes around optimizers that are made"),
+    ([torch.optim.LBFGS(weights())], "LBFGS computes the loss several times within one step, which .* cannot: use another optimizer"),
+]
+
+
+@pytest.mark.parametrize(("inner", "message"), INNER, ids=["factory", "class", "lbfgs"])
+def test_what_an_optimizer_cannot_go_around(inner: list[Any], message: str) -> None:
+    for make in (lambda: Several(inner), lambda: ErrorFeedback(*inner, tau=1)):
+        with pytest.raises(UsageError, match=message):
+            make()
+    for other in ([], torch.optim.SGD(weights(), 0.1)):
+        with pytest.raises(UsageError, match="Several goes around optimizers that are made"):
+            Several(other)  # type: ignore[arg-type]
+
+
+def test_groups_that_change_inside_another_optimizer() -> None:
+    """A rate that is set outside would not reach them."""
+    changes: tuple[Callable[[Optimizer], Any], ...] = (
+        lambda base: base.add_param_group({"params": weights()}),
+        lambda base: base.load_state_dict(base.state_dict()),
+    )
+    for change in changes:
+        base = torch.optim.SGD(weights(), lr=0.1)
+        outer = ErrorFeedback(base, tau=1)
+        change(base)
+        outer.param_groups[0]["params"][0].grad = torch.ones(2)
+        with pytest.raises(UsageError, match="was given other groups, which the outer one does not see: load states into the outer one"):
+            outer.step()
+    base = torch.optim.SGD(weights(), lr=0.1)
+    outer = ErrorFeedback(base, tau=1)
+    base.add_param_group({"params": weights()})
+    with pytest.raises(UsageError, match="was given other groups"):
+        outer.load_state_dict(outer.state_dict())
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_options_of_torch_that_are_not_there(option: str) -> None:
+    for make in (SCAdamW, partial(SCSGD, lr=0.1)):
+        with pytest.raises(UsageError, match=f"has no {option}: leave it out"):
+            make([{"params": weights(), option: True}], tau=1)
+    with pytest.raises(UsageError, match=f"SCAdamW has no {option}"):
+        SCAdamW(weights(), tau=1).load_state_dict(torch.optim.AdamW(weights(), **{option: True}).state_dict())
 
 
 def test_milestones_may_stand_in_any_order() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,6 +115,18 @@ def there() -> dict[Any, list[StageResult]]:
 @pytest.mark.parametrize(("name", "method"), enough(itertools.product(APART, LATE), together=1), ids=str)
 def test_processes_equal_one_process(name: str, method: Method, there: Any) -> None:
     assert_equal(there[name, method], inline(apart(name, method)))
+
+
+@pytest.mark.parametrize("make", [scadamw, muon, lambda lr: partial(torch.optim.SGD, lr=lr)], ids=["scadamw", "muon", "torch's"])
+def test_a_rate_that_is_a_tensor_is_every_stages_own(make: Any) -> None:
+    """A schedule writes to it: not to that of the next stage, nor to that of the next run."""
+    rate = torch.tensor(0.01, dtype=torch.float64)
+    factory = make(rate)
+    runs = [inline(jobs("tuple", 3, ADL(4), optimizer=one, schedule=SLOW_START)) for one in (make(0.01), factory, factory)]
+    number, *tensors = [[stage.state for stage in run] for run in runs]
+    for tensor in tensors:
+        same_tree(tensor, number)
+    assert rate == 0.01
 
 
 SAVED = (muon(), soap(), scadamw(0.01), error_feedback(SGD(0.01)), error_feedback(muon()))

@@ -162,6 +162,9 @@ def test_muon_takes_the_matrices_of_the_blocks() -> None:
         ("lm_head.weight", (9, 4), False),
         ("fc.weight", (9, 4), False),
         ("heads.1.norm_out.weight", (9, 4), False),
+        ("_orig_mod.fc.weight", (9, 4), False),
+        ("module.fc.weight", (9, 4), False),
+        ("module._orig_mod.blocks.0.fc._checkpoint_wrapped_module.weight", (9, 4), True),
     ],
 )
 def test_inner_matrices_are_known_by_name(name: str, shape: tuple[int, ...], inner: bool) -> None:

@@ -98,6 +98,9 @@ def test_a_state_of_torchs_own_can_be_taken_over(ours: Any, theirs: Any) -> None
     plain = theirs(named, lr=0.05, foreach=True, **options)
     advance(plain, named, range(5))
     state = copy.deepcopy(plain.state_dict())  # torch's loading shares tensors
+    late = ours(start(), lr=0.05, tau=0.75)
+    late.load_state_dict(copy.deepcopy(state))
+    assert (late.param_groups[0]["tau"], late.param_groups[0]["r"]) == (0.75, late.defaults["r"])
     state["param_groups"][0] |= {"tau": 0.0, "r": 2.0}
     taken = ours(twins, lr=0.05, tau=0.75)
     taken.load_state_dict(state)

@@ -67,8 +67,8 @@ class Adam:
 class AdamW:
     """Makes Adam with decoupled weight decay, applied to matrices and kernels only. Source: Loshchilov, Hutter, ICLR 2019.
 
-    Biases, the weights of norms, and embeddings do not decay: decay limits how large a sum over many inputs can become, and each of these
-    parameters scales, shifts or looks up a single number.
+    Biases, the weights of norms, and embeddings (by their names: `embed`, wte, wpe) do not decay: decay limits how large a sum over many
+    inputs can become, and each of these parameters scales, shifts or looks up a single number.
     """
 
     lr: float
@@ -112,9 +112,17 @@ class NAdamW:
 
 def decay_groups(params: Named, weight_decay: float) -> list[dict[str, Any]]:
     """Returns parameter groups in which weight decay acts on the parameters that it should act on; none is empty."""
-    named = list(params)
+    named = pairs(params)
     groups = [(weight_decay, [one for one in named if decays(*one)]), (0.0, [one for one in named if not decays(*one)])]
     return [{"params": some, "weight_decay": decay} for decay, some in groups if some]
+
+
+def pairs(params: Named) -> list[tuple[str, torch.Tensor]]:
+    """Returns them as a list. Raises UsageError for anything but names with parameters, as for parameters alone."""
+    given = list(params)
+    if not all(isinstance(one, tuple | list) and len(one) == 2 and isinstance(one[0], str) for one in given):
+        raise UsageError("this optimizer treats weights by their names: give its factory model.named_parameters()")
+    return given
 
 
 def two_means(named: Named) -> int:
@@ -123,8 +131,13 @@ def two_means(named: Named) -> int:
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Returns True if AdamW's weight decay acts on a parameter: it has two dimensions or more, and is not named as an embedding."""
-    return parameter.dim() > 1 and not any(part.startswith("embed") for part in name.split("."))
+    """Returns True if AdamW's weight decay acts on a parameter: it has two dimensions or more, and is no embedding."""
+    return parameter.dim() > 1 and not is_embedding(name, parameter)
+
+
+def is_embedding(name: str, parameter: torch.Tensor) -> bool:
+    """Returns True for an embedding, which its name tells. The kernel of a convolution, as of patches, is none."""
+    return parameter.dim() < 4 and any("embed" in part or part in ("wte", "wpe") for part in name.split("."))
 
 
 def refuse_class(what: str, given: object) -> None:

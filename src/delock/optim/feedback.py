@@ -61,6 +61,8 @@ class ErrorFeedback(Several):
     def _spare(self, weight: Tensor) -> Tensor:
         """Returns room for a change: that of the oldest, if it is not needed any more."""
         kept = self.state[weight].get("changes", ())
+        while len(kept) > math.ceil(self.tau) + 1:  # of a loaded state with a larger tau
+            kept.pop()
         return kept.pop() if len(kept) > math.ceil(self.tau) else torch.empty_like(weight)
 
     def _correct(self, ready: list[tuple[Tensor, list[Tensor]]]) -> None:

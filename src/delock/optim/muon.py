@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from delock.errors import UsageError
 from delock.optim.closures import loss_of
-from delock.optim.factories import Named, two_means
+from delock.optim.factories import Named, is_embedding, pairs, two_means
 from delock.optim.ranges import check_fields
 from delock.optim.several import Several
 
 FUSED = ("qkv", "c_attn", "in_proj_weight", "Wqkv")  # names of matrices that map to queries, keys and values: (3 C, C)
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names: torch.compile and others add them
+RATES = ("original", "match_rms_adamw")  # of torch's adjust_lr_fn
 TOGETHER = 2**19  # numbers in the matrices that are orthogonalized in one call: larger products gain nothing by it
 
 
@@ -112,10 +116,11 @@ def is_inner_matrix(name: str, parameter: Tensor) -> bool:
 
     The usual names are known, and `heads`, by which a stage names its auxiliary head. A last layer named by a number is taken for inner.
     """
-    *owners, own = name.split(".")
-    embeds = any("embed" in part or part in ("wte", "wpe") for part in (*owners, own))
+    *owners, _ = [part for part in name.split(".") if part not in WRAPPERS]
+    if owners[:1] == ["module"]:  # of DistributedDataParallel
+        owners = owners[1:]
     ends = owners[:1] == ["heads"] or owners[-1:] in (["head"], ["lm_head"]) or owners in (["classifier"], ["fc"], ["output"])
-    return parameter.dim() == 2 and not embeds and not ends
+    return parameter.dim() == 2 and not is_embedding(name, parameter) and not ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +149,15 @@ class muon:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.adjust_lr_fn not in RATES:
+            raise UsageError(f"adjust_lr_fn of muon is {' or '.join(RATES)}, not {reprlib.repr(self.adjust_lr_fn)}")
+        if not callable(self.matrices):
+            raise UsageError(f"matrices of muon is a function of (name, weight), not {reprlib.repr(self.matrices)}")
 
     def __call__(self, params: Named) -> Optimizer:
-        named = list(params)
-        inner, others = self._divide(named)
+        inner, others = self._divide(pairs(params))
+        if wrong := [name for name, weight in inner if weight.dim() != 2]:
+            raise UsageError(f"Muon takes weights of two dimensions, and matrices of muon gives it {wrong[0]}: leave that one out")
         parts: list[Optimizer] = [self._muon(inner)] if inner else []
         if others:
             parts.append(torch.optim.AdamW(others, self.lr * self.rest, self.betas, weight_decay=0.0, fused=True))

@@ -84,6 +84,8 @@ class PipeMare:
     def __post_init__(self) -> None:
         if not is_amount(self.annealing) or self.annealing < 1:
             raise UsageError(f"annealing of PipeMare is a number of updates, at least 1, not {reprlib.repr(self.annealing)}")
+        if not isinstance(self.schedule, Schedule):
+            raise UsageError(f'schedule of PipeMare is a Schedule, as Schedule("cosine", 1_000), not {reprlib.repr(self.schedule)}')
 
     def __call__(self, optimizer: Optimizer, *, stage: StageFacts = ALONE) -> LambdaLR:
         return LambdaLR(optimizer, partial(self.factor, stage.staleness))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from delock.errors import UsageError
 from delock.optim.closures import loss_of
+
+CHANGED = "an optimizer inside another one was given other groups, which the outer one does not see: load states into the outer one alone"
 
 
 class Several(Optimizer):
@@ -21,8 +24,8 @@ class Several(Optimizer):
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self.optimizers = tuple(optimizers)
-        super().__init__([group for one in self.optimizers for group in one.param_groups], {})
+        self.optimizers = _made(optimizers, type(self).__name__)
+        super().__init__([group for one in self.optimizers for group in one.param_groups], self._common())
         for one in self.optimizers:
             self.state.update(one.state)
         self._share()
@@ -36,6 +39,9 @@ class Several(Optimizer):
 
     def update(self) -> None:
         """Updates all weights. A subclass overrides this and not `step`: torch wraps `step` of every class in the hooks of an object."""
+        own = [group for one in self.optimizers for group in one.param_groups]
+        if list(map(id, own)) != list(map(id, self.param_groups)):
+            raise UsageError(CHANGED)
         for one in self.optimizers:
             one.step()
 
@@ -44,6 +50,11 @@ class Several(Optimizer):
         if not any(param_group is group for one in self.optimizers for group in one.param_groups):
             raise UsageError("which of several optimizers should step a new group is not known: add it to that one, then make Several")
         super().add_param_group(param_group)
+
+    def _common(self) -> dict[str, Any]:
+        """Returns the defaults that all parts have: by these a schedule that moves a momentum knows if there is one."""
+        first, *others = [one.defaults for one in self.optimizers]
+        return {name: value for name, value in first.items() if all(name in other for other in others)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "optimizers": self.optimizers}
@@ -54,6 +65,18 @@ class Several(Optimizer):
         self._share()
 
     def _share(self) -> None:
+        if sum(len(one.param_groups) for one in self.optimizers) != len(self.param_groups):
+            raise UsageError(CHANGED)
         groups = iter(self.param_groups)
         for one in self.optimizers:
             one.__setstate__({"state": self.state, "param_groups": [next(groups) for _ in one.param_groups]})
+
+
+def _made(given: object, around: str) -> tuple[Optimizer, ...]:
+    """Returns optimizers as a tuple. Raises UsageError for anything else, and for one whose step needs a closure."""
+    found = tuple(given) if isinstance(given, Sequence) else ()
+    if not found or not all(isinstance(one, Optimizer) for one in found):
+        raise UsageError(f"{around} goes around optimizers that are made, as AdamW(model.parameters()), not around {reprlib.repr(given)}")
+    if any(isinstance(one, LBFGS) for one in found):
+        raise UsageError(f"LBFGS computes the loss several times within one step, which {around} cannot: use another optimizer")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -36,6 +37,9 @@ class soap:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        every = self.precondition_frequency
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise UsageError(f"precondition_frequency of soap is a number of updates, at least 1, not {reprlib.repr(every)}")
         if find_spec("pytorch_optimizer") is None:
             raise UsageError("SOAP comes from a package that is not installed: pip install pytorch-optimizer")
 

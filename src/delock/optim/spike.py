@@ -3,7 +3,7 @@
 Under momentum a gradient acts over many updates, a share of it in each. If it comes tau updates late, it has missed the first ones; the
 horizon s = r tau says how many are made up for in one spike. tau is the gradients' mean staleness in updates, a real number; where it is 0
 the equations are those of torch's AdamW and SGD. Both classes are ordinary torch optimizers and serve outside Delock, too. Their state has
-the names of torch's, so that a state dict of AdamW or of SGD with momentum can be loaded with a group's tau and r added.
+the names of torch's, so that a state dict of AdamW or of SGD with momentum can be loaded; tau and r stay this optimizer's.
 
 Source: Kosson, Chiley, Venigalla, Hestness, Köster, "Pipelined Backpropagation at Scale: Training Large Models without Batches",
 MLSys 2021, for SGD with momentum.
@@ -25,6 +25,8 @@ from delock.optim.factories import SGD, AdamW, Named, Params, decay_groups, two_
 from delock.optim.ranges import check_fields, check_optimizer
 from delock.optim.stage_facts import ALONE, StageFacts
 
+UNKNOWN = ("amsgrad", "maximize", "nesterov", "dampening")  # options of torch's AdamW and SGD
+
 
 class SpikeCompensated(Optimizer):
     """Steps group by group; a subclass says what that is for the weights of a group that have a gradient."""
@@ -45,6 +47,17 @@ class SpikeCompensated(Optimizer):
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises UsageError for a group, with all its options, that cannot be stepped."""
         check_optimizer(group)
+        if other := [name for name in UNKNOWN if group.get(name)]:
+            raise UsageError(f"{type(self).__name__} has no {other[0]}: leave it out")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes a copied or loaded state. Groups of torch's AdamW or SGD, which have no tau and no r, get those of this optimizer."""
+        own = {**getattr(self, "defaults", {}), **state.get("defaults", {})}
+        for group in state["param_groups"]:
+            for name in ("tau", "r"):
+                group.setdefault(name, own[name])
+            self.check_group(group)
+        super().__setstate__(state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -43,9 +43,11 @@ class Learner:
         self.weights: list[Any] = [nn.Parameter(w.data) if behind_graphs else w for _, w in named]
         self.names, self.factory = [name for name, _ in named], optimizer
         own = list(zip(self.names, self.weights, strict=True))
-        self.optimizer = made_by(optimizer, list(own), "optimizer", k) if own else None
+        self.optimizer: Optimizer | None = None
         if own:
+            self.optimizer = made_by(optimizer, list(own), "optimizer", k)
             refuse_unfit_optimizer(self.optimizer, own, optimizer)
+            _own_options(self.optimizer)
         self.made = described(self.optimizer)  # before a schedule sets rates
         self.schedule = made_by(schedule, self.optimizer, "schedule", k) if schedule and self.optimizer else None
         if schedule and self.optimizer:
@@ -169,6 +171,12 @@ class Learner:
             own["state"] = {i: states[name] for i, name in enumerate(names) if name is not None and name in states}
             own["param_groups"] = [{**group, **more} for group, more in zip(own["param_groups"], beside, strict=True)]
             load_exactly(self.optimizer, own)
+
+
+def _own_options(optimizer: Optimizer) -> None:
+    """Gives every group options of its own where they are tensors, as a rate: schedules write to them, and factories share them."""
+    for group in optimizer.param_groups:
+        group.update({name: value.clone() for name, value in group.items() if isinstance(value, Tensor)})
 
 
 def described(optimizer: Optimizer | None) -> dict[str, Any] | None:
