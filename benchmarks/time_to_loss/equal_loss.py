@@ -134,5 +134,5 @@ def table(cells: list[Cell]) -> str:
         what = f"how many times as fast to a loss within {TOLERANCE} bits of backpropagation's"
         head = "| method | parts | bits above bp, by length | updates over bp's | over 1f1b | over zb1p |"
         lines += [f"**{place}, K = {STAGES[place]}, {optimizer}**: {what}", "", head, "|---|---:|---|---:|---:|---:|", *rows, ""]
-        lines += [best(STAGES[place], own), ""]
+        lines += [said, ""] if (said := best(STAGES[place], own)) else []
     return "\n".join(lines)

@@ -89,20 +89,42 @@ FIGURES = (
         1.0,
     ),
     Figure("ddg(micro_batches=2)", 2, "muon", 0.007, "quoted", "ddg-k2-micro_batches2-muon-lr0.02", "bp-k1-muon-lr0.02"),
-    Figure("ddg(micro_batches=4)", 4, "adamw", 0.234, "quoted", "ddg-k4-micro_batches4-adamw-lr0.004", "bp-k1-adamw-lr0.008"),
-    Figure("ddg(micro_batches=4)", 4, "adamw", 0.049, "quoted", "ddg-k4-micro_batches4-scadamw-lr0.008", "bp-k1-adamw-lr0.008", SPIKE, 2.0),
+    Figure("ddg(micro_batches=4)", 4, "adamw", 0.24, "quoted", "ddg-k4-micro_batches4-adamw-lr0.004", "bp-k1-scadamw.98-lr0.008"),
     Figure(
-        "ddg(micro_batches=4)", 4, "adamw", 0.021, "quoted", "ddg-k4-micro_batches4-scadamw.r3-lr0.008", "bp-k1-adamw-lr0.008", SPIKE, 3.0
+        "ddg(micro_batches=4)", 4, "adamw", 0.055, "quoted", "ddg-k4-micro_batches4-scadamw-lr0.008", "bp-k1-scadamw.98-lr0.008", SPIKE, 2.0
     ),
     Figure(
-        "ddg(micro_batches=8)", 8, "adamw", 0.048, "quoted", "ddg-k8-micro_batches8-scadamw.r3-lr0.008", "bp-k1-adamw-lr0.008", SPIKE, 3.0
+        "ddg(micro_batches=4)",
+        4,
+        "adamw",
+        0.027,
+        "quoted",
+        "ddg-k4-micro_batches4-scadamw.r3-lr0.008",
+        "bp-k1-scadamw.98-lr0.008",
+        SPIKE,
+        3.0,
+    ),
+    Figure(
+        "ddg(micro_batches=8)",
+        8,
+        "adamw",
+        0.054,
+        "quoted",
+        "ddg-k8-micro_batches8-scadamw.r3-lr0.008",
+        "bp-k1-scadamw.98-lr0.008",
+        SPIKE,
+        3.0,
     ),
     Figure(
         "ddg(micro_batches=4, ahead=part)", 8, "muon", 0.042, "quoted", "ddg-k8-micro_batches4-aheadpart-muon-lr0.02", "bp-k1-muon-lr0.02"
     ),
     Figure("ddg(micro_batches=4)", 8, "muon", 0.081, "quoted", "ddg-k8-micro_batches4-muon-lr0.02", "bp-k1-muon-lr0.02"),
-    Figure("ddg(micro_batches=8)", 8, "adamw", 0.267, "quoted", "ddg-k8-micro_batches8-adamw-lr0.004", "bp-k1-adamw-lr0.008"),
-    Figure("ddg(micro_batches=8)", 8, "adamw", 0.059, "quoted", "ddg-k8-micro_batches8-scadamw-lr0.008", "bp-k1-adamw-lr0.008", SPIKE, 2.0),
+    Figure("ddg(micro_batches=8)", 8, "adamw", 0.273, "quoted", "ddg-k8-micro_batches8-adamw-lr0.004", "bp-k1-scadamw.98-lr0.008"),
+    Figure(
+        "ddg(micro_batches=8)", 8, "adamw", 0.065, "quoted", "ddg-k8-micro_batches8-scadamw-lr0.008", "bp-k1-scadamw.98-lr0.008", SPIKE, 2.0
+    ),
+    Figure("fdg(micro_batches=2)", 2, "muon", 0.036, "quoted", "fdg-k2-micro_batches2-muon-lr0.02", "bp-k1-muon-lr0.02"),
+    Figure("2bw(micro_batches=4)", 4, "muon", 0.068, "quoted", "2bw-k4-micro_batches4-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg", 4, "muon", 0.116, "screening", "ddg-k4-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg", 4, "adamw", 0.509, "screening", "ddg-k4-adamw-lr0.0005", "bp-k1-adamw-lr0.008"),
     Figure("ddg", 4, "adamw", 0.314, "screening", "ddg-k4-scadamw-lr0.002", "bp-k1-adamw-lr0.008", SPIKE, 2.0),
