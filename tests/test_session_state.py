@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import delock
 from delock import EMA, Checkpoint
 from delock.errors import UsageError
-from delock.methods import ADL, BP, DDG, FDG, Method, PipeDream2BW
+from delock.methods import ADL, BP, DDG, FDG, FR, PACI, Method, PipeDream2BW
 from delock.run.session import Session
 from loops import EACH, SGD, batches, equal, network, session
 
@@ -101,6 +101,7 @@ def ends_in_an_error(run: Session, loop: Callable[[Session], None]) -> None:
         (DDG(accumulate=2), "inline", "processes"),
         (DDG(accumulate=2), "processes", "inline"),
         (PipeDream2BW(micro_batches=3), "inline", "inline"),
+        (BP(behind=2, ahead="mean"), "inline", "processes"),
         (BP(accumulate=3), "inline", "inline"),
     ],
     ids=str,
@@ -180,22 +181,37 @@ def test_an_average_begins_anew_with_weights_that_are_set(workers: Any) -> None:
             run.state_dict(average=True)
 
 
-@EACH
-@pytest.mark.parametrize("method", [ADL(accumulate=4), DDG(accumulate=3, micro_batches=2)], ids=str)
-def test_a_drain_ends_a_run_and_begins_another(method: Method, workers: Any) -> None:
-    """Groups that accumulate gradients too; sgd without momentum, so that the optimizer has no state."""
+LATE = (
+    *(ADL(accumulate=4), DDG(accumulate=3, micro_batches=2), PipeDream2BW(micro_batches=3), PipeDream2BW(3, "part"), BP(behind=2)),
+    *(BP(behind=1, ahead="mean"), DDG(3, "part"), FDG(micro_batches=2, ahead="mean"), FR(2, "part"), PACI(3, "part")),
+)
+
+
+@pytest.mark.parametrize("load", [False, True])
+@pytest.mark.parametrize(
+    ("method", "workers"), [*((one, "inline") for one in LATE), (LATE[0], "processes"), (LATE[3], "processes")], ids=str
+)
+def test_a_drain_ends_a_run_and_begins_another(method: Method, workers: Any, load: bool) -> None:
+    """Groups that accumulate gradients too, and weights that are old or ahead; sgd without momentum, so that the optimizer has no state."""
     plain: dict[str, Any] = {"method": method, "workers": workers, "optimizer": partial(torch.optim.SGD, lr=0.1)}
-    own, other = network(), network()
-    own[2].p = other[2].p = 0.0  # type: ignore[assignment]
+    own, other, third = network(), network(), seeded(network, 3)
+    own[2].p = other[2].p = third[2].p = 0.0  # type: ignore[assignment]
     with session(own, **plain) as run:
         for i, batch in enumerate(batches()):
             run.step(batch)
             if i == 4:
                 run.drain()
+                first = run.state_dict()
+                if load:
+                    run.load_state_dict(third.state_dict())
     for part in (batches()[:5], batches()[5:]):
         with session(other, **plain) as run:
             for batch in part:
                 run.step(batch)
+        if len(part) == 5:
+            assert all(torch.equal(one, first[name]) for name, one in other.state_dict().items())
+        if load and len(part) == 5:
+            other.load_state_dict(third.state_dict())
     assert equal(own, other)
 
 

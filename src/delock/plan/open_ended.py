@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from delock.methods.base import Method
-from delock.ops import Evaluate, Update
+from delock.ops import Evaluate, Forward, Update, Weights
 from delock.plan.pattern import Made, patterns
 from delock.plan.steps import Plan, RunLength, Step
 from delock.plan.unroll import Column
@@ -37,6 +37,8 @@ class OpenPlan:
     def rest(self) -> Plan:
         """Returns the steps that are left when no further batch comes for now."""
         left = self._ticks(self.batches, self.batches + self.method.span(self.K))
+        for made in self.made:
+            made.begun = made.version
         self.first = self.batches
         self.columns = self._columns()
         return left
@@ -53,7 +55,7 @@ class OpenPlan:
 
     def state(self) -> dict[str, Any]:
         """Returns its place, as plain values: `made` by the number of the stage."""
-        made = {str(k): [one.version, one.pending] for k, one in zip(self.stages, self.made, strict=True)}
+        made = {str(k): [one.version, one.pending, one.begun] for k, one in zip(self.stages, self.made, strict=True)}
         return {"made": made, **{name: getattr(self, name) for name in COUNTS}}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -72,11 +74,21 @@ class OpenPlan:
     def _steps(self, column: Column, made: Made, begin: int, end: int) -> Iterator[Step]:
         for tick in range(begin - self.first, end - self.first):
             for t, one, batch, version in column.pattern.at(tick, self.batches - self.first, made):
-                yield _later(column.step(one, batch, t, version), self.first, self.method.micro_batches)
+                step = _since(column.step(one, batch, t, version), made.begun)
+                yield _later(step, self.first, self.method.micro_batches)
 
     def _plan(self, steps: Sequence[Sequence[Step]]) -> Plan:
         drawn = dict(zip(self.stages, map(tuple, steps), strict=True))
         return Plan(tuple(drawn.get(k, ()) for k in range(self.K)))
+
+
+def _since(step: Step, begun: int) -> Step:
+    """Returns the step of a run that began with version `begun`: a Forward uses no weights from before, and draws none out by them."""
+    if not begun or not isinstance(step.op, Forward):
+        return step
+    made, weights = step.version - begun, step.op.weights
+    used = Weights(min(weights.behind, made), weights.ahead if weights.draws_out(made) else 0.0)
+    return replace(step, op=replace(step.op, weights=used))
 
 
 def _later(step: Step, batches: int, parts: int) -> Step:

@@ -56,10 +56,11 @@ Occurrence: TypeAlias = tuple[int, Recurring, int, int]
 
 @dataclass(slots=True)
 class Made:
-    """Counts on the way through a column: the Updates, and the gradients that the next one will apply."""
+    """Counts on the way through a column: the Updates, and the gradients that the next one will apply. begun: Updates of earlier runs."""
 
     version: int = 0
     pending: int = 0
+    begun: int = 0
 
 
 class Pattern:

@@ -35,6 +35,10 @@ class Banks:
             self.drawn[version, ahead] = _drawn_out(base, self.kept[version - 1], ahead)
         return self.drawn[version, ahead]
 
+    def forget(self) -> None:
+        """Drops all copies, as the weights have been set."""
+        self.kept, self.drawn = {}, {}
+
     def before_update(self, newest: int, banks: int) -> None:
         """Sees to it that `banks` older versions are there after the Update that replaces the newest, and drops all others."""
         if banks:

@@ -116,6 +116,7 @@ class Turns:
         """Lets each stage have these weights, with which an average begins anew; a head keeps its own."""
         for worker, own in zip(self.workers, weights, strict=True):
             load_module(worker.stage.module, *own, f"module of stage {worker.job.k}")
+            worker.stage.banks.forget()
             if worker.stage.learner.average:
                 worker.stage.learner.average.load([])
 
