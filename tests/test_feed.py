@@ -119,6 +119,26 @@ def test_trees_are_split_sample_by_sample() -> None:
         assert torch.equal(message.targets["classes"], torch.arange(7))
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [torch.zeros(k, 4) for k in (1, 2, 3, 3)],
+        [torch.zeros(k, 4) for k in (1, 2, 3, 4)],
+        [{"boxes": torch.zeros(2, 4)}] * 4,
+        ["a", "b", "c", "d"],
+    ],
+    ids=["ragged", "one of as many rows", "dicts", "names"],
+)
+def test_a_list_with_an_entry_for_every_sample_is_no_row(entry: list[Any]) -> None:
+    """It would go to every part whole; without parts, or as a tuple, it may."""
+    whole, tokens = torch.arange(12.0).reshape(4, 3), torch.arange(4)
+    for targets in ({"y": tokens, "of": entry}, entry):
+        with pytest.raises(UsageError, match="batch 0 has 4 samples, and a list in its targets has 4 entries, which would go whole"):
+            feed(as_loader([(whole, targets)]), 2)(Forward(0))
+        assert feed(as_loader([(whole, targets)]))(Forward(0)).samples == 4
+    assert feed(as_loader([(whole, {"y": tokens, "of": tuple(entry)})]), 2)(Forward(0)).samples == 2
+
+
 def test_inputs_in_a_list_become_a_tuple() -> None:
     class Lists(Numbered):
         def epoch(self, e: int) -> Iterator[tuple[Any, Any]]:

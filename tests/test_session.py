@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import delock
+from delock.data import Batches
 from delock.errors import NonFinite, StageFailed, UsageError
 from delock.methods import BP, DGL, FDG, GPipe, Method, PipeDream2BW
 from delock.records import BatchResult
@@ -110,6 +112,43 @@ def test_results_say_what_a_batch_gave(workers: Any) -> None:
     assert (one.number, one.samples, one.lr) == (0, 7, 0.1)
     parts = zip(out.tensor_split(2), first[1].tensor_split(2), strict=True)
     assert one.metrics["accuracy"] == pytest.approx(sum(float(accuracy(o, y)) * len(y) for o, y in parts) / 7)
+
+
+@EACH
+def test_outputs_of_parts_in_which_nothing_counts_come_back(workers: Any) -> None:
+    """A row for every sample; without any that counts metrics are NaN, and an evaluation is refused."""
+    counted = Batches(batches()[0], weight=lambda y: (y != -100).sum())
+    x, y = batches()[0][0][:4], torch.tensor([1, -100, 2, 0])
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    out = plain(x).detach()
+    options: dict[str, Any] = {"method": GPipe(micro_batches=4), "metrics": {"accuracy": accuracy}, "workers": workers}
+    with delock.session(plain, counted, loss=cross_entropy, optimizer=SGD, stages=3, **options) as run:
+        (one,) = run.step((x, y), outputs=True, wait=True)
+        assert torch.allclose(one.outputs, out)
+        assert (one.samples, one.metrics["accuracy"]) == (4, pytest.approx(float(accuracy(out, y)) * 4 / 3))
+        (none,) = run.step((x, torch.full((4,), -100)), outputs=True, wait=True)
+        assert (none.samples, len(none.outputs), list(none.metrics)) == (4, 4, ["accuracy"])
+        assert math.isnan(none.loss)
+        assert math.isnan(none.metrics["accuracy"])
+        with pytest.raises(UsageError, match=r"the test data has samples, but weight\(targets\) is 0 for all of them"):
+            run.evaluate([(x, torch.full((4,), -100))])
+
+
+class Cropped(nn.Embedding):
+    """Crops to the longest row of what it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, : int((x != 0).sum(1).max())])
+
+
+def test_outputs_whose_shapes_differ_come_back_part_by_part() -> None:
+    ids = torch.tensor([[1, 2, 0, 0], [1, 0, 0, 0], [2, 3, 4, 0], [3, 1, 0, 0]])
+    model = [Cropped(5, 4), nn.Linear(4, 5)]
+    with delock.session(
+        model, (ids, ids), loss=lambda o, y: o.square().mean(), optimizer=SGD, method=GPipe(micro_batches=2), workers="inline"
+    ) as run:
+        (one,) = run.step((ids, ids), outputs=True, wait=True)
+    assert [tuple(part.shape) for part in one.outputs] == [(2, 2, 5), (2, 3, 5)]
 
 
 def test_a_delayed_batch_comes_when_the_last_stage_is_through() -> None:

@@ -237,11 +237,17 @@ def test_evaluations_weigh_by_the_same_count(wrapped: bool) -> None:
 
 
 def test_an_evaluation_without_a_token_has_no_measures() -> None:
-    _, result = trained(texts([2, 2]), BP(), test=Batches(texts([0], [0]), weight=tokens))
+    with pytest.warns(UserWarning, match=r"the last evaluation has no test loss, as where weight\(targets\) is 0 for all of the test data"):
+        _, result = trained(texts([2, 2]), BP(), test=Batches(texts([0], [0]), weight=tokens))
     (record,) = result.evaluations
     assert math.isnan(record.test_loss)
     assert math.isnan(record.metrics["bits"])
     assert record.train_loss == result.losses[0]
+
+
+def test_a_run_in_which_nothing_counts_says_so() -> None:
+    with pytest.warns(UserWarning, match=r"nothing counted in training, so no weight has changed: weight\(targets\) was 0 for every batch"):
+        trained(Batches(texts([0], [0]), weight=tokens), BP())
 
 
 def test_histograms_of_staleness_leave_out_empty_parts_alone() -> None:

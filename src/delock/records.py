@@ -119,7 +119,9 @@ class BatchResult:
     metrics: dict[str, float]
     lr: float  # of the coming update of the last stage
     samples: int
-    outputs: Any = None  # of the model, where they were asked for; of a batch in parts, the parts' tensors one after the other
+    outputs: Any = None
+    """Outputs of the model, where they were asked for. Of a batch in parts they are the parts' tensors one after the other, or a list with
+    those of every part, where their shapes differ beyond the rows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,14 @@ def rows(tree: Tree, begin: int, end: int, count: int) -> Tree:
     return map_tensors(lambda leaf: leaf[begin:end] if leaf.dim() and len(leaf) == count else leaf, tree)
 
 
+def has_list_of(tree: Tree, count: int) -> bool:
+    """Returns True if there is a list with `count` entries in a tree, as one per sample, that are not tensors of so many rows."""
+    if isinstance(tree, list) and len(tree) == count:
+        return not all(isinstance(one, Tensor) and one.dim() and len(one) == count for one in tree)
+    entries = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return any(has_list_of(one, count) for one in entries)
+
+
 def split_bounds(count: int, parts: int) -> list[tuple[int, int]]:
     """Returns the first row, and the one after the last, of every part: the first count % parts parts have one row more."""
     edges = [i * (count // parts) + min(i, count % parts) for i in range(parts + 1)]

@@ -23,7 +23,7 @@ from delock.links.message import as_values
 from delock.links.recorder import Record
 from delock.ops import Backward, Evaluate, Forward, Update, label
 from delock.plan import Plan, Step, needs_error, walk
-from delock.stage import Stage, checkpoint
+from delock.stage import InFlight, Stage, checkpoint
 from delock.timeline import Slowdown
 
 
@@ -40,7 +40,7 @@ class Engine:
     feed: answers the Forwards and Evaluates of stage 0.
     progress: takes the op's name and description before every op.
     micro_batches: of a batch, for error messages.
-    on_loss: called with (step, loss, stage, the batch's message) where a loss is computed.
+    on_loss: called with (step, loss, stage, the batch in flight) where a loss is computed.
     on_output: called with (step, outputs with labels) on the last stage, for every batch of an evaluation.
     slow: the ticks in which the stage takes longer; delay(seconds) lets that time pass.
     Between two windows `state()` holds everything.
@@ -55,7 +55,7 @@ class Engine:
         log: StageLog | None = None,
         progress: Progress | None = None,
         micro_batches: int = 1,
-        on_loss: Callable[[Step, float, Stage, Message], None] | None = None,
+        on_loss: Callable[[Step, float, Stage, InFlight], None] | None = None,
         on_output: Callable[[Step, Message], None] | None = None,
         slow: Slowdown | None = None,
         delay: Callable[[float], None] = spin,
@@ -151,7 +151,7 @@ class Engine:
         if step.last and done.message.values is not None:  # an empty part has no gradient that could be old
             self.log.count_staleness(stage.version - done.version, step.slot - done.slot)
         if done.loss is not None:
-            self.check_loss(step, op, done.loss, done.message)
+            self.check_loss(step, op, done.loss, done.batch)
 
     def _update(self, step: Step, op: Update) -> None:
         norm = self.network_norm.pass_up(op.number, self) if op.over == "network" else None
@@ -159,7 +159,7 @@ class Engine:
         self.stage.update(op, norm, step.banks)
         self._straggle(step, began)
 
-    def check_loss(self, step: Step, op: Backward, loss: Tensor, message: Message) -> None:
+    def check_loss(self, step: Step, op: Backward, loss: Tensor, held: InFlight) -> None:
         """Reports a loss that this stage has computed. Raises NonFinite for one that is no number."""
         value = loss.item()
         if not math.isfinite(value):
@@ -168,7 +168,7 @@ class Engine:
             what = f"the loss of {which} became {value} at stage {self.stage.k}, after {version} update{'s' if version != 1 else ''}"
             raise NonFinite(what, batch=batch, part=part, parts=self.micro_batches, updates=version)
         if self.on_loss:
-            self.on_loss(step, value, self.stage, message)
+            self.on_loss(step, value, self.stage, held)
 
     def receive(self, source: int, name: MessageName) -> Message:
         """Receives a message; the wait for it and its decoding count as time of the op under way."""

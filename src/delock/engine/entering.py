@@ -10,7 +10,7 @@ from delock.data.iterable import Batches
 from delock.data.loader import LoadedBatch
 from delock.errors import UsageError
 from delock.links.message import Message
-from delock.tensors import Tree, lengths, map_tensors, rows, split_bounds
+from delock.tensors import Tree, has_list_of, lengths, map_tensors, rows, split_bounds
 
 
 class Entering:
@@ -78,6 +78,11 @@ def _refuse_unsplit(number: int, inputs: Tree, targets: Tree, n: int) -> None:
         raise UsageError(
             f"batch {number} has {n} samples, but none of its inputs has a row for each, so it cannot be split into parts: use a method "
             "that does not split batches"
+        )
+    if n > 1 and has_list_of(targets, n):
+        raise UsageError(
+            f"batch {number} has {n} samples, and a list in its targets has {n} entries, which would go whole to every part of the batch: "
+            "make a tensor of them with a row per sample, or a tuple where they are not of samples"
         )
     if (found := lengths(targets)) and n not in found:
         raise UsageError(

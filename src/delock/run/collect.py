@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from math import isfinite
+from math import isfinite, isnan
 
 import torch
 from torch import nn
@@ -39,7 +39,19 @@ def collect(request: Request, started: Started, results: list[StageResult]) -> R
     )
     if request.simulation.emulate is None and (found := _no_numbers(request, result)):
         warnings.warn(f"the run has ended with {found}: lower the learning rate, or take an earlier checkpoint", stacklevel=4)
+    elif found := _nothing_counted(request, result):
+        warnings.warn(found, stacklevel=4)
     return result
+
+
+def _nothing_counted(request: Request, result: Result) -> str:
+    """Returns in words which data has no mean, as its `Batches` weigh all of it with 0; "" if none is known."""
+    if weigher(request.train) and result.losses and all(map(isnan, result.losses)):
+        return "nothing counted in training, so no weight has changed: weight(targets) was 0 for every batch"
+    weighed = request.test is not None and any(map(weigher, (request.train, *sets_of(request.test).values())))
+    if weighed and result.evaluations and isnan(result.evaluations[-1].test_loss):
+        return "the last evaluation has no test loss, as where weight(targets) is 0 for all of the test data"
+    return ""
 
 
 def _no_numbers(request: Request, result: Result) -> str:
@@ -51,7 +63,7 @@ def _no_numbers(request: Request, result: Result) -> str:
     ]
     if bad:
         return f"{bad[0]} NaN or infinite" + (f", and {len(bad) - 1} more" if len(bad) > 1 else "")
-    if not result.evaluations or request.test is None or any(weigher(one) for one in sets_of(request.test).values()):
+    if not result.evaluations or request.test is None or any(map(weigher, (request.train, *sets_of(request.test).values()))):
         return ""
     last = result.evaluations[-1]
     losses = {"": last.test_loss, **{name: value for name, value in last.metrics.items() if name.endswith("/loss")}}

@@ -20,7 +20,7 @@ from delock.plan import Step
 from delock.records import EvaluationRecord, Event, StepRecord
 from delock.run.acting import Acting
 from delock.run.job import StageJob
-from delock.stage import Stage
+from delock.stage import InFlight, Stage
 from delock.tensors import kind
 
 SERIES = ("losses", "counts")
@@ -58,9 +58,9 @@ class History:
         """Returns the end of the latest op, on the clock of the logs."""
         return max(log.last for log in self.logs)
 
-    def loss(self, step: Step, value: float, stage: Stage, message: Message) -> None:
+    def loss(self, step: Step, value: float, stage: Stage, batch: InFlight) -> None:
         """Takes the loss of a (micro-)batch; a batch is complete with its last micro-batch. One in which nothing counts has none: NaN."""
-        op = step.op
+        op, message = step.op, batch.message
         assert isinstance(op, Backward)
         self.batch_loss += value
         self.batch_count += message.count

@@ -19,6 +19,7 @@ from delock.errors import UsageError
 from delock.links.message import Message
 from delock.ops import DERIVATIVES, Backward, Evaluate, Forward, Op, Update
 from delock.plan import Plan, Step, walk
+from delock.stage import InFlight
 
 WARM_UP = 3  # passes through all slots before anything is recorded: libraries choose their kernels, optimizers make their state
 
@@ -105,7 +106,8 @@ class Ticks:
         for engine, step, loss in losses:
             assert isinstance(step.op, Backward)
             samples = self.stages[engine.stage.k].inputs.samples
-            engine.check_loss(step, step.op, loss, Message(None, samples=samples, count=samples))
+            batch = InFlight(step, Message(None, samples=samples, count=samples), step.version)
+            engine.check_loss(step, step.op, loss, batch)
 
     # ---- recording -----------------------------------------------------------------------------------------------------------------
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from delock.errors import UsageError
-from delock.execution import Loss, precision
+from delock.execution import precision
 from delock.links import Message
 from delock.ops import Backward
 from delock.plan import Step
 from delock.records import BatchResult, Evaluation
 from delock.run.history import History, measured
 from delock.run.request import Metric
-from delock.stage import Stage
+from delock.stage import InFlight, Stage
 from delock.tensors import flatten, map_tensors, unflatten
 
 Measured: TypeAlias = tuple[dict[str, float], float, int]
@@ -30,34 +30,33 @@ class Results(History):
     wanted: set[int]  # batches whose outputs come back
     show: Metric  # makes of the last stage's outputs those of the model
 
-    def watch(self, stage: Stage, show: Metric) -> None:
-        """Lets what the stage computes its loss of be seen here."""
-        assert stage.loss is not None
+    def watch(self, show: Metric) -> None:
+        """Begins to keep results."""
         self.wanted, self.show = set(), show
         self.ready: list[BatchResult] = []
         self.tested: list[Measured] = []  # measures, what they weigh, samples
-        self.noted = stage.loss = Noted(stage.loss)
         self.outputs: list[Any] = []  # of the parts of a batch so far
         self.parts: list[Measured] = []
 
-    def loss(self, step: Step, value: float, stage: Stage, message: Message) -> None:
-        """Takes the loss of a (micro-)batch."""
+    def loss(self, step: Step, value: float, stage: Stage, batch: InFlight) -> None:
+        """Takes the loss of a (micro-)batch; one in which nothing counts has outputs, and no measures."""
         assert isinstance(step.op, Backward)
-        number, done = step.op.batch // self.job.method.micro_batches, len(self.losses)
-        given, self.noted.given = self.noted.given, None
-        if given is not None:
-            outputs = map_tensors(Tensor.detach, given[0])
-            self.parts.append((self._measures(self.job.metrics, outputs, given[1]), message.count, message.samples))
+        number, done, message = step.op.batch // self.job.method.micro_batches, len(self.losses), batch.message
+        if batch.outputs is not None:
+            outputs = map_tensors(Tensor.detach, batch.outputs)
+            found = self._measures(self.job.metrics, outputs, message.targets) if message.weight else {}
+            self.parts.append((found, message.count, message.samples))
             if number in self.wanted:
                 self.outputs.append(outputs)
-        super().loss(step, value, stage, message)
+        super().loss(step, value, stage, batch)
         if len(self.losses) > done:
             self._complete(number, stage.lr)
 
     def _complete(self, number: int, lr: float) -> None:
         samples = sum(n for _, _, n in self.parts)
-        shown = self.show(_joined(self.outputs), None) if self.outputs else None
-        self.ready.append(BatchResult(number, self.losses[-1], means(self.parts), lr, samples, shown))
+        shown = _joined([self.show(one, None) for one in self.outputs]) if self.outputs else None
+        metrics = means(self.parts) or dict.fromkeys(self.job.metrics, math.nan)
+        self.ready.append(BatchResult(number, self.losses[-1], metrics, lr, samples, shown))
         self.wanted.discard(number)
         self.parts, self.outputs = [], []
 
@@ -76,23 +75,13 @@ class Results(History):
         return found
 
 
-class Noted:
-    """Computes a loss, and notes what it was `given`: outputs and targets."""
-
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
-        self.given: tuple[Any, Any] | None = None
-
-    def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        self.given = outputs, targets
-        return self.loss(outputs, targets)
-
-
 def evaluation_of(judged: Mapping[str, list[Measured]]) -> Evaluation:
     """Returns the evaluation of test sets by name; one without a name is called "". Raises UsageError for a set in which nothing counts."""
     found, metrics = {name: means(own) for name, own in judged.items()}, dict[str, float]()
     if not all(any(count for _, count, _ in own) for own in judged.values()):
-        raise UsageError("the test data has no samples, so an evaluation has no mean: give it some")
+        some = all(any(samples for _, _, samples in own) for own in judged.values())
+        what = "the test data has samples, but weight(targets) is 0 for all of them" if some else "the test data has no samples"
+        raise UsageError(f"{what}, so an evaluation has no mean: give it some{' that count' if some else ''}")
     for name, own in found.items():
         metrics |= {f"{name}/{one or 'loss'}" if name else one: value for one, value in own.items() if name or one}
     return Evaluation(next(iter(found.values()))[""], metrics, sum(n for own in judged.values() for _, _, n in own))
@@ -105,8 +94,10 @@ def means(found: list[Measured]) -> dict[str, float]:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """Returns the outputs of a batch from those of its parts: rows behind rows, and numbers in a row."""
+    """Returns the outputs of a batch from those of its parts: rows behind rows, and numbers in a row; else, as they are, in a list."""
     if len(parts) == 1:
         return parts[0]
-    shape, columns = flatten(parts[0])[0], zip(*(flatten(one)[1] for one in parts), strict=True)
+    shape, columns = flatten(parts[0])[0], list(zip(*(flatten(one)[1] for one in parts), strict=True))
+    if any(len({one.shape[1:] for one in own}) > 1 for own in columns):
+        return parts
     return unflatten(shape, [torch.cat(own) if own[0].dim() else torch.stack(own) for own in columns])

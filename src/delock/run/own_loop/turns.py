@@ -42,7 +42,7 @@ class Turns:
         self.plan = OpenPlan(job.method, job.K, job.length.clip, near)
         self.last = workers[-1].job.k == job.K - 1
         if self.last:
-            self.results.watch(workers[-1].stage, looped.show)
+            self.results.watch(looped.show)
         self.rates = {worker.job.k: _rates(worker.stage.optimizer) for worker in workers}  # as they were made
         if job.begin:
             begun = [worker.saver.begun for worker in workers if worker.saver]  # each knows of itself, and perhaps of others
