@@ -124,7 +124,7 @@ FIGURES = (
         "ddg(micro_batches=8)", 8, "adamw", 0.065, "quoted", "ddg-k8-micro_batches8-scadamw-lr0.008", "bp-k1-scadamw.98-lr0.008", SPIKE, 2.0
     ),
     Figure("fdg(micro_batches=2)", 2, "muon", 0.036, "quoted", "fdg-k2-micro_batches2-muon-lr0.02", "bp-k1-muon-lr0.02"),
-    Figure("fdg(micro_batches=4)", 4, "muon", 0.07, "quoted", "fdg-k4-micro_batches4-muon-lr0.02", "bp-k1-muon-lr0.02"),
+    Figure("fdg(micro_batches=4)", 4, "muon", 0.069, "quoted", "fdg-k4-micro_batches4-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("2bw(micro_batches=4)", 4, "muon", 0.068, "quoted", "2bw-k4-micro_batches4-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg", 4, "muon", 0.116, "screening", "ddg-k4-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg", 4, "adamw", 0.509, "screening", "ddg-k4-adamw-lr0.0005", "bp-k1-adamw-lr0.008"),
