@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import delock
@@ -145,6 +146,59 @@ def test_refusals_of_checkpoints(tmp_path: Path) -> None:
         pass
     with pytest.raises(UsageError, match="in the stages"), session(network(), method="fdg", stages=2, checkpoint=resume):
         pass
+
+
+class Seen(nn.Linear):
+    """Keeps a running mean of its inputs in a buffer that no state dict has, and subtracts it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.register_buffer("mean", torch.zeros(8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        return super().forward(x - self.mean)
+
+
+@EACH
+def test_weights_that_are_set_leave_the_rest_as_it_is(workers: Any) -> None:
+    """To load what is there changes nothing."""
+    with session(nn.Sequential(Seen(), Seen(), nn.Linear(8, 3)), method="bp", workers=workers) as run:
+        for batch in batches()[:3]:
+            run.step(batch)
+        run.drain()
+        before = run.evaluate(batches(3)).loss
+        run.load_state_dict(run.state_dict())
+        assert run.evaluate(batches(3)).loss == before
+
+
+@EACH
+def test_modes_of_torch_around_a_call(workers: Any) -> None:
+    """Those that would change what stages compute are refused, and the session goes on; an evaluation has the same numbers in any."""
+    first = batches()[0]
+    with session(network(), method="bp", workers=workers) as run:
+        run.step(first, wait=True)
+        plain = run.evaluate([first]).loss
+        with torch.inference_mode():
+            assert run.evaluate(batches()[:1]).loss == plain
+            with pytest.raises(UsageError, match=r"step is called within torch\.inference_mode, in which nothing can be trained"):
+                run.step(first)
+        with torch.autocast("cpu", torch.bfloat16):
+            for call in (lambda: run.step(first), run.drain, lambda: run.evaluate([first])):
+                with pytest.raises(UsageError, match=r"is called within torch.autocast.*Execution\(amp"):
+                    call()
+        run.step(first)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"^the session is over: make another one with delock\.session$"):
+            run.state_dict()
+
+
+def test_a_rate_is_the_one_that_was_set() -> None:
+    with session(network(), method="bp", optimizer=partial(torch.optim.SGD, lr=0.01)) as run:
+        for rate in (0.007, 0.0021, 0.1 / 3, 0.0, 0.007):
+            run.lr = rate
+            assert run.lr == rate
 
 
 @EACH

@@ -82,19 +82,28 @@ class Ambient:
 
 def refuse_modes(device: str) -> None:
     """Raises UsageError for a mode around the caller that stages in other processes would not share, or that does not let them train."""
-    if torch.is_inference_mode_enabled():
-        raise UsageError("fit is called within torch.inference_mode, in which nothing can be trained: call it outside")
+    refuse_inference("fit")
+    refuse_autocast("fit", device)
     kind = torch.device(device).type
-    for one in {"cpu", kind}:
-        if torch.is_autocast_enabled(one):
-            raise UsageError(
-                "fit is called within torch.autocast, which would not reach the stages' backwards and processes alike: "
-                'call it outside, and give execution=delock.Execution(amp="bf16")'
-            )
     default, own = torch.get_default_device(), torch.device(device)
     if default.type != "cpu" and (default.type != kind or own.index not in (None, default.index)):
         remedy = f'give fit device="{default}", or set no default'
         raise UsageError(f'the default device of torch is "{default}", but that of the run is "{device}": {remedy}')
+
+
+def refuse_inference(what: str) -> None:
+    """Raises UsageError within torch.inference_mode, for a function that trains."""
+    if torch.is_inference_mode_enabled():
+        raise UsageError(f"{what} is called within torch.inference_mode, in which nothing can be trained: call it outside")
+
+
+def refuse_autocast(what: str, device: str) -> None:
+    """Raises UsageError within torch.autocast."""
+    if any(map(torch.is_autocast_enabled, {"cpu", torch.device(device).type})):
+        raise UsageError(
+            f"{what} is called within torch.autocast, which would not reach the stages' backwards and processes alike: "
+            'call it outside, and give execution=delock.Execution(amp="bf16")'
+        )
 
 
 def _matmul() -> str:

@@ -20,6 +20,7 @@ from delock.data.loader import LoadedBatch, Loader, loaded
 from delock.data.named_sets import sets_of
 from delock.engine.entering import refuse_empty
 from delock.errors import NonFinite, UsageError, said, users_own
+from delock.launch.ambient import refuse_autocast, refuse_inference
 from delock.launch.context import context
 from delock.records import BatchResult, Evaluation, Result, Started
 from delock.run.collect import collect
@@ -113,7 +114,7 @@ class Session:
         outputs of the model, too. wait: waits for all results that need no later batch; then they do not depend on timing. Blocks
         when the pipeline is full. What is in the batch may be written to afterwards. Raises what `fit` raises.
         """
-        stages = self._running()
+        stages = self._training("step")
         read = self.reads.one(batch, self.number)
         refuse_empty(self.number, read.samples)
         with self._told():
@@ -126,7 +127,7 @@ class Session:
 
         The batches behind it begin with an empty pipeline.
         """
-        stages = self._running()
+        stages = self._training("drain")
         with self._told():
             if self.open:
                 stages.rest()
@@ -139,6 +140,7 @@ class Session:
         Nothing in flight is lost, and no batch is waited for. Updates that its batches are still to bring are not in these weights: after
         `drain` they are.
         """
+        refuse_autocast("evaluate", self.request.device)
         running, judged = self._running(), dict[str, list[Measured]]()
         once = list(batches) if isinstance(batches, Iterator) else batches
         for name, test in sets_of(self.reads.tests(once)).items():
@@ -170,12 +172,12 @@ class Session:
         made = self._rates(None)[0][0]
         if not made:
             raise UsageError("the first parameter group was made with a rate of 0, so the others have no proportion to it: give it another")
-        self._rates(float(value) / made)
+        self._rates((float(value), made))
 
-    def _rates(self, factor: float | None) -> list[tuple[float, float]]:
+    def _rates(self, change: tuple[float, float] | None) -> list[tuple[float, float]]:
         running = self._running()
         with self._told():
-            found: list[tuple[float, float]] = running.ask("rate", factor)
+            found: list[tuple[float, float]] = running.ask("rate", change)
         return found
 
     # ---- weights -------------------------------------------------------------------------------------------------------------------
@@ -187,8 +189,9 @@ class Session:
         """
         if average and not self.request.callbacks:
             raise UsageError("the session keeps no average of its weights: give it callbacks=[delock.EMA()]")
+        running = self._running()
         with self._told():
-            own = self._running().ask("weights", average)
+            own = running.ask("weights", average)
         before = self._exchanged(own)
         try:
             found = {name: one.clone() if isinstance(one, Tensor) else one for name, one in self.request.network.whole.state_dict().items()}
@@ -201,10 +204,12 @@ class Session:
 
         Nothing may be in flight: call `drain` before it.
         """
-        running = self._running()
+        running = self._training("load_state_dict")
         if self.open:
             raise UsageError("batches are in flight, which have been computed with other weights: call drain() before load_state_dict()")
-        before = self._exchanged(None)
+        with self._told():
+            now = running.ask("weights", False)
+        before = self._exchanged(now)  # what the state does not say stays as the stages have it
         try:
             self.request.network.whole.load_state_dict(state)
             own = self._exchanged(before)
@@ -222,8 +227,9 @@ class Session:
         """
         if self.request.checkpoint is None:
             raise UsageError("the session has no folder for checkpoints: give it checkpoint=delock.Checkpoint(FOLDER)")
+        running = self._running()
         with self._told():
-            found = self._running().ask("save")
+            found = running.ask("save")
         if problems := [one.problem for one in found if one.problem]:
             raise UsageError(f"the checkpoint could not be written: {problems[0]}")
         return Path(found[-1].path)
@@ -244,6 +250,13 @@ class Session:
         if self._stages is None:
             raise UsageError("the session has not begun: use it in a block, with delock.session(...) as session:")
         return self._stages
+
+    def _training(self, what: str) -> StagesHere | StagesApart:
+        """Returns the stages for something that changes weights. Raises UsageError in a mode of torch that not all of them would have."""
+        running = self._running()
+        refuse_inference(what)
+        refuse_autocast(what, self.request.device)
+        return running
 
     def _collect(self) -> None:
         assert self._stages

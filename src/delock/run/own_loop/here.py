@@ -50,14 +50,14 @@ class StagesHere:
 
     def batch(self, batch: LoadedBatch, outputs: bool, wait: bool) -> None:
         """Takes a batch; its tensors may be written to afterwards."""
-        self._take(batch)
         with self._own():
+            self._take(batch)
             self.news += self.turns.batch(outputs) or ()
 
     def judge(self, batch: LoadedBatch) -> None:
         """Evaluates a batch."""
-        self._take(batch)
         with self._own():
+            self._take(batch)
             self.judgements.append(self.turns.judge())
 
     def judged(self) -> list[Measured]:
@@ -102,7 +102,8 @@ class StagesHere:
     @contextmanager
     def _own(self) -> Iterator[None]:
         before = torch.get_num_threads()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), torch.enable_grad():
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.inference_mode(False), torch.random.fork_rng(devices), torch.enable_grad():
             torch.set_num_threads(self.threads)
             try:
                 yield

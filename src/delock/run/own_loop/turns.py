@@ -82,17 +82,18 @@ class Turns:
             worker.engine.put_back(messages)
         return self.results.tested.pop() if self.last else None
 
-    def rate(self, factor: float | None) -> list[tuple[float, float]]:
+    def rate(self, change: tuple[float, float] | None) -> list[tuple[float, float]]:
         """Returns of each stage that learns the rate of its first parameter group, as it was made and as it is now.
 
-        factor: makes the rate of every group that many times what it was made with.
+        change: (x, y) makes the rate of a group that was made with y x, and that of others x / y times what they were made with.
         """
         found = []
         for worker in self.workers:
             base = self.rates.get(worker.job.k, [])
             for made, group in zip(base, worker.stage.optimizer.param_groups if worker.stage.optimizer else (), strict=True):
-                if factor is not None:
-                    _set(group, factor * made)
+                if change is not None:
+                    value, first = change
+                    _set(group, value if made == first else value / first * made)
             if base and worker.stage.optimizer:
                 found.append((base[0], float(worker.stage.optimizer.param_groups[0]["lr"])))
         return found
