@@ -61,6 +61,7 @@ def test_rows_are_methods_with_options_of_their_own() -> None:
         ("dsp:p=1+2", "link"),
         ("gpipe:micro_batches=65", "65 parts"),
         ("bp,bp", "twice"),
+        ("fdg:lr=0.1:beta=0.5:lr=0.2", "fdg:lr=0.1:beta=0.5:lr=0.2: lr is given twice"),
         ("plain", "--no-plain"),
         (",", "nothing to compare"),
     ],
@@ -100,6 +101,12 @@ def test_a_comparison_has_a_table_a_file_and_figures(here: Path, capsys: pytest.
 
 
 @pytest.mark.usefixtures("own_random")
+def test_a_speed_up_is_over_backpropagation_that_is_not_late(here: Path) -> None:
+    assert main(["compare", "--methods", "bp:behind=1", "bp", *SMALL, "--batches", "1", "--no-plain", "--out", "a"]) == 0
+    late, exact = (row["speedup_over_bp"] for row in json.loads(Path("a/compare.json").read_text())["rows"])
+    assert late != exact == 1
+
+
 def test_a_comparison_in_place_of_another(here: Path) -> None:
     run = ["compare", *SMALL, "--batches", "1", "--out", "c"]
     assert main([*run, "--methods", "bp,ddg", "--no-plain"]) == 0

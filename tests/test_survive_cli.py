@@ -131,12 +131,23 @@ def test_what_may_not_change_is_refused(here: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "the run in a is finished; --epochs or --batches make it longer\n"
     assert main(["train", "--resume", "a", "--batches", "20"]) == 2
     assert "but the run is to end at batch 20: let it be longer" in capsys.readouterr().err
+    assert main([*SHORT, "--epochs", "1", "--model", "cnn", "--out", "b", "--workers", "inline", "--checkpoint-every", "5"]) == 0
+    before |= {path: path.read_bytes() for path in Path("b").rglob("*") if path.is_file()}
+    assert main(["train", "--resume", "a", "--epochs", "6", "--out", "b"]) == 2
+    assert "the run folder b exists: give another --out, or --overwrite" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in before} == before
+    assert main(["train", "--resume", "a", "--epochs", "6", "--out", "b", "--overwrite"]) == 0
+    assert [one["batches"] for one in records("b") if one["event"] == "evaluation"] == [40, 48]
+    assert main(["train", "--resume", "b", "--epochs", "7"]) == 0
+    with Path("b/metrics.jsonl").open("a") as file:
+        file.write("[]\n")
+    assert main(["train", "--resume", "b", "--epochs", "8"]) == 2
+    assert re.search(r"line \d+ of b.metrics.jsonl is not a record of a run: remove it, or begin a new run", capsys.readouterr().err)
     assert main([*SHORT, "--epochs", "5", "--out", "a", "--workers", "inline", "--overwrite"]) == 0
     assert not list(Path("a").glob("checkpoints/*"))
 
 
-def test_the_words_of_resume(here: Path) -> None:
+def test_the_words_of_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("r/checkpoints/batch-00000005").mkdir(parents=True)
     Path("r/config.toml").write_text("")
     file = ["--config", "r/config.toml"]
@@ -149,3 +160,8 @@ def test_the_words_of_resume(here: Path) -> None:
     assert spelled_out(["--resume", "--out", "new"]) == ["--out", "new", "--resume", "newest"]
     with pytest.raises(UsageError, match="no such run"):
         spelled_out(["--resume", "q"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # what has begun in the new folder goes on there
+    assert spelled_out(["--resume", "r", "--out", "s"])[2:] == ["--resume", "r/checkpoints", *file]
+    Path("s").mkdir()
+    Path("s/config.toml").touch()
+    assert spelled_out(["--resume", "r", "--out", "s"]) == ["--out", "s", "--resume", "newest", "--config", "s/config.toml"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from delock.cli.seals import read, sealed
+from delock.errors import UsageError
 
 T = TypeVar("T")
 
@@ -57,10 +58,11 @@ class GrowingFile(Generic[T]):
     def cut(self, wanted: Callable[[dict[str, Any]], bool], source: Path, target: Path) -> None:
         """Keeps the lines of the file in one folder that are wanted, in another or the same one; the next lines come behind them.
 
-        Raises UsageError for a sealed line that is not as it was written.
+        Raises UsageError for a sealed line that is not as it was written, and for a line that is no record.
         """
         path = source / self.name
-        kept = [line for line in self._lines(path) if wanted(json.loads(line))] if path.exists() else []
+        lines = self._lines(path) if path.exists() else []
+        kept = [line for number, line in enumerate(lines, 1) if _is(wanted, line, f"line {number} of {path}")]
         text, self._seal = self._sealed("".join(f"{line}\n" for line in kept), 0)
         self._earlier = text.encode()
         part = target / f".{self.name}.part"
@@ -93,3 +95,10 @@ class GrowingFile(Generic[T]):
             self._written = before
             raise
         return True
+
+
+def _is(wanted: Callable[[dict[str, Any]], bool], line: str, where: str) -> bool:
+    try:
+        return wanted(json.loads(line))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        raise UsageError(f"{where} is not a record of a run: remove it, or begin a new run") from None

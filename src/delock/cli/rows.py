@@ -82,6 +82,7 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
         given["correct"] = _not_ahead(common)  # said of the rows that have it
     if _own_spike(word) and "horizon" in common:
         given["horizon"] = common["horizon"]  # said of the rows that have spike
+    seen = set[str]()
     for setting in settings:
         key, equals, value = setting.partition("=")
         if "codec" in given and key in CODEC:  # what follows codec=vq may be settings of its own
@@ -89,7 +90,11 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
             continue
         if not equals:
             raise UsageError(f"{word}: {setting!r} is not a setting; write key=value, as in adl:accumulate=2")
-        given[key.replace("-", "_")] = _value(word, key.replace("-", "_"), value)
+        option = key.replace("-", "_")
+        if option in seen:
+            raise UsageError(f"{word}: {key} is given twice")
+        seen.add(option)
+        given[option] = _value(word, option, value)
     try:
         return resolve(build(TrainConfig, override(common, given), word))
     except UsageError as error:

@@ -202,9 +202,10 @@ def sent(traffic: Traffic) -> dict[str, Any]:
 
 
 def compared(reports: Mapping[str, RunReport], plain: str) -> list[dict[str, Any]]:
-    """Returns the rows of a comparison: summaries, facts about stages, and speed-ups over the row `plain` and the first other row of bp."""
+    """Returns the rows of a comparison: summaries, facts about stages, and speed-ups over plain and over the first bp that is not late."""
     summaries = {name: summary(report) for name, report in reports.items()}
-    bp = next((one for name, one in summaries.items() if one["method"] == "bp" and name != plain), None)
+    exact = [name for name, report in reports.items() if not report.config.algorithm.behind and name != plain]
+    bp = next((summaries[name] for name in exact if summaries[name]["method"] == "bp"), None)
     return [
         {
             "name": name,

@@ -38,7 +38,8 @@ def spelled_out(words: Sequence[str]) -> list[str]:
 
     Raises UsageError for a run or a checkpoint that does not exist, and for --resume without one.
     """
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and "--resume" not in words and _value(words, "--out"):
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if again and "--resume" not in words and _value(words, "--out"):
         words = [*words, "--resume"]  # torchrun has started the ranks again
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--resume=") else [word])]
     if "--resume" not in words:
@@ -48,6 +49,8 @@ def spelled_out(words: Sequence[str]) -> list[str]:
     given = behind[0] if behind and not behind[0].startswith("--") else None
     rest = words[:at] + words[at + 1 + (given is not None) :]
     out = _value(rest, "--out")
+    if again and out is not None and (Path(out) / CONFIG).is_file():
+        given = None  # what has begun there goes on, wherever it came from
     run, checkpoint = _found(given, out)
     extra = ["--resume", checkpoint]
     if out is None:
@@ -62,8 +65,7 @@ def refuse_changed(config: TrainConfig, out: Path) -> None:
     resume = config.survival.resume
     if resume is None:
         return
-    path = Path(resume)
-    run = out if resume == NEWEST else path.parent if path.name == CHECKPOINTS else path.parent.parent
+    run = run_of(resume, out)
     if not (run / CONFIG).is_file():
         return
     if different := changed(run):
@@ -75,6 +77,18 @@ def refuse_changed(config: TrainConfig, out: Path) -> None:
             was, now_is = (values.get(name, "not given") for values in (then, now))
             flag = name.replace("_", "-")
             raise UsageError(f"{flag} was {was} when the run in {run} began, and is {now_is} now: use the same, or begin a new run")
+
+
+def run_of(resume: str, out: Path) -> Path:
+    """Returns the folder of the run that goes on; out: that of the run to come."""
+    path = Path(resume)
+    return out if resume == NEWEST else path.parent if path.name == CHECKPOINTS else path.parent.parent
+
+
+def goes_on(config: TrainConfig) -> bool:
+    """Returns True if the run in the folder of this one goes on there; one that goes on elsewhere stays as it is."""
+    resume, out = config.survival.resume, config.output.out
+    return resume is not None and (out is None or run_of(resume, out).resolve() == out.resolve())
 
 
 def is_over(config: TrainConfig, out: Path) -> bool:

@@ -14,7 +14,7 @@ from delock.cli.ranks import is_rank_zero, ranks
 from delock.cli.recording import load_data, train
 from delock.cli.run_folder import RunFolder
 from delock.cli.summary import RunReport, closing
-from delock.cli.survival import checkpoint, is_over, refuse_changed, refuse_lost_restarts, spelled_out
+from delock.cli.survival import checkpoint, goes_on, is_over, refuse_changed, refuse_lost_restarts, spelled_out
 from delock.cli.tables import stage_table
 from delock.cli.terminal import Terminal
 from delock.cli.trace import keep
@@ -49,7 +49,7 @@ def run(words: Sequence[str]) -> int:
             print(f"the run in {config.output.out} is finished; --epochs or --batches make it longer")
             return 0
     name = f"{config.algorithm.method}-{in_a_folder(resolved(config.network.model))}"
-    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite, goes_on=config.survival.resume is not None)
+    folder = RunFolder(config.output.out, name, overwrite=config.output.overwrite, goes_on=goes_on(config))
     with folder.held() if is_rank_zero() else nullcontext():
         return _train(config, folder)
 
