@@ -88,6 +88,17 @@ FIGURES = (
         SPIKE,
         1.0,
     ),
+    Figure(
+        "ddg(micro_batches=4)",
+        4,
+        "sgd",
+        0.61,
+        "images",
+        "ddg-k4-micro_batches4-scsgd-lr0.2",
+        "bp-k1-accumulate4-sgd-lr0.2",
+        SPIKE,
+        1.0,
+    ),
     Figure("ddg(micro_batches=2)", 2, "muon", 0.007, "quoted", "ddg-k2-micro_batches2-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg(micro_batches=4)", 4, "adamw", 0.24, "quoted", "ddg-k4-micro_batches4-adamw-lr0.004", "bp-k1-scadamw.98-lr0.008"),
     Figure(
