@@ -61,6 +61,10 @@ class Weights:
         """Returns True if the last Update before the version that is used is drawn out; the first Update never is."""
         return self.ahead > 0 and self.used(version) > 1
 
+    def since(self, made: int) -> Weights:
+        """Returns the weights that a Forward uses `made` Updates after the beginning of a run, at whatever version it began."""
+        return Weights(min(self.behind, made), self.ahead if self.draws_out(made) else 0.0)
+
     @property
     def banks(self) -> int:
         """Returns the number of older versions that the stage must keep."""

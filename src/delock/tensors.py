@@ -118,7 +118,7 @@ def rows(tree: Tree, begin: int, end: int, count: int) -> Tree:
 
 
 def has_list_of(tree: Tree, count: int) -> bool:
-    """Returns True if there is a list with `count` entries in a tree, as one per sample, that are not tensors of so many rows."""
+    """Returns True if a list in a tree has `count` entries, and these are not all tensors with `count` rows."""
     if isinstance(tree, list) and len(tree) == count:
         return not all(isinstance(one, Tensor) and one.dim() and len(one) == count for one in tree)
     entries = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()

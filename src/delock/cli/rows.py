@@ -77,7 +77,7 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
     given: dict[str, Any] = {"method": name}
     if name in METHODS and not METHODS[name].local_losses:
         given["head"] = None  # said of the rows with local losses
-    behind = dict(setting.split("=", 1) for setting in settings if "=" in setting).get("behind", common.get("behind")) or 0
+    behind = _said(word).get("behind", common.get("behind")) or 0
     if name in METHODS and not can_be_ahead(name, behind=str(behind) != "0"):
         given["correct"] = _not_ahead(common)  # said of the rows that have it
     if _own_spike(word) and "horizon" in common:
@@ -103,9 +103,14 @@ def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
         raise UsageError(text if named else f"{word}: {text}") from None
 
 
+def _said(word: str) -> dict[str, str]:
+    """Returns what a row says itself, by the names of options."""
+    return dict(setting.split("=", 1) for setting in word.split(":") if "=" in setting)
+
+
 def _own_spike(word: str) -> bool:
-    """Returns whether a row says itself that it has spike compensation."""
-    return any("spike" in setting[len("correct=") :].split("+") for setting in word.split(":") if setting.startswith("correct="))
+    """Returns True for a row that says itself that it has spike compensation."""
+    return "spike" in _said(word).get("correct", "").split("+")
 
 
 def _wrong_for_all(common: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from delock.methods.base import Method
-from delock.ops import Evaluate, Forward, Update, Weights
+from delock.ops import Evaluate, Forward, Update
 from delock.plan.pattern import Made, patterns
 from delock.plan.steps import Plan, RunLength, Step
 from delock.plan.unroll import Column
@@ -86,9 +86,7 @@ def _since(step: Step, begun: int) -> Step:
     """Returns the step of a run that began with version `begun`: a Forward uses no weights from before, and draws none out by them."""
     if not begun or not isinstance(step.op, Forward):
         return step
-    made, weights = step.version - begun, step.op.weights
-    used = Weights(min(weights.behind, made), weights.ahead if weights.draws_out(made) else 0.0)
-    return replace(step, op=replace(step.op, weights=used))
+    return replace(step, op=replace(step.op, weights=step.op.weights.since(step.version - begun)))
 
 
 def _later(step: Step, batches: int, parts: int) -> Step:

@@ -48,10 +48,14 @@ def _nothing_counted(request: Request, result: Result) -> str:
     """Returns in words which data has no mean, as its `Batches` weigh all of it with 0; "" if none is known."""
     if weigher(request.train) and result.losses and all(map(isnan, result.losses)):
         return "nothing counted in training, so no weight has changed: weight(targets) was 0 for every batch"
-    weighed = request.test is not None and any(map(weigher, (request.train, *sets_of(request.test).values())))
-    if weighed and result.evaluations and isnan(result.evaluations[-1].test_loss):
+    if _weighed(request) and result.evaluations and isnan(result.evaluations[-1].test_loss):
         return "the last evaluation has no test loss, as where weight(targets) is 0 for all of the test data"
     return ""
+
+
+def _weighed(request: Request) -> bool:
+    """Returns True if `Batches` say what test data weigh, which may be 0 for all of them."""
+    return request.test is not None and any(map(weigher, (request.train, *sets_of(request.test).values())))
 
 
 def _no_numbers(request: Request, result: Result) -> str:
@@ -63,7 +67,7 @@ def _no_numbers(request: Request, result: Result) -> str:
     ]
     if bad:
         return f"{bad[0]} NaN or infinite" + (f", and {len(bad) - 1} more" if len(bad) > 1 else "")
-    if not result.evaluations or request.test is None or any(map(weigher, (request.train, *sets_of(request.test).values()))):
+    if not result.evaluations or request.test is None or _weighed(request):
         return ""
     last = result.evaluations[-1]
     losses = {"": last.test_loss, **{name: value for name, value in last.metrics.items() if name.endswith("/loss")}}
