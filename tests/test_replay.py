@@ -199,11 +199,11 @@ def test_a_damaged_trace_is_not_sealed_again(tmp_path: Path) -> None:
     first, second = sealed(['{"stage": 0}', '{"stage": 1}'], 0)[0].splitlines(keepends=True)
     trace, file = tmp_path / "trace.jsonl", GrowingFile[str]("trace.jsonl", str, whole=False, seals=True)
     trace.write_text(first + second + second[:5])
-    file.cut(lambda values: values["stage"] == 1, tmp_path, tmp_path)
+    file.begin(file.kept(lambda values: values["stage"] == 1, tmp_path), tmp_path)
     assert trace.read_text() == sealed(['{"stage": 1}'], 0)[0]
     trace.write_text(second + first)
     with pytest.raises(UsageError, match=r"line 1 of .*trace\.jsonl is not as it was written"):
-        file.cut(lambda values: True, tmp_path, tmp_path)
+        file.kept(lambda values: True, tmp_path)
     assert trace.read_text() == second + first
 
 

@@ -139,10 +139,14 @@ def test_what_may_not_change_is_refused(here: Path, capsys: pytest.CaptureFixtur
     assert main(["train", "--resume", "a", "--epochs", "6", "--out", "b", "--overwrite"]) == 0
     assert [one["batches"] for one in records("b") if one["event"] == "evaluation"] == [40, 48]
     assert main(["train", "--resume", "b", "--epochs", "7"]) == 0
-    with Path("b/metrics.jsonl").open("a") as file:
-        file.write("[]\n")
-    assert main(["train", "--resume", "b", "--epochs", "8"]) == 2
-    assert re.search(r"line \d+ of b.metrics.jsonl is not a record of a run: remove it, or begin a new run", capsys.readouterr().err)
+    good = Path("b/metrics.jsonl").read_bytes()
+    before = {path: path.read_bytes() for path in Path("b").rglob("*") if path.is_file() and path.name != "metrics.jsonl"}
+    for damage in (b"[]\n", b"\xff\x00\n", b'{"event": "step"}\n', b"\n"):
+        Path("b/metrics.jsonl").write_bytes(good + damage + b'{"torn')
+        assert main(["train", "--resume", "b", "--epochs", "8"]) == 2
+        number = good.count(b"\n") + 1
+        assert re.search(rf"line {number} of b.metrics.jsonl is not a record of a run: remove it, or begin a new", capsys.readouterr().err)
+        assert {path: path.read_bytes() for path in before} == before
     assert main([*SHORT, "--epochs", "5", "--out", "a", "--workers", "inline", "--overwrite"]) == 0
     assert not list(Path("a").glob("checkpoints/*"))
 

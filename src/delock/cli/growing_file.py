@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -55,14 +55,17 @@ class GrowingFile(Generic[T]):
         self._written, self._begun, self._seal = len(self._items), True, seal
         self.lines += text.count("\n")
 
-    def cut(self, wanted: Callable[[dict[str, Any]], bool], source: Path, target: Path) -> None:
-        """Keeps the lines of the file in one folder that are wanted, in another or the same one; the next lines come behind them.
+    def kept(self, wanted: Callable[[dict[str, Any]], bool], source: Path) -> list[str]:
+        """Returns the lines of the file in a folder that are wanted.
 
         Raises UsageError for a sealed line that is not as it was written, and for a line that is no record.
         """
         path = source / self.name
         lines = self._lines(path) if path.exists() else []
-        kept = [line for number, line in enumerate(lines, 1) if _is(wanted, line, f"line {number} of {path}")]
+        return [line for number, line in enumerate(lines, 1) if _is(wanted, line, _where(number, path))]
+
+    def begin(self, kept: Sequence[str], target: Path) -> None:
+        """Writes these lines as the file in a folder; the next ones come behind them."""
         text, self._seal = self._sealed("".join(f"{line}\n" for line in kept), 0)
         self._earlier = text.encode()
         part = target / f".{self.name}.part"
@@ -72,7 +75,13 @@ class GrowingFile(Generic[T]):
 
     def _lines(self, path: Path) -> list[str]:
         """Returns the whole lines of the file, without seals; what follows the last one is a line that was cut off."""
-        return read(path) if self.seals else path.read_bytes().decode().split("\n")[:-1]
+        if self.seals:
+            return read(path)
+        whole, newline, _ = path.read_bytes().rpartition(b"\n")
+        try:
+            return whole.decode().split("\n") if newline else []
+        except UnicodeDecodeError as error:
+            raise UsageError(_no_record(_where(whole.count(b"\n", 0, error.start) + 1, path))) from None
 
     def _sealed(self, text: str, before: int) -> tuple[str, int]:
         return sealed(text.splitlines(), before) if self.seals else (text, before)
@@ -101,4 +110,12 @@ def _is(wanted: Callable[[dict[str, Any]], bool], line: str, where: str) -> bool
     try:
         return wanted(json.loads(line))
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-        raise UsageError(f"{where} is not a record of a run: remove it, or begin a new run") from None
+        raise UsageError(_no_record(where)) from None
+
+
+def _where(number: int, path: Path) -> str:
+    return f"line {number} of {path}"
+
+
+def _no_record(where: str) -> str:
+    return f"{where} is not a record of a run: remove it, or begin a new run"

@@ -94,10 +94,11 @@ class Recording:
         self.screen.line(gone_on(event))
         for note in event.notes:
             self.screen.line(note)
-        self.open()
         source = Path(event.path).parent.parent if event.path else self.folder.path
-        self.folder.cut(event.trained, event.evaluations, source)
-        self.folder.cut_visits(event.cuts, source)
+        records = self.folder.earlier_records(event.trained, event.evaluations, source)  # before anything changes: a line may be damaged
+        visits = self.folder.earlier_visits(event.cuts, source)
+        self.open()
+        self.folder.begin(records, visits)
         if self.board:
             self.folder.attempt(BOARD, self.board.close)
             self.board = self.folder.attempt(BOARD, TensorBoard, self.folder.path, event.trained)

@@ -137,24 +137,30 @@ class RunFolder:
         self._metrics.add(record)
         self.attempt(METRICS, self._metrics.flush, self.path)
 
-    def cut(self, batches: int, evaluations: int, source: Path) -> None:
-        """Keeps the records of the first `batches` and `evaluations`, and drops later ones; source: the folder of the run that goes on."""
+    def earlier_records(self, batches: int, evaluations: int, source: Path) -> list[str] | None:
+        """Returns the records of the first `batches` and `evaluations` as lines; source: the folder of the run that goes on."""
         made = count(1)
 
         def wanted(record: dict[str, Any]) -> bool:
             return next(made) <= evaluations if record["event"] == "evaluation" else record["batches"] <= batches
 
-        self.attempt(METRICS, self._metrics.cut, wanted, source, self.path)
+        return self.attempt(METRICS, self._metrics.kept, wanted, source)
 
-    def cut_visits(self, cuts: Sequence[Cut], source: Path) -> None:
-        """Keeps of a run's visits those that its stages had made at a checkpoint; none without one."""
+    def earlier_visits(self, cuts: Sequence[Cut], source: Path) -> list[str] | None:
+        """Returns of a run's visits those that its stages had made at a checkpoint, as lines; None for a run without a trace."""
 
         def wanted(values: dict[str, Any]) -> bool:
             stage: int = values.pop("stage")
             return stage < len(cuts) and cuts[stage].keeps(Visit(**values))
 
-        if (source / TRACE).is_file():
-            self.attempt(TRACE, self._trace.cut, wanted, source, self.path)
+        return self.attempt(TRACE, self._trace.kept, wanted, source) if (source / TRACE).is_file() else None
+
+    def begin(self, records: Sequence[str] | None, visits: Sequence[str] | None) -> None:
+        """Writes earlier records and visits, in front of those to come, where there are any."""
+        if records is not None:
+            self.attempt(METRICS, self._metrics.begin, records, self.path)
+        if visits is not None:
+            self.attempt(TRACE, self._trace.begin, visits, self.path)
 
     def add_visits(self, record: VisitsRecord) -> None:
         """Appends lines to trace.jsonl, one per visit, for `delock replay`."""

@@ -48,7 +48,8 @@ class Several(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes the groups of its parts, and no other: it could not know which of them is to step it."""
         if not any(param_group is group for one in self.optimizers for group in one.param_groups):
-            raise UsageError("which of several optimizers should step a new group is not known: add it to that one, then make Several")
+            name = type(self).__name__
+            raise UsageError(f"{name} does not know which optimizer inside it is to step a new group: add it to that one, then make {name}")
         super().add_param_group(param_group)
 
     def _common(self) -> dict[str, Any]:
