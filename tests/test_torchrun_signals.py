@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import delock.cli.interrupts
+from delock.cli.interrupts import Interrupted, interruptible
+from delock.launch.failure import Ended
 from hosts import descendants
 
 from ranks import wait_until
@@ -75,3 +78,25 @@ def test_a_signal_to_torchrun_interrupts(program: Program) -> None:
     assert "has died" not in said
     assert "interrupted; the run is saved in a/checkpoints/batch-" in said
     assert summary()["status"] == "interrupted"
+
+
+def fail(signals: int, written: list[str]) -> None:
+    """Ends as rank 0 does after another rank's failure; SIGTERM comes while it writes."""
+    with interruptible(whole_program=False):
+        try:
+            raise Ended(1, "stage 2 has died")
+        finally:
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGTERM)
+            written.append("summary.json")
+
+
+def test_a_rank_that_ends_writes_its_summary_before_it_heeds_torchruns_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    with pytest.raises(Ended, match="stage 2 has died"):
+        fail(1, written)
+    assert written == ["summary.json"]
+    monkeypatch.setattr(delock.cli.interrupts, "SETTLE", 0.0)  # so the second comes late: the rank does not end by itself
+    with pytest.raises(Interrupted):
+        fail(2, written)
+    assert written == ["summary.json"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ def interruptible(*, whole_program: bool) -> Iterator[None]:
 
     Ending takes a moment, in which processes leave and the summary is written, and an impatient second Ctrl-C must not cut it short. For
     the `whole_program`, Ctrl-C is ignored after a signal, so that the end of the interpreter is not cut short either, and the exit code
-    stays. A rank of torchrun other than the first dies of SIGTERM as usual: it has nothing to write, and may wait in C++ for a peer.
+    stays. A rank of torchrun other than the first dies of SIGTERM as usual: it has nothing to write, and may wait in C++ for a peer. The
+    first one, if it ends already because another rank failed, writes its summary before it heeds the SIGTERM that torchrun then sends.
     """
     if threading.current_thread() is not threading.main_thread():  # Python's signals are the main thread's
         yield
@@ -37,8 +39,11 @@ def interruptible(*, whole_program: bool) -> Iterator[None]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not asked or now - asked[-1] > SETTLE:
-            asked.append(now)
+        if asked and now - asked[-1] <= SETTLE:
+            return
+        first = not asked
+        asked.append(now)
+        if not (first and _exits()):
             raise Interrupted(number)
 
     wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1) if is_rank_zero() else (signal.SIGINT,)
@@ -51,3 +56,11 @@ def interruptible(*, whole_program: bool) -> Iterator[None]:
             signal.signal(number, handler)
         if asked and whole_program:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a handler would not do: Python takes its own away before it unloads modules
+
+
+def _exits() -> bool:
+    """Returns True if the main thread, which a signal handler runs on, has a SystemExit in flight."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, SystemExit):
+        error = error.__context__
+    return error is not None
