@@ -172,6 +172,11 @@ def test_a_file_that_has_changed_ends_no_evaluation_but_a_run_that_goes_on(here:
     assert main(["eval", "run"]) == 0
     assert capsys.readouterr().out.startswith("own_things.py has changed since the run in run began (its CRC32 was ")
     assert "own_things.py has changed" in refused(["train", "--resume", "run", "--batches", "8"], here, capsys)
+    (here / "t.txt").write_text("to be or not to be. " * 20)
+    size = ["--data", "text", "--text", "t.txt", "--width", "16", "--depth", "2", "--context", "8", "--batch-size", "4"]
+    assert main(["train", *plain(*size), "--checkpoint-every", "2", "--out", "words"]) == 0
+    (here / "t.txt").write_text("to be or not to be. " * 21)
+    assert "t.txt has changed since the run in words" in refused(["train", "--resume", "words", "--batches", "6"], here, capsys)
 
 
 def test_a_network_that_is_no_chain_computes_its_own_loss_on_several_test_sets(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

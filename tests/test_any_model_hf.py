@@ -178,7 +178,7 @@ def test_a_run_is_evaluated_sampled_and_read_by_transformers(here: Path, capsys:
     words = ["train", "--model", "hf/gpt2.json", *SMALL, "--workers", "inline", "--checkpoint-every", "4", "--out", "run"]
     assert main([*words, "--batches", "8"]) == 0
     told = json.loads((here / "run" / "summary.json").read_text())
-    assert list(json.loads((here / "run" / "files.json").read_text())) == ["gpt2.json"]
+    assert list(json.loads((here / "run" / "files.json").read_text())) == ["gpt2.json", "t.txt"]
     capsys.readouterr()
     assert main(["eval", "run"]) == 0
     assert (

@@ -209,11 +209,10 @@ def hits(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def run(folder: Path, model: nn.Module, every: int | None = None, resume: str | None = None, **more: Any) -> None:
-    given = {"cuts": None, "stages": 2, "batches": 8, "workers": "inline", "method": "fdg", "optimizer": SGD, **more}
+    given = {"cuts": None, "stages": 2, "batches": 8, "workers": "inline", "method": "fdg", "optimizer": SGD}
+    given |= {"train": data(), "test": {"a": data(2, 1), "b": data(2, 2)}, **more}
     kept = delock.Checkpoint(folder, every=every, resume=resume)
-    delock.fit(
-        model, data(), given.pop("test", {"a": data(2, 1), "b": data(2, 2)}), loss=nn.functional.cross_entropy, checkpoint=kept, **given
-    )
+    delock.fit(model, loss=nn.functional.cross_entropy, checkpoint=kept, **given)
 
 
 def changed_activation() -> nn.Sequential:
@@ -230,6 +229,7 @@ CHANGES: list[tuple[Callable[[], nn.Module], Callable[[], nn.Module], dict[str, 
     (network, changed_activation, {}, r"the module 5 was Tanh\(\) when .* was made, and is ReLU\(\) now"),
     (network, deeper, {}, r"the module 7 was not there when .* was made, and is Tanh\(\) now"),
     (Own, partial(Own, True), {}, "the model's forward does something else than when the checkpoint"),
+    (network, network, {"train": delock.data.Batches(data(), weight=len)}, r"weight of the data was not given when .*, and is len now"),
     (network, network, {"metrics": {"hits": hits}}, r"metrics was \[\] when .* was made, and is \['hits'\] now"),
     (
         network,

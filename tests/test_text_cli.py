@@ -177,7 +177,7 @@ def test_a_run_reports_nats_and_bits_and_can_be_repeated(here: Path, capsys: pyt
     assert "accuracy" not in out
     assert "samples/s" not in out
     assert {path.name for path in Path("a").iterdir()} == {
-        *("config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "alphabet.json")
+        *("config.toml", "metrics.jsonl", "summary.json", "model.safetensors", "alphabet.json", "files.json")
     }
     told = read("a/summary.json")
     assert told["test_bits_per_character"] == pytest.approx(told["test_loss"] / math.log(2), rel=1e-4)

@@ -46,7 +46,7 @@ class Recording:
     def __init__(self, report: RunReport, data: Loaded, folder: RunFolder, screen: Terminal) -> None:
         self.report, self.data, self.folder, self.screen = report, data, folder, screen
         self.board: TensorBoard | None = None
-        self.files = checksums(report.config.network.model, report.config.dataset.data)
+        self.files = checksums(report.config.network.model, report.config.dataset.data, report.config.language.text)
 
     def hear(self, event: Event) -> None:
         """Handles an event of `fit`."""

@@ -10,16 +10,22 @@ from delock.cli.config.small_file import json_object
 from delock.cli.models.names import source_files
 
 FILES = "files.json"  # path -> CRC32
+_PIECE = 1 << 22  # bytes that are read at a time
 
 
 def checksum(path: Path) -> str:
-    """Returns the CRC32 of a file."""
-    return f"{zlib.crc32(path.read_bytes()):08x}"
+    """Returns the CRC32 of a file, which may be large."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            crc = zlib.crc32(piece, crc)
+    return f"{crc:08x}"
 
 
-def checksums(*names: str | None) -> dict[str, str]:
-    """Returns those of the files behind a model and data of these names, by path."""
-    return {str(path): checksum(path) for path in source_files(*names)}
+def checksums(model: str | None, data: str | None, text: Path | None) -> dict[str, str]:
+    """Returns those of the files behind a model and data of these names, and of a text, by path."""
+    files = [*source_files(model, data), *([text] if text and text.is_file() else [])]  # a pipe can be read once
+    return {str(path): checksum(path) for path in files}
 
 
 def kept(run: Path) -> Mapping[str, object]:

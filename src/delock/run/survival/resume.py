@@ -15,6 +15,7 @@ from delock.checkpoints.directory import discard_unfinished, newest_first, verif
 from delock.checkpoints.folder_lock import FolderLock
 from delock.checkpoints.manifest import Manifest
 from delock.data.endless import Stream
+from delock.data.iterable import weigher
 from delock.data.named_sets import sets_of
 from delock.errors import UsageError
 from delock.methods import spelled
@@ -138,6 +139,7 @@ def settled(request: Request, begin: Begin | None) -> Request:
 def conditions(request: Request, cuts: Sequence[int | str], samples: int, layout: str) -> dict[str, Any]:
     """Returns what must be the same when the run goes on, by the names of options, as plain values."""
     execution, compression, length = request.execution, request.compression, request.length()
+    weighed = weigher(request.train)
     return {
         "method": spelled(request.method),
         "cuts": list(cuts),
@@ -151,6 +153,7 @@ def conditions(request: Request, cuts: Sequence[int | str], samples: int, layout
         "error_codec": codecs.spelled(compression.errors),
         "batches per epoch": None if isinstance(request.train, Stream) else len(request.train),
         "samples of a batch": samples,
+        "weight of the data": _named(weighed and weighed.weight),
         "eval_every": length.every,
         "test batches": length.evaluation,
         "test sets": [f"{name} of {len(one)}" for name, one in sets_of(request.test).items() if name] if request.test is not None else [],
