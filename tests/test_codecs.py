@@ -137,11 +137,32 @@ def test_layout_and_graph(codec: str) -> None:
     assert decode(made.encode(x[:, :, ::2], True) or {}).is_contiguous()
 
 
+MOST = torch.finfo(torch.float32).max
+
+
 @pytest.mark.parametrize("codec", ["bf16", "int8", "vq:codes=4:dim=2:every=1"])
-def test_what_is_no_number_does_not_become_one(codec: str) -> None:
-    x = drawn(2, 4, 3, 3)
-    x[1, 2, 0, 0] = math.nan
-    assert decode((parse(codec) or BF16()).encoder(0).encode(x, True) or {}).isnan().any()
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, MOST, -MOST])
+def test_what_a_codec_cannot_hold_travels_as_it_is_and_teaches_nothing(codec: str, odd: float) -> None:
+    masked = drawn(2, 4, 3, 3)
+    masked[1, 2, 0, 0] = odd
+    made, other = ((parse(codec) or BF16()).encoder(0) for _ in range(2))
+    for seed in range(3):
+        assert made.encode(masked, True) is None
+        x = drawn(2, 4, 3, 3, seed=seed)
+        assert torch.equal(decode(made.encode(x, True) or {}), decode(other.encode(x, True) or {}))
+
+
+def test_bf16_holds_its_largest_number() -> None:
+    largest = torch.tensor([torch.finfo(torch.bfloat16).max, -1.0])
+    made = BF16().encode(largest, True)
+    assert made
+    assert torch.equal(decode(made), largest)
+
+
+def test_int8_leaves_what_it_would_make_larger_as_it_is() -> None:
+    """A byte per number and four per channel: of float32 two rows are worth it, of float16 five."""
+    taken = [(rows, dtype) for dtype in (torch.float32, torch.float16) for rows in range(1, 7) if INT8().takes((rows, 9), dtype)]
+    assert taken == [*((rows, torch.float32) for rows in range(2, 7)), (5, torch.float16), (6, torch.float16)]
 
 
 # -- bytes -------------------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,12 @@ def test_inputs_that_are_no_numbers(workers: str) -> None:
     assert error == "the loss of batch 2 became nan at stage 1, after 2 updates; its inputs hold 2 numbers NaN or infinite: clean the data"
 
 
+@pytest.mark.parametrize("codec", ["bf16", "int8", "vq:codes=4:dim=1:every=50"])
+def test_no_codec_makes_numbers_of_what_is_none(codec: str) -> None:
+    error = told(spoilt(2, 1, math.nan), compression=delock.Compression(codec))
+    assert error.startswith("the loss of batch 2 became nan at stage 1, after 2 updates; its inputs hold 2 numbers NaN")
+
+
 @pytest.mark.parametrize("method", [GPipe(3), ADL(4), DSP(), FR()], ids=str)
 def test_inputs_and_targets_under_every_kind_of_method(method: Method) -> None:
     assert told(spoilt(0, 5, -math.inf), method).endswith("its inputs hold 2 numbers NaN or infinite: clean the data")

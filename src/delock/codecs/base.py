@@ -20,7 +20,11 @@ class Encoder(Protocol):
     """The sender's half of a codec, for one stream of tensors."""
 
     def encode(self, x: Tensor, learn: bool) -> Payload | None:
-        """Returns x encoded; None where it has to travel as it is. `learn`: the codec may adapt to it."""
+        """Returns x encoded; None where it has to travel as it is. `learn`: the codec may adapt to it.
+
+        A tensor with a NaN, an infinity or a number that the codec cannot hold travels as it is, and teaches nothing: so no codec makes
+        a number of what is none, nor the reverse.
+        """
 
     def state(self) -> Any:
         """Returns all that the coming payloads depend on."""
@@ -82,8 +86,8 @@ class Memoryless(Codec):
     """A codec that encodes every tensor by itself, and so is its own encoder."""
 
     @abstractmethod
-    def encode(self, x: Tensor, learn: bool) -> Payload:
-        """Returns x encoded, whatever came before."""
+    def encode(self, x: Tensor, learn: bool) -> Payload | None:
+        """Returns x encoded, whatever came before; None as an Encoder does."""
 
     def encoder(self, seed: int) -> Encoder:
         """Returns the codec itself: it draws nothing."""
@@ -94,6 +98,12 @@ class Memoryless(Codec):
 
     def load(self, state: None) -> None:
         """Has nothing to load."""
+
+
+def within(x: Tensor, largest: float) -> bool:
+    """Returns True if all numbers of x, of which there are some, are finite and none is larger in magnitude."""
+    low, high = x.detach().aminmax()
+    return bool(low >= -largest and high <= largest)
 
 
 def channel_axis(shape: tuple[int, ...]) -> int:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
-from delock.codecs.base import Memoryless, Payload, dtype_name, dtype_of
+from delock.codecs.base import Memoryless, Payload, dtype_name, dtype_of, within
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+LARGEST = float.fromhex("0x1.fep127")  # 3.39e38
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class BF16(Memoryless):
         """Counts two bytes per number."""
         return 2 * prod(shape), 0.0
 
-    def encode(self, x: Tensor, learn: bool) -> Payload:
+    def encode(self, x: Tensor, learn: bool) -> Payload | None:
         """Returns the rounded values."""
+        if not within(x, LARGEST):
+            return None
         return {"codec": self.name, "values": x.detach().bfloat16(), "dtype": dtype_name(x)}
 
     @staticmethod

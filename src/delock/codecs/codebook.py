@@ -95,7 +95,7 @@ def nearest(x: Tensor, codes: Tensor) -> Tensor:
         best = scores.view(-1, blocks, width).amax(2)
         block = best.argmax(1, keepdim=True)
         index = best.gather(1, block).view(torch.int32).bitwise_and_(BLOCK - 1) + block * BLOCK
-        into.copy_(index[:, 0].clamp_(max=K - 1))  # a vector that is no number has an index, too
+        into.copy_(index[:, 0])
     return found
 
 

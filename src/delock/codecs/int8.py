@@ -22,20 +22,23 @@ class INT8(Memoryless):
     name: ClassVar[str] = "int8"
 
     def takes(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Takes numbers of more than one byte in tensors that have channels."""
-        return super().takes(shape, dtype) and len(shape) > 1 and dtype.itemsize > 1
+        """Takes numbers of more than one byte in tensors that have channels, and so many numbers in each that its scale is worth it."""
+        fits = super().takes(shape, dtype) and len(shape) > 1
+        return fits and self.encoded_bytes(shape)[0] < prod(shape) * dtype.itemsize
 
     def encoded_bytes(self, shape: tuple[int, ...]) -> tuple[float, float]:
         """Counts a byte per number, and four per channel."""
         return prod(shape) + 4 * shape[channel_axis(shape)], 0.0
 
-    def encode(self, x: Tensor, learn: bool) -> Payload:
+    def encode(self, x: Tensor, learn: bool) -> Payload | None:
         """Returns q = round(x / s), halves to even, and the scales s = max |x| / 127 as float32; a channel of zeros has s = 0."""
         import torch
 
         axis = channel_axis(x.shape)
         wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         scale = (wide.abs().amax([i for i in range(x.dim()) if i != axis]) / STEPS).float()  # (C,)
+        if not (scale * STEPS).isfinite().all():
+            return None
         safe = torch.where(scale == 0, 1.0, scale)
         q = (wide / _along(safe, wide, axis)).round_().clamp_(-STEPS, STEPS)
         return {"codec": self.name, "values": q.to(torch.int8), "scale": scale, "dtype": dtype_name(x)}

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delock.codecs.base import Payload, channel_axis, dtype_name, dtype_of
+from delock.codecs.base import Payload, channel_axis, dtype_name, dtype_of, within
 from delock.codecs.bits import bits_for, pack_bits, unpack_bits
 from delock.codecs.codebook import Codebooks, nearest
 from delock.errors import UsageError
+
+LARGEST = 1e15  # squares of larger numbers, and sums of them, might be no float32
 
 
 class VQEncoder:
@@ -27,7 +29,7 @@ class VQEncoder:
         self.book = torch.zeros(0)  # that codebook, (N, K, d) float32; never written to
 
     def encode(self, x: Tensor, learn: bool) -> Payload | None:
-        """Returns the payload of x, with at least two dimensions; None where nothing is learned yet, and x is not to be learned from.
+        """Returns the payload of x, with at least two dimensions; None where nothing is learned yet, and x teaches nothing.
 
         Indices are those of every place, group after group. Raises UsageError for another number of channels than before.
         """
@@ -39,6 +41,8 @@ class VQEncoder:
         if self.version and channels != self.book.shape[0] * self.book.shape[2]:
             raise UsageError(f"vq has learned {self.book.shape[0] * self.book.shape[2]} channels, and this activation has {channels}")
         vectors = x.detach().movedim(axis, -1).reshape(-1, channels).float()  # (M, C)
+        if not within(vectors, LARGEST):
+            return None
         due = learn and self.books.steps % self.every == 0
         if learn:
             self.books.learn(vectors, d)
