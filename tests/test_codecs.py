@@ -54,7 +54,7 @@ def test_names() -> None:
         ("vq:dim=0", "vq's dim is 0, but it must be at least 1"),
         ("vq:groups=-2", "vq's groups is -2"),
         ("vq:every=0", "vq's every is 0"),
-        ("vq:dim=2:groups=2", "give one of them"),
+        ("vq:dim=16:groups=2", "vq:dim=16:groups=2: dim and groups say the same thing: give one of them"),
         ("vq:dim=2:dim=3", "dim is given twice"),
     ],
 )

@@ -22,7 +22,7 @@ from delock.keys import key
 from delock.links import Message
 from delock.links.coded import CodedLink
 from delock.links.mailbox import Mailbox
-from delock.methods import BP, DGL, FDG, GPipe, Method
+from delock.methods import BP, DDG, DGL, FDG, GPipe, Method
 from delock.run.job import StageJob, StageResult
 
 from harness import assert_equal, in_the_same_processes, inline, jobs, same_tree, whole_and_resumed
@@ -80,6 +80,36 @@ def test_evaluation_does_not_touch_training() -> None:
         assert with_it[-1].losses == without[-1].losses
         for a, b in zip(with_it, without, strict=True):
             same_tree(a.state, b.state)
+
+
+class Tied(nn.Module):
+    """A model whose embedding is its head, too; all its positions share a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.middle, self.head = nn.Embedding(11, 4), nn.Linear(4, 4), nn.Linear(4, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)  # (B, T, C)
+        near = torch.arange(5.0)[:, None] - torch.arange(5.0)  # (T, T)
+        logits: Tensor = self.head(torch.tanh(near @ self.middle(h)))
+        return logits.movedim(2, 1)
+
+
+@pytest.mark.parametrize("codec", ["none", "bf16", "int8", "vq:codes=4:dim=1:every=50"])
+@pytest.mark.parametrize("parts", [3, 12])
+def test_the_bytes_predicted_are_those_sent_of_parts_that_share_a_weight(codec: str, parts: int) -> None:
+    """Parts of 8 samples are not equally large, and of 12 parts 4 are empty."""
+    x, y = torch.arange(40).view(8, 5) % 11, torch.arange(40).view(8, 5) % 7
+    given: dict[str, Any] = {"method": DDG(micro_batches=parts), "cuts": ["middle"], "optimizer": delock.recipes.SGD(lr=0.01)}
+    result = delock.fit(
+        Tied(), [(x, y)] * 3, loss=cross_entropy, epochs=1, workers="inline", compression=delock.Compression(codec), **given
+    )
+    sent = result.stages[0].sent_up
+    assert sent.raw == pytest.approx(result.started.messages[0] * sent.messages, abs=sent.messages)
+    if codec != "none":
+        assert sent.encoded == pytest.approx(result.started.encoded[0][0] * sent.messages)
 
 
 @pytest.mark.usefixtures("own_random")

@@ -25,11 +25,13 @@ from delock.links.connect import shares
 from delock.links.mailbox import Mailbox
 from delock.memory.compose import StageGraph as Atoms
 from delock.memory.peaks import LinkBytes, StageBytes, StageMemory, peaks
+from delock.memory.sizes import RunLinks
 from delock.methods import ADL, BP, DDG, DGL, DSP, FDG, FR, AsyncDGL, GPipe, Interlocking, Method, OneFOneB
 from delock.nets import build
-from delock.options import Execution, Placement
+from delock.options import Compression, Execution, Placement
 from delock.partition.layer_memory import LayerMemory, Output, observe
 from delock.partition.live_bytes import LiveBytes
+from delock.partition.measure import LayerCost
 from delock.plan import unroll, walk
 from delock.records import Event, StageReport, Started
 from delock.run.job import StageJob
@@ -311,3 +313,11 @@ def test_what_is_not_predicted_is_not_shown() -> None:
 def own_optimizer(named: Any) -> torch.optim.Optimizer:
     """A function, which nobody can look into."""
     return torch.optim.SGD(named, lr=0.1)
+
+
+def test_every_part_of_a_batch_has_a_shared_weight_as_a_whole() -> None:
+    outputs = (((8, 4), torch.float32), ((11, 4), torch.float32))
+    cost = LayerCost(0.0, 0.0, 304, 0, outputs=outputs, whole=(1,))
+    links = RunLinks(DDG(micro_batches=4), Compression("none", "bf16"), [cost], 80, None, ahead=False)
+    assert links.up(0).message == (8 * 4 * 4 + 80) // 4 + 11 * 4 * 4
+    assert links.down(0).message == 8 * 4 * 2 // 4 + 11 * 4 * 2

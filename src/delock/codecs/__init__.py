@@ -86,6 +86,8 @@ def _settings(text: str, codec: type[Codec], listed: list[str]) -> dict[str, int
         if name in given:
             raise UsageError(f"{text}: {name} is given twice")
         given[name] = int(value)
+    if {"dim", "groups"} <= given.keys():
+        raise UsageError(f"{text}: dim and groups say the same thing: give one of them")
     return given
 
 

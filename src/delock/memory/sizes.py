@@ -15,6 +15,7 @@ from delock.partition.layer_memory import LayerMemory
 from delock.partition.measure import LayerCost
 
 Outputs = Sequence[tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of every tensor of a message
+Shared = Sequence[tuple[tuple[int, ...], torch.dtype, float]]  # and the share of it that is in a message
 
 
 class RunLinks:
@@ -39,18 +40,22 @@ class RunLinks:
         self.codec, self.error_codec = codecs.activations, codecs.errors
         self.share, self.ahead = 1 / method.micro_batches, ahead and slots is None
 
+    def crossing(self, link: int) -> Shared:
+        """Returns the tensors of a message with activations. Of a batch in parts a weight that stages share is in every message."""
+        cost = self.cut[link]
+        return [(*one, share) for one, share in zip(cost.outputs, cost.shares(self.method.micro_batches), strict=True)]
+
     def up(self, link: int) -> LinkBytes:
         """Returns the bytes of activations with their labels."""
-        tensors = self._encoded(self.codec, self.cut[link].outputs)
-        return LinkBytes(round(self.share * (tensors + self.targets)), self._depth(link))
+        return LinkBytes(round(self._encoded(self.codec, self.crossing(link)) + self.share * self.targets), self._depth(link))
 
     def down(self, link: int) -> LinkBytes:
         """Returns the bytes of errors, for the outputs that have one."""
-        return LinkBytes(round(self.share * self._encoded(self.error_codec, _floating(self.cut[link].outputs))), self._depth(link))
+        return LinkBytes(round(self._encoded(self.error_codec, _floating(self.crossing(link)))), self._depth(link))
 
-    def received(self, link: LinkBytes, codec: Codec | None, outputs: Outputs) -> int:
+    def received(self, link: LinkBytes, codec: Codec | None, tensors: Shared) -> int:
         """Returns the bytes of a received message while it is in use; encoded tensors and decoded ones live beside each other."""
-        return link.message * (self.slots is None) + (round(self.share * _bytes(outputs)) if codec else 0)
+        return link.message * (self.slots is None) + (round(_bytes(tensors)) if codec else 0)
 
     def shared(self, link: int) -> int:
         """Returns the bytes of the slots of a link; both ends have all of them."""
@@ -63,10 +68,10 @@ class RunLinks:
         """Returns the number of messages that an end keeps; 0 in one process, where the other stage has the message itself."""
         return self.method.capacity(link, self.K) if self.ahead else 0
 
-    def _encoded(self, codec: Codec | None, outputs: Outputs) -> float:
+    def _encoded(self, codec: Codec | None, tensors: Shared) -> float:
         if codec is None:
-            return _bytes(outputs)
-        return sum(map(sum, (codec.predicted(shape, dtype) for shape, dtype in outputs)))
+            return _bytes(tensors)
+        return sum(share * sum(codec.predicted(shape, dtype)) for shape, dtype, share in tensors)
 
 
 def stage_sizes(
@@ -82,8 +87,8 @@ def stage_sizes(
     memories = [layer.memory for layer in layers if layer.memory]
     if len(memories) < len(layers) or (head and not head.memory) or optimizer is None:
         return None
-    below, last = (links.cut[k - 1].outputs if k else batch), k == links.K - 1
-    graph = StageGraph(memories, [_bytes([one]) for one in below], links.share)
+    below, last = links.crossing(k - 1) if k else [(*one, links.share) for one in batch], k == links.K - 1
+    graph = StageGraph(memories, [round(_bytes([one]) / links.share) for one in below], links.share)
     up_in, down_in = LinkBytes() if k == 0 else links.up(k - 1), LinkBytes() if last else links.down(k)
     state, step = optimizer
     weights = sum(one.weights for one in memories)
@@ -93,12 +98,12 @@ def stage_sizes(
         largest=max(one.largest for one in memories),
         state=state,
         optimizer_step=step,
-        input=links.received(up_in, links.codec, below) if k else round(_bytes(below) + links.targets),
+        input=links.received(up_in, links.codec, below) if k else round(_bytes(below) / links.share) + links.targets,
         graph=graph.graph,
         output=graph.output,
-        delta=round(links.share * _bytes(_floating(below))) if k else 0,
-        error=0 if last else links.received(down_in, links.error_codec, _floating(links.cut[k].outputs)),
-        own_error=0 if last else round(links.share * _bytes(_floating(links.cut[k].outputs))),
+        delta=round(_bytes(_floating(below))) if k else 0,
+        error=0 if last else links.received(down_in, links.error_codec, _floating(links.crossing(k))),
+        own_error=0 if last else round(_bytes(_floating(links.crossing(k)))),
         forward=graph.forward,
         forward_no_grad=graph.forward_no_grad,
         backward=graph.backward(frees=True),
@@ -111,7 +116,7 @@ def stage_sizes(
         head_weights=head.memory.weights if head and head.memory else 0,
         slots=sum(map(links.shared, range(max(0, k - 1), min(k + 1, links.K - 1)))),
         feeds=links.method.micro_batches if k == 0 else 0,
-        message=round(links.share * (_bytes(below) + links.targets)),
+        message=round(_bytes(below) + links.share * links.targets),
         fixed=fixed,
         written=sum(one.written for one in memories),
         up_in=up_in,
@@ -127,9 +132,9 @@ def _head_peak(head: LayerMemory) -> int:
     return max(graph.forward, graph.graph + graph.output + graph.backward(frees=True))
 
 
-def _floating(outputs: Outputs) -> Outputs:
-    return [(shape, dtype) for shape, dtype in outputs if dtype.is_floating_point or dtype.is_complex]
+def _floating(tensors: Shared) -> Shared:
+    return [one for one in tensors if one[1].is_floating_point or one[1].is_complex]
 
 
-def _bytes(outputs: Outputs) -> int:
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in outputs)
+def _bytes(tensors: Shared) -> float:
+    return sum(share * torch.Size(shape).numel() * dtype.itemsize for shape, dtype, share in tensors)

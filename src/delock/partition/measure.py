@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -48,11 +49,35 @@ class LayerCost:
     memory: LayerMemory | None = None  # None where it cannot be counted
     recomputes: bool = False  # it computes again in a backward, as with torch.utils.checkpoint
     work: float = 0.0  # multiply-adds, and bytes in their place: the same in every run; 0 where it was not asked for
+    whole: tuple[int, ...] = ()  # places of the outputs that are not divided with a batch, such as a weight that both sides of a cut use
+
+    def shares(self, parts: int) -> list[float]:
+        """Returns the share of every output that is in the message of one of the parts of a batch, in the mean."""
+        return [1.0 if i in self.whole else 1 / parts for i in range(len(self.outputs))]
 
     @property
     def total_s(self) -> float:
         """Returns the seconds of forward and backward together."""
         return self.forward_s + self.backward_s
+
+
+def with_whole(costs: Sequence[LayerCost], layers: Sequence[Layer], state: Mapping[str, Tensor], rows: int) -> list[LayerCost]:
+    """Returns the costs with the outputs that parts of a batch do not divide: weights and buffers, and what has no dimension of samples.
+
+    state: the weights and buffers of the unsplit model, by name; rows: samples of the batch.
+    """
+    found = []
+    for cost, behind in zip_longest(costs, layers[1:]):
+        ties = [tuple(state[name].shape) for name, _ in behind.ties if name in state] if behind else []
+        whole = []
+        for i, (shape, _) in enumerate(cost.outputs):
+            if shape in ties:
+                ties.remove(shape)
+                whole.append(i)
+            elif all(size % rows for size in shape):
+                whole.append(i)
+        found.append(replace(cost, whole=tuple(whole)))
+    return found
 
 
 def measure(

@@ -18,6 +18,8 @@ from delock.optim.stage_facts import for_stage
 from delock.options import Simulation
 from delock.partition.graph.cutter import ENOUGH
 from delock.partition.graph.examples import Examples
+from delock.partition.layers import named_state
+from delock.partition.measure import with_whole
 from delock.run.checks import (
     first_of_test,
     refuse_other_rows,
@@ -119,6 +121,7 @@ def measured_network(request: Request, *, counts: bool = False, fine: bool = Fal
     refuse_other_rows(request.execution, [batch.inputs], batch.rows)
     counts = counts or (cuts is None and K > 1 and request.placement.balance == "counted")
     execution, costs = choose_layout(request, network, inputs, targets, counts=counts)
+    costs = with_whole(costs, network, dict(named_state(request.network.whole)), batch.rows)
     refuse_other_rows(execution, [batch.inputs, *(cost.outputs for cost in costs[:-1])], batch.rows)
     for what in (layer.called(i) for i, layer in enumerate(network) if costs[i].recomputes):
         refuse_recomputation(request.method, execution, what)

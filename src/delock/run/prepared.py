@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from delock.records import StagePrediction, Started
 from delock.run.job import StageJob
 from delock.run.request import Request
 from delock.run.survival.resume import Begin, conditions
-from delock.tensors import Tree, tensors, tree_tensors
+from delock.tensors import Tree, split_bounds, tensors, tree_tensors
 from delock.timeline import Costs, predict, stage_facts
 
 SLOW_BATCHES = 400  # enough for a mean over random slow ticks
@@ -187,7 +188,7 @@ class PreparedRun:
             compiled=self.execution.compile,
             slow=costs.slow,
             messages=tuple(self._message(cut) for cut in self.cuts),
-            encoded=tuple(self._encoded(codec, cut, request.method.micro_batches) for cut in self.cuts) if codec else (),
+            encoded=tuple(self._encoded(codec, cut) for cut in self.cuts) if codec else (),
         )
 
     def ops(self) -> Costs:
@@ -242,14 +243,10 @@ class PreparedRun:
         average = sum(weights for one in self.request.callbacks if isinstance(one, EMA))
         return sum(2 * (weights + buffers) for one in self.request.callbacks if isinstance(one, KeepBest)) + average, average
 
-    def tied(self, cut: int) -> int:
-        """Returns the bytes of weights that cross a cut, because stages on both sides use them."""
-        return sum(size for _, size in self.layers[cut].ties)
-
     def _message(self, cut: int) -> int:
-        """Returns the bytes of an activation at a cut. Weights are in every part of a batch as a whole."""
-        tied = self.tied(cut)
-        return int((self.costs[cut - 1].out_bytes - tied) / self.request.method.micro_batches) + tied
+        """Returns the bytes of an activation at a cut, a mean over the parts of a batch."""
+        sent = sum(prod(part) * dtype.itemsize for part, dtype in self._sent(cut))
+        return int(sent / self.request.method.micro_batches)
 
     def _entering(self, k: int) -> Tree:
         """Returns a batch as it enters stage k, on the meta device."""
@@ -259,8 +256,16 @@ class PreparedRun:
         made = tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in cost.outputs)
         return made[0] if cost.shape or (len(made) == 1 and made[0].dim() < 2) else made
 
-    def _encoded(self, codec: Codec, cut: int, micro_batches: int) -> tuple[float, float]:
-        """Returns the bytes of the activation at a cut once encoded, and those of codebooks: means over the messages."""
-        outputs = [((-(-shape[0] // micro_batches), *shape[1:]) if shape else shape, dtype) for shape, dtype in self.costs[cut - 1].outputs]
-        payload, books = zip(*(codec.predicted(shape, dtype) for shape, dtype in outputs), strict=True)
-        return sum(payload), sum(books)
+    def _encoded(self, codec: Codec, cut: int) -> tuple[float, float]:
+        """Returns the bytes of the activation at a cut once encoded, and those of codebooks: means over the parts of a batch."""
+        payload, books = zip(*(codec.predicted(part, dtype) for part, dtype in self._sent(cut)), strict=True)
+        return sum(payload) / self.request.method.micro_batches, sum(books) / self.request.method.micro_batches
+
+    def _sent(self, cut: int) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+        """Yields shape and dtype of all tensors that cross a cut for a batch, part by part."""
+        cost, M = self.costs[cut - 1], self.request.method.micro_batches
+        for i, (shape, dtype) in enumerate(cost.outputs):
+            if i in cost.whole:
+                yield from [(shape, dtype)] * min(M, self.batch.rows)  # other parts are empty
+            else:
+                yield from [((b - a, *shape[1:]), dtype) for a, b in split_bounds(shape[0], M)]
