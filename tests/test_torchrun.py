@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import threading
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,10 @@ import pytest
 import torch
 
 import acting
-from delock.launch.torchrun import under_torchrun
+from delock.cli import main
+from delock.errors import UsageError
+from delock.launch.rendezvous import meet
+from delock.launch.variables import under_torchrun
 from delock.links.meeting import here
 from delock.methods import ADL
 from test_acting import EARLY
@@ -26,7 +32,11 @@ import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 import delock
-from delock.launch.torchrun import run_torchrun, under_torchrun
+from delock.launch.torchrun import run_torchrun
+from delock.cli import main
+from delock.errors import UsageError
+from delock.launch.rendezvous import meet
+from delock.launch.variables import under_torchrun
 from delock.links.meeting import here
 from delock.methods import ADL
 from delock.run import telling
@@ -62,6 +72,29 @@ from delock.launch.torchrun import run_torchrun
 from delock.run import telling
 
 run_torchrun(raise_in_one, lambda rank: sys.argv[1], telling, patience=2.0)
+"""
+HEARD = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch.distributed as dist
+import delock
+from points import SGD, network, test_data, train_data, weighted
+
+def hears(event):
+    if isinstance(event, delock.records.EvaluationRecord):
+        raise KeyError(f"batch {{event.batches}}")
+
+def fit():
+    given = {{"loss": weighted, "method": "fdg", "optimizer": SGD, "epochs": 100_000, "cuts": [4], "callbacks": [hears]}}
+    delock.fit(network(), train_data(), test_data(), **given)
+
+dist.init_process_group("gloo")
+try:
+    fit()
+except delock.UsageError as error:
+    sys.stdout.write(f"{{error}}\\n")
+dist.destroy_process_group()
+fit()
 """
 
 
@@ -153,6 +186,40 @@ def test_a_rank_that_hangs_under_torchrun_shows_its_stack(tmp_path: Path) -> Non
     assert done.stderr.count("error: stage ") == 1
     assert "error: stage 1 hangs in F12 (epoch 1, batch 3): it has not moved for 2 s\nstage 0 waits for stage 1 in F12" in done.stderr
     assert "in a_loop_without_end" in done.stderr
+
+
+def test_what_a_callback_raises_ends_the_run_as_it_is(tmp_path: Path) -> None:
+    """The record of the first evaluation comes from the other rank, and so to a thread of its own."""
+    (tmp_path / "script.py").write_text(HEARD)
+    done = torchrun(tmp_path / "script.py")
+    assert done.returncode != 0
+    assert done.stdout.count("call it before init_process_group, or destroy yours first\n") == 2
+    assert "KeyError: 'batch 4'" in done.stderr, done.stderr
+    assert "sendBytes" not in done.stderr
+    assert "failed in" not in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["RANK=x", "RANK=2", "WORLD_SIZE=0", "LOCAL_RANK=-1", "MASTER_PORT=http"])
+def test_variables_that_make_no_sense_are_named(wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    name, value = wrong.split("=")
+    for one, usual in given.items():
+        monkeypatch.setenv(one, value if one == name else usual)
+    assert main(["train", "--model", "mlp"]) == 2
+    assert f"error: the variable {name} is {value!r}, but it must be a whole number, " in capsys.readouterr().err
+
+
+def test_a_store_that_is_not_reached_is_named_and_looked_for_where_signals_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as held:  # so nobody listens there
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        threads: list[threading.Thread] = []
+        with pytest.raises(UsageError, match=f"stage 1 could not reach the store of the rendezvous at 127.0.0.1:{port}: .*MASTER_PORT"):
+            meet(1, 2, timedelta(seconds=1), lambda: threads.append(threading.current_thread()))
+    assert len(threads) > 2
+    assert {*threads} == {threading.main_thread()}
 
 
 def test_this_process_is_not_under_torchrun() -> None:

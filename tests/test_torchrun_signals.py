@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import delock.cli.interrupts
+from delock.cli import main, recording
 from delock.cli.interrupts import Interrupted, interruptible
+from delock.cli.recording import Recording
 from delock.launch.failure import Ended
 from hosts import descendants
 
@@ -26,8 +30,9 @@ TRAIN = ["--model", "mlp", "--limit", "128", "--batch-size", "32", "--epochs", "
 class Program:
     """`torchrun -m delock train` on three ranks, which trains."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "delock", "train", *TRAIN]
+    def __init__(self, *more: str) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+        command = [*launcher, "-m", "delock", "train", *TRAIN, *more]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         metrics = Path("a/metrics.jsonl")
         wait_until(lambda: self.process.poll() is not None or (metrics.exists() and metrics.read_text().count("evaluation") > 1), 120)
@@ -37,17 +42,42 @@ class Program:
         """Returns its words and those of its ranks."""
         return self.process.communicate(timeout=40)[1]
 
+    def kill(self) -> None:
+        """Leaves none of its processes behind."""
+        for pid in (self.process.pid, *self.ranks):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate(timeout=20)
+
 
 @pytest.fixture
 def program(here: Path) -> Iterator[Program]:
     made = Program()
     yield made
-    for pid in (made.process.pid, *made.ranks):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    made.process.communicate(timeout=20)
+    made.kill()
+
+
+@pytest.mark.usefixtures("own_random")
+def test_a_signal_while_the_summary_is_written_waits_for_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes just before, and it comes while the file is written."""
+    end, written = Recording.end, Recording.end.__globals__["dumps"]
+    sent: list[str] = []
+
+    def signalled(*given: Any, **more: Any) -> Any:
+        if not sent:
+            sent.append("SIGTERM")
+            signal.raise_signal(signal.SIGTERM)
+        return (end if more == {} else written)(*given, **more)
+
+    for where, name in ((Recording, "end"), (recording, "dumps")):
+        sent.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, signalled)
+            words = ["--model", "mlp", "--limit", "64", "--epochs", "1", "--workers", "inline", "--out", "a", "--overwrite"]
+            assert main(["train", *words]) == 143
+        assert sent
+        assert summary()["status"] == "finished"
+        Path("a/summary.json").unlink()
 
 
 def summary() -> dict[str, str]:
@@ -78,6 +108,19 @@ def test_a_signal_to_torchrun_interrupts(program: Program) -> None:
     assert "has died" not in said
     assert "interrupted; the run is saved in a/checkpoints/batch-" in said
     assert summary()["status"] == "interrupted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("link", ["shared", "gloo"])
+def test_a_rank_without_a_sign_of_life_is_the_reason_in_the_summary(here: Path, link: str) -> None:
+    program = Program("--link", link, "--patience", "3")
+    try:
+        os.kill(program.ranks[1], signal.SIGSTOP)
+        assert "error: stage 1 gives no sign of life" in program.ends()
+        assert summary()["status"] == "failed"
+        assert "stage 1 gives no sign of life" in summary()["error"]
+    finally:
+        program.kill()
 
 
 def fail(signals: int, written: list[str]) -> None:

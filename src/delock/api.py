@@ -22,7 +22,7 @@ from delock.launch.ambient import refuse_modes
 from delock.launch.context import importing_main
 from delock.launch.main_program import not_run_again
 from delock.launch.rank import backend_for
-from delock.launch.torchrun import under_torchrun
+from delock.launch.variables import under_torchrun
 from delock.methods import Method, make
 from delock.methods.base import whole
 from delock.optim.objects import per_stage

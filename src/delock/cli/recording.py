@@ -151,7 +151,11 @@ def train(report: RunReport, data: Loaded, folder: RunFolder, screen: Terminal) 
             recording.open()
         raise
     finally:
-        recording.end()
+        try:
+            recording.end()
+        except KeyboardInterrupt:  # for a while another one is ignored
+            recording.end()
+            raise
 
 
 def refuse(config: TrainConfig, data: Loaded) -> None:

@@ -30,21 +30,29 @@ _LAST = 2.0  # seconds for the thread to end, if it does not wait in C++
 _DRAIN = 30.0  # seconds for the last events to arrive after the results
 
 
-def store_name() -> str:
-    """Returns the name of the store for messages."""
-    return f"the store of the rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-
-
 class Post:
-    """Sends events to rank 0 through the store of the rendezvous, over a connection that no other call holds up."""
+    """Sends events to rank 0 through the store of the rendezvous, over a connection that no other call holds up.
 
-    def __init__(self, rank: int, world: int, space: str, limit: timedelta, telling: Telling, on_event: OnEvent | None) -> None:
+    `error`: what on_event has raised; it is called no more after that. Where this is not in `emit`, failed() is called, on another thread.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        space: str,
+        limit: timedelta,
+        telling: Telling,
+        on_event: OnEvent | None,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = PrefixStore(f"{space}/post", TCPStore(host, port, is_master=False, timeout=limit))
-        self._rank, self._telling, self._on_event = rank, telling, on_event
+        self._rank, self._telling, self._on_event, self._failed = rank, telling, on_event, failed
         self._lock = threading.Lock()  # one on_event at a time
         self._read, self._expected = [0] * world, [-1] * world
-        self._error: Exception | None = None
+        self.error: BaseException | None = None
+        self._lost: Exception | None = None  # events of other ranks could not be read
         self._over = threading.Event()
         self.emitted = 0
         self._reader = threading.Thread(target=self._follow, daemon=True)
@@ -55,8 +63,8 @@ class Post:
         """Hands an event to on_event on rank 0, or sends it there."""
         self.emitted += 1
         if self._rank == 0:
-            self._hear(0, event)
             self._raise()
+            self._hear(0, event)
         else:
             self.store.set(f"{self._rank}/{self.emitted}", self._telling.pack(event))  # type: ignore[arg-type]  # takes bytes
 
@@ -80,8 +88,11 @@ class Post:
             while self._read[1:] != self._expected[1:] and not self._over.is_set():
                 if not sum([self._take(rank) for rank in range(1, len(self._read))]):
                     self._over.wait(_POLL)
-        except Exception as error:
-            self._error = error  # raised on rank 0's own thread
+        except BaseException as error:
+            if self.error is not None:
+                self._failed()
+            elif isinstance(error, Exception):
+                self._lost = error  # raised on rank 0's own thread
 
     def _take(self, rank: int) -> bool:
         key = f"{rank}/{self._read[rank] + 1}"
@@ -94,10 +105,14 @@ class Post:
         return True
 
     def _hear(self, rank: int, event: object) -> None:
-        if self._on_event is not None:
-            with self._lock:
-                self._on_event(rank, event)
+        with self._lock:
+            if self._on_event is not None and self.error is None:
+                try:
+                    self._on_event(rank, event)
+                except BaseException as error:
+                    self.error = error
+                    raise
 
     def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
+        if error := self.error or self._lost:
+            raise error

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from types import FrameType
 from typing import Self
@@ -16,7 +16,8 @@ from delock.launch.failure import Ended
 
 CODE = 128 + signal.SIGTERM  # as shells have it
 _MOMENT = 3.0  # seconds for a judgement
-_TCP = (socket.AF_INET, socket.AF_INET6)
+_SOON = 0.5  # seconds for the main thread to leave, if it does not wait
+_LINKS = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)  # of gloo, and of shared memory
 _DESCRIPTORS = "/proc/self/fd"
 
 
@@ -29,7 +30,7 @@ class Sigterm:
 
     def __init__(self, judge: Callable[[], str]) -> None:
         self._judge = judge
-        self._reason, self._judged = "", threading.Event()
+        self._reason, self._judged, self._left = "", threading.Event(), threading.Event()
         self._before = signal.getsignal(signal.SIGTERM)
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
@@ -44,6 +45,7 @@ class Sigterm:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._left.set()
         if self._handles:
             signal.signal(signal.SIGTERM, self._before)
             signal.set_wakeup_fd(self._other)
@@ -52,12 +54,13 @@ class Sigterm:
         self._ear.close()
 
     def rouse(self, reason: str) -> None:
-        """Raises Ended on the main thread, and closes this process' connections, so that no wait for a peer keeps it from that."""
+        """Raises Ended on the main thread. If that waits for a peer, it closes this process' connections, so that the wait ends."""
         self._reason = reason
         self._judged.set()
         if self._handles:
             _thread.interrupt_main(signal.SIGTERM)
-            _hang_up()
+            if not self._left.wait(_SOON):
+                _hang_up({self._ear.fileno(), self._mouth.fileno()})
 
     def _listen(self) -> None:
         while heard := self._ear.recv(1):
@@ -77,10 +80,10 @@ class Sigterm:
         self._before(number, frame)
 
 
-def _hang_up() -> None:
-    """Shuts down all TCP connections of this process. It leaves sockets that listen, because gloo aborts if its own ends."""
+def _hang_up(but: Collection[int]) -> None:
+    """Shuts down all connections of this process `but` those. It leaves sockets that listen, because gloo aborts if its own ends."""
     with suppress(FileNotFoundError):  # there is no /proc
-        for descriptor in os.listdir(_DESCRIPTORS):
-            with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as connection:
-                if connection.family in _TCP and not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        for descriptor in {*map(int, os.listdir(_DESCRIPTORS))} - {*but}:
+            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                if connection.family in _LINKS and not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                     connection.shutdown(socket.SHUT_RDWR)

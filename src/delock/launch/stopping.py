@@ -68,6 +68,11 @@ class StopRequest:
         if self.number is not None:
             signal.raise_signal(self.number)
 
+    def heed(self) -> None:
+        """Lets a signal that was heard have its effect, while there is nothing to save."""
+        if self.asked:
+            self.have_effect()
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             if time.monotonic() - self.since > ECHO:

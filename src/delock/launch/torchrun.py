@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
 
+from delock.errors import UsageError
 from delock.launch.addresses import refuse_loopback
 from delock.launch.cause import cause
 from delock.launch.collective import gather
@@ -21,21 +21,18 @@ from delock.launch.cores import settle
 from delock.launch.failure import Ended, raised
 from delock.launch.heartbeats import BEAT, Heartbeats
 from delock.launch.notices import NoticesInStore
-from delock.launch.post import OnEvent, Post, Telling, store_name
+from delock.launch.post import OnEvent, Post, Telling
 from delock.launch.progress import Progress
 from delock.launch.rank import TIMEOUT, Rank, backend_for, device_of
+from delock.launch.rendezvous import meet, store_name
 from delock.launch.roll import Verdict
 from delock.launch.sigterm import Sigterm
+from delock.launch.variables import rank_of_torchrun
 
 P = TypeVar("P")
 R = TypeVar("R")
 _ROUSED = 5.0  # seconds for the main thread of rank 0 to leave its op
 SLACK = 5.0  # seconds for a network between hosts: after a cut of 3 s, TCP may try again after 3 s more
-
-
-def under_torchrun() -> bool:
-    """Returns True if torchrun, or a program that sets the same variables, started this process."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def run_torchrun(
@@ -49,28 +46,37 @@ def run_torchrun(
     patience: float = 60.0,
     timeout: float = TIMEOUT,
     on_event: OnEvent | None = None,
+    waiting: Callable[[], None] = lambda: None,
 ) -> list[R]:
     """Runs target(rank, payload_of(rank)) on this rank of torchrun, and returns the results of all ranks in rank order, on every rank.
 
     on_event: called as on_event(rank, event) on rank 0 only, for the events of all ranks, from one thread at a time.
-    device: "cuda" is the GPU numbered LOCAL_RANK. telling: the form in which results and events go from rank to rank.
+    device: "cuda" is the GPU numbered LOCAL_RANK. telling: the form in which results and events go from rank to rank. waiting: is called
+    now and then before the ranks have met, and may raise.
 
     If a target raises, its rank prints stage, op and traceback to stderr and ends with Ended, a SystemExit, of code 2 for a UsageError,
-    else 1; torchrun then stops the others. An exception of `on_event` is raised on rank 0. If a rank is at one op for `patience` seconds,
-    or all ranks wait for each other that long (0: never), the first rank that sees it prints the culprit and its stack, and exits with 1;
-    a target may set another patience by `Rank.be_patient`. A rank that loses the store or its peers ends by itself, and names the stage at
-    fault; between several hosts SLACK is added to the patience. Raises UsageError for a host that the others could not reach.
+    else 1; torchrun then stops the others. What `on_event` raises ends the run, and is raised on rank 0 as it is. If a rank is at one op
+    for `patience` seconds, or all ranks wait for each other that long (0: never), the first rank that sees it prints the culprit and its
+    stack, and exits with 1; a target may set another patience by `Rank.be_patient`. A rank that loses the store or its peers ends by
+    itself, and names the stage at fault; between several hosts SLACK is added to the patience. Raises UsageError for a host that the others
+    could not reach, for variables of torchrun that make no sense, and beside a process group of the program's own.
     """
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    place = rank_of_torchrun()
+    rank, world, local_world = place.rank, place.world, place.local_world
+    if dist.is_initialized():
+        raise UsageError("under torchrun delock makes the process group itself: call it before init_process_group, or destroy yours first")
     group, limit = backend_for(device, backend, local_world), timedelta(seconds=timeout)
     settle(threads, None)
-    progress, where = Progress(), device_of(device, int(os.environ.get("LOCAL_RANK", rank)))
-    store, _, _ = next(rendezvous("env://", rank, world, timeout=limit))
+    progress, where = Progress(), device_of(device, place.local_rank)
+    store = meet(rank, world, limit, waiting)
     store.set_timeout(limit)
     # Every run of a program needs keys of its own, or a group would read the addresses of the run before. All ranks count alike.
     space = f"delock/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{store.add(f'delock/runs/{rank}', 1)}"
-    post = Post(rank, world, space, limit, telling, on_event)
+
+    def deaf() -> None:
+        _deaf(sigterm, watch)
+
+    post = Post(rank, world, space, limit, telling, on_event, deaf)
     slack = SLACK if world > local_world else 0.0
 
     def leave(culprit: int, message: str) -> None:
@@ -100,16 +106,19 @@ def run_torchrun(
             if rank == 0:
                 post.close([emitted for _, emitted in results])
             dist.barrier()  # rank 0 may host the store: the others end after it has heard them
-        except Exception as error:
+        except BaseException as error:
+            if post.error is not None or not isinstance(error, Exception):  # or Ctrl-C
+                with suppress(RuntimeError):  # the store is gone
+                    watch.roll.leave()
+            if post.error is not None:
+                raise post.error from None
+            if not isinstance(error, Exception):
+                raise
             end = _ended(rank, error, progress, watch)
             watch.close()
             if slack:
                 time.sleep(2 * BEAT)  # the other hosts read the verdict before the store may go with this rank
             raise end from error
-        except BaseException:  # Ctrl-C
-            with suppress(RuntimeError):  # the store is gone
-                watch.roll.leave()
-            raise
     dist.destroy_process_group()
     return [result for result, _ in results]
 
@@ -137,6 +146,13 @@ def _judge(rank: int, watch: Heartbeats) -> str:
         return ""
     _say(_line(rank, verdict, watch))
     return verdict.message
+
+
+def _deaf(sigterm: Sigterm, watch: Heartbeats) -> None:
+    """Ends the main thread's work on rank 0, from another one, after what hears the events has raised an error."""
+    with suppress(RuntimeError):  # the store is gone
+        watch.roll.leave()
+    sigterm.rouse("what hears the events of the run has failed")
 
 
 def _leave(sigterm: Sigterm, watch: Heartbeats, rank: int, message: str) -> None:

@@ -121,6 +121,7 @@ def _torchrun(request: Request, tell: Tell, stop: StopRequest | None) -> tuple[S
             threads=request.placement.threads,
             patience=request.placement.patience,
             on_event=_listener(tell),
+            waiting=stop.heed if stop else lambda: None,
         )
     return results[0][0], [result for _, result in results]
 
