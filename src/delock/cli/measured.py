@@ -137,10 +137,28 @@ FIGURES = (
     Figure("fdg(micro_batches=2)", 2, "muon", 0.036, "quoted", "fdg-k2-micro_batches2-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("fdg(micro_batches=4)", 4, "muon", 0.069, "quoted", "fdg-k4-micro_batches4-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("2bw(micro_batches=4)", 4, "muon", 0.068, "quoted", "2bw-k4-micro_batches4-muon-lr0.02", "bp-k1-muon-lr0.02"),
+    Figure("fdg", 4, "muon", 0.354, "quoted", "fdg-k4-muon-lr0.01", "bp-k1-muon-lr0.02"),
+    Figure(
+        "fdg(micro_batches=4)", 4, "adamw", 0.146, "quoted", "fdg-k4-micro_batches4-scadamw-lr0.004", "bp-k1-scadamw.98-lr0.008", SPIKE, 2.0
+    ),
+    Figure(
+        "2bw(micro_batches=4)", 4, "adamw", 0.179, "quoted", "2bw-k4-micro_batches4-scadamw-lr0.008", "bp-k1-scadamw.98-lr0.008", SPIKE, 2.0
+    ),
+    Figure(
+        "ddg(micro_batches=4, ahead=part)", 4, "muon", 0.012, "quoted", "ddg-k4-micro_batches4-aheadpart-muon-lr0.02", "bp-k1-muon-lr0.02"
+    ),
+    Figure(
+        "ddg(micro_batches=4, ahead=part)",
+        4,
+        "adamw",
+        0.176,
+        "quoted",
+        "ddg-k4-micro_batches4-aheadpart-adamw-lr0.008",
+        "bp-k1-scadamw.98-lr0.008",
+    ),
     Figure("ddg", 4, "muon", 0.116, "screening", "ddg-k4-muon-lr0.02", "bp-k1-muon-lr0.02"),
     Figure("ddg", 4, "adamw", 0.509, "screening", "ddg-k4-adamw-lr0.0005", "bp-k1-adamw-lr0.008"),
     Figure("ddg", 4, "adamw", 0.314, "screening", "ddg-k4-scadamw-lr0.002", "bp-k1-adamw-lr0.008", SPIKE, 2.0),
-    Figure("fdg", 4, "muon", 0.253, "screening", "fdg-k4-muon-lr0.01", "bp-k1-muon-lr0.02"),
 )
 
 
