@@ -103,7 +103,7 @@ def test_a_config_has_the_name_of_the_method_itself() -> None:
         (lambda: Execution(chunks=0), "chunks is 0, but it must be at least 1"),
         (lambda: Placement(threads=0), "threads is 0, but it must be at least 1"),
         (lambda: Placement(link="tcp"), "link is 'tcp', but it must be one of auto, gloo, shared"),  # type: ignore[arg-type]
-        (lambda: Placement(patience=float("nan")), "patience is nan, but it must be at least 0"),
+        (lambda: Placement(patience=float("nan")), "patience is nan, but it must be finite, and at least 0"),
         (lambda: Compression("vp"), "no codec is called 'vp'"),
         (lambda: Compression(error_codec="vq"), "errors travel as none, bf16 or int8"),
         (lambda: Compression(error_codec=VQ()), "errors travel as none, bf16 or int8"),

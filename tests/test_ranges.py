@@ -35,7 +35,7 @@ NINES = "9" * 5000
         ("--eval-every 10000000000", "eval-every is 10000000000, but it must be at most"),
         ("--log-every 10000000000", "log-every is 10000000000, but it must be at most"),
         ("--warmup 10000000000", "warmup is 10000000000, but it must be at most"),
-        ("--lr inf", "lr is inf, but it must be at least 0"),
+        ("--lr inf", "lr is inf, but it must be finite, and at least 0"),
         ("--lr 1e300", "lr is 1e+300, but it must be at most 1e+38"),
         ("--milestones 1e300 --schedule steps", "milestones are 1e+300, but every one"),
         ("--patience 1e300", "patience is 1e+300, but it must be at most"),
@@ -46,7 +46,7 @@ NINES = "9" * 5000
         ("--slow 0:99999999999", "the factor of slow is 1e+11, but it must be at most 1,000,000"),
         ("--emulate 1:99999999999999999999", "a wait of emulate, in seconds, is 1e+17, but it must be at most"),
         # the options of checkpoints, by the names that the user typed
-        ("--grace nan", "error: grace is nan, but it must be at least 0"),
+        ("--grace nan", "error: grace is nan, but it must be finite, and at least 0"),
         ("--checkpoint-every 0", "error: checkpoint-every is 0, but it must be at least 1"),
         ("--checkpoint-every soon", "error: checkpoint-every is 'soon', but it must be a number of batches"),
         ("--checkpoint-every 99999999999h", "error: checkpoint-every, in seconds, is 3.6e+14, but it must be at most"),
@@ -79,7 +79,7 @@ def test_a_number_out_of_range_is_refused_at_once(here: Path, capsys: pytest.Cap
         ("--slots 100000000", "use fewer stages, micro-batches, batches per update or slots"),
         ("--forward 0 --backward 0", "so a batch takes no time"),
         ("--forward 1e308", "forward is 1e+308, but it must be at most"),
-        ("--link-delay inf", "link-delay is inf, but it must be at least 0"),
+        ("--link-delay inf", "link-delay is inf, but it must be finite, and at least 0"),
     ],
 )
 def test_a_plan_that_would_take_long_is_refused_at_once(here: Path, capsys: pytest.CaptureFixture[str], words: str, expected: str) -> None:

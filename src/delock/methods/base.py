@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from math import inf
 from numbers import Real
 from types import MappingProxyType
 from typing import ClassVar, Literal, Self
@@ -129,8 +130,8 @@ def in_order(order: Order, last: bool, forward: Op, backward: Iterable[Op]) -> I
 def at_least(what: str, value: float, least: float, most: float = MOST) -> None:
     """Raises UsageError for an option that is no number, below its least value, above its largest, or NaN."""
     _number(what, value)
-    if not value >= least or value == float("inf"):
-        raise UsageError(f"{what} is {_shown(value)}, but it must be at least {least}")
+    if not value >= least or value == inf:
+        raise UsageError(f"{what} is {_shown(value)}, but it must be {'' if abs(value) < inf else 'finite, and '}at least {least}")
     if value > most:
         raise UsageError(f"{what} is {_shown(value)}, but it must be at most {_shown(most) if isinstance(most, float) else f'{most:,}'}")
 
