@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -177,6 +178,9 @@ def test_a_file_that_has_changed_ends_no_evaluation_but_a_run_that_goes_on(here:
     assert main(["train", *plain(*size), "--checkpoint-every", "2", "--out", "words"]) == 0
     (here / "t.txt").write_text("to be or not to be. " * 21)
     assert "t.txt has changed since the run in words" in refused(["train", "--resume", "words", "--batches", "6"], here, capsys)
+    (here / "t.txt").unlink()
+    os.mkfifo(here / "t.txt")  # no program writes into it
+    assert "t.txt is no file, so nothing tells whether it is the text of" in refused(["train", "--resume", "words"], here, capsys)
 
 
 def test_a_network_that_is_no_chain_computes_its_own_loss_on_several_test_sets(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

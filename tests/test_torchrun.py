@@ -193,10 +193,11 @@ def test_what_a_callback_raises_ends_the_run_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(HEARD)
     done = torchrun(tmp_path / "script.py")
     assert done.returncode != 0
-    assert done.stdout.count("call it before init_process_group, or destroy yours first\n") == 2
+    assert done.stdout.count("call it before init_process_group, or destroy yours first; ") == 2
     assert "KeyError: 'batch 4'" in done.stderr, done.stderr
     assert "sendBytes" not in done.stderr
     assert "failed in" not in done.stderr
+    assert "error: stage 1" not in done.stderr
 
 
 @pytest.mark.parametrize("wrong", ["RANK=x", "RANK=2", "WORLD_SIZE=0", "LOCAL_RANK=-1", "MASTER_PORT=http"])

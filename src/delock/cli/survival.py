@@ -70,6 +70,9 @@ def refuse_changed(config: TrainConfig, out: Path) -> None:
         return
     if different := changed(run):
         raise UsageError(f"{different[0]}: restore it, or begin a new run")
+    text = config.language.text
+    if text is not None and text.exists() and not text.is_file():
+        raise UsageError(f"{text} is no file, so nothing tells whether it is the text of the run in {run}: begin a new run, with a file")
     then, now = flat(read_config(run)), flat(config)
     chief = ("method", "model", "data", "optimizer", "correct", "schedule")  # others follow from them
     for name in sorted({*then, *now} - FREE, key=lambda name: (name not in chief, name)):

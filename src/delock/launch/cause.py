@@ -15,10 +15,12 @@ _POLL = 0.05
 
 
 def cause(failure: Failure, error: BaseException, at: Position, watch: Heartbeats) -> Verdict:
-    """Returns the verdict on the run after a failure on this rank; it is this rank's own, unless another rank was first or has died."""
+    """Returns the verdict on the run after a failure on this rank; it is this rank's own, unless another was first, died or left."""
     try:
         if failure.echo and (found := _search(at.waits_for if hung_up(error) else None, watch)):
             return found
+        if failure.echo and (gone := [rank for rank in watch.ranks if rank != failure.rank and watch.roll.left(rank)]):
+            return watch.roll.claim(gone[0], f"stage {gone[0]} has left the run: it was told to end, or its program says why")
         return watch.roll.claim(failure.rank, failure.headline)
     except RuntimeError:
         return _without_store(failure, at, watch)

@@ -64,7 +64,10 @@ def run_torchrun(
     place = rank_of_torchrun()
     rank, world, local_world = place.rank, place.world, place.local_world
     if dist.is_initialized():
-        raise UsageError("under torchrun delock makes the process group itself: call it before init_process_group, or destroy yours first")
+        raise UsageError(
+            "there is a process group, and under torchrun delock makes its own: call it before init_process_group, or destroy yours first; "
+            "behind a run that has failed, start the program again"
+        )
     group, limit = backend_for(device, backend, local_world), timedelta(seconds=timeout)
     settle(threads, None)
     progress, where = Progress(), device_of(device, place.local_rank)

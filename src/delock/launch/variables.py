@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from delock.errors import UsageError
 
+_MANY = 1 << 20
+
 
 @dataclass(frozen=True)
 class RankOfTorchrun:
@@ -25,9 +27,9 @@ def under_torchrun() -> bool:
 
 def rank_of_torchrun() -> RankOfTorchrun:
     """Returns the place of this process. Raises UsageError if a variable is no whole number, or if there is no such place."""
-    world = _number("WORLD_SIZE", 1, 1 << 20)
+    world = _number("WORLD_SIZE", 1, _MANY)
     rank = _number("RANK", 0, world - 1)
-    local_world = _number("LOCAL_WORLD_SIZE", 1, world, world)
+    local_world = min(_number("LOCAL_WORLD_SIZE", 1, _MANY, world), world)  # a script may say what a host has room for
     _number("MASTER_PORT", 0, 65535, 0)
     return RankOfTorchrun(rank, world, _number("LOCAL_RANK", 0, local_world - 1, rank % local_world), local_world)
 

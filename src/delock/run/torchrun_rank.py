@@ -88,5 +88,6 @@ def _stages(rank: Rank, request: Request) -> int:
     """Returns the number of stages. Raises UsageError unless torchrun has started a rank for each."""
     K = request.stages or (len(request.cuts) + 1 if request.cuts is not None else rank.world)
     if rank.world != K:
-        raise UsageError(f"torchrun started {rank.world} ranks for {K} stages: start as many ranks as stages (--nproc-per-node {K})")
+        ranks = "one rank" if rank.world == 1 else f"{rank.world} ranks"
+        raise UsageError(f"torchrun started {ranks} for {K} stages: start as many ranks as stages (--nproc-per-node {K})")
     return K
