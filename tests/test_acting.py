@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 import delock
 from acting import EVERY, PLATEAU, SGD, Loop, assert_equal, batches, fit, network
@@ -181,6 +183,50 @@ def test_what_comes_too_fast_is_refused() -> None:
 def test_what_could_not_act_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         fit(**{"K": 2, **options})
+
+
+@pytest.mark.parametrize("kind", [delock.EMA, delock.ProgressBar])
+def test_a_class_of_callbacks_is_refused(kind: Any) -> None:
+    with pytest.raises(UsageError, match=f"callbacks holds the class {kind.__name__}: give"):
+        fit(K=2, callbacks=[kind])
+
+
+def later(updates: int) -> Callable[[Any], LRScheduler]:
+    return lambda optimizer: SequentialLR(optimizer, [LinearLR(optimizer, 0.1, 1.0, 8), CosineAnnealingLR(optimizer, updates - 8)], [8])
+
+
+LONGER: dict[str, Callable[[int], Callable[[Any], LRScheduler]]] = {
+    "recipe": lambda updates: delock.recipes.Schedule("cosine", updates),
+    "cosine": lambda updates: partial(CosineAnnealingLR, T_max=updates),
+    "cycle": lambda updates: partial(OneCycleLR, max_lr=0.1, total_steps=updates + 1),
+    "milestones": lambda updates: partial(MultiStepLR, milestones=[updates - 2]),
+    "sequence": later,
+}
+
+
+@pytest.mark.parametrize("kind", LONGER)
+def test_a_run_that_is_made_longer_goes_on_by_the_schedule_of_its_new_length(kind: str, tmp_path: Path) -> None:
+    """So do all stages, whatever their number was: from the first update on."""
+    (tmp_path / "own").mkdir()
+
+    def rates(updates: int, batches: int, K: int, **more: Any) -> dict[int, float]:
+        seen: dict[int, float] = {}
+        given: dict[str, Any] = {"method": "ddg", "schedule": LONGER[kind](updates), "report": delock.Report(log_every=1), **more}
+        fit(K=K, **given, batches=batches, callbacks=[lambda e: seen.update({e.batches: e.lr}) if isinstance(e, StepRecord) else None])
+        return {batch: rate for batch, rate in seen.items() if batch > 8}
+
+    whole = rates(15, 15, 2)
+    rates(11, 9, 2, checkpoint=Checkpoint(tmp_path / "own", every=4))
+    for K in (2, 3):
+        copied = shutil.copytree(tmp_path / "own", tmp_path / f"{K}")
+        assert rates(15, 15, K, checkpoint=Checkpoint(copied, resume="newest")) == whole
+
+
+def test_a_folder_of_the_users_own_stays(tmp_path: Path) -> None:
+    fit(K=2, batches=2, checkpoint=Checkpoint(tmp_path, every=100))
+    fit(K=2, batches=2, checkpoint=Checkpoint(tmp_path / "made", every=100))
+    assert tmp_path.is_dir()
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("given", [{"monitor": "loss"}, {"patience": 0}, {"min_delta": -1.0}, {"patience": "3"}])

@@ -64,6 +64,7 @@ def test_rows_are_methods_with_options_of_their_own() -> None:
         ("fdg:lr=0.1:beta=0.5:lr=0.2", "fdg:lr=0.1:beta=0.5:lr=0.2: lr is given twice"),
         ("plain", "--no-plain"),
         (",", "nothing to compare"),
+        (":lr=0.2", "the row ':lr=0.2' names no method"),
     ],
 )
 def test_rows_that_are_refused(words: str, expected: str) -> None:
@@ -105,6 +106,15 @@ def test_a_speed_up_is_over_backpropagation_that_is_not_late(here: Path) -> None
     assert main(["compare", "--methods", "bp:behind=1", "bp", *SMALL, "--batches", "1", "--no-plain", "--out", "a"]) == 0
     late, exact = (row["speedup_over_bp"] for row in json.loads(Path("a/compare.json").read_text())["rows"])
     assert late != exact == 1
+
+
+@pytest.mark.parametrize(("words", "message"), [("ddg:clip=0", "clip is 0"), ("dgl:error_codec=int8", "dgl sends no errors down")])
+def test_a_row_that_cannot_be_trained_ends_a_comparison_before_it_begins(
+    here: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "--methods", "bp", words, *SMALL, "--batches", "1", "--no-plain", "--out", "a"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("a").exists()
 
 
 def test_a_comparison_in_place_of_another(here: Path) -> None:

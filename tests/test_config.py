@@ -167,6 +167,8 @@ def test_a_recipe_turns_batches_into_updates() -> None:
     chosen = config(method="adl", accumulate=4, warmup=9, schedule="steps", milestones=[1, 2])
     _, schedule = recipe(chosen, make_method(chosen.algorithm), epoch=10, batches=30)
     assert schedule == Schedule("steps", updates=8, warmup=3, milestones=(3, 5), gamma=0.1)
+    odd = config(method="bp", schedule="steps", milestones=[1.1])  # 1.1 times 50 is more than 55, in floats
+    assert recipe(odd, make_method(odd.algorithm), epoch=50, batches=100)[1].milestones == (55,)
 
 
 @pytest.mark.parametrize("make", [SGD(0.1, 0.9, 5e-4, True), Adam(0.01, 0.1), AdamW(0.01, 0.1)])

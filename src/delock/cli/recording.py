@@ -159,19 +159,23 @@ def train(report: RunReport, data: Loaded, folder: RunFolder, screen: Terminal) 
 
 
 def refuse(config: TrainConfig, data: Loaded) -> None:
-    """Raises UsageError for a resolved config that cannot be trained: an unknown model or device, too few layers, a batch of one.
+    """Raises UsageError for a resolved config that cannot be trained: an unknown model or device, too few layers, a batch of one, a clip or
+    a codec that cannot be.
 
     The layers of a model that is no chain are known later, when it has been traced.
     """
     from delock.launch.rank import backend_for
     from delock.partition.network import Network
-    from delock.run.checks import refuse_unfit, refuse_wrong_link
+    from delock.run.checks import refuse_error_codec, refuse_unfit, refuse_wrong_link
+    from delock.run.request import refuse_wrong_clip
 
     network, machine = config.network, config.machine
     K, method = network.stages or 1, make_method(config.algorithm)
     method.fits_workers(machine.workers if ranks() is None else "torchrun")
     backend_for(machine.device, None, K if machine.workers == "processes" else 1)
     refuse_wrong_link(method, config.placement.link, machine.device)
+    refuse_wrong_clip(config.training.clip)
+    refuse_error_codec(config.compression, method, K)
     model = Network(build_model(config, data))
     model.open(model.wanted(network.cuts, K))
     if model.chain:

@@ -74,6 +74,8 @@ def cut_alike(row: Row, cuts: tuple[int | str, ...]) -> Row:
 
 def _config(word: str, common: Mapping[str, Any]) -> TrainConfig:
     name, *settings = word.split(":")
+    if not name:
+        raise UsageError(f"the row {word!r} names no method: write one in front, as in fdg:beta=0.5")
     given: dict[str, Any] = {"method": name}
     if name in METHODS and not METHODS[name].local_losses:
         given["head"] = None  # said of the rows with local losses

@@ -202,10 +202,13 @@ def sent(traffic: Traffic) -> dict[str, Any]:
 
 
 def compared(reports: Mapping[str, RunReport], plain: str) -> list[dict[str, Any]]:
-    """Returns the rows of a comparison: summaries, facts about stages, and speed-ups over plain and over the first bp that is not late."""
+    """Returns the rows of a comparison: summaries, facts about stages, and speed-ups over plain and over the first bp of those that
+    have finished and are not late.
+    """
     summaries = {name: summary(report) for name, report in reports.items()}
     exact = [name for name, report in reports.items() if not report.config.algorithm.behind and name != plain]
-    bp = next((summaries[name] for name in exact if summaries[name]["method"] == "bp"), None)
+    finished = (summaries[name] for name in exact if reports[name].status == "finished")
+    bp = next((one for one in finished if one["method"] == "bp"), None)
     return [
         {
             "name": name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from delock.cli.config import DatasetOptions, TrainConfig, UpdateOptions, is_own, is_text, resolved
@@ -159,9 +160,9 @@ def recipe(config: TrainConfig, method: Method, epoch: int, batches: int) -> tup
 
     options = config.training
 
-    def updates(count: float) -> int:
-        return math.ceil(count / method.batches_per_update)
+    def updates(count: Fraction | int) -> int:
+        return math.ceil(Fraction(count, method.batches_per_update))
 
-    milestones = tuple(sorted(updates(at * epoch) for at in options.milestones))
+    milestones = tuple(sorted(updates(Fraction(str(at)) * epoch) for at in options.milestones))  # 1.1 x 50 is 55, and not a little more
     schedule = Schedule(options.schedule, updates(batches), updates(resolved(options.warmup)), milestones, options.gamma, options.floor)
     return optimizer_factory(config.update), schedule

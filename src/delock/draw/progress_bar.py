@@ -37,6 +37,7 @@ class ProgressBar:
                 )
                 self._draw(True)
                 if self._place is None:
+                    self._done = event.batches
                     print(self.text(), flush=True)
 
     def text(self) -> str:

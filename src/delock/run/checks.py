@@ -16,7 +16,7 @@ from delock.memory.sizes import Outputs
 from delock.methods import Method
 from delock.optim.factories import refuse_class
 from delock.optim.rates import monitor_of
-from delock.options import EMA, Acts, Checkpoint, Execution, check_types
+from delock.options import EMA, Acts, Checkpoint, Compression, Execution, check_types
 from delock.partition.layers import Layer, has_batch_norm, resolve_cuts
 from delock.partition.measure import LayerCost
 from delock.plan import check, sends_errors, unroll
@@ -65,7 +65,7 @@ def _refuse_metrics(request: Request) -> None:
 
 def refuse_wrong_callbacks(callbacks: object) -> None:
     """Raises UsageError unless it is a list of functions and of callbacks that act."""
-    if isinstance(callbacks, Sequence) and (kinds := [one for one in callbacks if isinstance(one, type) and issubclass(one, Acts)]):
+    if isinstance(callbacks, Sequence) and (kinds := [one for one in callbacks if isinstance(one, type)]):
         raise UsageError(f"callbacks holds the class {kinds[0].__name__}: give {kinds[0].__name__}(...), not {kinds[0].__name__}")
     if not isinstance(callbacks, Sequence) or not all(callable(one) or isinstance(one, Acts) for one in callbacks):
         raise UsageError(
@@ -241,5 +241,10 @@ def refuse_unfit_codecs(request: Request, cut: Sequence[LayerCost]) -> None:
     for k, cost in enumerate(cut):
         if codec:
             codec.check(cost.outputs, f"stage {k}")
-    if request.compression.errors and K > 1 and not sends_errors(request.method, K):
-        raise UsageError(f"{request.method.name} sends no errors down, so there is none for an error codec: leave it out")
+    refuse_error_codec(request.compression, request.method, K)
+
+
+def refuse_error_codec(compression: Compression, method: Method, K: int) -> None:
+    """Raises UsageError for a codec of errors where none are sent."""
+    if compression.errors and K > 1 and not sends_errors(method, K):
+        raise UsageError(f"{method.name} sends no errors down, so there is none for an error codec: leave it out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
@@ -72,6 +73,12 @@ class Request:
         every = self.eval_every if self.eval_every is not None else len(self.train)
         if every < 1:
             raise UsageError(f"eval_every is {every}, but it must be at least 1 batch")
-        if self.clip is not None and not 0 < self.clip < float("inf"):
-            raise UsageError(f"clip is {self.clip:g}, but the norm that a gradient may keep must be above 0; leave it out not to clip")
+        refuse_wrong_clip(self.clip)
         return RunLength(batches, every if self.test is not None else 0, len(self.test) if self.test is not None else 0, self.clip)
+
+
+def refuse_wrong_clip(clip: float | None) -> None:
+    """Raises UsageError for what is no norm of a gradient."""
+    if clip is not None and not 0 < clip < inf:
+        what = "must be above 0" if abs(clip) < inf else "must be finite"
+        raise UsageError(f"clip is {clip:g}, but the norm that a gradient may keep {what}; leave it out not to clip")

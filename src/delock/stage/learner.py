@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from delock.stage.unfit import made_by, refuse_unfit_optimizer, refuse_unfit_sch
 from delock.tensors import address
 
 PLAIN = (bool, int, float, str, tuple, type(None))
+SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "max_momentum", "base_momentum", "betas")  # what schedules of torch set
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
@@ -142,14 +144,32 @@ class Learner:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continues from `state()` of an equal learner."""
+        another = self._another_schedule(state)
         if self.optimizer:
             load_exactly(self.optimizer, state["optimizer"])
-        if self.schedule:
+            for group, scheduled in zip(self.optimizer.param_groups, another, strict=bool(another)):
+                group.update(scheduled)
+        if self.schedule and not another:
             self.schedule.load_state_dict(state["schedule"])
         self.version = state["version"]
         if self.average:
             self.average.load(state["average"])
         self.resume(state["count"], [g if g is None else g.to(w.device) for w, g in zip(self.weights, state["grads"], strict=True)])
+
+    def _another_schedule(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns what the schedule sets after the Updates of a saved state, by groups; [] if it is the saved one, which then goes on.
+
+        That of a longer run is another one. A schedule of torch's is a function of the number of Updates, but for one that is judged.
+        """
+        if self.schedule is None or self.judged or type(self.schedule).__module__ != LRScheduler.__module__:
+            return []
+        assert self.optimizer
+        made, saved = self.schedule.state_dict(), state["schedule"]
+        self.advance(state["version"])
+        rates, then = ([float(one["lr"]) for one in groups] for groups in (self.optimizer.param_groups, state["optimizer"]["param_groups"]))
+        if rates == then and not _differs(made, self.schedule.state_dict(), saved):
+            return []
+        return [{name: group[name] for name in SCHEDULED if name in group} for group in self.optimizer.param_groups]
 
     def held(self) -> list[list[str | None]]:
         """Returns the names of the weights that the optimizer holds, group by group; None for one that is not among the stage's."""
@@ -185,6 +205,17 @@ def described(optimizer: Optimizer | None) -> dict[str, Any] | None:
         return None
     groups = [{name: one for name, one in group.items() if name != "param_names" and _plain(one)} for group in optimizer.param_groups]
     return {"class": type(optimizer).__name__, "groups": groups, "kinds": kinds(optimizer)}
+
+
+def _differs(made: Any, now: Any, saved: Any) -> bool:
+    """Returns True if a state saved has another option than one made, of which an option is what has not changed up to now."""
+    if isinstance(now, Counter):  # milestones
+        return bool(made == now and dict(now) != dict(saved))
+    if isinstance(now, dict):
+        return any(_differs(made[name], one, saved[name]) for name, one in now.items() if name in made and name in saved)
+    if isinstance(now, list | tuple):
+        return len(now) != len(saved) or any(map(_differs, made, now, saved))
+    return isinstance(now, PLAIN) and bool(made == now and now != saved)
 
 
 def _plain(value: Any) -> bool:

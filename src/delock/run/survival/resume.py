@@ -86,6 +86,7 @@ def held(options: Checkpoint) -> Iterator[None]:
     go on.
     """
     folder = Path(options.folder)
+    own = folder.exists()  # the user's, which stays
     lock = _lock(folder)
     try:
         there = newest_first(folder)
@@ -98,7 +99,8 @@ def held(options: Checkpoint) -> Iterator[None]:
         if lock:
             lock.release()
         with suppress(OSError):  # there is something in it
-            folder.rmdir()
+            if not own:
+                folder.rmdir()
 
 
 def _lock(folder: Path) -> FolderLock | None:
