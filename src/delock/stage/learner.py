@@ -165,7 +165,9 @@ class Learner:
             return []
         assert self.optimizer
         made, saved = self.schedule.state_dict(), state["schedule"]
-        self.advance(state["version"])
+        if "last_epoch" not in saved:  # the steps so far; other stages, with versions of their own, may have made them
+            return []
+        self.advance(saved["last_epoch"])
         rates, then = ([float(one["lr"]) for one in groups] for groups in (self.optimizer.param_groups, state["optimizer"]["param_groups"]))
         if rates == then and not _differs(made, self.schedule.state_dict(), saved):
             return []
