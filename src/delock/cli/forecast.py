@@ -106,7 +106,8 @@ def _stability(one: Stability, method: Method, update: UpdateOptions) -> str:
     spike = f"with spike, horizon {update.horizon:g}" if one.spike else "without spike"
     head = f"{update.optimizer} {spike}, beta1 {one.beta1:g}, {one.staleness:.3g} updates late (stage {one.stage})"
     percent = 100 * one.step / one.without_delay
-    share = f"{one.step:.3g}, {f'{percent:.0f}' if percent >= 10 else f'{percent:.2g}'} % of the {one.without_delay:.3g} without delay"
+    shown = f"{percent:.0f}" if percent >= 10 else f"{percent:.2g}"
+    share = f"{one.step:.3g}, {shown} % of the {one.without_delay:.3g} without delay"
     other = f"; {'without' if one.spike else 'with'} spike {one.other:.3g}" if update.optimizer == "adamw" else ""
     left = [name for name, on in (("feedback", "feedback" in update.correct), ("ahead", getattr(method, "ahead", None))) if on]
     return f"{head}: on a quadratic, steps are stable up to {share}{other}" + (f" ({', '.join(left)} not counted)" if left else "")

@@ -62,7 +62,7 @@ class GrowingFile(Generic[T]):
         """
         path = source / self.name
         lines = self._lines(path) if path.exists() else []
-        return [line for number, line in enumerate(lines, 1) if _is(wanted, line, _where(number, path))]
+        return [line for number, line in enumerate(lines, 1) if _is(wanted, line, number, path)]
 
     def begin(self, kept: Sequence[str], target: Path) -> None:
         """Writes these lines as the file in a folder; the next ones come behind them."""
@@ -81,7 +81,7 @@ class GrowingFile(Generic[T]):
         try:
             return whole.decode().split("\n") if newline else []
         except UnicodeDecodeError as error:
-            raise UsageError(_no_record(_where(whole.count(b"\n", 0, error.start) + 1, path))) from None
+            raise UsageError(_no_record(whole.count(b"\n", 0, error.start) + 1, path)) from None
 
     def _sealed(self, text: str, before: int) -> tuple[str, int]:
         return sealed(text.splitlines(), before) if self.seals else (text, before)
@@ -106,16 +106,12 @@ class GrowingFile(Generic[T]):
         return True
 
 
-def _is(wanted: Callable[[dict[str, Any]], bool], line: str, where: str) -> bool:
+def _is(wanted: Callable[[dict[str, Any]], bool], line: str, number: int, path: Path) -> bool:
     try:
         return wanted(json.loads(line))
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
-        raise UsageError(_no_record(where)) from None
+        raise UsageError(_no_record(number, path)) from None
 
 
-def _where(number: int, path: Path) -> str:
-    return f"line {number} of {path}"
-
-
-def _no_record(where: str) -> str:
-    return f"{where} is not a record of a run: remove it, or begin a new run"
+def _no_record(number: int, path: Path) -> str:
+    return f"line {number} of {path} is not a record of a run: remove it, or begin a new run"

@@ -22,7 +22,7 @@ class INT8(Memoryless):
     name: ClassVar[str] = "int8"
 
     def takes(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Takes numbers of more than one byte in tensors that have channels, and so many numbers in each that its scale is worth it."""
+        """Takes tensors that have channels, where a byte per number and the scales are fewer bytes than the tensor has."""
         fits = super().takes(shape, dtype) and len(shape) > 1
         return fits and self.encoded_bytes(shape)[0] < prod(shape) * dtype.itemsize
 

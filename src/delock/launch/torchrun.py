@@ -76,8 +76,9 @@ def run_torchrun(
     # Every run of a program needs keys of its own, or a group would read the addresses of the run before. All ranks count alike.
     space = f"delock/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{store.add(f'delock/runs/{rank}', 1)}"
 
-    def deaf() -> None:
-        _deaf(sigterm, watch)
+    def deaf() -> None:  # is called on another thread than the main one, whose work it ends
+        _note_end(watch)
+        sigterm.rouse("what hears the events of the run has failed")
 
     post = Post(rank, world, space, limit, telling, on_event, deaf)
     slack = SLACK if world > local_world else 0.0
@@ -111,11 +112,9 @@ def run_torchrun(
             dist.barrier()  # rank 0 may host the store: the others end after it has heard them
         except BaseException as error:
             if post.error is not None or not isinstance(error, Exception):  # or Ctrl-C
-                with suppress(RuntimeError):  # the store is gone
-                    watch.roll.leave()
-            if post.error is not None:
-                raise post.error from None
-            if not isinstance(error, Exception):
+                _note_end(watch)
+                if post.error is not None:
+                    raise post.error from None
                 raise
             end = _ended(rank, error, progress, watch)
             watch.close()
@@ -151,11 +150,10 @@ def _judge(rank: int, watch: Heartbeats) -> str:
     return verdict.message
 
 
-def _deaf(sigterm: Sigterm, watch: Heartbeats) -> None:
-    """Ends the main thread's work on rank 0, from another one, after what hears the events has raised an error."""
+def _note_end(watch: Heartbeats) -> None:
+    """Lets the other ranks know that this one ends by its program's will."""
     with suppress(RuntimeError):  # the store is gone
         watch.roll.leave()
-    sigterm.rouse("what hears the events of the run has failed")
 
 
 def _leave(sigterm: Sigterm, watch: Heartbeats, rank: int, message: str) -> None:

@@ -43,7 +43,7 @@ class RunLinks:
     def crossing(self, link: int) -> Shared:
         """Returns the tensors of a message with activations. Of a batch in parts a weight that stages share is in every message."""
         cost = self.cut[link]
-        return [(*one, share) for one, share in zip(cost.outputs, cost.shares(self.method.micro_batches), strict=True)]
+        return [(*one, 1.0 if i in cost.whole else self.share) for i, one in enumerate(cost.outputs)]
 
     def up(self, link: int) -> LinkBytes:
         """Returns the bytes of activations with their labels."""

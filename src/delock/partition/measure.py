@@ -51,10 +51,6 @@ class LayerCost:
     work: float = 0.0  # multiply-adds, and bytes in their place: the same in every run; 0 where it was not asked for
     whole: tuple[int, ...] = ()  # places of the outputs that are not divided with a batch, such as a weight that both sides of a cut use
 
-    def shares(self, parts: int) -> list[float]:
-        """Returns the share of every output that is in the message of one of the parts of a batch, in the mean."""
-        return [1.0 if i in self.whole else 1 / parts for i in range(len(self.outputs))]
-
     @property
     def total_s(self) -> float:
         """Returns the seconds of forward and backward together."""

@@ -147,9 +147,10 @@ class Learner:
         another = self._another_schedule(state)
         if self.optimizer:
             load_exactly(self.optimizer, state["optimizer"])
-            for group, scheduled in zip(self.optimizer.param_groups, another, strict=bool(another)):
+        if self.optimizer and another:
+            for group, scheduled in zip(self.optimizer.param_groups, another, strict=True):
                 group.update(scheduled)
-        if self.schedule and not another:
+        elif self.schedule:
             self.schedule.load_state_dict(state["schedule"])
         self.version = state["version"]
         if self.average:
