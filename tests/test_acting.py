@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
+from torch.optim.swa_utils import SWALR
 
 import delock
 from acting import EVERY, PLATEAU, SGD, Loop, assert_equal, batches, fit, network
@@ -191,6 +203,34 @@ def test_a_class_of_callbacks_is_refused(kind: Any) -> None:
         fit(K=2, callbacks=[kind])
 
 
+class Drop:
+    """A factor that falls at an update; its option is a tensor."""
+
+    def __init__(self, at: int) -> None:
+        self.at = torch.tensor(at)
+
+    def __call__(self, n: int) -> float:
+        return 1.0 if n < self.at else 0.1
+
+
+class Decay(torch.optim.SGD):
+    """An optimizer that writes to its own rate."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            group["lr"] *= 0.97
+
+
+@pytest.mark.parametrize("schedule", [partial(ExponentialLR, gamma=0.95), partial(CosineAnnealingLR, T_max=15)])
+def test_a_run_goes_on_bit_for_bit_where_its_optimizer_writes_to_the_rate(schedule: Any, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"method": "ddg", "K": 2, "optimizer": partial(Decay, lr=0.1), "schedule": schedule, "batches": 15}
+    whole, _ = fit(**given)
+    fit(**{**given, "batches": 9}, checkpoint=Checkpoint(tmp_path, every=4))
+    again, _ = fit(**given, checkpoint=Checkpoint(tmp_path, resume="newest"))
+    assert same_state(again.state_dict(), whole.state_dict())
+
+
 def later(updates: int) -> Callable[[Any], LRScheduler]:
     return lambda optimizer: SequentialLR(optimizer, [LinearLR(optimizer, 0.1, 1.0, 8), CosineAnnealingLR(optimizer, updates - 8)], [8])
 
@@ -201,6 +241,9 @@ LONGER: dict[str, Callable[[int], Callable[[Any], LRScheduler]]] = {
     "cycle": lambda updates: partial(OneCycleLR, max_lr=0.1, total_steps=updates + 1),
     "milestones": lambda updates: partial(MultiStepLR, milestones=[updates - 2]),
     "sequence": later,
+    "chain": lambda updates: lambda optimizer: ChainedScheduler([LinearLR(optimizer, 0.1, 1.0, 3), CosineAnnealingLR(optimizer, updates)]),
+    "average": lambda updates: partial(SWALR, swa_lr=0.01, anneal_epochs=updates),
+    "tensor": lambda updates: partial(LambdaLR, lr_lambda=Drop(updates - 2)),
 }
 
 
@@ -224,7 +267,7 @@ def test_a_run_that_is_made_longer_goes_on_by_the_schedule_of_its_new_length(kin
 
 def test_a_folder_of_the_users_own_stays(tmp_path: Path) -> None:
     fit(K=2, batches=2, checkpoint=Checkpoint(tmp_path, every=100))
-    fit(K=2, batches=2, checkpoint=Checkpoint(tmp_path / "made", every=100))
+    fit(K=2, batches=2, checkpoint=Checkpoint(tmp_path / "made" / "inside", every=100))
     assert tmp_path.is_dir()
     assert not (tmp_path / "made").exists()
 

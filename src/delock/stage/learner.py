@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from delock.errors import users_own
 from delock.ops import Update
@@ -22,7 +22,8 @@ from delock.stage.unfit import made_by, refuse_unfit_optimizer, refuse_unfit_sch
 from delock.tensors import address
 
 PLAIN = (bool, int, float, str, tuple, type(None))
-SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "max_momentum", "base_momentum", "betas")  # what schedules of torch set
+SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "max_momentum", "base_momentum", "betas", "swa_lr")
+"""What schedules of torch write into a group."""
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
@@ -160,17 +161,17 @@ class Learner:
     def _another_schedule(self, state: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns what the schedule sets after the Updates of a saved state, by groups; [] if it is the saved one, which then goes on.
 
-        That of a longer run is another one. A schedule of torch's is a function of the number of Updates, but for one that is judged.
+        That of a longer run is another one. A schedule of torch's follows from its options and the number of its steps, which other stages,
+        with versions of their own, may have made. Of a LambdaLR, whose function no state shows, the rates tell.
         """
-        if self.schedule is None or self.judged or type(self.schedule).__module__ != LRScheduler.__module__:
+        if self.schedule is None or self.judged or not type(self.schedule).__module__.startswith("torch.optim."):
             return []
         assert self.optimizer
         made, saved = self.schedule.state_dict(), state["schedule"]
-        if "last_epoch" not in saved:  # the steps so far; other stages, with versions of their own, may have made them
-            return []
-        self.advance(saved["last_epoch"])
-        rates, then = ([float(one["lr"]) for one in groups] for groups in (self.optimizer.param_groups, state["optimizer"]["param_groups"]))
-        if rates == then and not _differs(made, self.schedule.state_dict(), saved):
+        self.advance(saved["last_epoch"] if "last_epoch" in saved else saved["_schedulers"][0]["last_epoch"])
+        now = self.schedule.state_dict()
+        other = now["_last_lr"] != saved["_last_lr"] and any(isinstance(one, LambdaLR) for one in _parts(self.schedule))
+        if not other and not _differs(made, now, saved):
             return []
         return [{name: group[name] for name in SCHEDULED if name in group} for group in self.optimizer.param_groups]
 
@@ -181,7 +182,7 @@ class Learner:
 
     def advance(self, updates: int) -> None:
         """Goes on with the schedule as after `updates` Updates."""
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), users_own("the schedule"):
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # those Updates were another learner's
             for _ in range(updates if self.schedule else 0):
                 self.schedule.step()  # type: ignore[union-attr]
@@ -210,8 +211,16 @@ def described(optimizer: Optimizer | None) -> dict[str, Any] | None:
     return {"class": type(optimizer).__name__, "groups": groups, "kinds": kinds(optimizer)}
 
 
+def _parts(schedule: LRScheduler) -> Iterator[LRScheduler]:
+    yield schedule
+    for one in getattr(schedule, "_schedulers", ()):
+        yield from _parts(one)
+
+
 def _differs(made: Any, now: Any, saved: Any) -> bool:
     """Returns True if a state saved has another option than one made, of which an option is what has not changed up to now."""
+    if isinstance(now, Tensor):
+        return torch.equal(made, now) and not (isinstance(saved, Tensor) and torch.equal(now, saved.to(now.device)))
     if isinstance(now, Counter):  # milestones
         return bool(made == now and dict(now) != dict(saved))
     if isinstance(now, dict):

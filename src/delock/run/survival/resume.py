@@ -86,7 +86,7 @@ def held(options: Checkpoint) -> Iterator[None]:
     go on.
     """
     folder = Path(options.folder)
-    own = folder.exists()  # the user's, which stays
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = _lock(folder)
     try:
         there = newest_first(folder)
@@ -99,8 +99,8 @@ def held(options: Checkpoint) -> Iterator[None]:
         if lock:
             lock.release()
         with suppress(OSError):  # there is something in it
-            if not own:
-                folder.rmdir()
+            for path in made:
+                path.rmdir()
 
 
 def _lock(folder: Path) -> FolderLock | None:
