@@ -23,7 +23,7 @@ from delock.tensors import address
 
 PLAIN = (bool, int, float, str, tuple, type(None))
 SCHEDULED = ("lr", "initial_lr", "max_lr", "min_lr", "momentum", "max_momentum", "base_momentum", "betas", "swa_lr")
-"""What schedules of torch write into a group."""
+"""The options of a group that schedules of torch write."""
 
 OptimizerFactory = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
